@@ -1,0 +1,67 @@
+# updetr: `make pretrain` learns on real photos, `make test` runs every test.
+# Both first set up .venv where it is missing or older than the pins in requirements.txt.
+#
+#   make pretrain ARGS="-p seed 1"     parameters of nbs/pretrain.ipynb
+#   make test ARGS="-k boxes"          options of pytest
+#   make PYTHON=python3.12 ...         the Python that .venv is made with (3.10 or newer)
+
+PYTHON ?= python3
+ARGS   ?=
+
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+RUN    := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY)
+PIP    := $(PY) -m pip --disable-pip-version-check --no-input
+REPORT := reports/pretrain
+
+# Nothing from the caller's shell may change what runs: neither another Python's packages and kernels
+# (jupyter would look in JUPYTER_PATH and in ~/.local first) nor a matplotlib backend that draws no pictures
+# into notebooks (unset, kernels draw inline and scripts need no display). Nothing may stop in a pager.
+unexport PYTHONPATH PYTHONHOME JUPYTER_PATH MPLBACKEND
+export JUPYTER_PREFER_ENV_PATH := 1
+export PYTHONNOUSERSITE := 1
+export PAGER := cat
+export GIT_PAGER := cat
+
+.DELETE_ON_ERROR:
+.PHONY: help setup pretrain test readme
+
+help:
+	@echo 'make pretrain   pre-train on the built-in photos, report in $(REPORT)/   (ARGS="-p seed 1": parameters)'
+	@echo 'make test       every test                                              (ARGS="-k boxes": pytest options)'
+	@echo 'make readme     README.md from nbs/index.ipynb'
+	@echo 'make setup      only the set-up of $(VENV), which the others do by themselves'
+
+setup: $(STAMP)
+
+pretrain: $(STAMP)
+	@mkdir -p $(REPORT)
+	$(RUN) -m papermill --log-output -k python3 nbs/pretrain.ipynb $(REPORT)/pretrain.ipynb $(ARGS)
+
+test: $(STAMP)
+	$(RUN) -m pytest $(ARGS)
+
+readme: $(STAMP)
+	$(RUN) tests/tools/readme.py
+
+# The stamp is written last, so an interrupted installation leaves none and the next `make` goes on where it stopped.
+$(STAMP): $(PY) requirements.txt pyproject.toml
+	@rm -f $@
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "updetr: the Python in $(VENV) is older than 3.10: remove the folder $(VENV) and run make again." >&2; exit 1; }
+	@$(PIP) --version > /dev/null 2>&1 || $(PY) -m ensurepip
+	$(PIP) install 'pip>=23.1'
+	$(PIP) install -r requirements.txt
+	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(PY):
+	@command -v $(PYTHON) > /dev/null || { \
+	  echo "updetr: there is no '$(PYTHON)' here. Install Python 3.10 or newer, or name yours: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "updetr: Python 3.10 or newer is needed, '$(PYTHON)' is `$(PYTHON) -V 2>&1`. Name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || { \
+	  echo "updetr: '$(PYTHON)' cannot make virtual environments (no venv or ensurepip)." \
+	       "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)

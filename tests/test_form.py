@@ -1,0 +1,286 @@
+"The form of the project: notebooks, package and README are in step, and the notebooks keep to their limits."
+import ast
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tokenize
+from fnmatch import fnmatch
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from conftest import NOTEBOOKS, ROOT
+from tools.readme import readme
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # comes with pytest
+
+EXPORT_LINES, CODE_LINES, OUTPUT_BYTES = 40, 600, 200_000
+NUMBERED = [p for p in NOTEBOOKS if re.match(r'\d', p.name)]
+RUNNABLE = [p for p in NOTEBOOKS if p not in NUMBERED and p.stem != 'index']
+BY_HAND = {'__init__', '__main__', '_modidx'}  # the modules that no notebook exports
+TOOLS = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'ipywidgets', 'anywidget', 'jupyter', 'jupyter_client', 'jupyter_core',
+         'nbformat', 'nbclient', 'nbconvert', 'papermill', 'pytest'}
+
+each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+each_numbered = pytest.mark.parametrize('path', NUMBERED, ids=lambda p: p.stem)
+
+
+def files(root=ROOT):
+    "The project's own files: what git tracks or would add, or, without git, all but what .gitignore names."
+    command = ['git', 'ls-files', '-coz', '--exclude-standard']
+    git = shutil.which('git') and subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if git and git.stdout: return sorted(root/f for f in set(git.stdout.split('\0')) if f and (root/f).is_file())
+    ignored = ['.git'] + [s.strip('/') for s in (root/'.gitignore').read_text().split('\n') if s and s[0] != '#']
+
+    def mine(path): return path.is_file() and not any(fnmatch(part, name) for part in path.relative_to(root).parts for name in ignored)
+    return sorted(filter(mine, root.rglob('*')))
+
+
+def code_cells(path): return [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
+def exported(cell): return re.search(r'^#\|\s*exports?i?\b', cell.source, re.M)
+def no_directives(source): return re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
+def tags(cell): return cell.metadata.get('tags', [])
+
+
+def statements(source):
+    "The top-level statements of a cell, without IPython's magics and shell lines."
+    return ast.parse(re.sub(r'^(\s*)[%!?].*$', r'\1pass', source, flags=re.M)).body if not source.startswith('%%') else []
+
+
+def module_of(path):
+    "The module that the notebook at `path` exports, or None."
+    m = re.search(r'^#\|\s*default_exp\s+(\S+)', '\n'.join(c.source for c in code_cells(path)), re.M)
+    return m and m[1]
+
+
+def order(path):
+    "The place of a numbered notebook: (12, 'a') for 12a_stop.ipynb."
+    m = re.match(r'(\d+)([a-z]*)_', path.name)
+    return int(m[1]), m[2]
+
+
+def names_imported(tree):
+    "(line, module) for each absolute import in `tree`, relative ones written out as updetr's."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): yield from ((node.lineno, a.name) for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ('updetr.' if node.level else '') + (node.module or '')
+            if base.strip('.') == 'updetr': yield from ((node.lineno, f'updetr.{a.name}') for a in node.names)
+            else: yield node.lineno, base
+
+
+# ---- in step --------------------------------------------------------------------------------------------------------
+
+def test_clean_and_export_change_nothing(tmp_path):
+    "`nbdev_clean` and `nbdev_export`, run in a copy, leave every file as it was."
+    mine = files()
+    for f in mine:
+        to = tmp_path/f.relative_to(ROOT)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(f, to)
+    code = 'from nbdev.clean import nbdev_clean; from nbdev.doclinks import nbdev_export; nbdev_clean(); nbdev_export()'
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)
+    before = {f.relative_to(ROOT): f.read_bytes() for f in mine}
+    after = {f.relative_to(tmp_path): f.read_bytes() for f in tmp_path.rglob('*') if f.is_file() and '__pycache__' not in f.parts}
+    changed = sorted(str(f) for f in before.keys() | after.keys() if before.get(f) != after.get(f))
+    assert not changed, f'nbdev_clean and nbdev_export would change {changed}: run both and keep what they write'
+
+
+def test_every_module_has_its_notebook():
+    modules = [module_of(p) for p in NUMBERED]
+    assert None not in modules, f'no default_exp: {[p.name for p, m in zip(NUMBERED, modules) if m is None]}'
+    assert len(set(modules)) == len(modules), 'two notebooks export the same module'
+    written = {p.relative_to(ROOT/'updetr').with_suffix('').as_posix().replace('/', '.') for p in (ROOT/'updetr').rglob('*.py')}
+    assert written - BY_HAND == set(modules)
+
+
+def test_numbers_are_unique():
+    places = [order(p) for p in NUMBERED]
+    assert len(set(places)) == len(places), f'two notebooks with one number: {[p.name for p in NUMBERED]}'
+
+
+def test_readme_is_in_step():
+    assert (ROOT/'README.md').read_text(encoding='utf-8') == readme(ROOT), 'README.md is not what nbs/index.ipynb gives: make readme'
+
+
+def test_readme_lists_every_notebook():
+    text = (ROOT/'README.md').read_text(encoding='utf-8')
+    missing = [p.name for p in NUMBERED + RUNNABLE if f'(nbs/{p.relative_to(ROOT/"nbs").as_posix()})' not in text]
+    assert not missing, f'README.md does not list {missing}: execute nbs/index.ipynb again, then make readme'
+
+
+def test_readme_links_are_there():
+    text = re.sub(r'^```.*?^```', '', (ROOT/'README.md').read_text(encoding='utf-8'), flags=re.M | re.S)
+    links = re.findall(r'\]\(([^)\s#]+)|(?:src|href)="([^"#]+)"', text)
+    local = [a or b for a, b in links if not re.match(r'[a-z][a-z+.-]*:', a or b)]
+    assert local, 'README.md links to nothing'
+    assert not [t for t in local if t.startswith(('/', '..')) or not (ROOT/t).exists()]
+
+
+# ---- imports --------------------------------------------------------------------------------------------------------
+
+@each_numbered
+def test_imports_come_from_lower_numbers(path):
+    "The module and the notebook's own cells use only modules of lower-numbered notebooks (the cells also their own)."
+    place = {module_of(p): order(p) for p in NUMBERED}
+    mine = module_of(path)
+    module = ast.parse((ROOT/'updetr'/f'{mine}.py').read_text(encoding='utf-8'))
+    cells = [ast.Module(statements(c.source), []) for c in code_cells(path) if not exported(c)]
+    uses = [('module', n) for _, n in names_imported(module)] + [('cell', n) for tree in cells for _, n in names_imported(tree)]
+    bad = []
+    for where, name in uses:
+        if name.split('.')[0] != 'updetr': continue
+        other = next((m for m in place if f'{name}.'.startswith(f'updetr.{m}.')), None)
+        if other is None or place[other] > order(path) or (where == 'module' and other == mine): bad.append(f'{where}: {name}')
+    assert not bad, f'{path.name} imports upwards or around: {bad}'
+
+
+@each_notebook
+def test_imports_are_alone_in_their_cells(path):
+    "nbdev runs every cell that imports when it builds pages: whatever stands beside an import would run too."
+    mixed = []
+    for i, cell in enumerate(code_cells(path)):
+        if 'nbdev_export(' in cell.source: continue
+        imports = [isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements(cell.source) if not isinstance(s, ast.Pass)]
+        if any(imports) and not all(imports): mixed.append((i, cell.source[:80]))
+    assert not mixed, f'{path.name}: cells that import and do something else: {mixed}'
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'updetr').rglob('*.py')), ids=lambda p: p.stem)
+def test_package_does_not_import_tools(path):
+    "Exported code needs no notebook tools; a module that shows widgets or notebooks may have them inside the functions that do."
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    at_import = ast.Module([s for s in tree.body if not isinstance(s, (ast.FunctionDef, ast.ClassDef))], [])
+    assert not [n for _, n in names_imported(at_import) if n.split('.')[0] in TOOLS]
+    assert not [n for _, n in names_imported(tree) if n.split('.')[0] in {'nbdev', 'fastcore', 'execnb', 'pytest'}]
+
+
+def test_training_imports_no_tools():
+    "What training processes import brings in neither notebook tools nor matplotlib, however indirectly."
+    main = ast.parse((ROOT/'updetr'/'__main__.py').read_text(encoding='utf-8'))
+    names = ['updetr.train', 'updetr.loader', *(n for _, n in names_imported(main))]  # importing __main__ itself would start a run
+    code = f'import sys, {", ".join(names)}; print(*sys.modules)'
+    out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    found = {m.split('.')[0] for m in out.splitlines()[-1].split()} & (TOOLS | {'matplotlib'})
+    assert not found, f'{names} also import {sorted(found)}: look with python -X importtime -c "{code}"'
+
+
+# ---- limits ---------------------------------------------------------------------------------------------------------
+
+@each_notebook
+def test_sizes(path):
+    cells = code_cells(path)
+    exports = [no_directives(c.source).splitlines() for c in cells if exported(c)]
+    long = [(len(lines), lines[0]) for lines in exports if len(lines) > EXPORT_LINES]
+    assert not long, f'{path.name}: export cells of more than {EXPORT_LINES} lines: {long}'
+    lines = sum(len(c.source.splitlines()) for c in cells)
+    assert lines <= CODE_LINES, f'{path.name}: {lines} lines of code, more than {CODE_LINES}'
+    size = len(json.dumps([c.outputs for c in cells]))
+    assert size < OUTPUT_BYTES, f'{path.name}: {size/1000:.0f} KB of outputs, limit {OUTPUT_BYTES/1000:.0f}: smaller figures, fewer lines'
+
+
+@each_notebook
+def test_parameters_cell(path):
+    "papermill puts its parameters after the one cell so tagged; it takes the first of several and says nothing."
+    n = sum('parameters' in tags(c) for c in code_cells(path))
+    assert n == (path in RUNNABLE), f'{path.name} has {n} cells tagged "parameters"'
+
+
+@each_notebook
+def test_outputs_show_no_error(path):
+    "The outputs that are kept are those of a run that went through, in order, from a fresh start."
+    bad = [o.get('ename') for c in code_cells(path) for o in c.outputs if o.output_type == 'error' and 'raises-exception' not in tags(c)]
+    assert not bad, f'{path.name} keeps the output of a failed cell: {bad}'
+
+
+# ---- docstrings -----------------------------------------------------------------------------------------------------
+
+def undocumented(source):
+    """Names in a module's source that lack a docstring, and parameters that lack their docment.
+
+    Parameters of public functions and constructors count, and fields of data classes. A docment stands on the parameter's own line
+    or alone on the line before it; on a shared line it belongs to the last name there (or to the annotated result), as nbdev shows it.
+    """
+    tree = ast.parse(source)
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
+    comments = {t.start[0] for t in tokens} | {t.start[0] + 1 for t in tokens if t.line.lstrip().startswith('#')}
+    assigned = {getattr(s.targets[0], 'id', ''): s.value for s in tree.body if isinstance(s, ast.Assign)}
+    public = ast.literal_eval(assigned['__all__'])
+
+    def bare(names):  # [(name, line)] without a comment that is theirs
+        last = {line: name for name, line in names}
+        return [name for name, line in names if name != 'return' and (line not in comments or last[line] != name)]
+
+    def params(f):
+        args = [a for a in f.args.posonlyargs + f.args.args + f.args.kwonlyargs if a.arg not in ('self', 'cls')]
+        return bare([(a.arg, a.lineno) for a in args] + ([('return', f.returns.lineno)] if f.returns else []))
+
+    for node in tree.body:
+        name = getattr(node, 'name', None)
+        if name not in public: continue
+        if not ast.get_docstring(node): yield f'{name}: docstring'
+        if isinstance(node, ast.FunctionDef): yield from (f'{name}({p})' for p in params(node))
+        if not isinstance(node, ast.ClassDef): continue
+        if any('dataclass' in ast.unparse(d) for d in node.decorator_list):
+            yield from (f'{name}.{f}' for f in bare([(s.target.id, s.lineno) for s in node.body if isinstance(s, ast.AnnAssign)]))
+        for m in node.body:
+            if not isinstance(m, ast.FunctionDef): continue
+            if m.name == '__init__': yield from (f'{name}({p})' for p in params(m))
+            elif m.name[0] != '_' and not hasattr(torch.nn.Module, m.name) and not ast.get_docstring(m): yield f'{name}.{m.name}: docstring'
+
+
+@each_numbered
+def test_public_names_are_documented(path):
+    missing = list(undocumented((ROOT/'updetr'/f'{module_of(path)}.py').read_text(encoding='utf-8')))
+    assert not missing, f'{path.name}: no docstring or docment for {missing}'
+
+
+# ---- the rest -------------------------------------------------------------------------------------------------------
+
+def test_ruff():
+    command = [sys.executable, '-m', 'ruff', 'check', '--no-cache', '--output-format', 'concise', '.']
+    r = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert not r.returncode, r.stdout + r.stderr
+
+
+MACHINE = re.compile(r'''(?<![\w~./$}-]) (?: /(?:home|Users)/[\w.-]+/ | /(?:root|tmp|work|private|var/folders)/[\w.-]
+                                            | [A-Za-z]:\\\\?Users\\ )''', re.X)
+
+
+def machine_paths(text): return [m.group() for m in MACHINE.finditer(text)]
+
+
+def test_no_paths_of_one_machine():
+    "No file names a folder that only its author's machine has."
+    found = {}
+    for f in files():
+        try: text = f.read_text(encoding='utf-8')
+        except UnicodeDecodeError: continue
+        if f != Path(__file__) and (hits := machine_paths(text)): found[str(f.relative_to(ROOT))] = sorted(set(hits))
+    assert not found, f'paths of one machine: {found}'
+
+
+def test_pins_fit_the_package():
+    "Every dependency in pyproject.toml is pinned in requirements.txt, for each Python, at a version that fits."
+    pins = [Requirement(s) for s in re.findall(r'^[\w-].*', (ROOT/'requirements.txt').read_text(), re.M)]
+    project = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
+    for python in ('3.10', '3.11', '3.12', '3.13'):
+        here = {p.name: p for p in pins if not p.marker or p.marker.evaluate({'python_version': python})}
+        assert all(re.fullmatch(r'==[\w.]+', str(p.specifier)) for p in here.values()), 'a requirement that is no exact version'
+        for need in map(Requirement, project['dependencies'] + project['optional-dependencies']['dev']):
+            assert need.name in here, f'{need.name} is not in requirements.txt for Python {python}'
+            assert need.specifier.contains(str(here[need.name].specifier)[2:]), f'{here[need.name]} does not fit {need}'
+
+
+def test_one_version():
+    settings = re.search(r'^version\s*=\s*(\S+)', (ROOT/'settings.ini').read_text(), re.M)[1]
+    assert f'__version__ = "{settings}"' in (ROOT/'updetr'/'__init__.py').read_text()

@@ -1,0 +1,62 @@
+"Every notebook runs from top to bottom, as `nbdev_test` runs it; here each one counts as a test."
+import contextlib
+import os
+import random
+import sys
+import warnings
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from nbdev.config import get_config
+from nbdev.test import test_nb as run_notebook  # under its own name pytest would take it for a test
+
+from conftest import NOTEBOOKS, ROOT
+
+
+@contextlib.contextmanager
+def untouched():
+    "What a notebook sets for the whole process is as before afterwards: all notebooks share this one."
+    env, cwd, path, hooks = dict(os.environ), os.getcwd(), list(sys.path), (sys.displayhook, sys.excepthook)
+    state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    switches = [(torch.set_grad_enabled, torch.is_grad_enabled()), (torch.set_num_threads, torch.get_num_threads()),
+                (torch.set_default_dtype, torch.get_default_dtype()), (torch.set_default_device, None),
+                (torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()),
+                (torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled()),
+                (torch.autograd.set_detect_anomaly, torch.is_anomaly_enabled())]
+    rc, backend = matplotlib.rcParams.copy(), matplotlib.get_backend()
+    try:
+        with warnings.catch_warnings(): yield
+    finally:
+        torch.set_rng_state(state[0]), np.random.set_state(state[1]), random.setstate(state[2])
+        for put, value in switches: put(value)
+        plt.close('all')
+        matplotlib.use(backend)
+        matplotlib.rcParams.update(rc)
+        os.environ.clear()
+        os.environ.update(env)
+        os.chdir(cwd)
+        sys.path[:] = path
+        sys.displayhook, sys.excepthook = hooks
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').with_suffix('').as_posix())
+def test_notebook(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = get_config().tst_flags.split()
+    with untouched():
+        torch.manual_seed(0), np.random.seed(0), random.seed(0)
+        ok, _ = run_notebook(path, skip_flags=flags, basepath=ROOT)
+    assert ok, f'{path.name} fails: its traceback is under "Captured stderr"'
+
+
+def test_globals_are_kept():
+    draw = torch.get_rng_state().clone()
+    with untouched():
+        torch.manual_seed(5), torch.set_grad_enabled(False), torch.set_default_dtype(torch.float64), torch.set_num_threads(1)
+        os.environ['UPDETR_LEFT_BEHIND'] = '1'
+        plt.figure()
+    assert torch.equal(torch.get_rng_state(), draw) and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    assert 'UPDETR_LEFT_BEHIND' not in os.environ and not plt.get_fignums()

@@ -1,0 +1,94 @@
+"`make` sets up once, again when the pins change, and never believes in half an installation. A script plays Python: nothing is installed."
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from conftest import ROOT
+
+pytestmark = pytest.mark.skipif(not shutil.which('make'), reason='needs make')
+
+PYTHON = '''#!/bin/sh
+# says what it was asked for; makes the virtual environment by copying itself into it; fails where a file says so
+echo "$@" >> calls
+case "$*" in
+  *version_info*) test ! -e too-old ;;
+  *"import venv"*) test ! -e no-venv ;;
+  -V) echo Python 3.8.10 ;;
+  "-m venv --clear .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+  *"install -r requirements.txt"*) test ! -e no-registry ;;
+esac
+'''
+
+
+@pytest.fixture
+def project(tmp_path):
+    "A folder with our Makefile, and a `make` that returns (exit status, what was printed, what Python was asked for)."
+    for name in ('Makefile', 'requirements.txt', 'pyproject.toml'): shutil.copy(ROOT/name, tmp_path)
+    (tmp_path/'python').write_text(PYTHON)
+    (tmp_path/'python').chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MAKELEVEL', 'MFLAGS', 'PYTHON', 'ARGS')}
+
+    def make(*args):
+        calls = tmp_path/'calls'
+        calls.unlink(missing_ok=True)
+        r = subprocess.run(['make', f'PYTHON={tmp_path/"python"}', *args], cwd=tmp_path, env=env, capture_output=True, text=True)
+        return r.returncode, r.stdout + r.stderr, calls.read_text() if calls.exists() else ''
+    make.folder = tmp_path
+    return make
+
+
+def later(path):
+    "Gives the file at `path` a time after all others."
+    os.utime(path, (path.stat().st_mtime + 100,) * 2)
+
+
+def test_set_up_once(project):
+    rc, _, calls = project('setup')
+    assert rc == 0 and 'venv --clear .venv' in calls and 'install -r requirements.txt' in calls and '-e .' in calls
+    rc, _, calls = project('setup')
+    assert rc == 0 and not calls
+
+
+@pytest.mark.parametrize('name', ['requirements.txt', 'pyproject.toml'])
+def test_set_up_again_when_pins_change(project, name):
+    project('setup')
+    later(project.folder/name)
+    rc, _, calls = project('setup')
+    assert rc == 0 and 'install -r requirements.txt' in calls and 'venv --clear' not in calls
+
+
+def test_interrupted_set_up_goes_on(project):
+    (project.folder/'no-registry').touch()
+    rc, _, calls = project('test')
+    assert rc and 'install -r requirements.txt' in calls and 'pytest' not in calls
+    (project.folder/'no-registry').unlink()
+    rc, _, calls = project('test')
+    assert rc == 0 and 'install -r requirements.txt' in calls and '-m pytest' in calls and 'venv --clear' not in calls
+
+
+def test_failed_update_is_not_taken_for_done(project):
+    project('setup')
+    later(project.folder/'requirements.txt')
+    (project.folder/'no-registry').touch()
+    assert project('setup')[0]
+    (project.folder/'no-registry').unlink()
+    assert 'install -r requirements.txt' in project('setup')[2]
+
+
+def test_arguments_reach_papermill(project):
+    rc, _, calls = project('pretrain', 'ARGS=-p seed 1')
+    assert rc == 0 and 'nbs/pretrain.ipynb reports/pretrain/pretrain.ipynb -p seed 1' in calls
+
+
+@pytest.mark.parametrize('lack,says', [('too-old', 'Python 3.10 or newer is needed'), ('no-venv', 'python3-venv')])
+def test_wrong_python_is_named(project, lack, says):
+    (project.folder/lack).touch()
+    rc, out, calls = project('test')
+    assert rc and says in out and str(project.folder/'python') in out and '-m venv' not in calls
+
+
+def test_missing_python_is_named(project):
+    rc, out, _ = project('test', 'PYTHON=no-such-python')
+    assert rc and "there is no 'no-such-python'" in out
