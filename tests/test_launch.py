@@ -1,0 +1,228 @@
+"""Launching, with real processes: what a notebook cannot show of notebooks 12a, 17 and 18. The trainer here is a fake one that counts."""
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import updetr.stop
+from updetr.launch import _members, attach, follow, is_alive, launch, read_log, stop, torchrun_command
+from updetr.watch import watch
+
+FAKE = '''
+import json, os, pathlib, sys, time
+from stop import StopFlag, ignore_stop
+cfg = pathlib.Path(sys.argv[sys.argv.index('--cfg') + 1])
+run, cfg, rank = cfg.parent, json.loads(cfg.read_text()), int(os.environ['RANK'])
+last = run/'last'
+step = int(last.read_text()) if last.exists() else 0
+if cfg.get('fails') == [rank, step]: raise ValueError(f'loss of rank {rank} is not finite')
+(run/f'pid{rank}').write_text(str(os.getpid()))
+time.sleep(cfg.get('import_seconds', 0))
+with StopFlag() as stop:
+    if cfg.get('dist'):
+        import torch, torch.distributed as dist
+        dist.init_process_group('gloo')
+        world = torch.ones(())
+        dist.all_reduce(world)
+        assert world == cfg['dist']
+    if cfg.get('loader'):
+        from torch.utils.data import DataLoader
+        batches = iter(DataLoader(range(10**6), num_workers=1, worker_init_fn=ignore_stop))
+    (run/f'ready{rank}').touch()
+    while step < cfg['steps'] and (cfg.get('deaf') or not stop):
+        step += 1
+        if cfg.get('fails') == [rank, step]: raise ValueError(f'loss of rank {rank} is not finite')
+        if cfg.get('loader'): next(batches)
+        if rank == 0:
+            with open(run/'log.txt', 'a') as f: f.write(json.dumps({'step': step, 'train_loss': 1/step, 'time': time.time()}) + chr(10))
+        time.sleep(.05)
+    if cfg.get('loader'): next(batches)
+    reason = stop.reason
+time.sleep(cfg.get('save_seconds', 0))
+if rank == 0:
+    last.write_text(str(step))
+    (run/'why').write_text(str(reason))
+    if step == cfg['steps']: (run/'done.json').write_text(json.dumps({'step': step}))
+'''
+LONG = 2000      # steps of a run that does not end by itself within a test
+
+
+def until(condition, seconds=60):
+    "Wait for a condition, and return it."
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, 'waited in vain'
+        time.sleep(.05)
+    return value
+
+
+def mark(run): return json.loads((run/'launch.json').read_text())['mark']
+def launcher(run): return json.loads((run/'launch.json').read_text())['pid']
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    "A folder for runs, with the fake trainer importable; nothing of the runs lives afterwards."
+    code = tmp_path/'code'
+    code.mkdir()
+    (code/'fake.py').write_text(FAKE)
+    shutil.copy(updetr.stop.__file__, code/'stop.py')      # alone, so that the fake trainer need not import all of updetr
+    monkeypatch.setenv('PYTHONPATH', f"{code}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    yield tmp_path
+    for record in tmp_path.glob('*/launch.json'): stop(record.parent, timeout=0)
+
+
+def start(run, processes=1, **cfg): return launch(run, {'steps': LONG, **cfg}, processes=processes, module='fake')
+
+
+def test_outlives_a_killed_notebook_and_is_stopped_from_another(runs):
+    run = runs/'a'
+    code = (f"from updetr.launch import launch; import time; launch({str(run)!r}, {{'steps': {LONG}}}, module='fake'); "
+            "print('up', flush=True); time.sleep(60)")
+    kernel = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, start_new_session=True)
+    kernel.stdout.readline()
+    os.killpg(kernel.pid, signal.SIGKILL)
+    kernel.wait()
+    seen = len(until(lambda: read_log(run)))
+    until(lambda: len(read_log(run)) > seen + 3)
+    assert attach(run).how == 'attached'
+    again = start(run)                                      # a re-run notebook
+    assert again.how == 'attached' and again.process is None
+    with pytest.raises(ValueError, match='steps: 2000 -> 9'):
+        launch(run, {'steps': 9}, module='fake')
+    assert stop(run) and not is_alive(run) and _members(mark(run)) == []
+    assert (run/'why').read_text() == 'SIGTERM' and int((run/'last').read_text()) == read_log(run)[-1]['step']
+
+
+def test_stopped_run_goes_on_where_it_was(runs):
+    run = runs/'a'
+    start(run, steps=30)
+    until(lambda: len(read_log(run)) > 3)
+    assert stop(run)
+    with pytest.raises(RuntimeError, match='not running'): attach(run)
+    assert start(run, steps=30).how == 'started'
+    shown = []
+    rows = watch(run, every=.2, draw=None, show=lambda line, fig: shown.append(line))
+    assert [r['step'] for r in rows] == list(range(1, 31))
+    assert len(set(shown)) == len(shown) and '30/30' in shown[-1]
+    assert start(run, steps=30).how == 'finished'
+    more = launch(run, {'steps': 32}, module='fake', may_change=('steps',))
+    assert more.how == 'started' and list(follow(more, .2))[-1][-1]['step'] == 32
+
+
+def test_launches_at_once_make_one_run(runs):
+    run, gate = runs/'a', threading.Barrier(6)
+    run.mkdir()
+    (run/'launch.json').write_text(json.dumps({'pid': 1, 'mark': '0'*32, 'host': socket.gethostname()}))     # of a run that died
+
+    def race(_):
+        gate.wait()
+        return start(run).how
+    with ThreadPoolExecutor(6) as pool: assert sorted(pool.map(race, range(6))) == ['attached']*5 + ['started']
+
+
+def test_recycled_number_is_not_alive(runs):
+    run = runs/'a'
+    start(run)
+    old = json.loads((run/'launch.json').read_text())
+    stop(run, timeout=0)
+    innocent = subprocess.Popen(['sleep', '60'])
+    (run/'launch.json').write_text(json.dumps({**old, 'pid': innocent.pid}))
+    assert not is_alive(run)
+    assert stop(run) and innocent.poll() is None
+    innocent.kill()
+    innocent.wait()
+
+
+def test_run_of_another_machine_is_attached_to_while_it_logs(runs):
+    run = runs/'a'
+    run.mkdir()
+    (run/'launch.json').write_text(json.dumps({'pid': 1, 'mark': '0'*32, 'host': f'not-{socket.gethostname()}'}))
+    log = run/'log.txt'
+    log.write_text('{"step": 1}\n')
+    assert start(run).how == 'attached'
+    with pytest.raises(RuntimeError, match='stop it where it was started'): stop(run)
+    os.utime(log, (0, 0))                                   # that machine has been silent since 1970
+    assert start(run).how == 'started'
+
+
+@pytest.mark.parametrize('when', [0, 3])
+def test_dead_worker_turns_red_with_its_own_words(runs, when):
+    run = runs/'a'
+    start(run, processes=2, fails=[1, when])
+    with pytest.raises(RuntimeError, match='loss of rank 1 is not finite') as e: watch(run, every=.2, draw=None, show=lambda *_: None)
+    assert 'process 1 failed first' in str(e.value) and 'Traceback' in str(e.value)
+    assert ('before its first step' in str(e.value)) == (not read_log(run))
+    assert _members(mark(run)) == []
+
+
+def test_module_that_does_not_exist_is_named(runs):
+    launch(runs/'a', {}, module='no_such_trainer')
+    with pytest.raises(RuntimeError, match='before its first step(.|\n)*no_such_trainer'): list(follow(runs/'a', .2))
+
+
+@pytest.mark.parametrize('when, import_seconds', [('pid', 1), ('ready', 0)])
+def test_killed_launcher_leaves_no_orphan_and_launch_goes_on(runs, when, import_seconds):
+    run = runs/'a'
+    start(run, processes=2, import_seconds=import_seconds)
+    until(lambda: all((run/f'{when}{r}').exists() for r in range(2)))
+    os.kill(launcher(run), signal.SIGKILL)                  # while the workers still import, or in the midst of training
+    until(lambda: _members(mark(run)) == [], 10)
+    assert not is_alive(run) and (run/'why').read_text() == 'launcher gone'
+    with pytest.raises(RuntimeError, match='not at its end'): list(follow(run, .2))
+    assert start(run, import_seconds=import_seconds).how == 'started'
+
+
+def test_launch_waits_while_an_orphan_saves(runs):
+    run = runs/'a'
+    start(run, save_seconds=1)
+    until(lambda: (run/'ready0').exists())
+    os.kill(launcher(run), signal.SIGKILL)
+    until(lambda: not is_alive(run))
+    assert start(run, save_seconds=1).how == 'started' and (run/'why').exists()
+
+
+def test_deaf_workers_are_killed_after_the_timeout(runs):
+    run = runs/'a'
+    start(run, processes=2, deaf=True)
+    until(lambda: (run/'ready0').exists() and (run/'ready1').exists())
+    assert len(_members(mark(run))) == 3                    # the launcher and two workers, each in a session of its own
+    assert not stop(run, timeout=.5)
+    assert _members(mark(run)) == [] and not (run/'why').exists()
+
+
+def test_interrupt_saves_in_spite_of_data_loading_children(runs):
+    run = runs/'a'
+    start(run, loader=True)
+    until(lambda: len(read_log(run)) > 3)
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell's background job ignores SIGINT
+    threading.Timer(.5, signal.raise_signal, [signal.SIGINT]).start()
+    shown = []
+    with pytest.raises(KeyboardInterrupt, match='saved and stopped: launch it again'):
+        watch(run, every=.2, draw=None, timeout=20, show=lambda line, fig=None: shown.append(line))
+    signal.signal(signal.SIGINT, old)
+    assert shown[-1].endswith('interrupted, saving') and (run/'why').read_text() == 'SIGTERM', (run/'train.log').read_text()
+    assert int((run/'last').read_text()) == read_log(run)[-1]['step']
+
+
+def test_two_machines_on_loopback(runs):
+    run, cfg = runs/'a', {'steps': 3, 'dist': 2}
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        meet = {'nnodes': 2, 'rdzv_endpoint': f'127.0.0.1:{s.getsockname()[1]}'}
+    launch(run, cfg, module='fake', **meet)
+    other = subprocess.Popen(torchrun_command(run, module='fake', **meet), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert list(follow(run, .2))[-1][-1]['step'] == 3
+    assert other.wait(60) == 0, other.stdout.read()
+    until(lambda: not is_alive(run))
+    assert Path(run/'ready1').exists()                      # rank 1 of the other agent
+    with pytest.raises(ValueError, match='rdzv_endpoint'): launch(runs/'b', {}, nnodes=2)

@@ -1,0 +1,3 @@
+from updetr.pretrain_task import main
+
+main()
