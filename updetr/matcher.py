@@ -23,12 +23,12 @@ def pad_targets(targets: list[dict],  # one a photo: labels (t,), boxes (t,4) cx
     return labels, boxes, counts
 
 # %% ../nbs/11_matcher.ipynb #c008
-def match_cost(logits: Tensor,  # (...,N,K)
-               pred_boxes: Tensor,  # (...,N,4) cxcywh in 0..1
-               labels: Tensor,  # (...,T) int
-               boxes: Tensor,  # (...,T,4) cxcywh in 0..1
+def match_cost(logits: Tensor,  # (...,B,N,K)
+               pred_boxes: Tensor,  # (...,B,N,4) cxcywh in 0..1
+               labels: Tensor,  # (B,T) int
+               boxes: Tensor,  # (B,T,4) cxcywh in 0..1
                weights: tuple[float, float, float] = (1, 5, 2),  # of class, L1, GIoU
-               ) -> Tensor:  # (...,N,T)
+               ) -> Tensor:  # (...,B,N,T)
     "The matching cost of every prediction with every target of the same photo; leading dimensions are batched."
     lead = logits.shape[:-2]
     labels, boxes = labels.expand(*lead, -1), boxes.expand(*lead, -1, -1)
@@ -45,7 +45,8 @@ def check_finite(cost: Tensor,  # (L,B,N,T)
     bad = ~torch.isfinite(cost).flatten(2).all(2)
     if bad.any():
         layer, image = bad.nonzero()[0].tolist()
-        raise FloatingPointError(f'matching cost is not finite in decoder layer {layer}, image {image} of the batch: the predictions have blown up (too high a learning rate?) or a target box is not finite')
+        raise FloatingPointError(f'matching cost is not finite in decoder layer {layer}, image {image} of the batch: '
+                                 'the predictions have blown up (too high a learning rate?) or a target box is not finite')
 
 def assign(cost: Tensor,  # (L,B,N,T) on any device
            counts: list[int],  # real targets of each photo
@@ -72,11 +73,11 @@ def assign_own_group(cost: Tensor,  # (L,B,N,M): the targets are the M patches i
 
 # %% ../nbs/11_matcher.ipynb #c019
 class HungarianMatcher(nn.Module):
-    "Pairs predictions with targets: `matcher(outputs, targets)` as DETR's, `matcher.match` for all layers at once."
+    "Pairs predictions with targets: `matcher(outputs, targets)` as DETR's, `matcher.match` for all layers. Raises ValueError for no cost."
     def __init__(self,
-                 cost_class: float = 1,
-                 cost_bbox: float = 5,  # of the L1 distance of boxes in cxcywh
-                 cost_giou: float = 2,
+                 cost_class: float = 1,  # weight of minus the probability of the target's class
+                 cost_bbox: float = 5,  # weight of the L1 distance of boxes in cxcywh
+                 cost_giou: float = 2,  # weight of minus the GIoU
                  own_group: bool = False,  # pre-training only: match a patch with the queries it was added to
                  ):
         super().__init__()
@@ -89,7 +90,10 @@ class HungarianMatcher(nn.Module):
         cost = match_cost(logits, pred_boxes, labels, boxes, self.weights)
         return assign_own_group(cost) if self.own_group else assign(cost, counts)
 
-    def forward(self, outputs, targets):
+    def forward(self,
+                outputs,  # pred_logits (B,N,K), pred_boxes (B,N,4)
+                targets,  # one dictionary a photo: labels (t,), boxes (t,4) cxcywh in 0..1
+                ):
         "DETR's form: a pair (query indices, target indices) of each photo, in the order of the queries."
         labels, boxes, counts = pad_targets(targets)
         match = self.match(outputs['pred_logits'][None], outputs['pred_boxes'][None], labels, boxes, counts)[0].cpu()

@@ -20,13 +20,17 @@ from .updetr import UPDETR, build_updetr
 # %% ../nbs/21_plan.ipynb #c005
 TYPICAL = (416, 555)  # px: the median ImageNet photo after the resize rule
 
-def count_flops(f, *args) -> float:  # GFLOP
+def count_flops(f,  # to be called
+                *args,  # its arguments
+                ) -> float:  # GFLOP
     "Floating-point operations of a call (a multiplication and an addition are two)."
     with FlopCounterMode(display=False) as counter, torch.no_grad(): f(*args)
     return counter.get_total_flops() / 1e9
 
-def photo_gflops(model: UPDETR, size: tuple[int, int] = TYPICAL,  # height, width of the photo, px
-                 patch_size: int = 128, cached: bool = False,  # the CNN's features come from a bank
+def photo_gflops(model: UPDETR,  # on the CPU
+                 size: tuple[int, int] = TYPICAL,  # height, width of the photo, px
+                 patch_size: int = 128,  # px
+                 cached: bool = False,  # the CNN's features come from a bank
                  ) -> dict[str, float]:  # GFLOP a photo: CNN on the photo, CNN on the patches, transformer
     "Arithmetic of one pre-training step for one photo."
     image, patches = torch.zeros(1, 3, *size), torch.zeros(1, model.num_patches, 3, patch_size, patch_size)
@@ -36,7 +40,8 @@ def photo_gflops(model: UPDETR, size: tuple[int, int] = TYPICAL,  # height, widt
             'transformer': 3 * count_flops(model.forward_features, feature, pooled)}
 
 # %% ../nbs/21_plan.ipynb #c007
-def saved_bytes(f) -> int:
+def saved_bytes(f,  # to be called, without arguments
+                ) -> int:
     "Bytes that autograd keeps for the backward pass of a call, weights apart."
     kept = {}
     def pack(x: Tensor):
@@ -46,7 +51,10 @@ def saved_bytes(f) -> int:
     del result
     return sum(kept.values())
 
-def photo_memory(model: UPDETR, cfg: PretrainConfig, size: tuple[int, int] = TYPICAL) -> int:  # bytes
+def photo_memory(model: UPDETR,  # in training mode, on the CPU
+                 cfg: PretrainConfig,  # patch size and losses are read
+                 size: tuple[int, int] = TYPICAL,  # height, width of the photo, px
+                 ) -> int:  # bytes
     "What one photo adds to the memory of a training step (transformer and losses; the frozen CNN keeps nothing)."
     criterion = build_criterion(model, **loss_options(cfg))
     image, patches = torch.zeros(1, 3, *size), torch.rand(1, model.num_patches, 3, cfg.patch_size, cfg.patch_size)
@@ -57,9 +65,9 @@ def photo_memory(model: UPDETR, cfg: PretrainConfig, size: tuple[int, int] = TYP
 @dataclass(frozen=True)
 class Plan:
     "What a pre-training run is, in numbers."
-    photos: int
-    steps_per_epoch: int
-    steps: int
+    photos: int  # or views, seen in an epoch
+    steps_per_epoch: int  # whole batches
+    steps: int  # in all epochs
     trainable: int  # parameters
     frozen: int  # parameters
     gflops: dict[str, float]  # a photo
@@ -69,26 +77,30 @@ class Plan:
     hours: float | None  # at the given speed
 
     def __str__(self):
-        total = sum(self.gflops.values())
-        lines = [f'photos            {self.photos:,}', f'steps             {self.steps:,} = {self.steps_per_epoch:,} an epoch', f'parameters        {self.trainable:,} trained, {self.frozen:,} frozen',
-                 f'arithmetic        {total:.1f} GFLOP a photo: ' + ', '.join(f'{k} {v:.1f}' for k, v in self.gflops.items()),
-                 f'memory a process  {self.fixed_gib + self.photo_gib * self.per_process:.1f} GiB = {self.fixed_gib:.2f} fixed + {self.per_process} photos x {self.photo_gib * 1024:.0f} MiB (fp32; about half in bf16)',
-                 'time              ' + (f'{self.hours:.1f} h at the given speed' if self.hours else 'give a speed with -p img_s')]
-        return '\n'.join(lines)
+        total, memory = sum(self.gflops.values()), self.fixed_gib + self.photo_gib * self.per_process
+        rows = {'photos': f'{self.photos:,}', 'steps': f'{self.steps:,} = {self.steps_per_epoch:,} an epoch',
+                'parameters': f'{self.trainable:,} trained, {self.frozen:,} frozen',
+                'arithmetic': f'{total:.1f} GFLOP a photo: ' + ', '.join(f'{k} {v:.1f}' for k, v in self.gflops.items()),
+                'memory a process': f'{memory:.1f} GiB = {self.fixed_gib:.2f} fixed + {self.per_process} photos x '
+                                    f'{self.photo_gib * 1024:.0f} MiB (fp32; about half in bf16)',
+                'time': f'{self.hours:.1f} h at the given speed' if self.hours else 'give a speed with -p img_s'}
+        return '\n'.join(f'{name:17} {text}' for name, text in rows.items())
 
 # %% ../nbs/21_plan.ipynb #c009
-def make_plan(cfg: PretrainConfig,
-              photos: int,  # to train on
-              processes: int = 1,
+def make_plan(cfg: PretrainConfig,  # of the run
+              photos: int,  # to train on; not used if the configuration asks for views
+              processes: int = 1,  # on all machines
               img_s: float = 0.,  # speed over all processes, photos a second; 0 = unknown
               ) -> Plan:
     "Count what a run will cost. Raises ValueError if there are fewer photos than a batch holds."
     photos = cfg.views or photos
-    if photos < cfg.batch_size: raise ValueError(f'batch_size {cfg.batch_size} is larger than the {photos} photos there are: choose a smaller batch_size')
+    if photos < cfg.batch_size:
+        raise ValueError(f'batch_size {cfg.batch_size} is larger than the {photos} photos there are: choose a smaller batch_size')
     model = build_updetr(**model_options(cfg) | {'weights': None, 'matching_init': False})
     size = (cfg.view_size, cfg.view_size) if cfg.views else TYPICAL
     trainable, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad == t) for t in (True, False))
-    per_epoch = photos // cfg.batch_size
-    return Plan(photos, per_epoch, per_epoch * cfg.epochs, trainable, frozen, photo_gflops(model, size, cfg.patch_size, cfg.cache_features),
-                (trainable * 16 + frozen * 8) / 2**30, photo_memory(model.train(), cfg, size) / 2**30,
-                cfg.batch_size // max(1, processes * cfg.accumulate), cfg.epochs * photos / img_s / 3600 if img_s else None)
+    per_epoch, gflops = photos // cfg.batch_size, photo_gflops(model, size, cfg.patch_size, cfg.cache_features)
+    fixed = 16 * trainable + 4 * frozen + 4 * (trainable + frozen) * (cfg.ema > 0)
+    return Plan(photos, per_epoch, per_epoch * cfg.epochs, trainable, frozen, gflops, fixed / 2**30,
+                photo_memory(model.train(), cfg, size) / 2**30, cfg.batch_size // max(1, processes * cfg.accumulate),
+                cfg.epochs * photos / img_s / 3600 if img_s else None)

@@ -46,7 +46,9 @@ class PositionEmbeddingLearned(nn.Module):
     def forward(self, mask):  # (B,h,w) bool -> (B,2*num_pos_feats,h,w)
         B, h, w = mask.shape
         size = self.row_embed.num_embeddings
-        if max(h, w) > size: raise ValueError(f'a feature map of {h}x{w} is larger than the learned position table ({size}): use position="sine", or smaller photos')
+        if max(h, w) > size:
+            raise ValueError(f"a feature map of {h}x{w} is larger than the learned position table ({size}): "
+                             "use position='sine', or smaller photos")
         col, row = self.col_embed.weight[:w].expand(h, w, -1), self.row_embed.weight[:h, None].expand(h, w, -1)
         return torch.cat((col, row), -1).permute(2, 0, 1).expand(B, -1, -1, -1)
 

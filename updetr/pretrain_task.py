@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BANK_FIELDS', 'PREVIEW_BOXES', 'PREVIEW_COLORS', 'TASKS', 'is_heldout', 'choose', 'builtin_index', 'find_photos',
-           'photo_lists', 'build_dataset', 'PretrainStep', 'open_bank', 'fit_statistics', 'preview_answer',
-           'draw_preview', 'PretrainTask', 'run', 'main']
+           'photo_lists', 'build_dataset', 'photo_sizes', 'PretrainStep', 'note_skipped', 'open_bank', 'fit_statistics',
+           'preview_photo', 'preview_answer', 'draw_preview', 'PretrainTask', 'run', 'main']
 
 # %% ../nbs/16a_pretrain_task.ipynb #c002
 import argparse
@@ -28,21 +28,23 @@ from .augment import normalize
 from .checkpoint import write_atomic, write_json
 from .config import PretrainConfig, check_config, find_data, loss_options, model_options
 from .loader import (BatchPlan, FeatureBank, PatchTask, SelfDet, Views, as_targets, bank_chunk, bank_key, build_bank, finish_bank,
-                           photo_loader, to_device)
+                           photo_loader, read_or_next, to_device)
 from .losses import build_criterion
 from .patches import crop_patches
 from .photos import PRETRAIN_SIZES, PhotoIndex, builtin_photos, index_photos, read_photo, resize
 from .train import Processes, join_processes, train
-from .updetr import best_of_group, build_updetr
+from .updetr import UPDETR, best_of_group, build_updetr
 
-# %% ../nbs/16a_pretrain_task.ipynb #c005
+# %% ../nbs/16a_pretrain_task.ipynb #c006
 def is_heldout(name: str,  # path of a photo relative to its folder
                share: float,  # 0..1
                ) -> bool:
     "Whether a photo is kept from training: a function of its name alone."
     return int(hashlib.sha1(os.fsencode(name)).hexdigest()[:8], 16) < share * 2**32
 
-def choose(index: PhotoIndex, keep) -> PhotoIndex:
+def choose(index: PhotoIndex,  # all photos
+           keep,  # relative path -> whether it stays
+           ) -> PhotoIndex:
     "The photos whose relative path `keep` accepts."
     kept = [i for i, p in enumerate(index.paths) if keep(p)]
     return dataclasses.replace(index, paths=[index.paths[i] for i in kept], sizes=index.sizes[kept])
@@ -53,7 +55,8 @@ def builtin_index(split: str,  # 'train' or 'heldout'
     paths = [p.path for p in builtin_photos(split)]
     return PhotoIndex('', paths, np.array([read_photo(p).shape[1:] for p in paths]), [])
 
-def find_photos(cfg: PretrainConfig) -> tuple[PhotoIndex, PhotoIndex]:  # to train on, to measure on
+def find_photos(cfg: PretrainConfig,  # data, heldout and views are read
+                ) -> tuple[PhotoIndex, PhotoIndex]:  # to train on, to measure on
     "The photos of a run. Raises FileNotFoundError or ValueError that shows what was expected."
     root, val = find_data(cfg, builtin=cfg.data == '' and cfg.views > 0)
     if not root: return builtin_index('train'), builtin_index('heldout')
@@ -61,19 +64,25 @@ def find_photos(cfg: PretrainConfig) -> tuple[PhotoIndex, PhotoIndex]:  # to tra
     if val: return index, index_photos(val)
     return choose(index, lambda p: not is_heldout(p, cfg.heldout)), choose(index, lambda p: is_heldout(p, cfg.heldout))
 
-# %% ../nbs/16a_pretrain_task.ipynb #c007
-def photo_lists(cfg: PretrainConfig, run_dir: Path, processes: Processes) -> list[PhotoIndex]:  # to train on, to measure on
+# %% ../nbs/16a_pretrain_task.ipynb #c008
+def photo_lists(cfg: PretrainConfig,  # of the run
+                run_dir: Path,  # folder of the run
+                processes: Processes,  # all of them call this
+                ) -> list[PhotoIndex]:  # to train on, to measure on
     "The photos of a run: the first process looks once, all read the same list, and a resumed run keeps the list it began with."
     files = [run_dir / f'photos_{k}.json' for k in ('train', 'heldout')]
     if processes.rank == 0 and not files[1].exists():
         found = find_photos(cfg)
         if not len(found[0]): raise ValueError(f'no photo is left to train on with heldout={cfg.heldout}: lower it')
         for index, file in zip(found, files): index.save(file)
-        print(f'{len(found[0])} photos to train on, {len(found[1])} held out' + (f'. {found[0].summary()}' if found[0].skipped else ''), flush=True)
+        print(f'{len(found[0])} photos to train on, {len(found[1])} held out', flush=True)
+        for index in found[:1 + (found[0].root != found[1].root)]:
+            if index.skipped: print(dataclasses.replace(index, root=Path(index.root).name).summary(), flush=True)
     processes.barrier()
     return [PhotoIndex.load(f) for f in files]
 
-def build_dataset(cfg: PretrainConfig, photos: PhotoIndex,
+def build_dataset(cfg: PretrainConfig,  # of the run
+                  photos: PhotoIndex,  # to train on
                   num_patches: int,  # for each photo or view
                   ) -> SelfDet | Views:
     "Whole photos, or fixed random views of them."
@@ -81,10 +90,19 @@ def build_dataset(cfg: PretrainConfig, photos: PhotoIndex,
     paths = [photos.path(i) for i in range(len(photos))]
     return Views(paths, task, cfg.views, cfg.seed, cfg.collage) if cfg.views else SelfDet(paths, task, cfg.seed)
 
-# %% ../nbs/16a_pretrain_task.ipynb #c009
+def photo_sizes(cfg: PretrainConfig,  # of the run
+                photos: PhotoIndex,  # to train on
+                ) -> tuple[np.ndarray, tuple[int, ...]]:  # (n,2) height and width of each photo or view, px; short sides of batches, px
+    "What a `BatchPlan` has to know of a dataset."
+    return (np.full((cfg.views, 2), cfg.view_size), (cfg.view_size,)) if cfg.views else (photos.sizes, PRETRAIN_SIZES)
+
+# %% ../nbs/16a_pretrain_task.ipynb #c010
 class PretrainStep(nn.Module):
     "A batch of the loader to its loss and the logged numbers."
-    def __init__(self, model, criterion):
+    def __init__(self,
+                 model: UPDETR,  # to be trained
+                 criterion: nn.Module,  # of `build_criterion`
+                 ):
         super().__init__()
         self.model, self.criterion = model, criterion
 
@@ -94,102 +112,140 @@ class PretrainStep(nn.Module):
         losses = self.criterion(outputs, as_targets(batch['boxes']))
         return self.criterion.total(losses), losses
 
-# %% ../nbs/16a_pretrain_task.ipynb #c011
+# %% ../nbs/16a_pretrain_task.ipynb #c012
 BANK_FIELDS = 'seed backbone weights features dilation patch_size patch_law views view_size collage'.split()
 
-def open_bank(cfg: PretrainConfig, run_dir: Path, model, photos: PhotoIndex, processes: Processes) -> FeatureBank:
+def note_skipped(run_dir: Path,  # folder of the run
+                 messages: list[str],  # what was wrong with which file
+                 known: set[str],  # messages that were noted before; grows
+                 ) -> None:
+    "Add each new message to skipped.txt, once."
+    new = [m for m in dict.fromkeys(messages) if m not in known]
+    known.update(new)
+    if new:
+        with open(run_dir / 'skipped.txt', 'a') as f: f.writelines(f'{m}\n' for m in new)
+
+def open_bank(cfg: PretrainConfig,  # of the run
+              run_dir: Path,  # folder of the run; the banks lie beside it
+              model: UPDETR,  # whose frozen CNN is used
+              photos: PhotoIndex,  # to train on
+              processes: Processes,  # all of them call this
+              ) -> FeatureBank:
     "The feature bank of a run, computed first where it is not there yet."
     dataset, p = build_dataset(cfg, photos, cfg.cached_patches or cfg.num_patches), processes
-    key = bank_key(photos=photos.paths, patches=dataset.task.num_patches, **{k: getattr(cfg, k) for k in BANK_FIELDS})
+    key = bank_key(photos=dataset.paths, patches=dataset.task.num_patches, **{k: getattr(cfg, k) for k in BANK_FIELDS})
     folder, begun = run_dir.parent / 'banks' / key, time.perf_counter()
 
     def progress(done, total):
-        if p.rank == 0: write_json(run_dir / 'progress.json', {'phase': "the frozen CNN's features", 'done': done, 'total': total, 'seconds': time.perf_counter() - begun})
+        row = {'phase': "the frozen CNN's features", 'done': done, 'total': total, 'seconds': time.perf_counter() - begun}
+        if p.rank == 0: write_json(run_dir / 'progress.json', row)
 
     missing = p.any(not (folder / 'bank.json').exists())
     if missing:
-        build_bank(folder, model, dataset, cfg.view_size, p.rank, p.world, p.device, progress=progress)
+        skipped = build_bank(folder, model, dataset, cfg.view_size, p.rank, p.world, p.device, progress=progress)
+        note_skipped(run_dir, skipped, set())
         p.barrier()
         if p.rank == 0: finish_bank(folder, model, dataset, cfg.view_size)
         p.barrier()
     return FeatureBank(folder, dataclasses.replace(dataset.task, num_patches=cfg.num_patches), cfg.seed)
 
-# %% ../nbs/16a_pretrain_task.ipynb #c012
-def fit_statistics(model, bank: FeatureBank | None, dataset, size: int, n: int = 256) -> None:
+# %% ../nbs/16a_pretrain_task.ipynb #c013
+def fit_statistics(model: UPDETR,  # with option `standardize`
+                   bank: FeatureBank | None,  # of the run, or None for live photos
+                   dataset: SelfDet | Views,  # of the run
+                   size: int,  # px, short side of the photos
+                   n: int = 256,  # largest number of photos
+                   ) -> None:
     "Mean and spread of the CNN's channels over up to `n` photos, for tokens and for pooled patches (option `standardize`)."
     n, device = min(n, len(dataset)), next(model.parameters()).device
     if bank: tokens, pooled = (bank.parts[k][:n].float() for k in ('feature', 'patch_feature'))
     else:
-        chunks = [bank_chunk(model, dataset, [i], size, device) for i in range(n)]
+        chunks = [bank_chunk(model, dataset, [i], size, device)[0] for i in range(n)]
         tokens, pooled = torch.cat([c['feature'].flatten(2) for c in chunks], 2), torch.cat([c['patch_feature'] for c in chunks])
     model.feature_norm.fit(tokens.to(device))
     model.patch_norm.fit(pooled.to(device))
 
-# %% ../nbs/16a_pretrain_task.ipynb #c014
+# %% ../nbs/16a_pretrain_task.ipynb #c015
 PREVIEW_BOXES = ((.08, .10, .38, .45), (.55, .05, .95, .40), (.35, .35, .65, .70), (.05, .60, .40, .95), (.60, .55, .92, .92))
 PREVIEW_COLORS = ('#e6194b', '#3cb44b', '#4363d8', '#f58231', '#911eb4')
 
+def preview_photo(index: PhotoIndex,  # with at least one photo
+                  ) -> Tensor:  # (3,256,256) uint8
+    "The first readable photo, squashed to a square."
+    return resize(read_or_next([index.path(i) for i in range(min(len(index), 16))], 0)[0], 256, 256)
+
 @torch.no_grad()
-def preview_answer(model, image: Tensor,  # (3,H,W) uint8
-                   patch_size: int) -> tuple[Tensor, list[str], Tensor]:  # boxes (m,4) px, scores, patches (m,3,s,s) uint8
+def preview_answer(model: UPDETR,  # any state of it
+                   image: Tensor,  # (3,H,W) uint8
+                   patch_size: int,  # px
+                   ) -> tuple[Tensor, list[str], Tensor]:  # boxes (m,4) xyxy px, scores, patches (m,3,s,s) uint8
     "Ask a model for the preview's patches."
     scale = torch.tensor(image.shape[1:]).flip(0).repeat(2)
     patches = crop_patches(image, (torch.tensor(PREVIEW_BOXES[:model.num_patches]) * scale).int(), patch_size)
     backbone, training, device = model.backbone[0], model.training, next(model.parameters()).device
-    ready = lambda x: normalize(x.to(device) / 255, backbone.mean, backbone.std)
+    def ready(x): return normalize(x.to(device) / 255, backbone.mean, backbone.std)
     boxes, scores = best_of_group(model.eval()([ready(image)], ready(patches)[None]), len(patches))
     model.train(training)
     return (box_convert(boxes[0].cpu(), 'cxcywh', 'xyxy') * scale).clamp(min=0), [f'{s:.2f}' for s in scores[0].tolist()], patches
 
-def draw_preview(model, image: Tensor,  # (3,H,W) uint8
-                 path: str | Path, patch_size: int = 128) -> None:
+def draw_preview(model: UPDETR,  # any state of it
+                 image: Tensor,  # (3,H,W) uint8
+                 path: str | Path,  # PNG file
+                 patch_size: int = 128,  # px
+                 ) -> None:
     "Write a picture: the photo with boxes in the colour of their patch, the patches below."
     boxes, scores, patches = preview_answer(model, image, patch_size)
     colors, side = list(PREVIEW_COLORS[:len(boxes)]), image.shape[2] // len(PREVIEW_BOXES)
     photo, row = draw_bounding_boxes(image, boxes, scores, colors, width=3), torch.full((3, side, image.shape[2]), 255, dtype=torch.uint8)
+    frame = torch.tensor([[0, 0, side - 1, side - 1]])
     for i, patch in enumerate(patches):
-        framed = draw_bounding_boxes(resize(patch, side, side), torch.tensor([[0, 0, side - 1, side - 1]]), colors=[colors[i]], width=4)
+        framed = draw_bounding_boxes(resize(patch, side, side), frame, colors=[colors[i]], width=4)
         row[:, :, i * side:(i + 1) * side] = framed
     write_atomic(path, lambda p: write_png(torch.cat((photo, row), 1), str(p)))
 
-# %% ../nbs/16a_pretrain_task.ipynb #c016
+# %% ../nbs/16a_pretrain_task.ipynb #c017
 class PretrainTask:
     "Random query patch detection as a task for `updetr.train.train`."
-    def __init__(self, cfg: PretrainConfig, run_dir: str | Path, processes: Processes):
+    def __init__(self,
+                 cfg: PretrainConfig,  # of the run
+                 run_dir: str | Path,  # folder of the run; it must exist
+                 processes: Processes,  # of `join_processes`
+                 ):
         self.cfg, self.run_dir, self.processes, self.bank = cfg, Path(run_dir), processes, None
         self.photos, self.heldout = photo_lists(cfg, self.run_dir, processes)
+        self.dataset, (self.sizes, self.sides) = build_dataset(cfg, self.photos, cfg.num_patches), photo_sizes(cfg, self.photos)
+        self.steps_per_epoch = self.plan(0, 0).steps_per_epoch
         torch.manual_seed(cfg.seed)
         self.model = build_updetr(**model_options(cfg)).to(processes.device)
-        for part in (self.model.transformer.encoder, self.model.transformer.decoder): part.gradient_checkpointing = cfg.gradient_checkpointing
+        transformer = self.model.transformer
+        for part in (transformer.encoder, transformer.decoder): part.gradient_checkpointing = cfg.gradient_checkpointing
         self.module = PretrainStep(self.model, build_criterion(self.model, **loss_options(cfg)).to(processes.device))
-        self.dataset = build_dataset(cfg, self.photos, cfg.num_patches)
-        self.steps_per_epoch = self.plan(0, 0).steps_per_epoch
 
-    def plan(self, start, total):
-        "Which photos this process sees from step `start` on."
+    def plan(self, start: int, total: int) -> BatchPlan:
+        "Which photos this process sees. Raises ValueError for a batch size that does not fit the photos or the processes."
         cfg, p = self.cfg, self.processes
-        sizes, sides = (np.full((cfg.views, 2), cfg.view_size), (cfg.view_size,)) if cfg.views else (self.photos.sizes, PRETRAIN_SIZES)
-        return BatchPlan(sizes, cfg.batch_size, total, cfg.seed, sides, start, p.rank, p.world, cfg.accumulate)
+        return BatchPlan(self.sizes, cfg.batch_size, total, cfg.seed, self.sides, start, p.rank, p.world, cfg.accumulate)
 
-    def begin(self, resumed):
+    def begin(self, resumed: bool) -> None:
+        "What comes before the first step: the feature bank, and channel statistics unless they came with a checkpoint."
         if self.cfg.cache_features: self.bank = open_bank(self.cfg, self.run_dir, self.model, self.photos, self.processes)
-        if self.cfg.standardize and not resumed: fit_statistics(self.model, self.bank, self.dataset, self.cfg.view_size if self.cfg.views else PRETRAIN_SIZES[0])
+        if self.cfg.standardize and not resumed: fit_statistics(self.model, self.bank, self.dataset, self.sides[0])
 
-    def batches(self, start, total):
-        plan, device, backbone = self.plan(start, total), self.processes.device, self.model.backbone[0]
+    def batches(self, start: int, total: int):
+        "Yield this process's micro-batches between two steps, on its device."
+        plan, device, backbone, known = self.plan(start, total), self.processes.device, self.model.backbone[0], set()
         if self.bank:
             for items in plan: yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.bank.batch(items).items()}
             return
         for batch in photo_loader(self.dataset, plan, self.cfg.num_workers):
-            if batch['skipped']:
-                with open(self.run_dir / 'skipped.txt', 'a') as f: f.writelines(f'{s}\n' for s in batch['skipped'])
+            note_skipped(self.run_dir, batch['skipped'], known)
             yield to_device(batch, device, backbone.mean, backbone.std)
 
-    def preview(self, path):
-        index = self.heldout if len(self.heldout) else self.photos
-        draw_preview(self.model, resize(read_photo(index.path(0)), 256, 256), path, self.cfg.patch_size)
+    def preview(self, path: str | Path) -> None:
+        "Draw what the model answers now, on a held-out photo if there is one."
+        draw_preview(self.model, preview_photo(self.heldout if len(self.heldout) else self.photos), path, self.cfg.patch_size)
 
-# %% ../nbs/16a_pretrain_task.ipynb #c018
+# %% ../nbs/16a_pretrain_task.ipynb #c019
 TASKS = {'pretrain': (PretrainConfig, PretrainTask)}
 
 def run(cfg_path: str | Path,  # cfg.json in a run folder

@@ -7,7 +7,6 @@ __all__ = ['git_commit', 'hardware', 'versions', 'provenance', 'markdown_table',
            'save_figure', 'save_metrics']
 
 # %% ../nbs/20_report.ipynb #c002
-import json
 import os
 import platform
 import subprocess
@@ -22,22 +21,29 @@ import torch
 from .checkpoint import write_atomic, write_json
 
 # %% ../nbs/20_report.ipynb #c005
-def git_commit(folder: str | Path = '.',  # inside the repository
-               ) -> str:  # e.g. '1a2b3c4d' or '1a2b3c4d+changes'; 'unknown' outside a repository
-    "The commit of the code that runs."
+def git_commit(folder: str | Path = '.',  # anywhere inside the repository
+               ) -> str:  # e.g. '1a2b3c4d5e6f' or '1a2b3c4d5e6f+changes'; 'unknown' outside a repository
+    "The commit of the code that runs, and whether package or notebooks differ from it."
     def git(*words): return subprocess.run(['git', '-C', str(folder), *words], capture_output=True, text=True, check=True).stdout.strip()
-    try: return git('rev-parse', '--short=12', 'HEAD') + ('+changes' if git('status', '--porcelain', '--untracked-files=no', '--', 'updetr', 'nbs') else '')
+    try:
+        changed = git('status', '--porcelain', '--untracked-files=no', '--', ':/updetr', ':/nbs')
+        return git('rev-parse', '--short=12', 'HEAD') + ('+changes' if changed else '')
     except (OSError, subprocess.CalledProcessError): return 'unknown'
 
-def hardware() -> dict:
+def _cpu_name():
+    if not os.path.exists('/proc/cpuinfo'): return platform.processor() or platform.machine()
+    lines = Path('/proc/cpuinfo').read_text().splitlines()
+    return next((line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')), platform.machine())
+
+def hardware() -> dict:  # cpu, cores, memory_gib, gpus
     "Processor, cores, memory and GPUs."
-    cpu = next((line.split(':', 1)[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')), '') if os.path.exists('/proc/cpuinfo') else ''
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30 if hasattr(os, 'sysconf') else None
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {'cpu': cpu or platform.processor() or platform.machine(), 'cores': cores, 'memory_gib': memory and round(memory), 'gpus': gpus}
+    return {'cpu': _cpu_name(), 'cores': cores, 'memory_gib': memory and round(memory), 'gpus': gpus}
 
-def versions(packages: tuple[str, ...] = ('updetr', 'torch', 'torchvision', 'timm', 'numpy', 'scipy')) -> dict[str, str]:
+def versions(packages: tuple[str, ...] = ('updetr', 'torch', 'torchvision', 'timm', 'numpy', 'scipy'),  # names of distributions
+             ) -> dict[str, str]:
     "Versions of python and of what computes."
     def of(p):
         try: return version(p)
@@ -46,12 +52,13 @@ def versions(packages: tuple[str, ...] = ('updetr', 'torch', 'torchvision', 'tim
 
 def provenance(command: str,  # that makes the numbers again
                scale: str,  # in words: how far this is from the paper's setting
-               seeds: list[int],
+               seeds: list[int],  # of all runs behind the numbers
                wall_s: float,  # seconds
                **more,  # anything else worth knowing: steps, img_s, ...
-               ) -> dict:
+               ) -> dict:  # plain, for JSON
     "Everything that a reader needs to judge and repeat a number."
-    return {'command': command, 'scale': scale, 'seeds': seeds, 'wall_s': round(wall_s, 1), 'commit': git_commit(), 'versions': versions(), 'hardware': hardware(), **more}
+    return {'command': command, 'scale': scale, 'seeds': seeds, 'wall_s': round(wall_s, 1), 'commit': git_commit(),
+            'versions': versions(), 'hardware': hardware(), **more}
 
 # %% ../nbs/20_report.ipynb #c008
 def markdown_table(rows: list[Mapping],  # one a row; missing entries stay empty
@@ -59,14 +66,15 @@ def markdown_table(rows: list[Mapping],  # one a row; missing entries stay empty
                    ) -> str:
     "Rows as a markdown table; the columns in the order in which they first appear."
     columns = list(dict.fromkeys(k for r in rows for k in r))
-    show = lambda v: '' if v is None else f'{v:.{digits}f}' if isinstance(v, float) else str(v)
+    def show(v): return '' if v is None else f'{v:.{digits}f}' if isinstance(v, float) else str(v)
     lines = [columns, ['---'] * len(columns), *[[show(r.get(c)) for c in columns] for r in rows]]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 def mean_and_spread(values: list[float],  # one a seed
                     ) -> dict:  # mean, std (of the sample; None for one seed), per_seed
     "A number measured with several seeds."
-    return {'mean': float(np.mean(values)), 'std': float(np.std(values, ddof=1)) if len(values) > 1 else None, 'per_seed': [float(v) for v in values]}
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {'mean': float(np.mean(values)), 'std': std, 'per_seed': [float(v) for v in values]}
 
 # %% ../nbs/20_report.ipynb #c011
 def smooth(values,  # a curve
@@ -79,8 +87,8 @@ def smooth(values,  # a curve
 
 def loss_curves(logs: Mapping[str, list[dict]],  # name of a run -> its log rows
                 keys: Mapping[str, str],  # log key -> title of its panel
-                ):
-    "One panel a key, one colour a run. Returns the figure."
+                ):  # matplotlib figure
+    "One panel a key, one colour a run."
     fig, axes = plt.subplots(1, len(keys), figsize=(3.1 * len(keys), 2.3), dpi=72, squeeze=False)
     for ax, (key, title) in zip(axes[0], keys.items()):
         for name, rows in logs.items():
@@ -94,14 +102,18 @@ def loss_curves(logs: Mapping[str, list[dict]],  # name of a run -> its log rows
     return fig
 
 # %% ../nbs/20_report.ipynb #c014
-def save_figure(fig, path: str | Path,  # without suffix
+def save_figure(fig,  # matplotlib figure
+                path: str | Path,  # without suffix; its folder is made
                 ) -> None:
     "Save a figure as PNG and SVG."
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    for suffix in ('png', 'svg'):
-        write_atomic(Path(path).with_suffix(f'.{suffix}'), lambda p: fig.savefig(p, format=suffix, dpi=80, metadata={'Date': None} if suffix == 'svg' else None))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path.with_name(f'{path.name}.png'), lambda p: fig.savefig(p, format='png', dpi=80))
+    write_atomic(path.with_name(f'{path.name}.svg'), lambda p: fig.savefig(p, format='svg', metadata={'Date': None}))
 
-def save_metrics(folder: str | Path, metrics: Mapping) -> None:
+def save_metrics(folder: str | Path,  # of the report; made if missing
+                 metrics: Mapping,  # what JSON can hold, with the key 'provenance'
+                 ) -> None:
     "Write `metrics.json`. Raises ValueError without provenance: a number must say where it comes from."
     missing = {'command', 'commit', 'versions', 'hardware', 'seeds', 'scale', 'wall_s'} - set(metrics.get('provenance', {}))
     if missing: raise ValueError(f'metrics for {folder} lack provenance: {sorted(missing)}')

@@ -27,9 +27,9 @@ from .stop import StopFlag
 
 # %% ../nbs/16_train.ipynb #c005
 def lr_factor(step: int,  # 0..total_steps - 1
-              total_steps: int,
-              steps_per_epoch: int,
-              cfg: TrainConfig,
+              total_steps: int,  # of the whole training
+              steps_per_epoch: int,  # for the step schedule
+              cfg: TrainConfig,  # schedule, lr_drop and warmup are read
               ) -> float:  # what the base learning rates are multiplied with, 0..1
     "The learning-rate schedule."
     warmup = round(cfg.warmup * total_steps)
@@ -38,10 +38,13 @@ def lr_factor(step: int,  # 0..total_steps - 1
     return .5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
 
 # %% ../nbs/16_train.ipynb #c008
-def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module,  # whose trainable parameters are optimised
+                    cfg: TrainConfig,  # lr, lr_backbone and weight_decay are read
+                    ) -> torch.optim.AdamW:
     "AdamW over the trainable parameters; 'backbone' in the name decides the group."
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [{'params': [p for n, p in named if ('backbone' in n) == cnn], 'lr': lr, 'initial_lr': lr} for cnn, lr in ((False, cfg.lr), (True, cfg.lr_backbone))]
+    groups = [{'params': [p for n, p in named if ('backbone' in n) == cnn], 'lr': lr, 'initial_lr': lr}
+              for cnn, lr in ((False, cfg.lr), (True, cfg.lr_backbone))]
     fused = all(p.device.type == 'cuda' for _, p in named)
     return torch.optim.AdamW([g for g in groups if g['params']], lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
 
@@ -49,20 +52,25 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
 @dataclasses.dataclass
 class Processes:
     "Which of how many processes this is, and its device."
-    rank: int = 0
-    world: int = 1
-    device: torch.device = torch.device('cpu')
+    rank: int = 0  # 0..world - 1
+    world: int = 1  # number of processes on all machines
+    device: torch.device = torch.device('cpu')  # of this process
 
     def barrier(self):
+        "Wait for all."
         if self.world > 1: dist.barrier()
 
-    def any(self, flag: bool) -> bool:
+    def any(self,
+            flag: bool,  # of this process
+            ) -> bool:  # the same on all
         "True on all processes if it is on one."
         if self.world == 1: return flag
         dist.all_reduce(votes := torch.tensor(int(flag)))
         return votes.item() > 0
 
-    def mean(self, x: Tensor) -> Tensor:
+    def mean(self,
+             x: Tensor,  # of the same shape on all
+             ) -> Tensor:  # the same on all
         "The mean over processes."
         if self.world > 1: dist.all_reduce(x := x.clone())
         return x / self.world
@@ -78,21 +86,33 @@ def join_processes() -> Processes:
 # %% ../nbs/16_train.ipynb #c012
 class TrainState:
     "Model, optimizer, averaged weights, step count and seconds spent: what a checkpoint holds."
-    def __init__(self, model: nn.Module, cfg: TrainConfig):
+    def __init__(self,
+                 model: nn.Module,  # bare, not in DDP
+                 cfg: TrainConfig,  # of the run
+                 ):
         self.model, self.cfg, self.step, self.seconds = model, cfg, 0, 0.
         self.optimizer = build_optimizer(model, cfg)
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True) if cfg.ema else None
 
-    def state_dict(self, steps_per_epoch, rng) -> dict:
+    def state_dict(self,
+                   steps_per_epoch: int,  # for the key 'epoch'
+                   rng: list[Tensor],  # of `gather_rng`
+                   ) -> dict:
         "DETR's keys (model, optimizer, lr_scheduler, epoch, args) and what an exact resume needs beyond them."
-        state = {'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(), 'lr_scheduler': {'step': self.step}, 'step': self.step,
-                 'epoch': self.step // steps_per_epoch, 'seconds': self.seconds, 'args': dataclasses.asdict(self.cfg), 'rng': rng}
+        state = {'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(), 'lr_scheduler': {'step': self.step},
+                 'step': self.step, 'epoch': self.step // steps_per_epoch, 'seconds': self.seconds,
+                 'args': dataclasses.asdict(self.cfg), 'rng': rng}
         return state | ({'ema': self.ema.module.state_dict(), 'ema_steps': self.ema.n_averaged} if self.ema else {})
 
-    def load(self, state: dict, path) -> None:
+    def load(self,
+             state: dict,  # of `state_dict`
+             path: str | Path,  # where it came from, for messages
+             ) -> None:
         "Go on from a saved state. Raises ValueError that names what has changed in the configuration."
-        changed = cfg_changes(state['args'], dataclasses.asdict(self.cfg), NEUTRAL)
-        if changed: raise ValueError(f'{path} is of another configuration: {"; ".join(f"{k}: {v}" for k, v in changed.items())}. Give the run a new name, or go back to the old values')
+        changed = [f'{k}: {v}' for k, v in cfg_changes(state['args'], dataclasses.asdict(self.cfg), NEUTRAL).items()]
+        if changed:
+            raise ValueError(f'{path} is of another configuration: {"; ".join(changed)}. '
+                             'Give the run a new name, or go back to the old values')
         self.model.load_state_dict(state['model'])
         self.optimizer.load_state_dict(state['optimizer'])
         self.step, self.seconds = state['step'], state['seconds']
@@ -103,8 +123,8 @@ class TrainState:
 # %% ../nbs/16_train.ipynb #c014
 def train_step(module: nn.Module,  # batch -> (loss, dictionary of logged numbers); maybe in DDP
                batches,  # iterator of batches on the device
-               state: TrainState,
-               factor: float,  # of the learning rate
+               state: TrainState,  # changed in place
+               factor: float,  # of the learning rates, 0..1
                amp: bool = False,  # bf16 autocast
                ) -> tuple[list[str], Tensor]:  # names, their values on the device (no synchronisation)
     "Forward, backward and update for one global batch."
@@ -129,8 +149,8 @@ def train_step(module: nn.Module,  # batch -> (loss, dictionary of logged number
 # %% ../nbs/16_train.ipynb #c016
 def overfit_one_batch(module: nn.Module,  # batch -> (loss, dictionary)
                       batch,  # on the module's device
-                      steps: int = 100,
-                      lr: float = 1e-3,
+                      steps: int = 100,  # times that the batch is seen
+                      lr: float = 1e-3,  # constant
                       ) -> list[float]:  # loss of every step
     "Train on a single batch; the loss must fall far."
     params = [p for p in module.parameters() if p.requires_grad]
@@ -148,28 +168,47 @@ def overfit_one_batch(module: nn.Module,  # batch -> (loss, dictionary)
 # %% ../nbs/16_train.ipynb #c018
 class RunLog:
     "Means of the logged numbers, every `log_every` steps one JSON line in log.txt."
-    def __init__(self, run_dir, processes: Processes, images_per_step: int):
+    def __init__(self,
+                 run_dir: str | Path,  # folder of the run
+                 processes: Processes,  # over which means are taken
+                 images_per_step: int,  # global batch, for the speed
+                 ):
         self.path, self.processes, self.images = Path(run_dir) / 'log.txt', processes, images_per_step
         self.sum, self.count, self.start = 0., 0, time.perf_counter()
 
-    def add(self, values: Tensor):
+    def add(self,
+            values: Tensor,  # (n,) of one step, on the device
+            ):
+        "Add the numbers of one step."
         self.sum, self.count = self.sum + values, self.count + 1
 
-    def write(self, names: list[str], state: TrainState, steps_per_epoch: int, **more):
+    def write(self,
+              names: list[str],  # of the numbers, (n,)
+              state: TrainState,  # where the run is
+              steps_per_epoch: int,  # for the key 'epoch'
+              **more,  # further entries
+              ):
         "One line, from one transfer. Raises FloatingPointError when the loss is no longer a number."
         values = (self.processes.mean(self.sum) / self.count).tolist()
         now = time.perf_counter()
         row = {'step': state.step, 'epoch': (state.step - 1) // steps_per_epoch} | {f'train_{n}': v for n, v in zip(names, values)}
-        row |= {'train_lr': state.optimizer.param_groups[0]['lr'], 'img_s': self.images * self.count / (now - self.start), 'time': time.time(), **more}
+        row |= {'train_lr': state.optimizer.param_groups[0]['lr'], 'img_s': self.images * self.count / (now - self.start)}
+        row |= {'time': time.time(), **more}
         if torch.cuda.is_available(): row['max_mem_mb'] = torch.cuda.max_memory_allocated() / 2**20
         self.sum, self.count, self.start = 0., 0, now
         if self.processes.rank == 0:
             with open(self.path, 'a') as f: f.write(json.dumps(row) + '\n')
-        bad = [n for n, v in zip(names, values) if n.startswith('loss') and not math.isfinite(v)]
-        if bad: raise FloatingPointError(f'{", ".join(bad)} is not finite by step {state.step}: the last good state is in the run folder; a smaller lr is the usual cure')
+        bad = [n for n, v in zip(names, values) if n.startswith(('loss', 'grad')) and not math.isfinite(v)]
+        if bad:
+            raise FloatingPointError(f'{", ".join(bad)} not finite by step {state.step}. What was saved before is good; '
+                                     'a smaller lr, in a new run, is the usual cure')
 
 # %% ../nbs/16_train.ipynb #c020
-def train(task, cfg: TrainConfig, run_dir: str | Path, processes: Processes) -> TrainState:
+def train(task,  # an object as described above
+          cfg: TrainConfig,  # of the run
+          run_dir: str | Path,  # folder of the run; it must exist
+          processes: Processes,  # of `join_processes`
+          ) -> TrainState:  # after the last step
     "Run a task to its end or to a stop, resuming from `run_dir/checkpoint.pth` if it is there. Raises what the task raises."
     run_dir, checkpoint = Path(run_dir), Path(run_dir) / 'checkpoint.pth'
     state = TrainState(task.model, cfg)
@@ -180,26 +219,29 @@ def train(task, cfg: TrainConfig, run_dir: str | Path, processes: Processes) -> 
     module = task.module.train()
     if cfg.compile: task.model.transformer.compile()
     if processes.world > 1:
-        module = DistributedDataParallel(module, [processes.device] if processes.device.type == 'cuda' else None, broadcast_buffers=False, gradient_as_bucket_view=True)
+        devices = [processes.device] if processes.device.type == 'cuda' else None
+        module = DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     with StopFlag() as stop: _loop(task, module, state, run_dir, processes, total, stop)
-    if state.step >= total and processes.rank == 0: write_json(run_dir / 'done.json', {'step': state.step, 'seconds': state.seconds})
+    if state.step >= total and processes.rank == 0:
+        write_json(run_dir / 'done.json', {'step': state.step, 'seconds': state.seconds})
     return state
 
 # %% ../nbs/16_train.ipynb #c021
 def _loop(task, module, state, run_dir, processes, total, stop):
     "Steps until the end or a stop, with log lines, saves and previews"
     cfg, per_epoch = state.cfg, task.steps_per_epoch
-    batches, log, begun = iter(task.batches(state.step, total)), RunLog(run_dir, processes, cfg.batch_size), time.perf_counter() - state.seconds
-    amp, stopping = cfg.amp and processes.device.type == 'cuda', False
+    batches, log = iter(task.batches(state.step, total)), RunLog(run_dir, processes, cfg.batch_size)
+    begun, amp, stopping = time.perf_counter() - state.seconds, cfg.amp and processes.device.type == 'cuda', False
     while state.step < total and not stopping:
         names, values = train_step(module, batches, state, lr_factor(state.step, total, per_epoch, cfg), amp)
         log.add(values)
         state.seconds, stopping = time.perf_counter() - begun, processes.any(bool(stop))
-        last = state.step == total or stopping
-        if state.step % cfg.log_every == 0 or last: log.write(names, state, per_epoch, seconds=state.seconds)
         keep = cfg.keep_every and state.step % (cfg.keep_every * per_epoch) == 0
-        if state.step % cfg.save_every == 0 or last or keep: _save(task, state, run_dir, processes, keep)
-    if stopping and processes.rank == 0: print(f'stopped after step {state.step} of {total} ({stop.reason or "another process"}); saved', flush=True)
+        save = state.step % cfg.save_every == 0 or state.step == total or stopping or keep
+        if state.step % cfg.log_every == 0 or save: log.write(names, state, per_epoch, seconds=state.seconds)
+        if save: _save(task, state, run_dir, processes, keep)
+    if stopping and processes.rank == 0:
+        print(f'stopped after step {state.step} of {total} ({stop.reason or "another process"}); saved', flush=True)
 
 def _save(task, state, run_dir, processes, keep):
     "The last state, the epoch's own file if it is to be kept, and a picture; one process writes"

@@ -32,8 +32,15 @@ class MultiheadAttention(nn.Module):
     def _heads(self, x, weight, bias):
         return F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def forward(self, query, key, value, mask=None, need_weights=False):  # (B,Q,d), (B,K,d), (B,K,d), bool (Q,K) or (B,1|heads,Q|1,K), True = may look
-        q, k, v = (self._heads(x, w, b) for x, w, b in zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)))
+    def forward(self,
+                query,  # (B,Q,d)
+                key,  # (B,K,d)
+                value,  # (B,K,d)
+                mask=None,  # bool, (Q,K) or (B,1 or heads,1 or Q,K), True = may look
+                need_weights=False,  # also return the attention map (B,heads,Q,K), without dropout
+                ):
+        projections = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
+        q, k, v = (self._heads(x, weight, bias) for x, weight, bias in projections)
         weights = attention_weights(q, k, mask) if need_weights else None
         dropout = self.dropout if self.training else 0.
         out = weights @ v if need_weights else F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
@@ -47,7 +54,7 @@ def attention_weights(q: Tensor,  # (B,heads,Q,d_k)
     scores = q @ k.transpose(-2, -1) / q.shape[-1] ** .5
     return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
 
-# %% ../nbs/07_transformer.ipynb #c009
+# %% ../nbs/07_transformer.ipynb #c011
 class _Layer(nn.Module):
     "What encoder and decoder layers share: self-attention, a two-layer network and the residual sublayer."
     def __init__(self, d_model, nhead, dim_feedforward, dropout, pre_norm, num_norms):
@@ -63,7 +70,7 @@ class _Layer(nn.Module):
 
     def feed_forward(self, x): return self.linear2(self.dropout(F.relu(self.linear1(x))))
 
-# %% ../nbs/07_transformer.ipynb #c010
+# %% ../nbs/07_transformer.ipynb #c012
 class TransformerEncoderLayer(_Layer):
     "Self-attention over the photo's tokens, then the feed-forward network. Positions join queries and keys, never values."
     def __init__(self,
@@ -75,11 +82,15 @@ class TransformerEncoderLayer(_Layer):
                  ):
         super().__init__(d_model, nhead, dim_feedforward, dropout, pre_norm, 2)
 
-    def forward(self, src, pos, mask=None):  # (B,S,d), (B or 1,S,d), bool (B,1,1,S), True = real token
+    def forward(self,
+                src,  # (B,S,d)
+                pos,  # (B or 1,S,d)
+                mask=None,  # bool (B,1,1,S), True = real token
+                ):
         src = self.sublayer(src, self.norm1, lambda x: self.self_attn(x + pos, x + pos, x, mask)[0])
         return self.sublayer(src, self.norm2, self.feed_forward)
 
-# %% ../nbs/07_transformer.ipynb #c011
+# %% ../nbs/07_transformer.ipynb #c013
 class TransformerDecoderLayer(_Layer):
     "Self-attention among the object queries, cross-attention to the photo, the feed-forward network."
     def __init__(self,
@@ -92,7 +103,15 @@ class TransformerDecoderLayer(_Layer):
         super().__init__(d_model, nhead, dim_feedforward, dropout, pre_norm, 3)
         self.multihead_attn = MultiheadAttention(d_model, nhead, dropout)
 
-    def forward(self, tgt, memory, pos, query_pos, mask=None, tgt_mask=None, maps=None):  # maps: a list that collects the cross-attention map
+    def forward(self,
+                tgt,  # (B,N,d)
+                memory,  # (B,S,d), what the encoder made of the photo
+                pos,  # (B or 1,S,d)
+                query_pos,  # (B,N,d), the object queries
+                mask=None,  # bool (B,1,1,S), True = real token
+                tgt_mask=None,  # bool (N,N), True = may look
+                maps=None,  # a list that collects the cross-attention map (B,heads,N,S)
+                ):
         def cross(x):
             out, weights = self.multihead_attn(x + query_pos, memory + pos, memory, mask, need_weights=maps is not None)
             if maps is not None: maps.append(weights)
@@ -100,13 +119,16 @@ class TransformerDecoderLayer(_Layer):
         tgt = self.sublayer(tgt, self.norm1, lambda x: self.self_attn(x + query_pos, x + query_pos, x, tgt_mask)[0])
         return self.sublayer(self.sublayer(tgt, self.norm2, cross), self.norm3, self.feed_forward)
 
-# %% ../nbs/07_transformer.ipynb #c015
+# %% ../nbs/07_transformer.ipynb #c017
 def _run(layer, *args, save_memory=False):
     return checkpoint(layer, *args, use_reentrant=False) if save_memory and torch.is_grad_enabled() else layer(*args)
 
 class TransformerEncoder(nn.Module):
     "A stack of encoder layers; with pre-norm, a norm at the end."
-    def __init__(self, layers, norm=None):
+    def __init__(self,
+                 layers: list[nn.Module],  # `TransformerEncoderLayer`s, first to last
+                 norm: nn.Module | None = None,  # the norm at the end; None (post-norm): the layers end in one themselves
+                 ):
         super().__init__()
         self.layers, self.norm, self.gradient_checkpointing = nn.ModuleList(layers), norm, False
 
@@ -116,7 +138,10 @@ class TransformerEncoder(nn.Module):
 
 class TransformerDecoder(nn.Module):
     "A stack of decoder layers whose outputs all pass one norm and are all returned: `(layers,B,N,d)`."
-    def __init__(self, layers, norm):
+    def __init__(self,
+                 layers: list[nn.Module],  # `TransformerDecoderLayer`s, first to last
+                 norm: nn.Module,  # shared by all outputs
+                 ):
         super().__init__()
         self.layers, self.norm, self.gradient_checkpointing = nn.ModuleList(layers), norm, False
 
@@ -127,28 +152,37 @@ class TransformerDecoder(nn.Module):
             outputs.append(self.norm(tgt))
         return torch.stack(outputs)
 
-# %% ../nbs/07_transformer.ipynb #c016
+# %% ../nbs/07_transformer.ipynb #c018
 class Transformer(nn.Module):
     "Tokens of a photo and object queries in; the queries after every decoder layer out (DETR's; paper Section 3.1)."
     def __init__(self,
                  d_model: int = 256,  # width
                  nhead: int = 8,  # heads
-                 num_encoder_layers: int = 6,
-                 num_decoder_layers: int = 6,
+                 num_encoder_layers: int = 6,  # at least 0
+                 num_decoder_layers: int = 6,  # at least 1: each one is trained and returned
                  dim_feedforward: int = 2048,  # width of the hidden layers
-                 dropout: float = .1,
+                 dropout: float = .1,  # 0..1, on attention and on every sublayer
                  pre_norm: bool = True,  # True: UP-DETR's checkpoints, False: DETR's
                  ):
         super().__init__()
         self.d_model, self.nhead, self.pre_norm = d_model, nhead, pre_norm
         options = d_model, nhead, dim_feedforward, dropout, pre_norm
-        self.encoder = TransformerEncoder([TransformerEncoderLayer(*options) for _ in range(num_encoder_layers)], nn.LayerNorm(d_model) if pre_norm else None)
-        self.decoder = TransformerDecoder([TransformerDecoderLayer(*options) for _ in range(num_decoder_layers)], nn.LayerNorm(d_model))
+        encoder = [TransformerEncoderLayer(*options) for _ in range(num_encoder_layers)]
+        self.encoder = TransformerEncoder(encoder, nn.LayerNorm(d_model) if pre_norm else None)
+        decoder = [TransformerDecoderLayer(*options) for _ in range(num_decoder_layers)]
+        self.decoder = TransformerDecoder(decoder, nn.LayerNorm(d_model))
         for p in self.parameters():
             if p.dim() > 1: nn.init.xavier_uniform_(p)
 
-    def forward(self, src, pos, query_pos, mask=None, tgt_mask=None, maps=None):
-        "src (B,S,d), pos (B or 1,S,d), query_pos (B,N,d), mask bool (B,S) True = padding, tgt_mask bool (N,N) True = may look -> hs (layers,B,N,d), memory (B,S,d)"
+    def forward(self,
+                src,  # (B,S,d), the tokens of the photo
+                pos,  # (B or 1,S,d), their positions
+                query_pos,  # (B,N,d), the object queries
+                mask=None,  # bool (B,S), True = padding
+                tgt_mask=None,  # bool (N,N), True = may look
+                maps=None,  # a list that collects the cross-attention maps, one (B,heads,N,S) a decoder layer
+                ):
+        "Returns the queries after every decoder layer (layers,B,N,d) and the encoder's tokens (B,S,d)."
         real = None if mask is None else ~mask[:, None, None]
         memory = self.encoder(src, pos, real)
         return self.decoder(torch.zeros_like(query_pos), memory, pos, query_pos, real, tgt_mask, maps), memory

@@ -1,0 +1,91 @@
+"""`nbs/pretrain.ipynb` through papermill and a real kernel: a small run with its report, and what stops it at once."""
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from conftest import ROOT
+from updetr.config import PretrainConfig
+
+NOTEBOOK = ROOT / 'nbs' / 'pretrain.ipynb'
+TINY = dict(views=24, view_size=64, patch_size=32, hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=10, num_patches=5,
+            batch_size=4, epochs=1, gpus=0)
+
+
+def papermill(out, cwd=ROOT, **parameters):
+    words = [w for k, v in parameters.items() for w in ('-p', k, str(v))]
+    env = os.environ | {'CUDA_VISIBLE_DEVICES': '', 'JUPYTER_PREFER_ENV_PATH': '1', 'OMP_NUM_THREADS': '1', 'UPDETR_DATA': ''}
+    env.pop('MPLBACKEND', None)
+    return subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', str(NOTEBOOK), str(out), *words],
+                          cwd=cwd, env=env, capture_output=True, text=True, timeout=400)
+
+
+def parameter_lines():
+    cell, = [c for c in nbformat.read(NOTEBOOK, 4).cells if 'parameters' in c.metadata.get('tags', [])]
+    return dict(re.match(r'(\w+): (.*)', line).groups() for line in cell.source.splitlines() if re.match(r'\w+: ', line))
+
+
+def test_every_hyper_parameter_can_be_given():
+    lines = parameter_lines()
+    for f in dataclasses.fields(PretrainConfig):
+        if f.name in ('task', 'data', 'seed'): continue
+        assert re.match(rf"{f.type.__name__} = None  # .+ \(paper: ", lines[f.name]), f.name
+        assert f.default == eval(lines[f.name].rsplit('(paper: ', 1)[1].rstrip(')')), f'{f.name}: the comment quotes another default'
+
+
+def test_the_help_lists_every_parameter():
+    out = subprocess.run([sys.executable, '-m', 'papermill', '--help-notebook', str(NOTEBOOK)], capture_output=True, text=True, timeout=60).stdout
+    assert [n for n in parameter_lines() if not re.search(rf'^  {n}: ', out, re.M)] == []
+
+
+@pytest.fixture(scope='module')
+def report(tmp_path_factory):
+    """A small run in a folder of its own (a copy of settings.ini makes it the root)."""
+    root = tmp_path_factory.mktemp('root')
+    (root / 'settings.ini').write_text((ROOT / 'settings.ini').read_text())
+    r = papermill(root / 'out.ipynb', root, **TINY)
+    assert r.returncode == 0, r.stderr[-3000:]
+    return root
+
+
+def test_a_small_run_ends_in_a_report(report):
+    metrics = json.loads((report / 'reports/pretrain/metrics.json').read_text())
+    assert set(metrics['pretext']) == {'heldout', 'trained', 'random', 'center', 'template'}
+    assert all({'mean_iou', 'iou50', 'n'} <= set(m) for m in metrics['pretext'].values())
+    assert metrics['pretext']['template']['mean_iou'] > .5 > metrics['pretext']['random']['mean_iou']
+    assert {'command', 'commit', 'versions', 'hardware', 'seeds', 'scale', 'wall_s'} <= set(metrics['provenance'])
+    assert "not the paper's setting" in metrics['provenance']['scale'] and '-p views 24' in metrics['provenance']['command']
+    assert {'curves.png', 'curves.svg', 'localization_0.png'} <= set(os.listdir(report / 'reports/pretrain'))
+    assert (report / 'runs/demo-42/updetr.safetensors').exists()
+
+
+def test_the_executed_notebook_is_small_and_drawn(report):
+    cells = nbformat.read(report / 'out.ipynb', 4).cells
+    kinds = [k for c in cells for o in c.get('outputs', []) for k in o.get('data', {})]
+    assert any(k.startswith('image/') for k in kinds) and (report / 'out.ipynb').stat().st_size < 1_000_000
+
+
+def test_running_it_again_finds_it_finished(report):
+    r = papermill(report / 'again.ipynb', report, **TINY)
+    assert r.returncode == 0, r.stderr[-3000:]
+    texts = [o.get('text', '') for c in nbformat.read(report / 'again.ipynb', 4).cells for o in c.get('outputs', [])]
+    assert any('finished: runs/demo-42' in t for t in texts)
+
+
+@pytest.mark.parametrize('parameters, message', [
+    ({'gpu': 8}, 'did you mean gpus'), ({'gpus': 8}, '8 GPUs asked for, 0 found'), ({'lr_drops': 3}, 'did you mean lr_drop'),
+    ({'preset': 'paper', 'data': 'nowhere'}, 'n01440764'), ({'num_patches': 7}, 'multiple of num_patches')])
+def test_the_impossible_stops_at_once(tmp_path, parameters, message):
+    r = papermill(tmp_path / 'out.ipynb', tmp_path, **parameters)
+    assert r.returncode and message in r.stderr and not (tmp_path / 'runs').exists()
+
+
+def test_plan_only_starts_nothing(tmp_path):
+    r = papermill(tmp_path / 'out.ipynb', tmp_path, plan_only=True, preset='paper', img_s=178)
+    texts = ' '.join(o.get('text', '') for c in nbformat.read(tmp_path / 'out.ipynb', 4).cells for o in c.get('outputs', []))
+    assert r.returncode == 0 and '19,164,167 trained' in texts and '300,240' in texts and not (tmp_path / 'runs').exists()

@@ -1,0 +1,192 @@
+"""The pre-training task in unusual settings, in this process: few and broken photos, live views, a trained CNN, averaged weights."""
+import dataclasses
+import json
+import pickle
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from updetr.checkpoint import load_checkpoint, load_updetr
+from updetr.config import make_config
+from updetr.loader import PatchTask, Views, epoch_batches
+from updetr.photos import builtin_photos
+from updetr.pretrain_task import PretrainTask
+from updetr.train import Processes, train
+
+SMALL = dict(backbone='resnet18', weights='none', hidden_dim=16, nheads=2, enc_layers=1, dec_layers=2, dim_feedforward=16, num_queries=4,
+             num_patches=2, batch_size=2, epochs=1, patch_size=32, num_workers=0, dropout=0., lr=1e-3, log_every=1)
+VIEWS = dict(views=6, view_size=64, data='')
+
+
+def save_photos(folder, n=4, size=(90, 60), broken=(), start=0):
+    """`n` JPEGs of noise, width and height `size`; the numbers in `broken` lose the second half of their bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        pixels = np.random.default_rng(start + i).integers(0, 255, (*size[::-1], 3), np.uint8)
+        Image.fromarray(pixels).save(path := folder / f'{i}.jpg')
+        if i in broken: path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
+    return folder
+
+
+def make_task(folder, preset='paper', **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    return PretrainTask(make_config(preset, **SMALL | changes), folder, Processes())
+
+
+def train_small(folder, preset='paper', **changes):
+    task = make_task(folder, preset, **changes)
+    return task, train(task, task.cfg, folder, Processes())
+
+
+def rows(folder): return [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]
+
+
+def same(a, b, **tolerance): return all(torch.allclose(a[k].float(), b[k].float(), **tolerance) for k in a.keys() | b.keys())
+
+
+@pytest.fixture(autouse=True)
+def small_photos(monkeypatch):
+    """Short sides of 64 px instead of 320 to 480."""
+    monkeypatch.setattr('updetr.pretrain_task.PRETRAIN_SIZES', (64, 80))
+
+
+def test_fewer_photos_than_a_batch_holds(tmp_path):
+    save_photos(tmp_path / 'photos', 3)
+    with pytest.raises(ValueError, match='batch_size 8 is larger than the 3 photos there are'):
+        make_task(tmp_path / 'run', data=str(tmp_path / 'photos'), batch_size=8)
+
+
+@pytest.mark.parametrize('setting', [{}, dict(views=24, view_size=64), dict(views=24, view_size=64, cache_features=True)],
+                         ids=['photos', 'views', 'bank'])
+def test_nested_folders_and_broken_files(tmp_path, setting):
+    """Broken photos, text and tiny pictures among the good ones: trained on what is left, each broken file named once."""
+    save_photos(tmp_path / 'photos' / 'a' / 'b', 3, broken=[1])
+    save_photos(tmp_path / 'photos' / 'c', 3, size=(60, 90), broken=[0], start=10)
+    save_photos(tmp_path / 'photos' / 'tiny', 2, size=(16, 40))
+    (tmp_path / 'photos' / 'notes.txt').write_text('no photo')
+    task, state = train_small(tmp_path / 'run', data=str(tmp_path / 'photos'), epochs=2, **setting)
+    assert len(task.photos) == 6 and state.step == setting.get('views', 6)
+    skipped = (tmp_path / 'run' / 'skipped.txt').read_text().splitlines()
+    assert sorted('/'.join(Path(s.split(': ')[0]).parts[-2:]) for s in skipped) == ['b/1.jpg', 'c/0.jpg']
+
+
+def test_a_broken_heldout_photo_does_not_stop_the_picture(tmp_path):
+    save_photos(tmp_path / 'data' / 'train', 2)
+    save_photos(tmp_path / 'data' / 'val', 2, broken=[0])
+    task, _ = train_small(tmp_path / 'run', data=str(tmp_path / 'data'))
+    assert (len(task.photos), len(task.heldout)) == (2, 2) and (tmp_path / 'run' / 'preview.png').exists()
+
+
+@pytest.mark.parametrize('size', [(90, 60), (60, 90), (17, 17)], ids=['landscape', 'portrait', 'smallest'])
+def test_one_orientation_and_the_smallest_photos(tmp_path, size):
+    task, state = train_small(tmp_path / 'run', data=str(save_photos(tmp_path / 'photos', 4, size)))
+    assert state.step == 2 and len(task.photos) == 4 and len(task.heldout) == 0
+    index = np.concatenate([b for _, b in epoch_batches(task.photos.sizes, 2, 0, 0)])
+    assert sorted(index) == [0, 1, 2, 3]
+
+
+def test_only_photos_that_are_too_small(tmp_path):
+    with pytest.raises(ValueError, match='(?s)no usable photo.*2 too small'):
+        make_task(tmp_path / 'run', data=str(save_photos(tmp_path / 'photos', 2, (16, 16))))
+
+
+def test_banks_of_two_folders_are_not_mixed_up(tmp_path):
+    """The same file names, other photos: other features."""
+    banks = []
+    for name in ('a', 'b'):
+        photos = save_photos(tmp_path / name, 3, start=len(banks) * 10)
+        task = make_task(tmp_path / 'runs' / name, data=str(photos), views=2, view_size=64, cache_features=True)
+        task.begin(resumed=False)
+        banks.append(task.bank.parts['feature'])
+    assert len(list((tmp_path / 'runs' / 'banks').iterdir())) == 2 and not torch.equal(*banks)
+
+
+def test_live_views_are_the_cached_ones(tmp_path):
+    """In epoch 0 the bank holds what live views give; so the first epoch's losses agree within the bank's half precision."""
+    live, cached = (tmp_path / n for n in ('live', 'cached'))
+    setting = dict(VIEWS, backbone='tf_efficientnet_lite0', weights='builtin', features='blocks.2', mask_ratio=0.)
+    train_small(live, 'demo', **setting, cache_features=False)
+    train_small(cached, 'demo', **setting, cache_features=True)
+    assert [r['train_loss'] for r in rows(live)] == pytest.approx([r['train_loss'] for r in rows(cached)], rel=1e-2)
+    assert not (live / 'banks').exists()
+
+
+def test_views_can_be_sent_to_workers():
+    views = Views([p.path for p in builtin_photos('train')], PatchTask(num_patches=2, patch_size=32), 4)
+    assert torch.equal(pickle.loads(pickle.dumps(views))[0, 1, 64]['image'], views[0, 1, 64]['image'])
+
+
+def test_worker_processes_and_sigterm(tmp_path):
+    """Two decoding processes, stopped by SIGTERM in the middle and resumed: the losses of an undisturbed run without workers."""
+    photos = str(save_photos(tmp_path / 'photos', 8))
+    train_small(tmp_path / 'whole', data=photos, epochs=2, dropout=.1)
+    task = make_task(tmp_path / 'run', data=photos, epochs=2, dropout=.1, num_workers=2)
+    batches = task.batches
+
+    def stop_at_five(start, total):
+        for i, batch in enumerate(batches(start, total), start):
+            if i == 4: signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    task.batches = stop_at_five
+    assert train(task, task.cfg, tmp_path / 'run', Processes()).step == 5 and not (tmp_path / 'run' / 'done.json').exists()
+    train_small(tmp_path / 'run', data=photos, epochs=2, dropout=.1, num_workers=2)
+    losses = [[(r['step'], r['train_loss']) for r in rows(tmp_path / n)] for n in ('run', 'whole')]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+def test_micro_batches_of_photos(tmp_path):
+    """Photos of one size, no batch statistics: two micro-batches are one batch."""
+    photos = str(save_photos(tmp_path / 'photos', 4))
+    _, one = train_small(tmp_path / 'one', data=photos, batch_size=4, own_group=True, mask_ratio=0.)
+    _, two = train_small(tmp_path / 'two', data=photos, batch_size=4, own_group=True, mask_ratio=0., accumulate=2)
+    assert one.step == two.step == 1
+    assert rows(tmp_path / 'two')[0]['train_loss'] == pytest.approx(rows(tmp_path / 'one')[0]['train_loss'], rel=1e-4)
+    assert rows(tmp_path / 'two')[0]['train_grad_norm'] == pytest.approx(rows(tmp_path / 'one')[0]['train_grad_norm'], rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    photos = str(save_photos(tmp_path / 'photos', 4))
+    states = [train_small(tmp_path / str(g), data=photos, gradient_checkpointing=g, dropout=.1)[1] for g in (False, True)]
+    assert same(*(s.model.state_dict() for s in states), atol=1e-6)
+
+
+def test_averaged_weights_are_what_is_loaded(tmp_path):
+    _, state = train_small(tmp_path / 'run', data=str(save_photos(tmp_path / 'photos', 4)), epochs=2, ema=.5)
+    loaded, _ = load_updetr(tmp_path / 'run' / 'checkpoint.pth')
+    assert same(loaded.state_dict(), state.ema.module.state_dict(), atol=0)
+    assert not same(loaded.state_dict(), state.model.state_dict())
+
+
+def test_a_trained_cnn(tmp_path):
+    """`frozen_backbone=False`: gradients reach layer2 to layer4 only (DETR's rule), and the checkpoint is a model again."""
+    photos = str(save_photos(tmp_path / 'photos', 4))
+    before = {n: p.detach().clone() for n, p in make_task(tmp_path / 'run', data=photos, frozen_backbone=False).model.named_parameters()}
+    _, state = train_small(tmp_path / 'run', data=photos, frozen_backbone=False)
+    changed = {n for n, p in state.model.named_parameters() if 'backbone' in n and not torch.equal(p, before[n])}
+    assert {n.split('layer')[1][0] for n in changed if 'layer' in n} == {'2', '3', '4'} and all('layer' in n for n in changed)
+    assert [g['initial_lr'] for g in state.optimizer.param_groups] == [state.cfg.lr, state.cfg.lr_backbone]
+    assert same(load_updetr(tmp_path / 'run' / 'checkpoint.pth')[0].state_dict(), state.model.state_dict(), atol=0)
+
+
+def test_a_loss_that_is_no_number_is_never_saved(tmp_path):
+    """The log line that notices it comes before the save, also where `log_every` is no divisor of `save_every`."""
+    task = make_task(tmp_path / 'run', data=str(save_photos(tmp_path / 'photos', 8)), epochs=2, log_every=100, save_every=3)
+    batches = task.batches
+
+    def broken(start, total):
+        for i, batch in enumerate(batches(start, total), start): yield batch | ({'boxes': batch['boxes'] * np.inf} if i == 4 else {})
+
+    task.batches = broken
+    with pytest.raises((FloatingPointError, ValueError)): train(task, task.cfg, tmp_path / 'run', Processes())
+    saved = load_checkpoint(tmp_path / 'run' / 'checkpoint.pth')
+    assert saved['step'] == 3 and all(v.isfinite().all() for v in saved['model'].values())
+
+
+def test_configuration_that_is_saved_is_the_one_that_ran(tmp_path):
+    task, _ = train_small(tmp_path / 'run', data=str(save_photos(tmp_path / 'photos', 2)))
+    assert load_checkpoint(tmp_path / 'run' / 'checkpoint.pth')['args'] == dataclasses.asdict(task.cfg)
