@@ -245,7 +245,7 @@ def bank_chunk(model,  # UPDETR whose frozen CNN is used
     batch = collate([dataset[0, i, size] for i in indices])
     ready = to_device(batch, device, backbone.mean, backbone.std)
     patches = ready['patches'].flatten(0, 1)
-    pooled = torch.cat([backbone(p).mean((2, 3)) for p in patches.split(32 if device == 'cpu' else 4096)])
+    pooled = torch.cat([backbone(p).mean((2, 3)) for p in patches.split(32 if torch.device(device).type == 'cpu' else 4096)])
     pooled = pooled.unflatten(0, batch['patches'].shape[:2])
     return {'feature': backbone(ready['images']).cpu(), 'patch_feature': pooled.cpu(), 'boxes': batch['boxes']}, batch['skipped']
 

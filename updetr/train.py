@@ -14,6 +14,7 @@ import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import torch
 import torch.distributed as dist
@@ -45,7 +46,7 @@ def build_optimizer(model: nn.Module,  # whose trainable parameters are optimise
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [{'params': [p for n, p in named if ('backbone' in n) == cnn], 'lr': lr, 'initial_lr': lr}
               for cnn, lr in ((False, cfg.lr), (True, cfg.lr_backbone))]
-    fused = all(p.device.type == 'cuda' for _, p in named)
+    fused = all(p.device.type in ('cpu', 'cuda') for _, p in named)
     return torch.optim.AdamW([g for g in groups if g['params']], lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
 
 # %% ../nbs/16_train.ipynb #c010
@@ -194,7 +195,8 @@ class RunLog:
         row = {'step': state.step, 'epoch': (state.step - 1) // steps_per_epoch} | {f'train_{n}': v for n, v in zip(names, values)}
         row |= {'train_lr': state.optimizer.param_groups[0]['lr'], 'img_s': self.images * self.count / (now - self.start)}
         row |= {'time': time.time(), **more}
-        if torch.cuda.is_available(): row['max_mem_mb'] = torch.cuda.max_memory_allocated() / 2**20
+        cuda = torch.cuda.is_available()
+        row['max_mem_mb'] = torch.cuda.max_memory_allocated() / 2**20 if cuda else getrusage(RUSAGE_SELF).ru_maxrss / 1024
         self.sum, self.count, self.start = 0., 0, now
         if self.processes.rank == 0:
             with open(self.path, 'a') as f: f.write(json.dumps(row) + '\n')
