@@ -39,7 +39,8 @@ def test_every_hyper_parameter_can_be_given():
 
 
 def test_the_help_lists_every_parameter():
-    out = subprocess.run([sys.executable, '-m', 'papermill', '--help-notebook', str(NOTEBOOK)], capture_output=True, text=True, timeout=60).stdout
+    command = [sys.executable, '-m', 'papermill', '--help-notebook', str(NOTEBOOK)]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     assert [n for n in parameter_lines() if not re.search(rf'^  {n}: ', out, re.M)] == []
 
 

@@ -1,0 +1,96 @@
+"Real labelled photos (UPDETR_DATA) through the loaders, the check and the transforms; and what these owe to workers."
+import json
+from contextlib import redirect_stdout
+from io import StringIO
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from torch.utils.data import DataLoader
+
+from updetr.check import check_dataset
+from updetr.datasets import DetectionSet, coco_table, open_dataset
+from updetr.photos import builtin_photos, read_photo
+from updetr.transforms import SMALL_SIZES, DetectionViews
+
+
+def _quiet_coco(file):
+    with redirect_stdout(StringIO()): return COCO(file)
+
+
+@pytest.mark.data
+def test_animals(data):
+    "VOC layout: the counts that are known, one class list for both parts, nothing wrong."
+    sets = {part: open_dataset(data / 'animals', part) for part in ('trainval', 'test')}
+    assert {part: len(ds) for part, ds in sets.items()} == {'trainval': 3608, 'test': 1000}
+    assert sum(len(ds.rows) for ds in sets.values()) == 6117
+    for ds in sets.values():
+        assert ds.classes == ['cat', 'cow', 'dog', 'horse', 'sheep'] and not sum(ds.left_out.values())
+        report = check_dataset(ds)
+        assert report.ok and not report.warnings, report
+
+
+@pytest.mark.data
+def test_animals_through_a_coco_file(data, tmp_path):
+    "The set, written as a COCO file and read again, is the same set."
+    ds = open_dataset(data / 'animals', 'test')
+    (tmp_path / 'test.json').write_text(json.dumps(ds.coco()))
+    again = open_dataset(tmp_path / 'test.json', images=ds.table.root)
+    assert again.classes == ds.classes and again.image_ids == ds.image_ids and (again.sizes == ds.sizes).all()
+    assert all(torch.equal(ds.columns[k], again.columns[k]) for k in ds.columns)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize('part, photos, boxes', [('train', 2272, 21088), ('val', 600, 5797)])
+def test_coco_mini(part, photos, boxes, data):
+    "COCO layout: known counts, and pycocotools agrees box for box with the ids that we made anew."
+    ds = open_dataset(data / 'coco_mini', part)
+    assert (len(ds), len(ds.rows), len(ds.classes)) == (photos, boxes, 80) and max(ds.category_ids) == 90
+    assert check_dataset(ds).ok
+    theirs, ours = _quiet_coco(data / f'coco_mini/annotations/instances_{part}.json'), ds.coco()
+    rows = {image: [] for image in ds.image_ids}
+    for a in ours['annotations']: rows[a['image_id']].append((ds.category_ids[a['category_id']], *a['bbox'], a['area'], a['iscrowd']))
+    for image, mine in rows.items():
+        assert mine == [(a['category_id'], *a['bbox'], a['area'], a['iscrowd']) for a in theirs.imgToAnns[image]]
+
+
+@pytest.mark.data
+def test_views_of_real_photos(data):
+    "Targets of real photos are what a model may be given."
+    views = DetectionViews(open_dataset(data / 'coco_mini', 'val'), sizes=SMALL_SIZES)
+    for i in range(40):
+        image, target = views[3, i]
+        corners = torch.cat([target['boxes'][:, :2] - target['boxes'][:, 2:] / 2, target['boxes'][:, :2] + target['boxes'][:, 2:] / 2], 1)
+        assert image.dtype == torch.uint8 and min(image.shape[1:]) <= 240 and max(image.shape[1:]) <= 401
+        assert (target['boxes'][:, 2:] > 0).all() and (corners > -1e-6).all() and (corners < 1 + 1e-6).all()
+        assert len(target['boxes']) == len(target['labels']) == len(target['area']) and (target['labels'] < 80).all()
+
+
+def test_workers_change_nothing():
+    "The same views, whoever makes them."
+    data = {'images': [{'id': k, 'file_name': p.path.lstrip('/'), 'height': h, 'width': w}
+                       for k, p in enumerate(builtin_photos('heldout'), 1) for _, h, w in [read_photo(p.path).shape]],
+            'categories': [{'id': 1, 'name': 'thing'}],
+            'annotations': [{'id': k, 'image_id': k, 'category_id': 1, 'bbox': [20, 30, 200, 150]} for k in range(1, 5)]}
+    views = DetectionViews(DetectionSet(coco_table(data, '/', 'heldout')), sizes=SMALL_SIZES)
+    items = [(epoch, i) for epoch in (0, 1) for i in range(4)]
+    runs = [list(DataLoader(views, batch_size=None, sampler=items, num_workers=w)) for w in (0, 2)]
+    for (a, s), (b, t) in zip(*runs): assert torch.equal(a, b) and all(torch.equal(s[k], t[k]) for k in s)
+    assert len({x.numpy().tobytes() for x, _ in runs[0]}) == len(items)
+
+
+def test_a_million_boxes_are_columns():
+    "The table does not depend on a loop in which every box is an object: what is known about random boxes holds for all."
+    rng, n, m = np.random.default_rng(0), 2000, 20_000
+    boxes = np.round(rng.random((m, 4)) * 300, 2)
+    data = {'images': [{'id': 3 * k, 'file_name': f'{k}.jpg', 'height': 240, 'width': 320} for k in range(n)],
+            'categories': [{'id': 7, 'name': 'b'}, {'id': 4, 'name': 'a'}],
+            'annotations': [{'id': k, 'image_id': int(i) * 3, 'category_id': int(c), 'bbox': b}
+                            for k, (i, c, b) in enumerate(zip(rng.integers(0, n, m), rng.choice([4, 7], m), boxes.tolist()))]}
+    ds = DetectionSet(coco_table(data, '.', 'random'))
+    inside = (boxes[:, 1] < 240) & (boxes[:, 2] > 0) & (boxes[:, 3] > 0)
+    assert len(ds.rows) == inside.sum() and ds.left_out['empty'] == m - inside.sum()
+    assert (np.diff(ds.starts) == np.bincount([a['image_id'] // 3 for a, k in zip(data['annotations'], inside) if k], minlength=n)).all()
+    b = ds.columns['boxes']
+    assert b.min() >= 0 and b[:, 2].max() <= 320 and b[:, 3].max() <= 240 and (b[:, 2:] > b[:, :2]).all()

@@ -1,0 +1,148 @@
+"Evaluation as notebook 25 cannot show it: several processes, and the fast back end against pycocotools."
+import io
+import json
+import sys
+import types
+from contextlib import redirect_stdout
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from updetr.evaluate import CocoEvaluator, voc_ap
+
+
+def fixture(seed, images=24):
+    "Ground truth and predictions with crowds, empty images, images without detections, equal scores and more than 100 detections."
+    rng, truth, predictions = np.random.default_rng(seed), [], {}
+    ids = rng.permutation(500)[:images].tolist()
+    for place, i in enumerate(ids):
+        n = 0 if place in (3, 4) else int(rng.integers(1, 6))
+        corner, size, kinds = rng.uniform(0, 150, (n, 2)), np.exp(rng.uniform(1.5, 4.8, (n, 2))), rng.integers(0, 3, n)
+        for c, s, k in zip(corner.tolist(), size.tolist(), kinds.tolist()):
+            crowd = int(rng.random() < .2)
+            truth.append(dict(id=len(truth) + 1, image_id=i, category_id=k, bbox=[*c, *s], area=s[0] * s[1], iscrowd=crowd))
+        near = np.concatenate([corner, corner + size], 1).repeat(2, 0)
+        far = np.sort(rng.uniform(-20, 220, (120 if place == 7 else 5, 2, 2)), 1).reshape(-1, 4)
+        boxes = np.concatenate([near + rng.normal(0, 2, near.shape), far])
+        labels = np.concatenate([kinds.repeat(2), rng.integers(0, 3, len(far))])
+        if place in (4, 5): boxes, labels = boxes[:0], labels[:0]
+        predictions[i] = dict(scores=rng.random(len(boxes)).round(1), labels=labels, boxes=boxes)
+    photos, names = [dict(id=i, height=200, width=200) for i in ids], [dict(id=k, name=f'class {k}') for k in range(4)]
+    return dict(images=photos, categories=names, annotations=truth), predictions
+
+
+def filled(coco, predictions, **settings):
+    return CocoEvaluator(coco, **settings).update(list(predictions), list(predictions.values()))
+
+
+@pytest.fixture(scope='module')
+def case():
+    coco, predictions = fixture(0)
+    assert len({len(p['scores']) for p in predictions.values()}) > 3 and max(len(p['scores']) for p in predictions.values()) > 100
+    assert {a['iscrowd'] for a in coco['annotations']} == {0, 1}
+    return coco, predictions
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_equals_pycocotools_on_files(seed, tmp_path):
+    coco, predictions = fixture(seed)
+    results = [dict(image_id=i, category_id=int(k), score=float(s), bbox=[x1, y1, x2 - x1, y2 - y1])
+               for i, p in predictions.items() for s, k, (x1, y1, x2, y2) in zip(p['scores'], p['labels'], p['boxes'].tolist())]
+    for name, content in (('truth', coco), ('results', results)): (tmp_path/f'{name}.json').write_text(json.dumps(content))
+    with redirect_stdout(io.StringIO()):
+        truth = COCO(str(tmp_path/'truth.json'))
+        theirs = COCOeval(truth, truth.loadRes(str(tmp_path/'results.json')), 'bbox')
+        theirs.evaluate()
+        theirs.accumulate()
+        theirs.summarize()
+    ours = filled(coco, dict(reversed(predictions.items()))).result
+    assert np.array_equal(ours.stats, theirs.stats) and 0 < ours.stats[0] < ours.stats[1] < 1
+    for key in ('precision', 'recall', 'scores'): assert np.array_equal(ours.eval[key], theirs.eval[key])
+
+
+def test_prints_nothing_and_changes_nothing(case, capfd):
+    coco, predictions = case
+    before = json.dumps(coco)
+    filled(coco, predictions).summary()
+    assert json.dumps(coco) == before and capfd.readouterr().out == ''
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+def part_of(case, rank, world, images=None):
+    "What process `rank` evaluates: the last image is shown to all, as a sampler does that fills up."
+    coco, predictions = case
+    order = list(predictions)[:images]
+    mine = order[rank::world] + order[-1:]
+    return CocoEvaluator(coco).update(mine, [predictions[i] for i in mine])
+
+
+def numbers(ev):
+    "All that an evaluator says, as text: nan equals nan."
+    return json.dumps([ev.result.stats.tolist(), ev.summary(), ev.per_class(), voc_ap(ev.coco, ev.predictions), len(ev.predictions)])
+
+
+def evaluate_part(rank, world, store, out, case):
+    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=world)
+    ev = part_of(case, rank, world).gather()
+    said = [numbers(ev), numbers(ev.gather())]
+    try: part_of(case, rank, world, images=20).gather()
+    except ValueError as e: said.append(str(e))
+    (out/f'{rank}.json').write_text(json.dumps(said))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('world', [2, 3])
+def test_processes_give_the_numbers_of_one(world, case, tmp_path):
+    mp.spawn(evaluate_part, (world, tmp_path/'store', tmp_path, case), nprocs=world)
+    expected = numbers(filled(*case))
+    for rank in range(world):
+        first, again, missing = json.loads((tmp_path/f'{rank}.json').read_text())
+        assert first == again == expected and '4 of 24 images' in missing
+
+
+# ---- the fast back end ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('seed', range(4))
+def test_fast_backend_gives_the_same_numbers(seed, capfd):
+    pytest.importorskip('hotcoco', reason="needs pip install 'updetr[fast]'")
+    coco, predictions = fixture(seed)
+    slow, fast = filled(coco, predictions), filled(coco, predictions, backend='hotcoco')
+    assert slow.summary() == pytest.approx(fast.summary(), abs=0, rel=0, nan_ok=True)
+    assert np.array_equal(slow.result.eval['precision'], np.asarray(fast.result.eval['precision']))
+    assert json.dumps(slow.per_class()) == json.dumps(fast.per_class()) and capfd.readouterr().out == ''
+
+
+def test_fast_backend_with_nothing_found(case):
+    pytest.importorskip('hotcoco', reason="needs pip install 'updetr[fast]'")
+    coco, predictions = case
+    nothing = dict.fromkeys(predictions, dict(scores=[], labels=[], boxes=[]))
+    assert json.dumps(filled(coco, nothing).summary()) == json.dumps(filled(coco, nothing, backend='hotcoco').summary())
+
+
+def test_missing_fast_backend_says_what_to_install(case, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'hotcoco', None)
+    with pytest.raises(ImportError, match=r"pip install 'updetr\[fast\]'"): CocoEvaluator(case[0], backend='hotcoco')
+
+
+def test_backend_is_really_used(case, monkeypatch):
+    "A stand-in with pycocotools' interface is handed the data and asked for the numbers."
+    used = []
+
+    class Evaluator(COCOeval):
+        def evaluate(self):
+            used.append(len(self.cocoDt.anns))
+            super().evaluate()
+
+    def make(dataset):
+        coco = COCO()
+        coco.dataset = dataset
+        coco.createIndex()
+        return coco
+    monkeypatch.setitem(sys.modules, 'hotcoco', types.SimpleNamespace(COCO=make, COCOeval=Evaluator))
+    assert filled(*case, backend='hotcoco').summary()['AP'] == filled(*case).summary()['AP']
+    assert used == [sum(len(p['scores']) for p in case[1].values())]
