@@ -177,7 +177,7 @@ def _ground(rng, height, width):
         owner[alpha >= .5] = i + 1
     return canvas, owner, kinds
 
-# %% ../nbs/22_scenes.ipynb #c030
+# %% ../nbs/22_scenes.ipynb #c032
 _SHOWN = 1 / 3                                                               # the part of each thing that must stay visible
 
 class _Canvas:
@@ -205,7 +205,7 @@ class _Canvas:
         self.labels.append(label); self.areas.append(area); self.boxes.append((x + x1, y + y1, x + x2 + 1, y + y2 + 1))
         return True
 
-# %% ../nbs/22_scenes.ipynb #c034
+# %% ../nbs/22_scenes.ipynb #c036
 @dataclass(frozen=True, eq=False)
 class Scene:
     "One picture and who owns each pixel of it."
@@ -216,7 +216,7 @@ class Scene:
     whole: Tensor  # (n, 4) xyxy px: the box of the whole thing, also where it is hidden or out of the picture
     shown: Tensor  # (n,) the visible share of each thing, 1/3..1
 
-# %% ../nbs/22_scenes.ipynb #c035
+# %% ../nbs/22_scenes.ipynb #c037
 def _recipe(rng, allowed, max_objects, scale, crowd):
     "Generator of (label, size, x, y), all relative to the picture, without end; and how many of them are wanted"
     n = int(rng.integers(1, max_objects + 1))
@@ -229,7 +229,7 @@ def _recipe(rng, allowed, max_objects, scale, crowd):
     typical = size() ** .5 * scale[0] ** .5                                  # small enough that many fit in
     return 2 * n, together(int(rng.choice(allowed)), typical, rng.uniform(.3, .7, 2), 1.2 * typical)
 
-# %% ../nbs/22_scenes.ipynb #c036
+# %% ../nbs/22_scenes.ipynb #c038
 def compose(
     rng:np.random.Generator, # makes the scene
     height:int,              # px
@@ -259,7 +259,7 @@ def compose(
     return Scene(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(canvas.owner), canvas.stuff, torch.tensor(canvas.labels),
                  torch.tensor(canvas.boxes, dtype=torch.float32), shown)
 
-# %% ../nbs/22_scenes.ipynb #c038
+# %% ../nbs/22_scenes.ipynb #c040
 _PARTS = {'train': 0, 'val': 1}
 _KINDS = {'all': CLASSES, 'seen': SEEN, 'unseen': UNSEEN}
 
@@ -273,7 +273,7 @@ def _check_scenes(num, size, seed, split, names, max_objects, scale, crowd):
     if not 0 < scale[0] <= scale[1] <= 1.5: raise ValueError(f'scale {scale} must rise within 0..1.5')
     if not 0 <= crowd <= 1: raise ValueError(f'crowd {crowd} is a probability, 0..1')
 
-# %% ../nbs/22_scenes.ipynb #c039
+# %% ../nbs/22_scenes.ipynb #c041
 class Scenes:
     "Labelled scenes: a detection set that paints scene i when asked for it. Raises ValueError for impossible settings."
     def __init__(self,
@@ -314,7 +314,7 @@ class Scenes:
     @cached_property
     def _annotations(self): return [_annotate(self.scene(i)) for i in range(self.num)]
 
-# %% ../nbs/22_scenes.ipynb #c041
+# %% ../nbs/22_scenes.ipynb #c043
 def _boxes(scene):
     "(S + n, 4) xyxy px around the pixels that each number owns; zeros for a region that is hidden altogether"
     places = find_objects(scene.owner.numpy(), max_label=len(scene.stuff) + len(scene.labels))
@@ -327,7 +327,7 @@ def _sample(scene, image_id):
     return dict(image=scene.image, boxes=_boxes(scene)[first - 1:], labels=scene.labels, iscrowd=no, difficult=no.clone(), masks=masks,
                 area=masks.sum((1, 2)).float(), image_id=image_id)
 
-# %% ../nbs/22_scenes.ipynb #c048
+# %% ../nbs/22_scenes.ipynb #c050
 def _segments(scene):
     "owner and COCO's segments_info"
     boxes, areas = _boxes(scene), torch.bincount(scene.owner.flatten(), minlength=len(scene.stuff) + len(scene.labels) + 1)[1:].tolist()
@@ -337,7 +337,7 @@ def _segments(scene):
             for i, (k, a, b) in enumerate(zip(kinds, areas, boxes.tolist()), 1)]
     return scene.owner, [s for s in info if s['area']]
 
-# %% ../nbs/22_scenes.ipynb #c052
+# %% ../nbs/22_scenes.ipynb #c054
 def _run_lengths(mask):
     "COCO's uncompressed run lengths of a bool mask (H, W)"
     flat = np.concatenate([[False], mask.T.ravel()])
