@@ -57,13 +57,22 @@ def attention_weights(q: Tensor,  # (B,heads,Q,d_k)
 # %% ../nbs/07_transformer.ipynb #c011
 class _Layer(nn.Module):
     "What encoder and decoder layers share: self-attention, a two-layer network and the residual sublayer."
-    def __init__(self, d_model, nhead, dim_feedforward, dropout, pre_norm, num_norms):
+    cross_attention = False
+
+    def __init__(self,
+                 d_model: int = 256,  # width
+                 nhead: int = 8,  # heads
+                 dim_feedforward: int = 2048,  # width of the hidden layer
+                 dropout: float = .1,  # on attention and on every sublayer
+                 pre_norm: bool = True,  # norm before (UP-DETR's weights) or after (DETR's)
+                 ):
         super().__init__()
         self.pre_norm = pre_norm
         self.self_attn = MultiheadAttention(d_model, nhead, dropout)
         self.linear1, self.linear2 = nn.Linear(d_model, dim_feedforward), nn.Linear(dim_feedforward, d_model)
-        for i in range(num_norms): setattr(self, f'norm{i + 1}', nn.LayerNorm(d_model))
+        for i in range(self.num_norms): setattr(self, f'norm{i + 1}', nn.LayerNorm(d_model))
         self.dropout = nn.Dropout(dropout)
+        if self.cross_attention: self.multihead_attn = MultiheadAttention(d_model, nhead, dropout)
 
     def sublayer(self, x, norm, f):
         return x + self.dropout(f(norm(x))) if self.pre_norm else norm(x + self.dropout(f(x)))
@@ -73,14 +82,7 @@ class _Layer(nn.Module):
 # %% ../nbs/07_transformer.ipynb #c012
 class TransformerEncoderLayer(_Layer):
     "Self-attention over the photo's tokens, then the feed-forward network. Positions join queries and keys, never values."
-    def __init__(self,
-                 d_model: int = 256,  # width
-                 nhead: int = 8,  # heads
-                 dim_feedforward: int = 2048,  # width of the hidden layer
-                 dropout: float = .1,  # on attention and on every sublayer
-                 pre_norm: bool = True,  # norm before (UP-DETR's weights) or after (DETR's)
-                 ):
-        super().__init__(d_model, nhead, dim_feedforward, dropout, pre_norm, 2)
+    num_norms = 2
 
     def forward(self,
                 src,  # (B,S,d)
@@ -93,15 +95,7 @@ class TransformerEncoderLayer(_Layer):
 # %% ../nbs/07_transformer.ipynb #c013
 class TransformerDecoderLayer(_Layer):
     "Self-attention among the object queries, cross-attention to the photo, the feed-forward network."
-    def __init__(self,
-                 d_model: int = 256,  # width
-                 nhead: int = 8,  # heads
-                 dim_feedforward: int = 2048,  # width of the hidden layer
-                 dropout: float = .1,  # on attention and on every sublayer
-                 pre_norm: bool = True,  # norm before (UP-DETR's weights) or after (DETR's)
-                 ):
-        super().__init__(d_model, nhead, dim_feedforward, dropout, pre_norm, 3)
-        self.multihead_attn = MultiheadAttention(d_model, nhead, dropout)
+    num_norms, cross_attention = 3, True
 
     def forward(self,
                 tgt,  # (B,N,d)
