@@ -102,7 +102,7 @@ PRESETS = {
     'paper': {'num_workers': 8},
     'demo': dict(
         backbone='tf_efficientnet_lite0', weights='builtin', features='blocks.4', standardize=True,
-        hidden_dim=128, nheads=4, enc_layers=1, dec_layers=3, dim_feedforward=512, dropout=0.,
+        hidden_dim=128, nheads=4, enc_layers=1, dec_layers=3, dim_feedforward=128, dropout=0.,
         num_queries=50, num_patches=25, pos_in_input=True, matching_init=True, own_group=True, eos_coef=.2,
         heldout=.1, patch_size=64, patch_law='mixed', views=2000, cache_features=True,
         lr=1e-3, clip_max_norm=1., schedule='cosine', warmup=.05, batch_size=4, epochs=10, keep_every=0)}
