@@ -1,3 +1,3 @@
-from updetr.pretrain_task import main
+from updetr.train import main
 
 main()

@@ -97,7 +97,7 @@ def read_weights(path: str | Path,  # checkpoint.pth or .safetensors
         state = load_checkpoint(path)
         if not {'model', 'args'} <= set(state):
             raise ValueError(f'{path} is no checkpoint of this kit: it holds {sorted(state)[:6]}, not model and args')
-        return state.get('ema') or state['model'], state['args']
+        return state.get('ema') or state['model'], state['args'] | {k: state[k] for k in ('class_names',) if k in state}
     if not Path(path).is_file(): raise FileNotFoundError(f'no weights {path}')
     with safe_open(path, 'pt') as f: cfg = (f.metadata() or {}).get('config')
     if cfg is None: raise ValueError(f'{path} has no configuration in its metadata: it was not written by export_weights')

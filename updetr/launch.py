@@ -208,7 +208,8 @@ def read_log(
     log, rows = Path(run_dir)/'log.txt', []
     for row in map(_row, log.read_text(errors='replace').splitlines() if log.exists() else []):
         if not isinstance(row, dict) or 'step' not in row: continue
-        while rows and rows[-1]['step'] >= row['step']: rows.pop()
+        while rows and rows[-1]['step'] > row['step']: rows.pop()
+        if rows and rows[-1]['step'] == row['step']: row = rows.pop() | row
         rows.append(row)
     return rows
 
