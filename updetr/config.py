@@ -144,6 +144,7 @@ DESCRIPTIONS = {'paper': "the reference's recipe: ResNet-50 with SwAV weights, 6
 def _typed(name: str, value, kind: type):
     "`value` as the field's type"
     if kind is float and type(value) is int: return float(value)
+    if kind is str and type(value) is int: return str(value)  # papermill reads -p year 2007 as a number
     if type(value) is kind: return value
     raise ValueError(f'{name} is {value!r}, but must be {kind.__name__}')
 
@@ -249,7 +250,7 @@ def loss_options(cfg: SetLossConfig,  # of a run
     return _group(cfg, LossConfig, SetLossConfig) | {'eos_coef': cfg.eos_coef or None}
 
 # %% ../nbs/14_config.ipynb #c029
-NEUTRAL = ('num_workers', 'log_every', 'save_every', 'keep_every')
+NEUTRAL = ('num_workers', 'log_every', 'save_every', 'keep_every', 'eval_every', 'eval_backend')
 
 def cfg_changes(old: Mapping,  # configuration that the run was started with
                 new: Mapping,  # configuration asked for now

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PatchTask', 'make_sample', 'read_or_next', 'SelfDet', 'random_crop', 'random_view', 'Views', 'epoch_batches',
            'BatchPlan', 'collate', 'to_device', 'as_targets', 'photo_loader', 'bank_key', 'bank_chunk', 'build_bank',
-           'finish_bank', 'FeatureBank']
+           'open_part', 'finish_bank', 'FeatureBank']
 
 # %% ../nbs/13_loader.ipynb #c002
 import hashlib
@@ -264,7 +264,7 @@ def build_bank(folder: str | Path,  # of the bank; made if missing
     folder, mine, skipped = Path(folder), range(rank, len(dataset), world), {}
     folder.mkdir(parents=True, exist_ok=True)
     first, _ = bank_chunk(model, dataset, [0], size, device)
-    parts = {k: _open_part(folder / f'{k}.npy', (len(dataset), *v.shape[1:]), _part_type(k)) for k, v in first.items()}
+    parts = {k: open_part(folder / f'{k}.npy', (len(dataset), *v.shape[1:]), _part_type(k)) for k, v in first.items()}
     for start in range(0, len(mine), chunk):
         numbers = list(mine[start:start + chunk])
         features, bad = bank_chunk(model, dataset, numbers, size, device)
@@ -277,8 +277,11 @@ def build_bank(folder: str | Path,  # of the bank; made if missing
 # %% ../nbs/13_loader.ipynb #c034
 def _part_type(name): return np.float32 if name == 'boxes' else np.float16
 
-def _open_part(path, shape, dtype):
-    "One file for all processes: whoever is first gives it its size"
+def open_part(path: str | Path,  # file of an array; made if missing
+              shape: tuple[int, ...],  # of the whole array
+              dtype: type,  # of its numbers
+              ) -> np.memmap:  # to be written by all processes
+    "One file for all processes: whoever is first gives it its size."
     offset, count = 64, math.prod(shape)
     with open(path, 'ab') as f: f.truncate(offset + count * np.dtype(dtype).itemsize)
     return np.memmap(path, dtype, 'r+', offset, shape)

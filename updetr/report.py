@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['git_commit', 'hardware', 'versions', 'provenance', 'markdown_table', 'mean_and_spread', 'smooth', 'loss_curves',
-           'save_figure', 'save_metrics']
+           'by_epoch', 'epoch_curves', 'save_figure', 'save_metrics']
 
 # %% ../nbs/20_report.ipynb #c002
 import os
@@ -102,6 +102,35 @@ def loss_curves(logs: Mapping[str, list[dict]],  # name of a run -> its log rows
     return fig
 
 # %% ../nbs/20_report.ipynb #c014
+def by_epoch(logs: list[list[dict]],  # log rows of the seeds of one method
+             key: str,  # of a measured number, e.g. test_AP
+             ) -> tuple[list[int], np.ndarray]:  # epochs that all seeds have measured, from 1; (seeds, epochs) values
+    "A measured number of several runs."
+    tables = [{r['epoch'] + 1: r[key] for r in rows if key in r} for rows in logs]
+    epochs = sorted(set.intersection(*map(set, tables))) if tables else []
+    return epochs, np.array([[t[e] for e in epochs] for t in tables])
+
+def epoch_curves(logs: Mapping[str, list[list[dict]]],  # method -> log rows of each of its seeds
+                 keys: Mapping[str, str],  # measured number -> title of its panel
+                 lr_drop: int = 0,  # epoch of the learning rate's drop; 0 = none
+                 ):  # matplotlib figure
+    "One panel a number, one colour a method: mean over seeds, and a band from the lowest to the highest."
+    fig, axes = plt.subplots(1, len(keys), figsize=(3.3 * len(keys), 2.5), dpi=72, squeeze=False)
+    for ax, (key, title) in zip(axes[0], keys.items()):
+        for method, runs in logs.items():
+            epochs, values = by_epoch(runs, key)
+            if not epochs: continue
+            line, = ax.plot(epochs, values.mean(0), 'o-', ms=2.5, lw=1.2, label=method)
+            ax.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=.2, lw=0)
+        if lr_drop: ax.axvline(lr_drop, color='gray', ls=':', lw=1)
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel('epoch', fontsize=8)
+        ax.tick_params(labelsize=8)
+    axes[0, 0].legend(fontsize=7)
+    fig.tight_layout()
+    return fig
+
+# %% ../nbs/20_report.ipynb #c017
 def save_figure(fig,  # matplotlib figure
                 path: str | Path,  # without suffix; its folder is made
                 ) -> None:

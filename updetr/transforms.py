@@ -7,7 +7,7 @@ __all__ = ['DETR_SIZES', 'SMALL_SIZES', 'Sizes', 'View', 'draw_view', 'whole_vie
            'crop_sample', 'apply_view', 'as_target', 'DetectionViews']
 
 # %% ../nbs/24_transforms.ipynb #c002
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -159,15 +159,18 @@ class DetectionViews(Dataset):
         seed:int=42,            # of all draws
         sizes:Sizes=DETR_SIZES, # px
         train:bool=True,        # False: the view for evaluation, whatever the epoch
+        square:int=0,           # px: side to which all views are squashed; 0: the aspect is kept
     ):
-        self.dataset, self.seed, self.sizes, self.train = dataset, seed, sizes, train
+        self.dataset, self.seed, self.sizes, self.train, self.square = dataset, seed, sizes, train, square
 
     def __len__(self): return len(self.dataset)
 
-    def __getitem__(self, item):
-        epoch, index, size = (*item, None)[:3]
-        sample = self.dataset[index]
+    def __getitem__(self, item): return self.look(self.dataset[item[1]], *item)
+
+    def look(self, sample, epoch, index, size=None):
+        "The view of epoch `epoch` of a sample that is at hand."
         height, width = sample['image'].shape[-2:]
-        if not self.train: return as_target(apply_view(sample, whole_view(height, width, self.sizes)), (height, width))
-        view = draw_view(np.random.default_rng((self.seed, epoch, index)), height, width, self.sizes, size)
+        rng = np.random.default_rng((self.seed, epoch, index))
+        view = draw_view(rng, height, width, self.sizes, size) if self.train else whole_view(height, width, self.sizes)
+        if self.square: view = replace(view, size=(self.square, self.square))
         return as_target(apply_view(sample, view), (height, width))

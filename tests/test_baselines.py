@@ -1,0 +1,223 @@
+"The baselines against torchvision's own detectors: same losses, same boxes, and labels and sizes that come back right."
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from updetr.baselines import BASELINES, Baseline, build_baseline
+from updetr.boxes import pad_images
+
+C, SIZES, PHOTOS = 3, [(64, 96), (96, 64)], [(128, 192), (48, 32)]
+BOXES = [[[8., 8, 40, 56], [50, 10, 90, 34]], [[4., 20, 60, 90]]]
+LABELS = [[0, 2], [1]]
+RCNN = ('faster_rcnn_fpn', 'faster_rcnn_c4', 'mask_rcnn')
+FEW = dict(rpn_post_nms_top_n_train=60, rpn_post_nms_top_n_test=20, box_batch_size_per_image=32)
+
+
+def filled(box, height, width):
+    "The mask of a box, bool (h, w)"
+    mask, (x1, y1, x2, y2) = torch.zeros(height, width, dtype=torch.bool), map(int, box)
+    mask[y1:y2, x1:x2] = True
+    return mask
+
+
+def make_batch(empty=()):
+    "Two images of different shapes in the harness's form; those in `empty` have no boxes. And the same in torchvision's, labels from 0."
+    g = torch.Generator().manual_seed(0)
+    images = [torch.randn(3, *s, generator=g) for s in SIZES]
+    padded, mask = pad_images(images)
+    padded[mask[:, None].expand_as(padded)] = 7.  # whoever looks at the padding is found out
+    targets, theirs = [], []
+    for i, ((h, w), photo) in enumerate(zip(SIZES, PHOTOS)):
+        boxes = torch.tensor([] if i in empty else BOXES[i]).reshape(-1, 4)
+        labels = torch.tensor([] if i in empty else LABELS[i], dtype=torch.long)
+        masks = torch.stack([filled(b, h, w) for b in boxes]) if len(boxes) else torch.zeros(0, h, w, dtype=torch.bool)
+        relative = torch.stack([(boxes[:, 0] + boxes[:, 2]) / 2 / w, (boxes[:, 1] + boxes[:, 3]) / 2 / h,
+                                (boxes[:, 2] - boxes[:, 0]) / w, (boxes[:, 3] - boxes[:, 1]) / h], 1)
+        sizes = dict(size=torch.tensor([h, w]), orig_size=torch.tensor(photo), image_id=torch.tensor(i))
+        targets.append(dict(labels=labels, boxes=relative, masks=masks, **sizes))
+        theirs.append(dict(labels=labels, boxes=boxes, masks=masks.to(torch.uint8)))
+    return dict(images=padded, mask=mask, targets=targets), images, theirs
+
+
+def build(name, **kwargs):
+    torch.manual_seed(0)
+    return build_baseline(name, C, 'resnet18', **(FEW if name in RCNN else {}), **kwargs)
+
+
+def torchvision_detector(name, **transform):
+    "The same detector as torchvision's users build it."
+    settings = dict(image_mean=[0.] * 3, image_std=[1.] * 3, **transform)
+    if name in ('retinanet', 'fcos'):
+        pyramid = resnet_fpn_backbone(backbone_name='resnet18', weights=None, returned_layers=[2, 3, 4],
+                                      extra_blocks=LastLevelP6P7(256, 256))
+        return dict(retinanet=RetinaNet, fcos=FCOS)[name](pyramid, C, **settings)
+    pyramid = resnet_fpn_backbone(backbone_name='resnet18', weights=None)
+    return dict(faster_rcnn_fpn=FasterRCNN, mask_rcnn=MaskRCNN)[name](pyramid, C + 1, **settings, **FEW)
+
+
+def their_state(model): return {k.replace('backbone.cnn.body.', 'backbone.body.'): v for k, v in model.model.state_dict().items()}
+
+
+each_pyramid = pytest.mark.parametrize('name', ['faster_rcnn_fpn', 'mask_rcnn', 'retinanet', 'fcos'])
+each = pytest.mark.parametrize('name', BASELINES)
+
+
+@each_pyramid
+@pytest.mark.parametrize('empty', [(), (1,)])
+def test_losses_are_torchvisions(name, empty):
+    model, theirs = build(name).train(), torchvision_detector(name, _skip_resize=True).train()
+    theirs.load_state_dict(their_state(model))
+    batch, images, targets = make_batch(empty)
+    if name in RCNN: targets = [t | dict(labels=t['labels'] + 1) for t in targets]
+    torch.manual_seed(1)
+    total, losses = model(batch)
+    torch.manual_seed(1)
+    want = theirs(images, targets)
+    assert losses.keys() == want.keys()
+    for k in want: torch.testing.assert_close(losses[k], want[k])
+    torch.testing.assert_close(total, torch.stack(list(want.values())).sum())
+    trained = {k.replace('backbone.cnn.body.', 'backbone.body.') for k, p in model.model.named_parameters() if p.requires_grad}
+    assert trained == {k for k, p in theirs.named_parameters() if p.requires_grad}
+
+
+@each_pyramid
+def test_predictions_are_torchvisions(name):
+    "One image at a time, so that torchvision's own resizing has nothing to do; boxes and masks then scaled to the photo."
+    model, theirs = build(name).eval(), torchvision_detector(name, min_size=64, max_size=96).eval()
+    for m in (model.model, theirs):
+        if name in RCNN: m.roi_heads.score_thresh = 0.
+        else: m.score_thresh = 0.
+    theirs.load_state_dict(their_state(model))
+    batch, images, _ = make_batch()
+    for i, (image, photo) in enumerate(zip(images, PHOTOS)):
+        found, = model.predict({k: v[i:i + 1] for k, v in batch.items()})
+        with torch.no_grad(): want, = theirs([image])
+        scale = torch.tensor([photo[1] / image.shape[2], photo[0] / image.shape[1]]).repeat(2)
+        assert len(found['scores']) > 10
+        torch.testing.assert_close(found['scores'], want['scores'], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found['boxes'], want['boxes'] * scale, rtol=1e-3, atol=1e-2)
+        assert torch.equal(found['labels'], want['labels'] - int(name in RCNN))
+        if name == 'mask_rcnn': assert found['masks'].dtype == torch.bool and found['masks'].shape == (len(want['boxes']), *photo)
+
+
+def class_logits(model):
+    "The last layer of the classifier, and which of its outputs is class 0."
+    if hasattr(model.model, 'roi_heads'): return model.model.roi_heads.box_predictor.cls_score, 1
+    return model.model.head.classification_head.cls_logits, 0
+
+
+@each
+@pytest.mark.parametrize('k', [0, C - 1])
+def test_labels_keep_their_number(name, k):
+    "A loss of class k moves the logit of class k up, and a detector that says only that logit predicts label k."
+    model = build(name, channels=32).train()
+    layer, first = class_logits(model)
+    nn.init.zeros_(layer.weight)  # the biases alone speak
+    nn.init.zeros_(layer.bias)
+    batch, _, _ = make_batch()
+    for t in batch['targets']: t['labels'] = torch.full_like(t['labels'], k)
+    model(batch)[0].backward()
+    change = -layer.bias.grad.reshape(-1, C + first).sum(0)[first:]
+    assert change.argmax() == k and change.max() > change.sort().values[-2]
+    with torch.no_grad(): layer.bias.view(-1, C + first)[:, first + k] += 20
+    for p in model.predict(batch): assert len(p['labels']) and (p['labels'][p['scores'] > .5] == k).all() and p['scores'].max() > .5
+
+
+class Fake(nn.Module):
+    "A detector that says one box in pixels of what it is given, with its mask: the whole box."
+    def forward(self, images):
+        self.sizes = [tuple(x.shape[1:]) for x in images]
+        return [dict(boxes=torch.tensor([[8., 16, 40, 48]]), labels=torch.tensor([2]), scores=torch.tensor([.9]),
+                     masks=torch.ones(1, 1, 28, 28)) for _ in images]
+
+
+def test_boxes_and_masks_come_back_in_photo_pixels():
+    model = build('retinanet', channels=32).train()
+    model.model = Fake()
+    found = model.predict(make_batch()[0])
+    assert model.model.sizes == SIZES and model.training
+    for p, want, photo in zip(found, ([16., 32, 80, 96], [4., 8, 20, 24]), PHOTOS):  # photos twice and half as large
+        assert p['boxes'].tolist() == [want] and p['labels'].tolist() == [2] and p['masks'].shape == (1, *photo)
+        truth = filled(want, *photo)
+        assert (p['masks'][0] & truth).sum() / (p['masks'][0] | truth).sum() > .85
+
+
+@each
+def test_photos_without_boxes(name):
+    model = build(name, channels=32).train()
+    batch, _, _ = make_batch(empty=(0, 1))
+    loss, _ = model(batch)
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    with torch.no_grad():
+        layer, first = class_logits(model)
+        layer.weight.zero_()
+        layer.bias.view(-1, C + first)[:, first:] = -50.
+    for p, photo in zip(model.predict(batch), PHOTOS):
+        assert p['scores'].shape == p['labels'].shape == (0,) and p['boxes'].shape == (0, 4)
+        assert ('masks' in p) == (name == 'mask_rcnn') and (name != 'mask_rcnn' or p['masks'].shape == (0, *photo))
+
+
+def test_bad_targets_are_refused():
+    batch, _, _ = make_batch()
+    model = build('mask_rcnn', channels=32).train()
+    del batch['targets'][1]['masks']
+    with pytest.raises(ValueError, match="image 1: mask_rcnn needs target"): model(batch)
+    model = build('fcos', channels=32).train()
+    batch['targets'][0]['labels'] = torch.tensor([0, C])
+    with pytest.raises(ValueError, match='image 0: labels 0..3, but the model has 3 classes'): model(batch)
+    with pytest.raises(RuntimeError, match='training mode'): model.eval()(batch)
+
+
+@each
+def test_weights_reach_every_stage(name, tmp_path):
+    "A file of ResNet weights, a classifier's, is in the detector, layer4 included, wherever it went; and the frozen part is frozen."
+    torch.manual_seed(1)
+    net = resnet18(norm_layer=FrozenBatchNorm2d)
+    torch.save(net.state_dict(), tmp_path/'w.pth')
+    model = build_baseline(name, C, 'resnet18', weights=str(tmp_path/'w.pth'))
+    state, new = model.state_dict(), {'conv1.weight': 'conv1.weight', 'layer3.1.conv2.weight': 'layer3.1.conv2.weight'}
+    for key in new | {'layer4.1.conv2.weight': 0}:
+        place = f'model.roi_heads.box_head.0{key[6:]}' if name == 'faster_rcnn_c4' and key.startswith('layer4') else None
+        found = [k for k in state if k.endswith(f'body.{key}') or k == place]
+        assert len(found) == 1 and torch.equal(state[found[0]], net.state_dict()[key])
+    trained = {k.split('body.')[1].split('.')[0] for k, p in model.named_parameters() if 'body.' in k and p.requires_grad}
+    assert trained == ({'layer2', 'layer3'} if name == 'faster_rcnn_c4' else {'layer2', 'layer3', 'layer4'})
+
+
+@pytest.mark.parametrize('features', [['blocks.4'], ['blocks.2', 'blocks.4']])
+@pytest.mark.parametrize('name', ['faster_rcnn_fpn', 'retinanet', 'fcos', 'mask_rcnn'])
+def test_any_backbone_with_features(name, features):
+    "A frozen timm network: no gradient reaches it, all that is new gets one, and each place of each level has its anchors."
+    few = FEW if name in RCNN else {}
+    sizes = [(16, 32)] if len(features) == 1 and name != 'fcos' else None
+    model = build_baseline(name, C, 'tf_efficientnet_lite0', features=features, frozen=True, channels=32, anchor_sizes=sizes, **few).train()
+    model(make_batch()[0])[0].backward()
+    assert all((p.grad is not None) == ('.body.' not in k) for k, p in model.named_parameters())
+    generator = getattr(model.model, 'rpn', model.model).anchor_generator
+    assert len(generator.sizes) == len(model.model.backbone(torch.zeros(1, 3, 64, 64)))
+
+
+@pytest.mark.parametrize('kwargs, words', [
+    (dict(name='yolo'), 'choose from'),
+    (dict(name='retinanet', box_score_thresh=.1), r"retinanet has no setting \['box_score_thresh'\]"),
+    (dict(name='faster_rcnn_fpn', min_size=800), 'no setting'),
+    (dict(name='faster_rcnn_c4', backbone='tf_efficientnet_lite0'), "ResNet's layer3"),
+    (dict(name='fcos', backbone='tf_efficientnet_lite0'), r'features=\[layers\]'),
+    (dict(name='fcos', channels=40), 'multiple of 32'),
+    (dict(name='fcos', anchor_sizes=[(8,)]), 'no anchors'),
+    (dict(name='retinanet', anchor_sizes=[(8,), (16,)]), r'levels of strides \[8, 16, 32, 64, 128\]'),
+    (dict(name='retinanet', features=['layer2', 'layer4']), 'finest first'),
+    (dict(name='fcos', num_classes=0), 'at least one class')])
+def test_what_cannot_be_built_is_refused(kwargs, words):
+    with pytest.raises(ValueError, match=words): build_baseline(**dict(num_classes=C, backbone='resnet18') | kwargs)
+
+
+def test_normalisation_is_the_backbones():
+    model = build_baseline('fcos', C, 'tf_efficientnet_lite0', features=['blocks.4'], channels=32)
+    assert isinstance(model, Baseline) and model.mean == model.std == (.5, .5, .5)

@@ -1,0 +1,104 @@
+"Exchange with other libraries: transformers' own DETR gives the same boxes, both ways."
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from updetr.detr import build_detr
+from updetr.exchange import export_program, from_huggingface, to_huggingface
+
+SMALL = dict(hidden_dim=32, nheads=4, enc_layers=2, dec_layers=3, dim_feedforward=48, num_queries=7, pre_norm=False)
+NAMES = ['cat', 'dog', 'cow']
+
+
+def spread_out(model):
+    "Other numbers in every tensor, so that no two of them can be swapped unseen, and queries that answer differently."
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, t in model.state_dict().items():
+            if t.dim() > 1: t.normal_(std=4 if 'query' in name else (2 / t[0].numel()) ** .5)
+            elif t.dim(): t.copy_((.75 if name.endswith(('weight', 'var')) else 0) + torch.rand_like(t) / 2)
+    return model.eval()
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(2)
+    mask = torch.zeros(2, 96, 128, dtype=torch.bool)
+    mask[1, 64:], mask[1, :, 90:] = True, True
+    return torch.randn(2, 3, 96, 128), mask
+
+
+def same(model, theirs, batch):
+    images, mask = batch
+    with torch.no_grad(): ours, other = model(images, mask), theirs(images, pixel_mask=(~mask).long())
+    torch.testing.assert_close(ours['pred_logits'], other.logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours['pred_boxes'], other.pred_boxes, rtol=0, atol=1e-4)
+    assert ours['pred_boxes'].std(1).mean() > 5e-3, 'the queries answer alike: the comparison would see little'
+
+
+@pytest.mark.parametrize('options', [dict(backbone='resnet18'), dict(backbone='resnet50', dilation=True),
+                                     dict(backbone='resnet18', position='learned')], ids=['resnet18', 'resnet50-dc5', 'learned'])
+def test_to_transformers(options, batch, tmp_path):
+    "transformers reads the folder without complaint and finds the same boxes; what it writes comes back bit for bit."
+    transformers = pytest.importorskip('transformers')
+    model = spread_out(build_detr(3, **SMALL | options))
+    state, config = to_huggingface(model, NAMES)
+    save_file(state, tmp_path/'model.safetensors', {'format': 'pt'})
+    (tmp_path/'config.json').write_text(json.dumps(config))
+    theirs, found = transformers.DetrForObjectDetection.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(found.values()), found
+    assert theirs.config.id2label == dict(enumerate(NAMES))
+    same(model, theirs.eval(), batch)
+    theirs.save_pretrained(tmp_path/'again')
+    for state, config in ((theirs.state_dict(), theirs.config.to_dict()),
+                          (load_file(tmp_path/'again'/'model.safetensors'), json.loads((tmp_path/'again'/'config.json').read_text()))):
+        back = from_huggingface(state, config).state_dict()
+        assert all(torch.equal(v, back[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize('cnn', ['timm', 'own-basic', 'own-bottleneck'])
+def test_from_transformers(cnn, batch):
+    "A model that transformers made, with timm's ResNet or its own."
+    transformers = pytest.importorskip('transformers')
+    own = {'model_type': 'resnet', 'embedding_size': 64, 'out_features': ['stage4']}
+    backbone = {'timm': {'model_type': 'timm_backbone', 'backbone': 'resnet18', 'features_only': True, 'use_pretrained_backbone': False,
+                         'out_indices': [1, 2, 3, 4]},
+                'own-basic': own | {'layer_type': 'basic', 'depths': [2, 2, 2, 2], 'hidden_sizes': [64, 128, 256, 512]},
+                'own-bottleneck': own | {'layer_type': 'bottleneck', 'depths': [3, 4, 6, 3], 'hidden_sizes': [256, 512, 1024, 2048]}}[cnn]
+    config = transformers.DetrConfig(backbone_config=backbone, use_timm_backbone=False, d_model=32, encoder_layers=1, decoder_layers=2,
+                                     encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+                                     num_queries=7, id2label=dict(enumerate(NAMES)))
+    theirs = spread_out(transformers.DetrForObjectDetection(config))
+    same(from_huggingface(theirs.state_dict(), config.to_dict()), theirs, batch)
+
+
+@pytest.mark.parametrize('options, why', [({'pre_norm': True}, 'post-norm only'), ({'standardize': True}, 'feature_norm'),
+                                          ({'pos_in_input': True}, 'pos_in_input'), ({'features': ['layer3', 'layer4']}, 'cut'),
+                                          ({'backbone': 'tf_efficientnet_lite0'}, 'efficientnet')])
+def test_what_transformers_cannot_compute_is_refused(options, why):
+    with pytest.raises(ValueError, match=why): to_huggingface(build_detr(3, **{'backbone': 'resnet18'} | SMALL | options), NAMES)
+
+
+def test_tensors_that_do_not_fit_are_refused():
+    state, config = to_huggingface(build_detr(3, 'resnet18', **SMALL), NAMES)
+    less = {k: v for k, v in state.items() if k != 'model.decoder.layers.1.fc1.bias'}
+    more = state | {'mask_head.w': torch.zeros(1)}
+    for s, c, why in [(less, {}, '1 tensors missing, such as model.decoder.layers.1.fc1.bias'), (more, {}, 'mask_head.w'),
+                      (state, {'num_queries': 9}, 'query_position_embeddings'), (state, {'id2label': {'0': 'cat'}}, 'class_labels'),
+                      (state, {'auxiliary_loss': True}, 'auxiliary_loss'), (state, {'decoder_attention_heads': 8}, 'heads'),
+                      (state, {'activation_function': 'gelu'}, 'gelu'), (state, {'backbone': 'swin_tiny'}, 'swin_tiny')]:
+        with pytest.raises(ValueError, match=why): from_huggingface(s, config | c)
+
+
+@pytest.mark.parametrize('frozen', [True, False], ids=['frozen', 'trainable'])
+@pytest.mark.parametrize('pre_norm', [True, False], ids=['pre-norm', 'post-norm'])
+def test_exported_program_finds_the_same_boxes(frozen, pre_norm):
+    model = spread_out(build_detr(3, 'resnet18', frozen_backbone=frozen, **SMALL | {'pre_norm': pre_norm}))
+    before, program = {k: v.clone() for k, v in model.state_dict().items()}, export_program(model, (64, 96)).module()
+    for _ in range(2):  # the second photo: nothing of the first is kept
+        image = torch.randn(1, 3, 64, 96)
+        out, expected = program(image), model(image)
+        for k in ('pred_logits', 'pred_boxes'): torch.testing.assert_close(out[k], expected[k], rtol=1e-4, atol=1e-5)
+    assert 'aux_outputs' in expected and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -1,0 +1,210 @@
+"Hand-over: every kind of file gives the same detector, nothing in a file is run, and a refusal changes nothing."
+import argparse
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from updetr.checkpoint import export_weights, save_checkpoint
+from updetr.detr import build_detr
+from updetr.handover import hand_over, load_official, open_pretrained
+from updetr.updetr import build_updetr
+
+SMALL = dict(backbone='resnet18', hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=48, pre_norm=True, num_queries=12)
+ARGS = dict(lr=1e-4, lr_backbone=5e-5, batch_size=32, dilation=False, position_embedding='sine', num_patches=4, resume='', **SMALL)
+SENTINEL = 12345.
+
+
+@pytest.fixture(scope='module')
+def updetr():
+    torch.manual_seed(0)
+    model = build_updetr(num_patches=4, **SMALL).eval()
+    with torch.no_grad():  # no ones and zeros: every tensor counts, and the queries answer differently
+        for b in model.backbone.buffers(): b.copy_(.75 + torch.rand_like(b) / 2)
+        for p in model.parameters(): p.add_(.2 * torch.randn_like(p) if p.dim() == 1 else 0)
+        for p in (model.query_embed.weight, model.bbox_embed.layers[-1].weight): p.mul_(4)
+    return model
+
+
+def official(model, **args):
+    "The reference code's checkpoint of a model."
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 40)
+    return {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'lr_scheduler': schedule.state_dict(), 'epoch': 59,
+            'args': argparse.Namespace(**ARGS | args)}
+
+
+def marked(num_classes, **options):
+    "A detector that holds the sentinel everywhere."
+    model = build_detr(num_classes, **options).eval()
+    for t in model.state_dict().values(): t.fill_(SENTINEL)
+    return model
+
+
+def count(model): return [(v == SENTINEL).sum().item() for v in model.state_dict().values()]
+
+
+def write(kind, path, model):
+    state, config = model.state_dict(), SMALL | {'position': 'sine', 'features': '', 'task': 'pretrain'}
+    if kind == 'official': torch.save(official(model), path)
+    if kind == 'legacy': torch.save(official(model), path, _use_new_zipfile_serialization=False)
+    if kind == 'bare': torch.save(state, path)
+    if kind == 'hub': torch.save({'model': state}, path)
+    if kind == 'parallel': torch.save({'model': {f'module.{k}': v for k, v in state.items()}}, path)
+    if kind == 'ours': save_checkpoint(path, {'model': state, 'args': config, 'step': 3})
+    if kind == 'averaged': save_checkpoint(path, {'model': {k: 0 * v for k, v in state.items()}, 'ema': state, 'args': config})
+    if kind == 'shared': export_weights(path.with_suffix('.safetensors'), model, config, half=False)
+    if kind == 'tensors': save_file(dict(state), path.with_suffix('.safetensors'))
+    return path.with_suffix('.safetensors') if kind in ('shared', 'tensors') else path
+
+
+@pytest.mark.parametrize('kind', 'official legacy bare hub parallel ours averaged shared tensors'.split())
+def test_every_file_gives_the_same_detector(kind, updetr, tmp_path):
+    "The detector's boxes are those of UP-DETR for its object queries alone: computed by UP-DETR's own parts."
+    path = write(kind, tmp_path/'weights.pth', updetr)
+    told = {'nheads': 4} if kind in ('bare', 'hub', 'parallel', 'tensors') else {}
+    pretrained = open_pretrained(path, **told)
+    assert pretrained.kind == 'updetr' and pretrained.classes is None and SMALL.items() <= pretrained.options.items()
+    model = build_detr(5, **pretrained.options).eval()
+    hand_over(model, pretrained)
+    images = torch.randn(2, 3, 64, 96)
+    queries = updetr.query_embed.weight.expand(2, -1, -1)
+    with torch.no_grad():
+        expected = updetr.heads(updetr.decode(updetr.backbone(images)[0], None, queries))['pred_boxes'][-1]
+        torch.testing.assert_close(model(images)['pred_boxes'], expected, rtol=1e-4, atol=1e-5)
+        assert expected.std(1).mean() > 1e-3, 'the queries answer alike: the comparison would see little'
+
+
+class Runs:
+    "Makes a file when it is unpickled."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.mkdir, (str(self.path),)
+
+
+class Sneaky(argparse.Namespace):
+    "Another class than Namespace, if a subclass."
+
+
+@pytest.mark.parametrize('legacy', [False, True], ids=['zip', 'legacy'])
+def test_nothing_in_a_file_is_run(legacy, updetr, tmp_path):
+    made, path = tmp_path/'made', tmp_path/'weights.pth'
+    state = updetr.state_dict()
+    for name, content in [('mkdir', {'model': state, 'args': Runs(made)}), ('mkdir', {'args': argparse.Namespace(x=Runs(made))}),
+                          ('Sneaky', {'model': state, 'args': Sneaky(lr=1)}), ('UPDETR', {'model': updetr})]:
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        for read in (load_official, open_pretrained):
+            with pytest.raises(ValueError, match=name) as e: read(path)
+            assert 'weights.pth' in str(e.value) and 'could run code' in str(e.value)
+    assert not made.exists()
+
+
+def test_bad_files(updetr, tmp_path):
+    path = tmp_path/'weights.pth'
+    with pytest.raises(FileNotFoundError, match='weights.pth'): open_pretrained(path)
+    state, whole = updetr.state_dict(), official(updetr)
+    less, prefixed = {k: v for k, v in state.items() if k != 'query_embed.weight'}, {f'net.{k}': v for k, v in state.items()}
+    for content, why in [(5, 'not a dictionary'), ({}, 'no state dict'), ({'model': {'w': 1}}, 'no state dict'),
+                         (less, 'query_embed.weight'), (prefixed, 'none of DETR.*net.backbone'),
+                         (state | {'more.bias': torch.zeros(1)}, '1 of its'),
+                         (official(updetr, pre_norm=False), 'pre_norm is True by its tensors'),
+                         (official(updetr, hidden_dim=64), 'hidden_dim is 32'), (official(updetr, backbone='resnet34'), 'backbone'),
+                         (official(updetr, position_embedding='v3'), 'learned'), (official(updetr, seed={1, 2}), 'seed')]:
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=why) as e: open_pretrained(path)
+        assert 'weights.pth' in str(e.value)
+    for suffix, save in (('.pth', torch.save), ('.safetensors', save_file)):
+        save(dict(state) if save is save_file else whole, path.with_suffix(suffix))
+        data = path.with_suffix(suffix).read_bytes()
+        for part in (data[:-500], data[:100], b''):
+            path.with_suffix(suffix).write_bytes(part)
+            with pytest.raises(ValueError, match=f'weights{suffix} cannot be read'): open_pretrained(path.with_suffix(suffix))
+
+
+@pytest.fixture
+def pretrained(updetr, tmp_path):
+    torch.save(official(updetr), tmp_path/'weights.pth')
+    return open_pretrained(tmp_path/'weights.pth')
+
+
+@pytest.mark.parametrize('change, why', [
+    ({'pre_norm': False}, 'norm placement'), ({'hidden_dim': 64}, 'width'), ({'nheads': 8}, 'heads'), ({'enc_layers': 2}, 'encoder layers'),
+    ({'dec_layers': 1}, 'decoder layers'), ({'dim_feedforward': 64}, 'feed-forward'), ({'backbone': 'resnet34'}, 'CNN'),
+    ({'position': 'learned'}, 'position'), ({'standardize': True}, 'statistics'), ({'pos_in_input': True}, 'input'),
+    ({'num_queries': 9}, '12 object queries, the model 9'), ({'features': ['layer3']}, 'input_proj.weight')],
+    ids=lambda c: next(iter(c)) if isinstance(c, dict) else '')
+def test_a_refusal_changes_nothing(change, why, pretrained):
+    model = marked(5, **pretrained.options | change)
+    with pytest.raises(ValueError, match=why) as e: hand_over(model, pretrained)
+    assert 'weights.pth' in str(e.value)
+    assert sum(count(model)) == sum(v.numel() for v in model.state_dict().values())
+
+
+def test_damaged_weights_change_nothing(pretrained):
+    for name, damage in (('bbox_embed.layers.2.bias', lambda w: w * torch.nan), ('input_proj.bias', lambda w: w[:-1])):
+        weights = pretrained.weights | {name: damage(pretrained.weights[name])}
+        model = marked(5, **pretrained.options)
+        with pytest.raises(ValueError, match=name): hand_over(model, replace(pretrained, weights=weights))
+        assert sum(count(model)) == sum(v.numel() for v in model.state_dict().values())
+
+
+@pytest.mark.parametrize('N', [12, 7, 30])
+def test_report_counts_what_was_copied(N, updetr, pretrained):
+    "Loaded numbers are no sentinels any more, fresh ones still are; what the file had is loaded or dropped."
+    model = marked(5, **pretrained.options | {'num_queries': N})
+    report = hand_over(model, pretrained, num_queries=N)
+    left = count(model)
+    sizes = [v.numel() for v in model.state_dict().values()]
+    assert report.total('fresh') == (sum(n == size for n, size in zip(left, sizes)), sum(left))
+    assert report.total('loaded') == (sum(n < size for n, size in zip(left, sizes)), sum(sizes) - sum(left))
+    file = updetr.state_dict().values()
+    assert report.total('loaded', 'dropped') == (len(file), sum(v.numel() for v in file))
+    assert torch.equal(model.query_embed.weight[:min(N, 12)], updetr.query_embed.weight[:N])
+    assert str(report).count('\n') == len(report.parts) + 2
+
+
+def test_class_head_needs_the_same_names(tmp_path):
+    cats = build_detr(3, **SMALL | {'pre_norm': False})
+    torch.save({'model': cats.state_dict(), 'args': argparse.Namespace(**ARGS | {'pre_norm': False})}, tmp_path/'detr.pth')
+    names = ['cat', 'dog', 'cow']
+    unnamed, named = open_pretrained(tmp_path/'detr.pth'), open_pretrained(tmp_path/'detr.pth', classes=names)
+    for pretrained, classes, taken in ((named, names, True), (named, names[::-1], False), (named, None, False), (unnamed, names, False),
+                                       (replace(named, kind='updetr'), names, False)):
+        model = marked(3, **pretrained.options)
+        report = hand_over(model, pretrained, classes=classes)
+        assert (sum(count(model)) == 0) == taken == (report.total('fresh') == (0, 0))
+        assert torch.equal(model.class_embed.bias, cats.class_embed.bias) == taken
+    with pytest.raises(ValueError, match='2 names'): hand_over(build_detr(3, **named.options), named, classes=names[:2])
+    with pytest.raises(ValueError, match='3 classes'): open_pretrained(tmp_path/'detr.pth', classes=names[:2])
+
+
+def test_standardize_goes_over(tmp_path):
+    up = build_updetr(num_patches=4, standardize=True, **SMALL)
+    up.feature_norm.fit(torch.randn(2, 512, 3, 3) * 7)
+    torch.save(official(up), tmp_path/'weights.pth')
+    pretrained = open_pretrained(tmp_path/'weights.pth')
+    model = build_detr(3, **pretrained.options)
+    hand_over(model, pretrained)
+    assert torch.equal(model.feature_norm.std, up.feature_norm.std) and model.feature_norm.std.min() > 1
+    with pytest.raises(ValueError, match='standardize'): hand_over(build_detr(3, **SMALL), pretrained)
+
+
+def test_panoptic_files_are_taken_apart_on_request(tmp_path):
+    detector = build_detr(250, **SMALL)
+    masks = {'mask_head.lay1.bias': torch.zeros(8), 'bbox_attention.q_linear.bias': torch.zeros(3)}
+    state = {f'detr.{k}': v for k, v in detector.state_dict().items()} | masks
+    torch.save({'model': state, 'args': argparse.Namespace(**ARGS)}, tmp_path/'panoptic.pth')
+    with pytest.raises(ValueError, match='panoptic.*detector_part=True'): open_pretrained(tmp_path/'panoptic.pth')
+    pretrained = open_pretrained(tmp_path/'panoptic.pth', detector_part=True)
+    report = hand_over(model := marked(5, **pretrained.options), pretrained)
+    assert report.total('loaded', 'dropped')[0] == len(state) and pretrained.num_classes == 250
+    assert torch.equal(model.bbox_embed.layers[2].weight, detector.bbox_embed.layers[2].weight)
+
+
+def test_dilation_that_differs_is_noted(tmp_path):
+    options = SMALL | {'backbone': 'resnet50'}
+    torch.save(build_detr(2, **options).state_dict(), tmp_path/'bare.pth')
+    for dilation, noted in ((False, True), (True, False)):
+        pretrained = open_pretrained(tmp_path/'bare.pth', nheads=4, dilation=dilation)
+        assert bool(hand_over(build_detr(2, **options, dilation=True), pretrained).notes) == noted
