@@ -190,6 +190,21 @@ def test_weights_reach_every_stage(name, tmp_path):
     assert trained == ({'layer2', 'layer3'} if name == 'faster_rcnn_c4' else {'layer2', 'layer3', 'layer4'})
 
 
+@each
+def test_bfloat16_moves_no_anchor(name):
+    "bfloat16 has no 257: anchors made in it would be pixels away from where they are in float32."
+    model = build(name, channels=32).train()
+    generator = getattr(model.model, 'rpn', model.model).anchor_generator
+    image, seen = torch.randn(1, 3, 64, 352), []
+    generator.register_forward_hook(lambda module, inputs, anchors: seen.append(anchors[0]))
+    target = dict(labels=torch.tensor([0]), boxes=torch.tensor([[.5, .5, .5, .5]]), masks=torch.ones(1, 64, 352, dtype=torch.bool),
+                  size=torch.tensor([64, 352]), orig_size=torch.tensor([64, 352]))
+    for on in (False, True):
+        with torch.autocast('cpu', torch.bfloat16, enabled=on): loss, _ = model(dict(images=image, mask=None, targets=[target]))
+        assert loss.isfinite()
+    assert seen[0].max() > 256 and torch.equal(*seen)
+
+
 @pytest.mark.parametrize('features', [['blocks.4'], ['blocks.2', 'blocks.4']])
 @pytest.mark.parametrize('name', ['faster_rcnn_fpn', 'retinanet', 'fcos', 'mask_rcnn'])
 def test_any_backbone_with_features(name, features):

@@ -124,16 +124,20 @@ class _Pyramid(nn.Module):
     def forward(self, x): return self.fpn(self.maps(x))
 
 # %% ../nbs/27_baselines.ipynb #c021
+class _Anchors(AnchorGenerator):
+    "Anchors in float32, whatever the features are"
+    def set_cell_anchors(self, dtype, device): super().set_cell_anchors(torch.float32, device)
+
 def _anchors(name, strides, sizes):
-    "AnchorGenerator for levels of these strides. ValueError if sizes and levels do not fit"
+    "Anchors for levels of these strides. ValueError if sizes and levels do not fit"
     if name == 'fcos':
         if sizes is not None: raise ValueError('fcos has no anchors: leave anchor_sizes out')
-        return AnchorGenerator(tuple((s,) for s in strides), ((1.,),) * len(strides))
+        return _Anchors(tuple((s,) for s in strides), ((1.,),) * len(strides))
     if sizes is None and len(strides) == 1: sizes = [[strides[0] * k for k in (2, 4, 8, 16, 32)]]
     if sizes is None: sizes = [[int(4 * s * 2 ** (k / 3)) for k in range(3)] if name == 'retinanet' else [8 * s] for s in strides]
     if len(sizes) != len(strides) or len({len(s) for s in sizes}) != 1:
         raise ValueError(f'anchor_sizes must be {len(strides)} tuples of equal length, for levels of strides {strides}; got {sizes}')
-    return AnchorGenerator(tuple(map(tuple, sizes)), ((.5, 1., 2.),) * len(strides))
+    return _Anchors(tuple(map(tuple, sizes)), ((.5, 1., 2.),) * len(strides))
 
 # %% ../nbs/27_baselines.ipynb #c026
 BASELINES = {

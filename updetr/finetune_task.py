@@ -162,7 +162,8 @@ class DetectionRun:
         self.model = self.module.model if isinstance(self.module, DetectStep) else self.module
         self.cnn = self.model.backbone[0] if isinstance(self.module, DetectStep) else self.model
         if cfg.pretrain and not (self.run_dir / 'checkpoint.pth').exists():
-            report = hand_over(self.model, open_pretrained(cfg.pretrain), cfg.num_queries, self.train_set.classes)
+            pretrained, classes = open_pretrained(cfg.pretrain), self.train_set.classes
+            report = hand_over(self.model, pretrained, cfg.num_queries, classes, cfg.fresh_queries)
             if processes.rank == 0: print(report, flush=True)
 
     def begin(self, resumed):

@@ -245,11 +245,13 @@ def _parts(fate, tensors, options, head):
 
 def _query_parts(n, mine, theirs):
     "Lines for object queries of which the first n went over: of the model and of the file"
-    N, d = mine.shape
-    which = f'all {n}' if n == N == len(theirs) else f'first {n} of {max(N, len(theirs))}'
-    yield Part('loaded', f'object queries: {which}', 1, n * d)
-    if N > n: yield Part('fresh', f'object queries: the other {N - n}', 0, (N - n) * d)
-    if len(theirs) > n: yield Part('dropped', f'object queries: the other {len(theirs) - n}', 0, (len(theirs) - n) * d)
+    (N, d), M = mine.shape, len(theirs)
+    if not n: return [Part('fresh', f'object queries: all {N}', 1, N * d), Part('dropped', f'object queries: all {M}', 1, M * d)]
+    which = f'all {n}' if n == N == M else f'first {n} of {max(N, M)}'
+    parts = [Part('loaded', f'object queries: {which}', 1, n * d)]
+    if N > n: parts.append(Part('fresh', f'object queries: the other {N - n}', 0, (N - n) * d))
+    if M > n: parts.append(Part('dropped', f'object queries: the other {M - n}', 0, (M - n) * d))
+    return parts
 
 def _report(pretrained, want, n, loaded, fresh, num_classes):
     "The report's lines: loaded, fresh, dropped"
@@ -266,11 +268,12 @@ def hand_over(model: DETR,  # changed in place
               pretrained: Pretrained,  # of `open_pretrained`
               num_queries: int | None = None,  # the model's N, to allow that the file has another number
               classes: Sequence[str] | None = None,  # names of the model's classes; a detector's head of the same classes is taken
+              fresh_queries: bool = False,  # object queries stay the model's own (small-scale option)
               ) -> HandOver:  # print it
     "Copy a file's weights into a detector. Raises ValueError with the reason, and then the model is as it was."
     want, theirs, query = model.state_dict(), pretrained.weights, 'query_embed.weight'
     _check_options(model, pretrained)
-    n = _query_rows(pretrained, len(want[query]), num_queries)
+    n = 0 if fresh_queries else _query_rows(pretrained, len(want[query]), num_queries)
     head = {'class_embed.weight', 'class_embed.bias'}
     fresh = set() if _same_classes(pretrained, model, classes) else head
     _check_tensors(pretrained.path, theirs, want, fresh)
