@@ -83,7 +83,8 @@ FINETUNE_PRESETS = {
     'voc150': VOC, 'voc300': VOC | LONG, 'coco150': COCO, 'coco300': COCO | LONG,
     'demo': dict(
         backbone='tf_efficientnet_lite0', weights='builtin', features='blocks.4', standardize=True, frozen_backbone=True,
-        hidden_dim=128, nheads=4, enc_layers=1, dec_layers=3, dim_feedforward=128, dropout=0., num_queries=20, pos_in_input=True, fresh_queries=True,
+        hidden_dim=128, nheads=4, enc_layers=1, dec_layers=3, dim_feedforward=128, dropout=0., num_queries=20,
+        pos_in_input=True, fresh_queries=True,
         scenes=400, scenes_val=100, scene_size=256, val_size=256, square=256, cached_views=8,
         lr=1e-3, clip_max_norm=1., schedule='cosine', warmup=.05, batch_size=8, epochs=20, eval_every=2, keep_every=0)}
 FINETUNE_DESCRIPTIONS = {
