@@ -546,6 +546,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'updetr.scenes._cut': ('scenes.html#_cut', 'updetr/scenes.py'),
                                'updetr.scenes._draw_outline': ('scenes.html#_draw_outline', 'updetr/scenes.py'),
                                'updetr.scenes._ground': ('scenes.html#_ground', 'updetr/scenes.py'),
+                               'updetr.scenes._painted': ('scenes.html#_painted', 'updetr/scenes.py'),
                                'updetr.scenes._photo': ('scenes.html#_photo', 'updetr/scenes.py'),
                                'updetr.scenes._points': ('scenes.html#_points', 'updetr/scenes.py'),
                                'updetr.scenes._recipe': ('scenes.html#_recipe', 'updetr/scenes.py'),

@@ -274,6 +274,12 @@ def _check_scenes(num, size, seed, split, names, max_objects, scale, crowd):
     if not 0 <= crowd <= 1: raise ValueError(f'crowd {crowd} is a probability, 0..1')
 
 # %% ../nbs/22_scenes.ipynb #c041
+@lru_cache(maxsize=512)  # of the module, so that a dataset can be sent to workers; some 300 MB at 256 px
+def _painted(seed, height, width, allowed, *settings):
+    "The scene of a seed, painted once"
+    return compose(np.random.default_rng(seed), height, width, list(allowed), *settings)
+
+# %% ../nbs/22_scenes.ipynb #c042
 class Scenes:
     "Labelled scenes: a detection set that paints scene i when asked for it. Raises ValueError for impossible settings."
     def __init__(self,
@@ -289,7 +295,7 @@ class Scenes:
         self.height, self.width = (size, size) if isinstance(size, int) else size
         self.names = list(_KINDS.get(classes, (classes,)) if isinstance(classes, str) else classes)
         _check_scenes(num, (self.height, self.width), seed, split, self.names, max_objects, scale, crowd)
-        self.num, self.seed, self.split, self.settings = num, seed, split, (max_objects, scale, crowd)
+        self.num, self.seed, self.split, self.settings = num, seed, split, (max_objects, tuple(scale), crowd)
         self.classes, self.stuff = list(CLASSES), list(STUFF)
         self.image_ids, self.sizes = list(range(num)), np.full((num, 2), (self.height, self.width))
 
@@ -298,8 +304,7 @@ class Scenes:
     def scene(self, i):
         "Scene i with all that is known of it. Raises IndexError past the end."
         if not 0 <= i < self.num: raise IndexError(f'scene {i} of {self.num}')
-        rng = np.random.default_rng((self.seed, _PARTS[self.split], i))
-        return compose(rng, self.height, self.width, [CLASSES.index(n) for n in self.names], *self.settings)
+        return _painted((self.seed, _PARTS[self.split], i), self.height, self.width, tuple(map(CLASSES.index, self.names)), *self.settings)
 
     def __getitem__(self, i): return _sample(self.scene(i), i)
 
@@ -314,7 +319,7 @@ class Scenes:
     @cached_property
     def _annotations(self): return [_annotate(self.scene(i)) for i in range(self.num)]
 
-# %% ../nbs/22_scenes.ipynb #c043
+# %% ../nbs/22_scenes.ipynb #c044
 def _boxes(scene):
     "(S + n, 4) xyxy px around the pixels that each number owns; zeros for a region that is hidden altogether"
     places = find_objects(scene.owner.numpy(), max_label=len(scene.stuff) + len(scene.labels))
@@ -327,7 +332,7 @@ def _sample(scene, image_id):
     return dict(image=scene.image, boxes=_boxes(scene)[first - 1:], labels=scene.labels, iscrowd=no, difficult=no.clone(), masks=masks,
                 area=masks.sum((1, 2)).float(), image_id=image_id)
 
-# %% ../nbs/22_scenes.ipynb #c050
+# %% ../nbs/22_scenes.ipynb #c051
 def _segments(scene):
     "owner and COCO's segments_info"
     boxes, areas = _boxes(scene), torch.bincount(scene.owner.flatten(), minlength=len(scene.stuff) + len(scene.labels) + 1)[1:].tolist()
@@ -337,7 +342,7 @@ def _segments(scene):
             for i, (k, a, b) in enumerate(zip(kinds, areas, boxes.tolist()), 1)]
     return scene.owner, [s for s in info if s['area']]
 
-# %% ../nbs/22_scenes.ipynb #c054
+# %% ../nbs/22_scenes.ipynb #c055
 def _run_lengths(mask):
     "COCO's uncompressed run lengths of a bool mask (H, W)"
     flat = np.concatenate([[False], mask.T.ravel()])

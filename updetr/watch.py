@@ -73,7 +73,7 @@ def _curves(ax, rows, keys, loc):
     for k in keys:
         step, value = np.array([(r['step'], r[k]) for r in rows if k in r], float).T
         value = _smooth(value)
-        ax.plot(step[len(step) - len(value):], value, label=k.removeprefix('train_'), lw=1.2)
+        ax.plot(step[len(step) - len(value):], value, label=k.removeprefix('train_').replace('test_', 'held-out '), lw=1.2)
     ax.set_xlabel('step')
     if keys: ax.legend(fontsize=7, loc=loc, framealpha=.6)
 
@@ -81,7 +81,7 @@ def _curves(ax, rows, keys, loc):
 def draw_curves(
     rows: list[dict],  # log rows; the keys 'train_loss*' and `shares` are drawn
     preview: str | Path | None = None,  # picture to show beside the curves; left out if there is no such file
-    shares: tuple = ('train_matched_iou', 'train_query_spread'),  # keys of the second panel, 0..1
+    shares: tuple = ('train_matched_iou', 'train_query_spread', 'test_recall50'),  # keys of the second panel, 0..1
 ) -> Figure:  # matplotlib figure
     "Draw the loss parts, the matched IoU, and the trainer's last picture."
     keys = list(dict.fromkeys(k for r in rows for k in r))
