@@ -69,6 +69,8 @@ class FinetuneConfig(TrainConfig, LabelledConfig, SetLossConfig, DetectorConfig)
         "Yield what is wrong between fields."
         if self.cached_views and not (self.frozen_backbone and self.square and self.detector == 'detr'):
             yield 'cached_views needs frozen_backbone=True, square > 0 and detector detr: features of fixed views by a fixed CNN'
+        if self.detector != 'detr' and (self.pretrain or self.compile or self.gradient_checkpointing):
+            yield f'pretrain, compile and gradient_checkpointing are for detector detr, not {self.detector}'
         if bool(self.scenes) != bool(self.scenes_val): yield 'scenes and scenes_val belong together: give both or none'
         if min(self.photos, self.scenes, self.scenes_val, self.square, self.cached_views, self.eval_every) < 0:
             yield 'photos, scenes, scenes_val, square, cached_views and eval_every must not be negative'

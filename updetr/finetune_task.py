@@ -67,6 +67,7 @@ def build_module(cfg: FinetuneConfig,  # of the run
     "The detector of a run with its losses. Raises ValueError or FileNotFoundError (weights)."
     if cfg.detector == 'detr':
         model = build_detr(num_classes, **model_options(cfg))
+        for part in (model.transformer.encoder, model.transformer.decoder): part.gradient_checkpointing = cfg.gradient_checkpointing
         return DetectStep(model, build_criterion(model, **loss_options(cfg)))
     options = model_options(cfg)
     return build_baseline(cfg.detector, num_classes, cfg.backbone, options['weights'], options['features'], frozen=cfg.frozen_backbone)
@@ -77,7 +78,7 @@ def with_model(module: nn.Module,  # of `build_module`
     "The same step around another copy of the model."
     return DetectStep(model, module.criterion) if isinstance(module, DetectStep) else model
 
-# %% ../nbs/28a_finetune_task.ipynb #c011
+# %% ../nbs/28a_finetune_task.ipynb #c013
 VIEW_FIELDS = ('seed data data_val split split_val year year_val classes difficult photos scenes scenes_val scene_size val_size square '
                'cached_views backbone features').split()
 
@@ -101,7 +102,7 @@ def photo_features(backbone: nn.Module,  # frozen `Backbone`
     ready = normalize(torch.stack(images).to(device).float() / 255, backbone.mean, backbone.std)
     return backbone(ready).cpu(), [{k: v for k, v in t.items() if k != 'masks'} for t in targets]
 
-# %% ../nbs/28a_finetune_task.ipynb #c012
+# %% ../nbs/28a_finetune_task.ipynb #c014
 def cache_views(folder: str | Path,  # to be filled; made if missing
                 backbone: nn.Module,  # frozen `Backbone`
                 views: DetectionViews,  # squashed to squares
@@ -124,7 +125,7 @@ def cache_views(folder: str | Path,  # to be filled; made if missing
     if processes.rank == 0: write_json(folder / 'bank.json', {'shape': shape, 'parts': processes.world})
     processes.barrier()
 
-# %% ../nbs/28a_finetune_task.ipynb #c013
+# %% ../nbs/28a_finetune_task.ipynb #c015
 class CachedViews:
     "Views whose features were computed before; `batch(items)` is what a loader's batch is, behind the CNN."
     def __init__(self,
@@ -144,7 +145,7 @@ class CachedViews:
         rows = torch.tensor([i * self.num_views + k for k, i in which])
         return {'feature': self.feature[rows].float(), 'mask': None, 'targets': [self.targets[i][k] for k, i in which]}
 
-# %% ../nbs/28a_finetune_task.ipynb #c017
+# %% ../nbs/28a_finetune_task.ipynb #c019
 class DetectionRun:
     "What a fine-tuning run is made of: photos, detector, cached features."
     def __init__(self,
@@ -180,7 +181,7 @@ class DetectionRun:
             cache_views(folder, self.cnn, views, number, self.processes, _progress(self))
         return CachedViews(folder, number)
 
-# %% ../nbs/28a_finetune_task.ipynb #c018
+# %% ../nbs/28a_finetune_task.ipynb #c020
 def _progress(task):
     "What a watcher is shown before the first step"
     begun, last = time.perf_counter(), [0.]
@@ -202,7 +203,7 @@ def fit_statistics(task: DetectionRun,  # with option `standardize` and a model 
     else: tokens = torch.cat([photo_features(task.cnn, task.views, i, 1, task.processes.device)[0].flatten(2)[0] for i in range(n)], 1)
     task.model.feature_norm.fit(tokens[None].to(task.processes.device))
 
-# %% ../nbs/28a_finetune_task.ipynb #c019
+# %% ../nbs/28a_finetune_task.ipynb #c021
 def train_batches(task: DetectionRun,  # begun
                   start: int,  # first step
                   total: int,  # steps in all
@@ -236,7 +237,7 @@ def evaluate(task: DetectionRun,  # begun
     finally: model.train(training)
     return evaluator.gather()
 
-# %% ../nbs/28a_finetune_task.ipynb #c020
+# %% ../nbs/28a_finetune_task.ipynb #c022
 def measurement(evaluator: CocoEvaluator,  # with all predictions
                 ) -> dict[str, float]:  # test_AP, test_AP50, ..., 0..100; test_recall50, ..., 0..1; only what can be measured
     "What is logged of an evaluation."
@@ -259,7 +260,7 @@ def draw_answer(task: DetectionRun,  # begun
     found = {k: answer[k][keep] for k in ('boxes', 'labels')} | {'image': sample['image'], 'iscrowd': torch.zeros(len(keep))[keep]}
     return torch.cat((draw_sample(sample), draw_sample(found)), 2)
 
-# %% ../nbs/28a_finetune_task.ipynb #c022
+# %% ../nbs/28a_finetune_task.ipynb #c024
 class FinetuneTask(DetectionRun):
     "Detection as a task for `updetr.train.train`."
     def batches(self, start, total):

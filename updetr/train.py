@@ -45,9 +45,9 @@ def lr_factor(step: int,  # 0..total_steps - 1
 def build_optimizer(model: nn.Module,  # whose trainable parameters are optimised
                     cfg: TrainConfig,  # lr, lr_backbone and weight_decay are read
                     ) -> torch.optim.AdamW:
-    "AdamW over the trainable parameters; 'backbone' in the name decides the group."
+    "AdamW over the trainable parameters; 'backbone' in the name decides the group (a feature pyramid is no part of the CNN)."
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [{'params': [p for n, p in named if ('backbone' in n) == cnn], 'lr': lr, 'initial_lr': lr}
+    groups = [{'params': [p for n, p in named if ('backbone' in n and 'fpn' not in n) == cnn], 'lr': lr, 'initial_lr': lr}
               for cnn, lr in ((False, cfg.lr), (True, cfg.lr_backbone))]
     fused = all(p.device.type in ('cpu', 'cuda') for _, p in named)
     return torch.optim.AdamW([g for g in groups if g['params']], lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
