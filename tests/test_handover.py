@@ -9,7 +9,10 @@ from safetensors.torch import save_file
 
 from updetr.checkpoint import export_weights, save_checkpoint
 from updetr.detr import build_detr
+from updetr.finetune import finetune_config
+from updetr.finetune_task import TASK
 from updetr.handover import hand_over, load_official, open_pretrained
+from updetr.train import Processes, train
 from updetr.updetr import build_updetr
 
 SMALL = dict(backbone='resnet18', hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=48, pre_norm=True, num_queries=12)
@@ -208,3 +211,19 @@ def test_dilation_that_differs_is_noted(tmp_path):
     for dilation, noted in ((False, True), (True, False)):
         pretrained = open_pretrained(tmp_path/'bare.pth', nheads=4, dilation=dilation)
         assert bool(hand_over(build_detr(2, **options, dilation=True), pretrained).notes) == noted
+
+
+def test_a_published_file_starts_a_run(updetr, tmp_path):
+    "A file of the reference code, read by the fine-tuning task: its sizes, its weights, two steps of training, both optimizer groups."
+    torch.save(official(updetr), tmp_path/'published.pth')
+    cfg = finetune_config('voc150', pretrain=str(tmp_path/'published.pth'), scenes=4, scenes_val=2, scene_size=64, val_size=64, batch_size=2,
+                          epochs=1, lr_drop=1, eval_every=0, num_workers=0, log_every=1)
+    assert (cfg.backbone, cfg.hidden_dim, cfg.dec_layers, cfg.num_queries, cfg.pre_norm) == ('resnet18', 32, 2, 12, True)
+    (run := tmp_path/'run').mkdir()
+    task = TASK[1](cfg, run, Processes())
+    theirs, mine = updetr.state_dict(), task.model.state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in mine.items() if not k.startswith('class_embed'))
+    state = train(task, cfg, run, Processes())
+    moved = {k for k, v in state.model.state_dict().items() if not torch.equal(v, theirs.get(k, v))}
+    assert state.step == 2 and {'query_embed.weight', 'backbone.0.body.layer2.0.conv1.weight'} <= moved
+    assert not any(k.startswith(('backbone.0.body.conv1', 'backbone.0.body.layer1', 'backbone.0.body.bn1')) for k in moved)
