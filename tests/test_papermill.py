@@ -11,37 +11,40 @@ import pytest
 
 from conftest import ROOT
 from updetr.config import PretrainConfig
+from updetr.finetune import FinetuneConfig
 
-NOTEBOOK = ROOT / 'nbs' / 'pretrain.ipynb'
+NOTEBOOK, FINETUNE = ROOT / 'nbs' / 'pretrain.ipynb', ROOT / 'nbs' / 'finetune.ipynb'
 TINY = dict(views=24, view_size=64, patch_size=32, hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=10, num_patches=5,
             batch_size=4, epochs=1, gpus=0)
 
 
-def papermill(out, cwd=ROOT, **parameters):
+def papermill(out, cwd=ROOT, notebook=NOTEBOOK, **parameters):
     words = [w for k, v in parameters.items() for w in ('-p', k, str(v))]
     env = os.environ | {'CUDA_VISIBLE_DEVICES': '', 'JUPYTER_PREFER_ENV_PATH': '1', 'OMP_NUM_THREADS': '1', 'UPDETR_DATA': ''}
     env.pop('MPLBACKEND', None)
-    return subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', str(NOTEBOOK), str(out), *words],
+    return subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', str(notebook), str(out), *words],
                           cwd=cwd, env=env, capture_output=True, text=True, timeout=400)
 
 
-def parameter_lines():
-    cell, = [c for c in nbformat.read(NOTEBOOK, 4).cells if 'parameters' in c.metadata.get('tags', [])]
+def parameter_lines(notebook=NOTEBOOK):
+    cell, = [c for c in nbformat.read(notebook, 4).cells if 'parameters' in c.metadata.get('tags', [])]
     return dict(re.match(r'(\w+): (.*)', line).groups() for line in cell.source.splitlines() if re.match(r'\w+: ', line))
 
 
-def test_every_hyper_parameter_can_be_given():
-    lines = parameter_lines()
-    for f in dataclasses.fields(PretrainConfig):
-        if f.name in ('task', 'data', 'seed'): continue
+@pytest.mark.parametrize('notebook, kind', [(NOTEBOOK, PretrainConfig), (FINETUNE, FinetuneConfig)], ids=['pretrain', 'finetune'])
+def test_every_hyper_parameter_can_be_given(notebook, kind):
+    lines = parameter_lines(notebook)
+    for f in dataclasses.fields(kind):
+        if f.name in ('task', 'data', 'seed', 'detector', 'pretrain'): continue
         assert re.match(rf"{f.type.__name__} = None  # .+ \(paper: ", lines[f.name]), f.name
         assert f.default == eval(lines[f.name].rsplit('(paper: ', 1)[1].rstrip(')')), f'{f.name}: the comment quotes another default'
 
 
-def test_the_help_lists_every_parameter():
-    command = [sys.executable, '-m', 'papermill', '--help-notebook', str(NOTEBOOK)]
+@pytest.mark.parametrize('notebook', [NOTEBOOK, FINETUNE], ids=['pretrain', 'finetune'])
+def test_the_help_lists_every_parameter(notebook):
+    command = [sys.executable, '-m', 'papermill', '--help-notebook', str(notebook)]
     out = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    assert [n for n in parameter_lines() if not re.search(rf'^  {n}: ', out, re.M)] == []
+    assert [n for n in parameter_lines(notebook) if not re.search(rf'^  {n}: ', out, re.M)] == []
 
 
 @pytest.fixture(scope='module')

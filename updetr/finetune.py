@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .augment import normalize
+from .baselines import BASELINES
 from .boxes import pad_images
 from .config import DetectorConfig, SetLossConfig, TrainConfig, make_config
 from .datasets import DetectionSet, open_dataset
@@ -69,6 +70,7 @@ class FinetuneConfig(TrainConfig, LabelledConfig, SetLossConfig, DetectorConfig)
         "Yield what is wrong between fields."
         if self.cached_views and not (self.frozen_backbone and self.square and self.detector == 'detr'):
             yield 'cached_views needs frozen_backbone=True, square > 0 and detector detr: features of fixed views by a fixed CNN'
+        if self.detector not in ('detr', *BASELINES): yield f'detector {self.detector!r} is unknown: detr or {", ".join(BASELINES)}'
         if self.detector != 'detr' and (self.pretrain or self.compile or self.gradient_checkpointing):
             yield f'pretrain, compile and gradient_checkpointing are for detector detr, not {self.detector}'
         if bool(self.scenes) != bool(self.scenes_val): yield 'scenes and scenes_val belong together: give both or none'
