@@ -216,8 +216,8 @@ def test_dilation_that_differs_is_noted(tmp_path):
 def test_a_published_file_starts_a_run(updetr, tmp_path):
     "A file of the reference code, read by the fine-tuning task: its sizes, its weights, two steps of training, both optimizer groups."
     torch.save(official(updetr), tmp_path/'published.pth')
-    cfg = finetune_config('voc150', pretrain=str(tmp_path/'published.pth'), scenes=4, scenes_val=2, scene_size=64, val_size=64, batch_size=2,
-                          epochs=1, lr_drop=1, eval_every=0, num_workers=0, log_every=1)
+    cfg = finetune_config('voc150', pretrain=str(tmp_path/'published.pth'), scenes=4, scenes_val=2, scene_size=64, val_size=64,
+                          batch_size=2, epochs=1, lr_drop=1, eval_every=0, num_workers=0, log_every=1)
     assert (cfg.backbone, cfg.hidden_dim, cfg.dec_layers, cfg.num_queries, cfg.pre_norm) == ('resnet18', 32, 2, 12, True)
     (run := tmp_path/'run').mkdir()
     task = TASK[1](cfg, run, Processes())

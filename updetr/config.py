@@ -174,7 +174,7 @@ def make_config(preset: str = 'demo',  # a name in `presets`
 # %% ../nbs/14_config.ipynb #c014
 CHOICES = {'schedule': ('step', 'cosine'), 'position': ('sine', 'learned'), 'patch_law': ('uniform', 'range', 'fixed', 'grid', 'mixed')}
 POSITIVE = ('hidden_dim nheads enc_layers dec_layers dim_feedforward num_queries num_patches patch_size view_size lr epochs lr_drop '
-            'batch_size accumulate clip_max_norm log_every save_every').split()
+            'batch_size accumulate clip_max_norm log_every save_every channels').split()
 SHARES = 'dropout mask_ratio heldout warmup ema'.split()
 COUNTS = 'weight_decay lr_backbone eos_coef views cached_patches num_workers keep_every seed'.split()
 

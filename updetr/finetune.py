@@ -55,6 +55,7 @@ class FinetuneConfig(TrainConfig, LabelledConfig, SetLossConfig, DetectorConfig)
     "Everything that determines a fine-tuning run."
     task: str = 'finetune'  # which `updetr.train` task reads it
     detector: str = 'detr'  # detr, or one of torchvision's: see `updetr.baselines`
+    channels: int = 256  # of the feature levels of torchvision's detectors
     pretrain: str = ''  # checkpoint to start from, ours or a published one; '' = a transformer from scratch
     fresh_queries: bool = False  # small-scale option: object queries start at random, not from the checkpoint
     frozen_backbone: bool = False  # the paper fine-tunes the CNN, all but stem and norms
@@ -88,7 +89,7 @@ FINETUNE_PRESETS = {
     'demo': dict(
         backbone='tf_efficientnet_lite0', weights='builtin', features='blocks.4', standardize=True, frozen_backbone=True,
         hidden_dim=128, nheads=4, enc_layers=1, dec_layers=3, dim_feedforward=128, dropout=0., num_queries=20,
-        pos_in_input=True, fresh_queries=True,
+        pos_in_input=True, fresh_queries=True, channels=64,
         scenes=400, scenes_val=100, scene_size=256, val_size=256, square=256, cached_views=8,
         lr=1e-3, clip_max_norm=1., schedule='cosine', warmup=.05, batch_size=8, epochs=20, eval_every=2, keep_every=0)}
 FINETUNE_DESCRIPTIONS = {

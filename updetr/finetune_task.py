@@ -69,8 +69,8 @@ def build_module(cfg: FinetuneConfig,  # of the run
         model = build_detr(num_classes, **model_options(cfg))
         for part in (model.transformer.encoder, model.transformer.decoder): part.gradient_checkpointing = cfg.gradient_checkpointing
         return DetectStep(model, build_criterion(model, **loss_options(cfg)))
-    options = model_options(cfg)
-    return build_baseline(cfg.detector, num_classes, cfg.backbone, options['weights'], options['features'], frozen=cfg.frozen_backbone)
+    cnn = [model_options(cfg)[k] for k in ('backbone', 'weights', 'features', 'frozen_backbone')]
+    return build_baseline(cfg.detector, num_classes, *cnn, cfg.channels)
 
 def with_model(module: nn.Module,  # of `build_module`
                model: nn.Module,  # its model, or an averaged copy of it
