@@ -170,7 +170,8 @@ class DetectionRun:
     def begin(self, resumed):
         "Features that are computed once, and channel statistics unless they came with a checkpoint."
         if self.cfg.cached_views: self.cached = [self.open_cache(kind) for kind in ('train', 'val')]
-        if self.cfg.standardize and not resumed and not self.cfg.pretrain: fit_statistics(self)
+        fresh = self.cfg.detector == 'detr' and not resumed and not self.cfg.pretrain
+        if self.cfg.standardize and fresh: fit_statistics(self)
 
     def open_cache(self, kind):
         "Cached views of one set; computed first where they are not there yet."
