@@ -40,7 +40,7 @@ pretrain: $(STAMP)
 	$(RUN) -m papermill --log-output -k python3 nbs/pretrain.ipynb $(REPORT)/pretrain.ipynb $(ARGS)
 
 test: $(STAMP)
-	$(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
 
 readme: $(STAMP)
 	$(RUN) tests/tools/readme.py

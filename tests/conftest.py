@@ -26,6 +26,7 @@ def _lack(mark):
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        if item.originalname != 'test_notebook': item.add_marker(pytest.mark.xdist_group(item.path.name))  # files share what they prepare
         for mark in ('data', 'cuda', 'multigpu'):
             if item.get_closest_marker(mark) and (why := _lack(mark)): item.add_marker(pytest.mark.skip(reason=why))
 

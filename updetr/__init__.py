@@ -6,7 +6,8 @@ from importlib import import_module
 # Loaded on first use, so that `import updetr` alone costs nothing.
 _PUBLIC = {'build_backbone': 'backbone', 'fetch_weights': 'backbone', 'build_detr': 'detr', 'build_updetr': 'updetr',
            'best_of_group': 'updetr', 'group_mask': 'groups', 'build_criterion': 'losses', 'make_config': 'config',
-           'load_updetr': 'checkpoint'}
+           'load_updetr': 'checkpoint', 'open_dataset': 'datasets', 'check_dataset': 'check', 'load_official': 'handover',
+           'open_pretrained': 'handover', 'hand_over': 'handover', 'finetune_config': 'finetune', 'Detector': 'detector'}
 __all__ = list(_PUBLIC)
 
 
