@@ -90,6 +90,8 @@ def test_tensors_that_do_not_fit_are_refused():
                       (state, {'auxiliary_loss': True}, 'auxiliary_loss'), (state, {'decoder_attention_heads': 8}, 'heads'),
                       (state, {'activation_function': 'gelu'}, 'gelu'), (state, {'backbone': 'swin_tiny'}, 'swin_tiny')]:
         with pytest.raises(ValueError, match=why): from_huggingface(s, config | c)
+    for k in ('d_model', 'decoder_ffn_dim', 'encoder_attention_heads'):
+        with pytest.raises(ValueError, match=f'lacks {k}'): from_huggingface(state, {n: v for n, v in config.items() if n != k})
 
 
 @pytest.mark.parametrize('frozen', [True, False], ids=['frozen', 'trainable'])

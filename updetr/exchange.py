@@ -102,6 +102,9 @@ def _cnn(config):
     return name, bool(config.get('dilation')) or c.get('output_stride') == 16
 
 # %% ../nbs/30_exchange.ipynb #c017
+_NEEDED = ['d_model', 'num_queries', 'dropout', 'id2label',
+           *(f'{side}_{k}' for side in ('encoder', 'decoder') for k in ('layers', 'ffn_dim', 'attention_heads'))]
+
 def _options(config):
     "Arguments of `build_detr` for a configuration of transformers; ValueError for what DETR does not compute"
     sides = {k: (config[f'encoder_{k}'], config[f'decoder_{k}']) for k in ('layers', 'ffn_dim', 'attention_heads')}
@@ -120,7 +123,7 @@ def from_huggingface(state: dict[str, Tensor],  # of `DetrForObjectDetection`, f
                      config: dict,  # its `config.to_dict()`, or its config.json
                      ) -> DETR:  # in eval mode; its classes are config['id2label']
     "Take over a detector. Raises ValueError if it is no DETR as here, or if tensors and configuration do not fit."
-    missing = [k for k in ('d_model', 'num_queries', 'dropout', 'encoder_layers', 'decoder_layers', 'id2label') if k not in config]
+    missing = [k for k in _NEEDED if k not in config]
     if missing: raise ValueError(f'the configuration lacks {", ".join(missing)}: give the whole config.to_dict()')
     model = build_detr(len(config['id2label']), **_options(config))
     theirs = {_file_name(k): v for k, v in state.items() if not k.endswith('num_batches_tracked')}

@@ -1,0 +1,273 @@
+"""Fine-tuning that has something to measure (AP50 above 0): stopped while measuring, in two processes, from a checkpoint, as a detector;
+and `nbs/finetune.ipynb`."""
+import dataclasses
+import json
+import signal
+
+import nbformat
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from conftest import ROOT
+from test_papermill import FINETUNE, papermill
+from test_resume import as_in_the_processes, finish, weights  # noqa: F401 (a fixture: one thread here, too)
+from test_task import rows, save_photos
+from updetr.checkpoint import load_checkpoint, save_checkpoint, write_json
+from updetr.config import make_config, model_options
+from updetr.datasets import open_dataset
+from updetr.detector import Detector
+from updetr.evaluate import CocoEvaluator
+from updetr.finetune import FinetuneConfig, finetune_config
+from updetr.finetune_task import CachedViews, FinetuneTask, evaluate, measurement
+from updetr.train import Processes, train
+from updetr.updetr import build_updetr
+
+SIZES = dict(hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=8)
+TINY = SIZES | dict(backbone='resnet18', weights='none', features='layer2', scenes=0, scenes_val=0, val_size=64, square=0, cached_views=0,
+                    batch_size=4, epochs=2, eval_every=1, log_every=1, save_every=4, lr=3e-3, dropout=.1)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def no_data_by_the_way():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv('UPDETR_DATA', raising=False)
+        yield
+
+
+@pytest.fixture(scope='module')
+def labelled(tmp_path_factory):
+    """A COCO folder: 12 and 5 photos of noise, each with one box that fills most of it, so that AP50 soon leaves 0."""
+    (folder := tmp_path_factory.mktemp('noise') / 'annotations').mkdir()
+    width, height = size = 120, 80
+    for k, (part, n) in enumerate({'train': 12, 'val': 5}.items()):
+        save_photos(folder.parent / part, n, size, start=100 * k)
+        edges = torch.rand(n, 4, generator=torch.Generator().manual_seed(k)) * .3
+        boxes = [[a * width, b * height, (1 - a - c) * width, (1 - b - d) * height] for a, b, c, d in edges.tolist()]
+        write_json(folder / f'instances_{part}.json', {
+            'images': [{'id': i, 'file_name': f'{i}.jpg', 'width': width, 'height': height} for i in range(n)],
+            'categories': [{'id': 7, 'name': 'noise'}],
+            'annotations': [{'id': i, 'image_id': i, 'category_id': 7, 'bbox': b} for i, b in enumerate(boxes)]})
+    return folder.parent
+
+
+def make_run(folder, data, preset='demo', **changes):
+    folder.mkdir(parents=True)
+    write_json(folder / 'cfg.json', dataclasses.asdict(finetune_config(preset, **TINY | {'data': str(data)} | changes)))
+    return folder
+
+
+def change(folder, **values): write_json(folder / 'cfg.json', json.loads((folder / 'cfg.json').read_text()) | values)
+
+
+def make_task(folder, processes=None):
+    cfg = FinetuneConfig(**json.loads((folder / 'cfg.json').read_text()))
+    return FinetuneTask(cfg, folder, processes or Processes())
+
+
+def logged(folder):
+    """{(step, name): number}, for all numbers of the losses and the measurements; what was done twice must agree."""
+    seen = {}
+    for row in rows(folder):
+        for name, v in row.items():
+            if name.startswith(('train_', 'test_')): assert seen.setdefault((row['step'], name), v) == v, f'{name} of step {row["step"]}'
+    return seen
+
+
+def measured(folder): return [r for r in rows(folder) if any(k.startswith('test_') for k in r)]
+
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- disturbed runs -------------------------------------------------------------------------------------------------
+
+LIVE = dict(epochs=10, eval_every=2, frozen_backbone=False, ema=.8)
+
+
+@pytest.fixture(scope='module')
+def whole(labelled, tmp_path_factory):
+    """The undisturbed run: live views, a trained CNN, averaged weights."""
+    finish(folder := make_run(tmp_path_factory.mktemp('whole') / 'run', labelled, **LIVE))
+    return folder
+
+
+def test_it_learns(whole):
+    """Else the other tests would compare zeros."""
+    test = measured(whole)
+    assert [r['step'] for r in test] == [6, 12, 18, 24, 30] and len(rows(whole)) == 30 + 5
+    assert 20 < test[-1]['test_AP50'] and test[0]['test_best_iou'] < test[-1]['test_best_iou'] < 1
+
+
+def test_stopped_while_measuring(whole, labelled, tmp_path, monkeypatch):
+    """SIGTERM between two batches of an evaluation: nothing of it is logged, and the resumed run begins with it."""
+    folder, calls = make_run(tmp_path / 'run', labelled, **LIVE), []
+    with monkeypatch.context() as patch:
+        def stopping(batches):
+            for batch in batches:
+                calls.append(len(calls))
+                if calls[-1] == 3: signal.raise_signal(signal.SIGTERM)  # the second evaluation, two batches each
+                yield batch
+        val_batches = evaluate.__globals__['val_batches']
+        patch.setitem(evaluate.__globals__, 'val_batches', lambda task: stopping(val_batches(task)))
+        finish(folder)
+    assert [r['step'] for r in measured(folder)] == [6] and rows(folder)[-1]['step'] == 12 and not (folder / 'done.json').exists()
+    before = len(rows(folder))
+    finish(folder)
+    assert {'test_AP50', 'step'} <= rows(folder)[before].keys() and rows(folder)[before]['step'] == 12
+    assert logged(folder) == logged(whole) and same(weights(folder), weights(whole))
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+def shown(folder, checkpoint, processes):
+    """Predictions and measurement of a run folder's task with the weights of a checkpoint."""
+    task = make_task(folder, processes)
+    task.model.load_state_dict(weights(checkpoint))
+    task.begin(resumed=True)
+    evaluator = evaluate(task, task.model)
+    return {i: {k: torch.as_tensor(v) for k, v in p.items()} for i, p in evaluator.predictions.items()}, measurement(evaluator)
+
+
+def shown_by_one_of(rank, world, folders, checkpoint):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folders[0].parent / "store"}', rank=rank, world_size=world)
+    for folder in folders: torch.save(shown(folder, checkpoint, Processes(rank, world)), folder / f'{rank}.pth')
+    dist.destroy_process_group()
+
+
+def test_two_processes_measure_what_one_measures(whole, labelled, tmp_path):
+    """5 photos in batches of 2: shards are filled up with photos that count once. Live and cached; and the caches are equal."""
+    settings = {'live': {}, 'cached': dict(square=64, cached_views=2, frozen_backbone=True)}
+    one, two = ([make_run(tmp_path / who / name, labelled, **s) for name, s in settings.items()] for who in ('one', 'two'))
+    mp.spawn(shown_by_one_of, (2, two, whole), nprocs=2)
+    for alone, folder in zip(one, two):
+        predictions, numbers = shown(alone, whole, Processes())
+        assert 0 < numbers['test_AP50'] and 0 < numbers['test_best_iou'] < 1
+        for rank in (0, 1):
+            theirs, their_numbers = torch.load(folder / f'{rank}.pth')
+            assert predictions.keys() == theirs.keys() == set(range(5)) and their_numbers == pytest.approx(numbers, abs=1e-3)
+            for i, p in predictions.items():
+                for k in ('scores', 'boxes'): torch.testing.assert_close(theirs[i][k], p[k], rtol=1e-4, atol=1e-4)
+    banks = [{p.name: p for p in (tmp_path / who / 'banks').iterdir()} for who in ('one', 'two')]
+    assert banks[0].keys() == banks[1].keys() and len(banks[0]) == 2
+    for name in banks[0]:
+        mine, theirs = (CachedViews(b[name], 1) for b in banks)
+        assert len(mine.feature) in (2 * 12, 5) and torch.equal(mine.feature, theirs.feature)
+        assert mine.targets.keys() == theirs.targets.keys()
+        assert all(same(a, b) for i in mine.targets for a, b in zip(mine.targets[i], theirs.targets[i], strict=True))
+
+
+# ---- what a run starts from, and what it becomes --------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def pretrained(tmp_path_factory):
+    """A tiny UP-DETR checkpoint of this kit; its channel statistics are nobody else's."""
+    cfg = make_config('demo', **SIZES, num_patches=2, backbone='resnet18', weights='none', features='layer2', dropout=.1)
+    torch.manual_seed(3)
+    model = build_updetr(**model_options(cfg))
+    model.feature_norm.fit(torch.randn(2, 128, 4, 4) * 7)
+    path = tmp_path_factory.mktemp('updetr') / 'checkpoint.pth'
+    save_checkpoint(path, {'model': model.state_dict(), 'args': dataclasses.asdict(cfg), 'step': 1})
+    return path
+
+
+START = {k: None for k in ('backbone', 'weights', 'features')}  # the checkpoint says so
+
+
+def test_a_checkpoint_is_where_a_run_starts_once(pretrained, labelled, tmp_path, monkeypatch):
+    path = tmp_path / 'gone.pth'
+    path.write_bytes(pretrained.read_bytes())
+    settings = START | dict(pretrain=str(path), fresh_queries=False, epochs=3, save_every=2)
+    finish(undisturbed := make_run(tmp_path / 'undisturbed', labelled, **settings))
+    task = make_task(folder := make_run(tmp_path / 'run', labelled, **settings))
+    task.begin(resumed=False)
+    theirs, mine = load_checkpoint(pretrained)['model'], task.model.state_dict()
+    fresh = {'class_embed.weight', 'class_embed.bias'}
+    assert mine.keys() - theirs.keys() == set() and all(torch.equal(v, theirs[k]) for k, v in mine.items() if k not in fresh)
+    assert len(mine['class_embed.bias']) == 2 and not torch.equal(mine['class_embed.weight'], theirs['class_embed.weight'][:2])
+
+    def stopping(start, total, batches=task.batches):
+        for i, batch in enumerate(batches(start, total), 1):
+            if i == 4: signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    task.batches = stopping
+    assert train(task, task.cfg, folder, Processes()).step == 4
+    path.unlink()
+    monkeypatch.setattr('updetr.finetune_task.hand_over', None)
+    finish(folder)
+    assert logged(folder) == logged(undisturbed) and same(weights(folder), weights(undisturbed))
+
+
+def detected(folder, val_set):
+    """What the detector in a run's folder finds, photo by photo, as an evaluator."""
+    detector, evaluator = Detector.from_checkpoint(folder / 'checkpoint.pth'), CocoEvaluator(val_set.coco())
+    for sample in (val_set[i] for i in range(len(val_set))):
+        found = detector.detect(sample['image'], 0.)
+        evaluator.update([sample['image_id']], [{k: getattr(found, k) for k in ('scores', 'labels', 'boxes')}])
+    return evaluator
+
+
+@pytest.mark.parametrize('how', ['averaged', 'squashed', 'retinanet'])
+def test_the_detector_answers_as_the_run_measured(how, whole, labelled, tmp_path):
+    """The photos, shown one by one to `Detector`, give the numbers that the run logged last. Torchvision's detectors included."""
+    settings = dict(squashed=dict(square=64, frozen_backbone=True),
+                    retinanet=dict(detector='retinanet', features='layer2,layer3', epochs=1, lr=1e-4, batch_size=6))
+    folder = whole if how == 'averaged' else make_run(tmp_path / 'run', labelled, **settings[how])
+    if how != 'averaged': finish(folder)
+    val_set = open_dataset(labelled, 'val')
+    last, numbers = measured(folder)[-1], measurement(detected(folder, val_set))
+    assert {k: last[k] for k in numbers} == pytest.approx(numbers, abs=1e-3) and last['test_best_iou'] > 0
+    if how == 'retinanet': assert last['step'] == 2 and {'train_classification', 'train_bbox_regression'} <= rows(folder)[0].keys()
+    assert Detector.from_checkpoint(folder / 'checkpoint.pth').classes == ('noise',)
+
+
+# ---- finetune.ipynb -------------------------------------------------------------------------------------------------
+
+def front_end(monkeypatch, **parameters):
+    """Run the notebook's cells up to the plan, in this process."""
+    monkeypatch.setattr('matplotlib_inline.backend_inline.set_matplotlib_formats', lambda *args, **kwargs: None)  # needs a kernel
+    space = {}
+    for cell in (c for c in nbformat.read(FINETUNE, 4).cells if c.cell_type == 'code'):
+        exec(cell.source, space)
+        if 'parameters' in cell.metadata.get('tags', []): space |= parameters
+        if 'train_plan(cfg' in cell.source: return space
+
+
+@pytest.mark.parametrize('parameters, message', [
+    ({'scene': 8}, 'unknown parameter: scene .did you mean scenes?'),
+    ({'preset': 'voc150', 'methods': 'updetr'}, '-p pretrain FILE, or ask for -p methods detr'),
+    ({'preset': 'voc15'}, "preset 'voc15' is unknown: choose voc150"),
+    ({'methods': 'retina'}, 'did you mean retinanet'),
+    ({'preset': 'voc150', 'pretrain': 'PRETRAINED', 'hidden_dim': 64}, r'another architecture than hidden_dim 64 \(it has 32\): leave'),
+    ({'preset': 'voc150', 'pretrain': 'nowhere.pth'}, 'no weights .*nowhere.pth'),
+    ({'preset': 'voc150'}, r'-p data PATH or UPDETR_DATA=PATH .*-p scenes 400 -p scenes_val 100'),
+    ({'preset': 'coco150', 'data': 'nowhere'}, 'nothing at nowhere')])
+def test_the_impossible_stops_at_once(parameters, message, pretrained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if parameters.get('pretrain') == 'PRETRAINED': parameters = parameters | {'pretrain': str(pretrained)}
+    with pytest.raises((ValueError, FileNotFoundError), match=message): front_end(monkeypatch, **parameters)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_decides_the_architecture(pretrained, monkeypatch):
+    space = front_end(monkeypatch, preset='voc150', pretrain=str(pretrained), scenes=4, scenes_val=2, scene_size=64, batch_size=2)
+    assert space['chosen'] == ['updetr'] and space['steps_per_epoch'] == 2
+    assert {k: getattr(space['cfg'], k) for k in SIZES} == SIZES and space['cfg'].features == 'layer2'
+
+
+def test_a_small_run_ends_in_a_report(tmp_path):
+    """Through papermill and a real kernel, in a folder of its own (a copy of settings.ini makes it the root)."""
+    (tmp_path / 'settings.ini').write_text((ROOT / 'settings.ini').read_text())
+    tiny = SIZES | dict(methods='detr', scenes=8, scenes_val=4, scene_size=64, val_size=64, square=64, cached_views=2, epochs=2, eval_every=1,
+                        gpus=0)
+    r = papermill(tmp_path / 'out.ipynb', tmp_path, FINETUNE, **tiny)
+    assert r.returncode == 0, r.stderr[-3000:]
+    metrics, run = json.loads((tmp_path / 'reports/finetune/metrics.json').read_text()), tmp_path / 'runs/finetune-demo-detr-42'
+    assert metrics['detection'].keys() == {'detr'} and {'AP', 'AP50', 'VOC 11', 'VOC all'} <= metrics['detection']['detr'].keys()
+    assert {'command', 'commit', 'versions', 'hardware', 'seeds', 'scale', 'wall_s'} <= metrics['provenance'].keys()
+    assert '-p scenes 8' in metrics['provenance']['command'] and 'small scale' in metrics['provenance']['scale']
+    assert metrics['detection']['detr']['AP50']['mean'] == pytest.approx(measured(run)[-1]['test_AP50'], abs=.1)  # cached in half precision
+    assert Detector.from_checkpoint(run / 'detector.safetensors').classes == Detector.from_checkpoint(run / 'checkpoint.pth').classes
