@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ import torch
 from test_resume import ENV, command, weights
 from updetr.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.detector import Detector
-from updetr.evaluate import CocoEvaluator
 from updetr.finetune import finetune_config, open_sets
 from updetr.finetune_task import TASK
 from updetr.launch import read_log
@@ -88,7 +86,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
     changes = dict(frozen_backbone=True, cached_views=2, dropout=0., epochs=2, eval_every=1, lr=1e-4)
     one, two = finish(make_run(tmp_path / 'a' / 'one', **changes)), make_run(tmp_path / 'b' / 'two', **changes)
     subprocess.run(command(two, 2), env=ENV, check=True, capture_output=True, timeout=180)
-    for a, b in zip(measured(one), measured(two), strict=True): assert a == pytest.approx(b, abs=2e-3)
+    for a, b in zip(measured(one), measured(two), strict=True): assert a == pytest.approx(b, abs=2e-3) and a[2] > .05
     banks = [sorted((folder.parent / 'banks').iterdir()) for folder in (one, two)]
     assert [f.name for f in banks[0]] == [f.name for f in banks[1]] and len(banks[0]) == 2
     for a, b in zip(*banks): assert (a / 'feature.npy').read_bytes() == (b / 'feature.npy').read_bytes()
@@ -134,21 +132,6 @@ def test_evaluation_can_be_switched_off_and_on(tmp_path):
     assert [step for step, *_ in measured(folder)] == [4]
     write_json(folder / 'cfg.json', cfg | {'lr': .5})
     with pytest.raises(ValueError, match='lr: 0.001 -> 0.5'): finish(folder)
-
-
-def test_the_detector_finds_what_the_run_measured(whole):
-    """Photo by photo through the public class: the numbers of the run's own evaluation."""
-    cfg = TASK[0](**json.loads((whole / 'cfg.json').read_text()))
-    _, val = open_sets(cfg)
-    detector, evaluator = Detector.from_checkpoint(whole / 'checkpoint.pth'), CocoEvaluator(val.coco())
-    assert detector.classes == tuple(val.classes)
-    for i in range(len(val)):
-        found = detector.detect(val[i]['image'], 0.)
-        assert all(a >= b for a, b in pairwise(found.scores.tolist())) and len(found) == 8
-        evaluator.update([i], [{'scores': found.scores, 'labels': found.labels, 'boxes': found.boxes}])
-    logged_last = read_log(whole)[-1]
-    assert evaluator.summary()['AR100'] == pytest.approx(logged_last['test_AR100'], abs=.01)
-    assert evaluator.summary()['AP'] == pytest.approx(logged_last['test_AP'], abs=.01)
 
 
 @pytest.mark.parametrize('name', ['retinanet', 'faster_rcnn_fpn'])
@@ -205,7 +188,7 @@ def test_coco_mini(data, tmp_path):
     kept = {i['id'] for i in val['images']}
     val['annotations'] = [a for a in val['annotations'] if a['image_id'] in kept]
     (data_val := tmp_path / 'val.json').write_text(json.dumps(val))
-    (tmp_path / 'images').symlink_to(data / 'coco_mini/images')
+    (tmp_path / 'images').symlink_to((data / 'coco_mini/images').resolve())
     cfg = small(data / 'coco_mini/annotations/instances_train.json', data_val=str(data_val), photos=8)
     task = TASK[1](cfg, tmp_path / 'run', Processes()) if (tmp_path / 'run').mkdir() is None else None
     assert len(task.train_set.classes) == 80 and len(task.val_set) == 12
