@@ -442,7 +442,8 @@ def open_dataset(
     "Open a labelled data set of any usual layout. Raises FileNotFoundError, or ValueError with what was expected beside what is there."
     path = Path(path).expanduser()
     if difficult not in DIFFICULT: raise ValueError(f'difficult must be one of {DIFFICULT}, not {difficult!r}')
-    if not path.exists(): raise FileNotFoundError(f'there is nothing at {_printable(path)}: give a VOC, COCO or Roboflow folder, or a COCO file')
+    if not path.exists():
+        raise FileNotFoundError(f'there is nothing at {_printable(path)}: give a VOC, COCO or Roboflow folder, or a COCO file')
     if path.is_file(): table = _open_coco(path, classes, images)
     elif voc := _find_voc(path): table = voc_table(_pick_years(voc, year), split, classes, one_based)
     elif coco := _find_coco(path): table = _open_coco(_pick_file(path, coco, split, year), classes, images)
