@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIFFICULT', 'Table', 'clean_boxes', 'DetectionSet', 'size_trouble', 'coco_table', 'voc_table', 'open_dataset',
-           'draw_sample']
+           'class_color', 'draw_sample']
 
 # %% ../nbs/23_datasets.ipynb #c002
 import json
@@ -451,8 +451,10 @@ def open_dataset(
     return DetectionSet(table, difficult)
 
 # %% ../nbs/23_datasets.ipynb #c043
-def _color(label):
-    "A colour for a class: golden steps around the circle of hues, so neighbours differ"
+def class_color(
+    label:int, # 0..C-1
+)->tuple:      # red, green, blue, 0..255
+    "A colour for a class: golden steps around the circle of hues, so neighbours differ."
     return tuple(round(255 * v) for v in hsv_to_rgb(label * .618034 % 1, 1, .9))
 
 def draw_sample(
@@ -462,5 +464,5 @@ def draw_sample(
     "The photo of a sample with its boxes in the colours of their classes; what is only for evaluation is grey."
     image = sample['image'].contiguous()
     if not len(sample['boxes']): return image
-    colors = ['gray' if crowd else _color(label) for label, crowd in zip(sample['labels'].tolist(), sample['iscrowd'].tolist())]
+    colors = ['gray' if crowd else class_color(label) for label, crowd in zip(sample['labels'].tolist(), sample['iscrowd'].tolist())]
     return draw_bounding_boxes(image, sample['boxes'], colors=colors, width=width or max(2, max(image.shape) // 100))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from torchvision.utils import draw_bounding_boxes
 
 from .augment import normalize
 from .checkpoint import read_weights
+from .datasets import class_color
 from .detr import build_detr
 from .finetune import FinetuneConfig, view_sizes
 from .finetune_task import DetectStep, build_module
@@ -72,11 +74,14 @@ class Detections:
     def plot(self):
         "The picture with boxes, names and scores, as a PIL image."
         words = [f'{n} {s:.2f}' for n, s in zip(self.names, self.scores)]
-        width = max(2, max(self.image.shape) // 200)
-        return F.to_pil_image(draw_bounding_boxes(self.image, self.boxes, words, width=width) if len(self) else self.image)
+        colors = [class_color(k) for k in self.labels.tolist()]
+        side = max(self.image.shape)
+        style = dict(width=max(2, side // 200), label_colors='white', label_background_colors=colors, fill_labels=True,
+                     font=f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf', font_size=max(10, side // 40))
+        return F.to_pil_image(draw_bounding_boxes(self.image, self.boxes, words, colors, **style) if len(self) else self.image)
 
-    def _repr_png_(self):
-        self.plot().save(file := io.BytesIO(), format='PNG')
+    def _repr_jpeg_(self):
+        self.plot().save(file := io.BytesIO(), format='JPEG', quality=85)
         return file.getvalue()
 
     def to_dict(self, image_id=0):
@@ -85,7 +90,7 @@ class Detections:
         rows = zip(self.labels.tolist(), xywh, self.scores.tolist())
         return [{'image_id': image_id, 'category_id': k, 'bbox': b, 'score': s} for k, b, s in rows]
 
-# %% ../nbs/29_detector.ipynb #c011
+# %% ../nbs/29_detector.ipynb #c013
 def load_detector(path: str | Path,  # checkpoint.pth or .safetensors of a fine-tuned detector, or a published DETR
                   ) -> tuple[nn.Module, FinetuneConfig | None, tuple[str, ...] | None]:  # module with `predict`, configuration, names
     "Rebuild a detector from its file, in eval mode. Raises FileNotFoundError, or ValueError for a file without classes."
@@ -105,7 +110,7 @@ def load_detector(path: str | Path,  # checkpoint.pth or .safetensors of a fine-
     model.load_state_dict(pretrained.weights)
     return DetectStep(model, build_criterion(model)).eval(), None, pretrained.classes
 
-# %% ../nbs/29_detector.ipynb #c012
+# %% ../nbs/29_detector.ipynb #c014
 class Detector:
     "A detector for pictures: `detector(picture)` or `detector([picture, ...])` gives `Detections`."
     def __init__(self,
