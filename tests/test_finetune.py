@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from test_resume import ENV, command, weights
+from test_resume import ENV, as_in_the_processes, command, weights  # noqa: F401 (a fixture: one thread here, too)
 from updetr.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.detector import Detector
 from updetr.finetune import finetune_config, open_sets
@@ -23,17 +23,6 @@ TINY = dict(scenes=8, scenes_val=5, scene_size=64, val_size=64, square=64, backb
             nheads=4, dim_feedforward=32, dec_layers=2, num_queries=8, cached_views=0, batch_size=2, epochs=4, eval_every=2, log_every=1,
             save_every=3, dropout=.1, fresh_queries=False)
 SHARED = dict(num_queries=8, enc_layers=1, dec_layers=2, hidden_dim=32, nheads=4, dim_feedforward=32)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def as_in_the_processes():
-    """One thread and no GPU here, too: sums of many threads are rounded in another order."""
-    threads, patch = torch.get_num_threads(), pytest.MonkeyPatch()
-    torch.set_num_threads(1)
-    patch.setattr(torch.cuda, 'is_available', lambda: False)
-    yield
-    patch.undo()
-    torch.set_num_threads(threads)
 
 
 def make_run(folder, **changes):
