@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .backbone import RESNETS
-from .checkpoint import read_weights
+from .checkpoint import first_line, read_weights
 from .config import check_names
 from .detr import DETR
 
@@ -32,7 +31,7 @@ def _read(path):
         with torch.serialization.safe_globals([argparse.Namespace]): return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         foreign = re.search(r'GLOBAL (\S+)', str(e))
-        if not foreign: raise ValueError(f'{path} cannot be read: it is cut off, or no file of weights ({type(e).__name__}: {e})') from e
+        if not foreign: raise ValueError(f'{path} cannot be read: it is cut off, or no file of weights ({first_line(e)})') from e
         raise ValueError(f'{path} holds a pickled {foreign[1]}. Only tensors, plain values and argparse.Namespace are read: any other '
                          'object could run code while it is unpickled. Ask its author for the state dict alone') from e
 
@@ -122,7 +121,7 @@ class Pretrained:
 def _own(path):
     "Weights and configuration of a file of this kit, or None"
     try: weights, cfg = read_weights(path)
-    except (ValueError, TypeError, SafetensorError): return None  # `load_official` says what is wrong with it
+    except (ValueError, TypeError): return None  # `load_official` says what is wrong with it
     return (weights, cfg) if isinstance(cfg, dict) else None
 
 def _detector(path, weights, detector_part):
