@@ -11,7 +11,6 @@ __all__ = ['VIEW_FIELDS', 'TASK', 'DetectStep', 'build_module', 'with_model', 'w
 import hashlib
 import json
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from .handover import hand_over, open_pretrained
 from .loader import bank_key, open_part
 from .losses import build_criterion
 from .photos import resize
-from .train import Processes
+from .train import Processes, progress_writer
 from .transforms import DetectionViews
 
 # %% ../nbs/28a_finetune_task.ipynb #c006
@@ -178,22 +177,12 @@ class DetectionRun:
         views, number = (self.views, self.cfg.cached_views) if kind == 'train' else (self.val_views, 1)
         key = bank_key(kind=kind, cnn=weights_key(self.cnn), **{k: getattr(self.cfg, k) for k in VIEW_FIELDS})
         folder = self.run_dir.parent / 'banks' / key
+        progress = progress_writer(self.run_dir, self.processes, "the frozen CNN's features")
         if self.processes.any(not (folder / 'bank.json').exists()):
-            cache_views(folder, self.cnn, views, number, self.processes, _progress(self))
+            cache_views(folder, self.cnn, views, number, self.processes, progress)
         return CachedViews(folder, number)
 
 # %% ../nbs/28a_finetune_task.ipynb #c020
-def _progress(task):
-    "What a watcher is shown before the first step"
-    begun, last = time.perf_counter(), [0.]
-    def progress(done, total):
-        now = time.perf_counter()
-        if task.processes.rank or (now - last[0] < 1 and done < total): return
-        last[0] = now
-        row = {'phase': "the frozen CNN's features", 'done': done, 'total': total, 'seconds': now - begun}
-        write_json(task.run_dir / 'progress.json', row)
-    return progress
-
 @torch.no_grad()
 def fit_statistics(task: DetectionRun,  # with option `standardize` and a model from scratch
                    n: int = 256,  # largest number of photos

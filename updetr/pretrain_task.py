@@ -11,7 +11,6 @@ __all__ = ['BANK_FIELDS', 'PREVIEW_BOXES', 'PREVIEW_COLORS', 'TASK', 'is_heldout
 import dataclasses
 import hashlib
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +21,14 @@ from torchvision.ops import box_convert
 from torchvision.utils import draw_bounding_boxes
 
 from .augment import normalize
-from .checkpoint import write_atomic, write_json
+from .checkpoint import write_atomic
 from .config import PretrainConfig, find_data, loss_options, model_options
 from .loader import (BatchPlan, FeatureBank, PatchTask, SelfDet, Views, as_targets, bank_chunk, bank_key, build_bank, finish_bank,
                            photo_loader, read_or_next, to_device)
 from .losses import build_criterion
 from .patches import crop_patches
 from .photos import PRETRAIN_SIZES, PhotoIndex, builtin_photos, index_photos, read_photo, resize
-from .train import Processes
+from .train import Processes, progress_writer
 from .updetr import UPDETR, best_of_group, build_updetr
 
 # %% ../nbs/16a_pretrain_task.ipynb #c006
@@ -131,12 +130,7 @@ def open_bank(cfg: PretrainConfig,  # of the run
     "The feature bank of a run, computed first where it is not there yet."
     dataset, p = build_dataset(cfg, photos, cfg.cached_patches or cfg.num_patches), processes
     key = bank_key(photos=dataset.paths, patches=dataset.task.num_patches, **{k: getattr(cfg, k) for k in BANK_FIELDS})
-    folder, begun = run_dir.parent / 'banks' / key, time.perf_counter()
-
-    def progress(done, total):
-        row = {'phase': "the frozen CNN's features", 'done': done, 'total': total, 'seconds': time.perf_counter() - begun}
-        if p.rank == 0: write_json(run_dir / 'progress.json', row)
-
+    folder, progress = run_dir.parent / 'banks' / key, progress_writer(run_dir, p, "the frozen CNN's features")
     missing = p.any(not (folder / 'bank.json').exists())
     if missing:
         skipped = build_bank(folder, model, dataset, cfg.view_size, p.rank, p.world, p.device, progress=progress)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'lr_factor', 'build_optimizer', 'Processes', 'join_processes', 'TrainState', 'train_step',
-           'overfit_one_batch', 'peak_memory_mb', 'RunLog', 'train', 'find_task', 'run', 'main']
+           'overfit_one_batch', 'peak_memory_mb', 'RunLog', 'progress_writer', 'train', 'find_task', 'run', 'main']
 
 # %% ../nbs/16_train.ipynb #c002
 import argparse
@@ -216,6 +216,21 @@ class RunLog:
                                      'a smaller lr, in a new run, is the usual cure')
 
 # %% ../nbs/16_train.ipynb #c022
+def progress_writer(run_dir: str | Path,  # folder of the run
+                    processes: Processes,  # the first one writes
+                    phase: str,  # what is being done
+                    ):  # (done, total) -> None
+    "A function that keeps `progress.json` up to date, for `updetr.watch`."
+    begun, last = time.perf_counter(), 0.
+    def progress(done, total):
+        nonlocal last
+        now = time.perf_counter()
+        if processes.rank or (now - last < 1 and done < total): return
+        last = now
+        write_json(Path(run_dir) / 'progress.json', {'phase': phase, 'done': done, 'total': total, 'seconds': now - begun})
+    return progress
+
+# %% ../nbs/16_train.ipynb #c025
 def train(task,  # an object as described above
           cfg: TrainConfig,  # of the run
           run_dir: str | Path,  # folder of the run; it must exist
@@ -238,7 +253,7 @@ def train(task,  # an object as described above
         write_json(run_dir / 'done.json', {'step': state.step, 'seconds': state.seconds})
     return state
 
-# %% ../nbs/16_train.ipynb #c023
+# %% ../nbs/16_train.ipynb #c026
 def _loop(task, module, state, run_dir, processes, total, stop):
     "Steps until the end or a stop, with log lines, saves, previews and measurements; whether the end was reached"
     cfg, per_epoch = state.cfg, task.steps_per_epoch
@@ -271,7 +286,7 @@ def _measure(task, state, log, stop):
     log.append({'step': state.step, 'epoch': (state.step - 1) // task.steps_per_epoch, 'time': time.time()} | measured)
     return True
 
-# %% ../nbs/16_train.ipynb #c024
+# %% ../nbs/16_train.ipynb #c027
 def _save(task, state, run_dir, processes, keep):
     "The last state, the epoch's own file if it is to be kept, and a picture; one process writes"
     rng = gather_rng(processes.device)
@@ -292,7 +307,7 @@ def _resume(state, checkpoint, processes):
         print(f'resumed after step {state.step}' + ('' if same else f' on {processes.world} processes instead of {len(saved["rng"])}: '
               'same batches in the same order, other dropout masks'), flush=True)
 
-# %% ../nbs/16_train.ipynb #c035
+# %% ../nbs/16_train.ipynb #c038
 TASKS = ('pretrain', 'finetune')
 
 def find_task(name: str,  # one of `TASKS`
