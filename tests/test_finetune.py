@@ -1,16 +1,13 @@
 "Fine-tuning in real processes: killed and resumed, one process and two, evaluation, torchvision's detectors, real labelled photos."
 import dataclasses
 import json
-import random
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
-from test_resume import ENV, as_in_the_processes, command, weights  # noqa: F401 (a fixture: one thread here, too)
+from test_resume import ENV, as_in_the_processes, command, kill_twice, weights  # noqa: F401 (a fixture: one thread here, too)
 from updetr.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.detector import Detector
 from updetr.finetune import finetune_config, open_sets
@@ -57,13 +54,7 @@ def whole(tmp_path_factory): return finish(make_run(tmp_path_factory.mktemp('run
 
 
 def test_killed_twice_and_resumed_is_the_same_run(whole, tmp_path):
-    folder, rng = make_run(tmp_path / 'killed'), random.Random(1)
-    for at in sorted(rng.sample(range(3, 14), 2)):
-        process = subprocess.Popen(command(folder), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        log = folder / 'log.txt'
-        while process.poll() is None and (not log.exists() or log.read_text().count('train_loss"') < at): time.sleep(.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, 'the run was over before it could be killed'
+    kill_twice(folder := make_run(tmp_path / 'killed'), range(3, 14))
     finish(folder)
     assert train_rows(folder) == train_rows(whole) and len(train_rows(whole)) == 16
     assert measured(folder) == measured(whole) and [step for step, *_ in measured(whole)] == [8, 16]

@@ -86,14 +86,18 @@ def test_a_run_is_complete(whole):
     assert len(logged(whole)) == 40 and json.loads((whole / 'done.json').read_text())['step'] == 40 and (whole / 'preview.png').exists()
 
 
-def test_killed_twice_and_resumed_is_the_same_run(whole, runs, capsys):
-    folder, rng = make_run(runs / 'killed'), random.Random(0)
-    for at in sorted(rng.sample(range(4, 36), 2)):
+def kill_twice(folder, steps):
+    """Run a folder and kill it after a random number of logged steps, two times."""
+    for at in sorted(random.Random(0).sample(steps, 2)):
         process = subprocess.Popen(command(folder), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         log = folder / 'log.txt'
-        while process.poll() is None and (not log.exists() or log.read_text().count('"step"') < at): time.sleep(.005)
+        while process.poll() is None and (not log.exists() or log.read_text().count('"train_loss"') < at): time.sleep(.005)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, 'the run was over before it could be killed'
+
+
+def test_killed_twice_and_resumed_is_the_same_run(whole, runs, capsys):
+    kill_twice(folder := make_run(runs / 'killed'), range(4, 36))
     finish(folder)
     assert 'resumed after step' in capsys.readouterr().out
     assert logged(folder) == logged(whole)
