@@ -110,14 +110,18 @@ class DETR(DETRParts):
     def forward_features(self, feature, mask=None, maps=None):
         "The part behind the CNN: feature (B,C,h,w), mask (B,h,w) bool or None; `maps` as in `Transformer.forward`."
         queries = self.query_embed.weight.expand(len(feature), -1, -1)
-        return self.by_layer(self.heads(self.decode(feature, mask, queries, maps=maps)))
+        return self.by_layer(self.heads(self.decode(self.encode(feature, mask), queries, maps=maps)))
 
-    def decode(self, feature, mask, queries, tgt_mask=None, maps=None):
-        "Feature map and object queries (B,n,d) to decoder states (layers,B,n,d)."
+    def encode(self, feature, mask=None):
+        "What all questions about the photos share: the encoder's tokens (B,S,d), their positions, their mask (B,S) or None."
         pos = self.backbone.encode(feature, mask).flatten(2).transpose(1, 2)
-        src = self.input_proj(self.feature_norm(feature)).flatten(2).transpose(1, 2)
-        if self.pos_in_input: src = src + pos
-        return self.transformer(src, pos, queries, None if mask is None else mask.flatten(1), tgt_mask, maps)[0]
+        src, mask = self.input_proj(self.feature_norm(feature)).flatten(2).transpose(1, 2), None if mask is None else mask.flatten(1)
+        return self.transformer.encode(src + pos if self.pos_in_input else src, pos, mask), pos, mask
+
+    def decode(self, encoded, queries, tgt_mask=None, maps=None):
+        "Photos as `encode` returns them and object queries (B,n,d) to decoder states (layers,B,n,d)."
+        memory, pos, mask = encoded
+        return self.transformer.decode(memory, pos, queries, mask, tgt_mask, maps)
 
 # %% ../nbs/08_detr.ipynb #c015
 def build_parts(backbone: str = 'resnet50',  # torchvision ResNet or timm model

@@ -244,7 +244,8 @@ def train(task,  # an object as described above
     task.begin(resumed=state.step > 0)
     total = cfg.epochs * task.steps_per_epoch
     module = task.module.train()
-    if cfg.compile: task.model.transformer.compile()
+    if cfg.compile:
+        for part in (task.model.transformer.encoder, task.model.transformer.decoder): part.compile()
     if processes.world > 1:
         devices = [processes.device] if processes.device.type == 'cuda' else None
         module = DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -308,7 +309,7 @@ def _resume(state, checkpoint, processes):
               'same batches in the same order, other dropout masks'), flush=True)
 
 # %% ../nbs/16_train.ipynb #c038
-TASKS = ('pretrain', 'finetune')
+TASKS = ('pretrain', 'finetune', 'oneshot', 'panoptic')
 
 def find_task(name: str,  # one of `TASKS`
               ) -> tuple[type, type]:  # its kind of configuration, and the task

@@ -168,6 +168,15 @@ class Transformer(nn.Module):
         for p in self.parameters():
             if p.dim() > 1: nn.init.xavier_uniform_(p)
 
+    def encode(self, src, pos, mask=None):
+        "What the encoder makes of the photo: tokens (B,S,d). The object queries play no part in it."
+        return self.encoder(src, pos, None if mask is None else ~mask[:, None, None])
+
+    def decode(self, memory, pos, query_pos, mask=None, tgt_mask=None, maps=None):
+        "The object queries (B,N,d) after every decoder layer, (layers,B,N,d)."
+        real = None if mask is None else ~mask[:, None, None]
+        return self.decoder(torch.zeros_like(query_pos), memory, pos, query_pos, real, tgt_mask, maps)
+
     def forward(self,
                 src,  # (B,S,d), the tokens of the photo
                 pos,  # (B or 1,S,d), their positions
@@ -177,6 +186,5 @@ class Transformer(nn.Module):
                 maps=None,  # a list that collects the cross-attention maps, one (B,heads,N,S) a decoder layer
                 ):
         "Returns the queries after every decoder layer (layers,B,N,d) and the encoder's tokens (B,S,d)."
-        real = None if mask is None else ~mask[:, None, None]
-        memory = self.encoder(src, pos, real)
-        return self.decoder(torch.zeros_like(query_pos), memory, pos, query_pos, real, tgt_mask, maps), memory
+        memory = self.encode(src, pos, mask)
+        return self.decode(memory, pos, query_pos, mask, tgt_mask, maps), memory

@@ -75,7 +75,7 @@ class UPDETR(PatchQueries):
         queries = self.queries(patch_feature, keep)
         n = queries.shape[1]
         tgt_mask = None if patch_feature.shape[1] == 1 else self.group_mask[:n, :n]
-        outputs = self.by_layer(self.heads(self.decode(feature, mask, queries, tgt_mask, maps)))
+        outputs = self.by_layer(self.heads(self.decode(self.encode(feature, mask), queries, tgt_mask, maps)))
         return outputs | {'gt_feature': patch_feature}
 
     def heads(self, hs):
