@@ -160,10 +160,9 @@ class Transformer(nn.Module):
                  ):
         super().__init__()
         self.d_model, self.nhead, self.pre_norm = d_model, nhead, pre_norm
-        options = d_model, nhead, dim_feedforward, dropout, pre_norm
-        encoder = [TransformerEncoderLayer(*options) for _ in range(num_encoder_layers)]
+        encoder, decoder = ([layer(d_model, nhead, dim_feedforward, dropout, pre_norm) for _ in range(n)] for layer, n in
+                            ((TransformerEncoderLayer, num_encoder_layers), (TransformerDecoderLayer, num_decoder_layers)))
         self.encoder = TransformerEncoder(encoder, nn.LayerNorm(d_model) if pre_norm else None)
-        decoder = [TransformerDecoderLayer(*options) for _ in range(num_decoder_layers)]
         self.decoder = TransformerDecoder(decoder, nn.LayerNorm(d_model))
         for p in self.parameters():
             if p.dim() > 1: nn.init.xavier_uniform_(p)
