@@ -21,6 +21,7 @@ from .backbone import RESNETS
 from .checkpoint import first_line, read_weights
 from .config import check_names
 from .detr import DETR
+from .updetr import PatchQueries
 
 # %% ../nbs/26_handover.ipynb #c005
 def _read(path):
@@ -224,8 +225,12 @@ def _query_rows(pretrained, N, num_queries):
                          f'hand_over(..., num_queries={N}) to take the first {min(n, N)}' + ' and start the others fresh' * (N > n))
     return min(n, N)
 
-def _same_classes(pretrained, model, classes):
-    "Whether the class head of the file answers the model's question"
+def _same_question(pretrained, model, classes):
+    "Whether the class head of the file answers the model's question; ValueError if the model asks with pictures and the file cannot"
+    if isinstance(model, PatchQueries):
+        if pretrained.kind == 'updetr': return model.num_classes == pretrained.num_classes
+        raise ValueError(f'{pretrained.path} is a detector and has no patch2query: one-shot detection starts from a pre-trained or a '
+                         'one-shot checkpoint')
     if classes is not None and len(classes) != model.num_classes:
         raise ValueError(f'{len(classes)} names of classes, but the model has {model.num_classes} classes')
     return pretrained.kind == 'detr' and classes is not None and pretrained.classes == tuple(classes)
@@ -239,7 +244,7 @@ def _parts(fate, tensors, options, head):
         if what == 'CNN': what = f'CNN, {options["backbone"]}'
         if what in plural: what = f'{what}, {plural[what]} layer{"s" * (plural[what] != 1)}'
         if what == 'class head': what = head
-        if prefix in EXTRA: what = f'{what} ({EXTRA[prefix]})'
+        if prefix in EXTRA and fate == 'dropped': what = f'{what} ({EXTRA[prefix]})'
         if mine: yield Part(fate, what, len(mine), sum(v.numel() for v in mine))
 
 def _query_parts(n, mine, theirs):
@@ -257,6 +262,7 @@ def _report(pretrained, want, n, loaded, fresh, num_classes):
     options, theirs, query = pretrained.options, pretrained.weights, 'query_embed.weight'
     head, other = (f'class head: {c} classes' for c in (num_classes, pretrained.num_classes))
     if pretrained.kind == 'updetr': other = 'match head (pre-training only)'
+    if 'patch2query.weight' in want: head = other = 'match head'
     parts = [*_parts('loaded', {k: v for k, v in theirs.items() if k in loaded and k != query}, options, other),
              *_query_parts(n, want[query], theirs[query]), *_parts('fresh', {k: want[k] for k in fresh}, options, head),
              *_parts('dropped', {k: v for k, v in theirs.items() if k not in loaded}, options, other)]
@@ -274,7 +280,7 @@ def hand_over(model: DETR,  # changed in place
     _check_options(model, pretrained)
     n = 0 if fresh_queries else _query_rows(pretrained, len(want[query]), num_queries)
     head = {'class_embed.weight', 'class_embed.bias'}
-    fresh = set() if _same_classes(pretrained, model, classes) else head
+    fresh = set() if _same_question(pretrained, model, classes) else head
     _check_tensors(pretrained.path, theirs, want, fresh)
     loaded = {k: v for k, v in theirs.items() if k in want and k not in fresh}
     rows = torch.cat((theirs[query][:n].to(want[query]), want[query][n:]))

@@ -131,10 +131,10 @@ def make_predict(model: UPDETR,  # on any device
         model.eval()
         try:
             feature, mask = model.backbone(*as_batch(prepare(views.to(device).float() / 255)))
-            groups = [model.encode_patches(prepare(p)) for p in patches.split(model.num_patches, 1)]
-            answers = [best_of_group(model.forward_features(feature, g, mask), g.shape[1]) for g in groups]
+            outputs = model.forward_features(feature, model.encode_patches(prepare(patches)), mask)
+            boxes, scores = best_of_group(outputs, patches.shape[1])
         finally: model.train(training)
-        return tuple(torch.cat(x, 1).float().cpu() for x in zip(*answers))
+        return boxes.float().cpu(), scores.float().cpu()
     return predict
 
 # %% ../nbs/19_pretext.ipynb #c027

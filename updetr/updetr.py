@@ -33,9 +33,10 @@ class PatchQueries(DETR):
                  feature_recon: bool = True,  # reconstruct the patch feature (Eq. 2)
                  mask_ratio: float = .1,  # share of queries that lose their patch while training, 0..1
                  query_shuffle: bool = False,  # permute the object queries over the groups while training (Fig. 2)
+                 num_classes: int = 2,  # 2: the reference's logits (unused, match, no object); 1: the paper's (match, no object)
                  **options,  # aux_loss, pos_in_input, standardize of `DETR`
                  ):
-        super().__init__(backbone, transformer, 2, num_queries, **options)
+        super().__init__(backbone, transformer, num_classes, num_queries, **options)
         d, C = transformer.d_model, backbone[0].num_channels
         self.num_patches, self.mask_ratio, self.query_shuffle = num_patches, mask_ratio, query_shuffle
         self.register_buffer('group_mask', group_mask(num_queries, num_patches), persistent=False)
@@ -45,17 +46,23 @@ class PatchQueries(DETR):
 
     def encode_patches(self, patches):
         "(B,m,3,h,w) normalised pixels to (B,m,C): the shared CNN, then global average pooling."
-        if patches.dim() != 5 or not 1 <= patches.shape[1] <= self.num_patches:
-            raise ValueError(f'patches must be (B,m,3,h,w) with 1 <= m <= num_patches {self.num_patches}, not {tuple(patches.shape)}')
+        if patches.dim() != 5 or not patches.shape[1]:
+            raise ValueError(f'patches must be (B,m,3,h,w) with m of at least 1, not {tuple(patches.shape)}')
         return self.backbone[0](patches.flatten(0, 1)).mean((2, 3)).unflatten(0, patches.shape[:2])
 
     def queries(self, patch_feature, keep=None):
         "Object queries with their group's patch added: (B,m,C) -> (B,n,d), n = m N / M."
         patch = self.patch2query(patch_feature)
-        n = patch.shape[1] * (self.num_queries // self.num_patches)
+        N, n = self.num_queries, patch.shape[1] * (self.num_queries // self.num_patches)
         if keep is None and self.training: keep = torch.rand(len(patch), n, device=patch.device) >= self.mask_ratio
-        order = torch.randperm(self.num_queries) if self.query_shuffle and self.training else torch.arange(self.num_queries)
-        return group_queries(self.query_embed.weight[order[:n].to(patch.device)], patch, keep)
+        order = torch.randperm(N) if self.query_shuffle and self.training else torch.arange(N)
+        return group_queries(self.query_embed.weight[order[torch.arange(n) % N].to(patch.device)], patch, keep)
+
+    def attention_mask(self, m):
+        "Which queries of m patches may look at which, (n,n) bool, True = may look; None: one patch, all may."
+        n = m * (self.num_queries // self.num_patches)
+        if m == 1: return None
+        return self.group_mask[:n, :n] if n <= self.num_queries else group_mask(n, m).to(self.group_mask.device)
 
 # %% ../nbs/10_updetr.ipynb #c010
 class UPDETR(PatchQueries):
@@ -72,9 +79,7 @@ class UPDETR(PatchQueries):
     def forward_features(self, feature, patch_feature, mask=None, keep=None, maps=None):
         "The part behind the CNN: feature (B,C,h,w), patch_feature (B,m,C) -> DETR's dictionary."
         patch_feature = self.patch_norm(patch_feature)
-        queries = self.queries(patch_feature, keep)
-        n = queries.shape[1]
-        tgt_mask = None if patch_feature.shape[1] == 1 else self.group_mask[:n, :n]
+        queries, tgt_mask = self.queries(patch_feature, keep), self.attention_mask(patch_feature.shape[1])
         outputs = self.by_layer(self.heads(self.decode(self.encode(feature, mask), queries, tgt_mask, maps)))
         return outputs | {'gt_feature': patch_feature}
 
@@ -97,13 +102,14 @@ def build_updetr(backbone: str = 'resnet50',  # torchvision ResNet or timm model
                  pos_in_input: bool = False,  # small-scale option of `DETR`
                  standardize: bool = False,  # small-scale option of `DETR`
                  matching_init: bool = False,  # start as an appearance matcher (small-scale option, below)
+                 num_classes: int = 2,  # 2: the reference's three logits; 1: the paper's two
                  **parts,  # features, dilation, position, hidden_dim, nheads, ... of `build_parts`
                  ) -> UPDETR:  # in training mode
     "UP-DETR for pre-training. Raises ValueError (sizes) or FileNotFoundError (weights)."
     group_mask(num_queries, num_patches)
     if not 0 <= mask_ratio < 1: raise ValueError(f'mask_ratio {mask_ratio} is not in [0, 1)')
     joiner, transformer = build_parts(backbone, weights, frozen_backbone=frozen_backbone, pre_norm=pre_norm, **parts)
-    model = UPDETR(joiner, transformer, num_queries, num_patches, feature_recon, mask_ratio, query_shuffle,
+    model = UPDETR(joiner, transformer, num_queries, num_patches, feature_recon, mask_ratio, query_shuffle, num_classes,
                    aux_loss=aux_loss, pos_in_input=pos_in_input, standardize=standardize)
     if matching_init: init_matching(model)
     return model
@@ -130,7 +136,7 @@ def best_of_group(outputs: dict,  # of `UPDETR`
                   num_patches: int,  # m, the patches that were asked for
                   ) -> tuple[Tensor, Tensor]:  # boxes (B,m,4) cxcywh in 0..1, scores (B,m) in 0..1
     "For each patch the box of its most confident query."
-    scores = outputs['pred_logits'].softmax(-1)[..., 1].unflatten(1, (num_patches, -1))
+    scores = outputs['pred_logits'].softmax(-1)[..., -2].unflatten(1, (num_patches, -1))
     best, index = scores.max(2)
     boxes = outputs['pred_boxes'].unflatten(1, (num_patches, -1))
     return boxes.gather(2, index[..., None, None].expand(-1, -1, 1, 4))[:, :, 0], best
