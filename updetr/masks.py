@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from .backbone import RESNETS, Backbone
+from .backbone import RESNETS, Backbone, open_levels, pyramid
 from .detr import DETR, as_batch
 from .losses import average_over_processes
 from .matcher import pad_targets
@@ -111,6 +111,7 @@ class Seen:
     mask: Tensor | None  # (B,S) bool, True = padding
     levels: list[Tensor]  # (B,C,h',w') finer maps, coarsest first
 
+# %% ../nbs/34_masks.ipynb #c018
 class DETRsegm(nn.Module):
     "A detector with a mask head: `model(images)` is DETR's dictionary with `pred_masks` (B,N,H/4,W/4) logits, one mask a query."
     def __init__(self,
@@ -123,8 +124,8 @@ class DETRsegm(nn.Module):
         self.detr, self.freeze_detr = detr, freeze_detr
         if freeze_detr: detr.requires_grad_(False)
         cnn, d, heads = detr.backbone[0], detr.transformer.d_model, detr.transformer.nhead
-        cnn.open_levels(pyramid_layers(cnn))
-        with torch.no_grad(): dims = [m.shape[1] for m in cnn.pyramid(next(cnn.parameters()).new_zeros(1, 3, 64, 64))[1]]
+        open_levels(cnn, pyramid_layers(cnn))
+        with torch.no_grad(): dims = [m.shape[1] for m in pyramid(cnn, next(cnn.parameters()).new_zeros(1, 3, 64, 64))[1]]
         self.bbox_attention, self.mask_head = MHAttentionMap(d, heads, per_head), MaskHeadSmallConv(d + heads, dims, d)
         with torch.no_grad(): self.mask_head.lay1.weight[:, d:] *= map_gain
 
@@ -132,7 +133,7 @@ class DETRsegm(nn.Module):
         "Photos as for DETR to its dictionary and what masks are drawn from; without gradients if the detector is frozen."
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_detr):
             images, mask = as_batch(images, mask)
-            feature, levels = self.detr.backbone[0].pyramid(images)
+            feature, levels = pyramid(self.detr.backbone[0], images)
             mask = None if mask is None else shrink_mask(mask, feature.shape[-2:])
             encoded = self.detr.encode(feature, mask)
             hs = self.detr.decode(encoded, self.detr.query_embed.weight.expand(len(feature), -1, -1))
@@ -141,8 +142,7 @@ class DETRsegm(nn.Module):
 
     def attention(self, seen, image, query):
         "Attention maps (P,heads,h,w) of some queries."
-        maps = self.bbox_attention(seen.hs[image, query], seen.memory, image, seen.mask)
-        return maps.unflatten(-1, seen.src.shape[-2:])
+        return self.bbox_attention(seen.hs[image, query], seen.memory, image, seen.mask).unflatten(-1, seen.src.shape[-2:])
 
     def draw(self, seen, image, query):
         "Mask logits (P,H/4,W/4) of queries `query` (P,) of photos `image` (P,)."
@@ -150,11 +150,10 @@ class DETRsegm(nn.Module):
 
     def forward(self, images, mask=None):
         outputs, seen = self.look(images, mask)
-        B, N = seen.hs.shape[:2]
-        image, query = (i.flatten() for i in torch.meshgrid(*(torch.arange(n, device=seen.hs.device) for n in (B, N)), indexing='ij'))
-        return outputs | {'pred_masks': self.draw(seen, image, query).unflatten(0, (B, N))}
+        image, query = torch.ones(seen.hs.shape[:2], device=seen.hs.device).nonzero(as_tuple=True)
+        return outputs | {'pred_masks': self.draw(seen, image, query).unflatten(0, seen.hs.shape[:2])}
 
-# %% ../nbs/34_masks.ipynb #c022
+# %% ../nbs/34_masks.ipynb #c023
 def loss_dice(logits: Tensor,  # (P,pixels)
               target: Tensor,  # (P,pixels), 0 or 1
               ) -> Tensor:  # (P,), 0..1
@@ -175,7 +174,7 @@ def loss_masks(logits: Tensor,  # (P,h,w), of matched queries
     return {'loss_mask': focal.sum() / num_boxes, 'loss_dice': loss_dice(logits, target).sum() / num_boxes,
             'mask_iou': iou.sum() / max(1, len(iou))}
 
-# %% ../nbs/34_masks.ipynb #c026
+# %% ../nbs/34_masks.ipynb #c027
 def matched_pairs(match: Tensor,  # (B,T) int: the query of each target, -1 where there is none
                   masks: list[Tensor],  # (t,h_i,w_i) bool, one tensor a photo, in the targets' order
                   size: tuple[int, int],  # of the padded batch, px
@@ -188,7 +187,7 @@ def matched_pairs(match: Tensor,  # (B,T) int: the query of each target, -1 wher
         target[p, :height, :width] = masks[i][t]
     return image, match[image, place], target
 
-# %% ../nbs/34_masks.ipynb #c027
+# %% ../nbs/34_masks.ipynb #c028
 class MaskStep(nn.Module):
     "A `DETRsegm` and its losses: `forward(batch)` is (loss, numbers); the batch's targets have `masks`."
     def __init__(self,
