@@ -96,6 +96,7 @@ def load_detector(path: str | Path,  # checkpoint.pth or .safetensors of a fine-
     "Rebuild a detector from its file, in eval mode. Raises FileNotFoundError, or ValueError for a file without classes."
     try: weights, args = read_weights(path)
     except ValueError: args = {}
+    if args.get('task') == 'oneshot': raise ValueError(f'{path} is asked with pictures: open it with OneShotDetector')
     if args.get('task') == 'finetune':
         fields = {f.name for f in dataclasses.fields(FinetuneConfig)}
         cfg = FinetuneConfig(**{k: v for k, v in args.items() if k in fields})
