@@ -103,7 +103,7 @@ def read_weights(path: str | Path,  # checkpoint.pth or .safetensors
         state = load_checkpoint(path)
         if not {'model', 'args'} <= set(state):
             raise ValueError(f'{path} is no checkpoint of this kit: it holds {sorted(state)[:6]}, not model and args')
-        return state.get('ema') or state['model'], state['args'] | {k: state[k] for k in ('class_names',) if k in state}
+        return state.get('ema') or state['model'], state['args'] | {k: state[k] for k in ('class_names', 'isthing') if k in state}
     if not Path(path).is_file(): raise FileNotFoundError(f'no weights {path}')
     try:
         with safe_open(path, 'pt') as f: cfg = (f.metadata() or {}).get('config')

@@ -338,9 +338,10 @@ def panoptic_segments(model: DETRsegm,  # in eval mode
                       batch: dict,  # images (B,3,H,W), mask, targets with size and orig_size
                       isthing: list[bool],  # of all classes
                       threshold: float = .85,  # smallest probability of a query's class, 0..1
+                      looked: tuple | None = None,  # of `model.look`, if it was done already
                       ) -> list[tuple[Tensor, list[dict]]]:  # ids (H,W) and segments of each photo, at its original size
     "DETR's panoptic answer."
-    outputs, seen = model.look(batch['images'], batch['mask'])
+    outputs, seen = looked or model.look(batch['images'], batch['mask'])
     scores, labels = outputs['pred_logits'].float().softmax(-1).max(-1)
     answers = []
     for b, target in enumerate(batch['targets']):
