@@ -12,8 +12,9 @@ import pytest
 from conftest import ROOT
 from updetr.config import PretrainConfig
 from updetr.finetune import FinetuneConfig
+from updetr.oneshot import OneShotConfig
 
-NOTEBOOK, FINETUNE = ROOT / 'nbs' / 'pretrain.ipynb', ROOT / 'nbs' / 'finetune.ipynb'
+NOTEBOOK, FINETUNE, ONESHOT = (ROOT / 'nbs' / f'{name}.ipynb' for name in ('pretrain', 'finetune', 'oneshot'))
 TINY = dict(views=24, view_size=64, patch_size=32, hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=10, num_patches=5,
             batch_size=4, epochs=1, gpus=0)
 
@@ -31,16 +32,18 @@ def parameter_lines(notebook=NOTEBOOK):
     return dict(re.match(r'(\w+): (.*)', line).groups() for line in cell.source.splitlines() if re.match(r'\w+: ', line))
 
 
-@pytest.mark.parametrize('notebook, kind', [(NOTEBOOK, PretrainConfig), (FINETUNE, FinetuneConfig)], ids=['pretrain', 'finetune'])
+@pytest.mark.parametrize('notebook, kind', [(NOTEBOOK, PretrainConfig), (FINETUNE, FinetuneConfig), (ONESHOT, OneShotConfig)],
+                         ids=['pretrain', 'finetune', 'oneshot'])
 def test_every_hyper_parameter_can_be_given(notebook, kind):
     lines = parameter_lines(notebook)
     for f in dataclasses.fields(kind):
         if f.name in ('task', 'data', 'seed', 'detector', 'pretrain'): continue
-        assert re.match(rf"{f.type.__name__} = None  # .+ \(paper: ", lines[f.name]), f.name
-        assert f.default == eval(lines[f.name].rsplit('(paper: ', 1)[1].rstrip(')')), f'{f.name}: the comment quotes another default'
+        assert re.match(rf"{f.type.__name__} = None  # .+ \((paper|default): ", lines[f.name]), f.name
+        quoted = re.split(r' \((?:paper|default): ', lines[f.name])[-1][:-1]
+        assert f.default == eval(quoted), f'{f.name}: the comment quotes another default'
 
 
-@pytest.mark.parametrize('notebook', [NOTEBOOK, FINETUNE], ids=['pretrain', 'finetune'])
+@pytest.mark.parametrize('notebook', [NOTEBOOK, FINETUNE, ONESHOT], ids=lambda p: p.stem)
 def test_the_help_lists_every_parameter(notebook):
     command = [sys.executable, '-m', 'papermill', '--help-notebook', str(notebook)]
     out = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout

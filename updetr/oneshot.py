@@ -70,7 +70,7 @@ class OneShotConfig(TransferConfig):
 
 # %% ../nbs/32_oneshot.ipynb #c012
 ONESHOT_PRESETS = {'voc': VOC | LONG | dict(unseen='voc'),
-                   'demo': SMALL | dict(unseen='scenes', query_size=64, epochs=20, eval_every=5)}
+                   'demo': SMALL | dict(unseen='scenes', query_size=64, epochs=40, eval_every=10)}
 ONESHOT_DESCRIPTIONS = {'voc': 'VOC trainval 07+12 to test 2007, 300 epochs, four unseen classes (Table 3)',
                         'demo': 'minutes on two CPU cores: built-in scenes, two unseen classes, cached features'}
 

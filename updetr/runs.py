@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .backbone import fetch_weights
-from .config import NEUTRAL, TrainConfig, check_devices, check_names, make_config, plain_variables
+from .config import NEUTRAL, check_devices, check_names, make_config, plain_variables
 from .launch import launch
 from .report import mean_and_spread
 from .watch import watch
@@ -52,6 +52,7 @@ class Site:
         cfg = make_config('demo', seed=seed)
         return str(self.start(f'demo-{seed}', cfg, cfg.epochs * (cfg.views // cfg.batch_size)) / 'checkpoint.pth')
 
+# %% ../nbs/30a_runs.ipynb #c006
 def open_site(gpus: int = -1,  # GPUs to use; -1 = all there are, 0 = the CPU
               processes: int = 1,  # on the CPU when no GPU is used
               nnodes: int = 1,  # machines
@@ -61,28 +62,31 @@ def open_site(gpus: int = -1,  # GPUs to use; -1 = all there are, 0 = the CPU
     root = next((p for p in (Path.cwd(), *Path.cwd().parents) if (p / 'settings.ini').exists()), Path.cwd())
     return Site(root, *check_devices(gpus, torch.cuda.device_count(), processes), nnodes, rdzv_endpoint)
 
-# %% ../nbs/30a_runs.ipynb #c010
+# %% ../nbs/30a_runs.ipynb #c011
 def given_parameters(namespace: Mapping,  # the notebook's globals()
                      kind: type,  # of configuration
                      options: str,  # names of the notebook's own parameters, with spaces between
+                     again: bool = False,  # the cell is run again by hand: other variables have come since, and are no parameters
                      ) -> tuple[dict, dict]:  # all parameters, those that are fields of `kind`
     "What a notebook was started with. Raises ValueError that names an unknown parameter and the closest known one."
     given, fields = plain_variables(namespace), {f.name for f in dataclasses.fields(kind)} - {'task'}
-    check_names(given, sorted(fields | set(options.split())))
-    return given, {k: v for k, v in given.items() if k in fields}
+    known = fields | set(options.split())
+    if not again: check_names(given, sorted(known))
+    return {k: v for k, v in given.items() if k in known}, {k: v for k, v in given.items() if k in fields}
 
 def parameter_lines(kind: type,  # of configuration
                     source: str,  # of the module that defines it and those it inherits from: comments are read
                     skip: str = 'task',  # fields that are no parameters, with spaces between
+                    word: str = 'paper',  # whose the configuration's defaults are
                     ) -> list[str]:  # 'name: type = None  # comment (paper: default)'
     "The hyper-parameters of a notebook's cell of parameters, made from the fields of a configuration."
     comments = {line.split(':')[0].strip(): line.split('  # ', 1)[1].replace(' = ', ': ') for line in source.splitlines()
                 if line.startswith('    ') and '  # ' in line and ':' in line.split('#')[0] and '=' in line.split('#')[0]}
     kinds = {f.name: getattr(f.type, '__name__', f.type) for f in dataclasses.fields(kind)}
-    return [f'{f.name}: {kinds[f.name]} = None  # {comments[f.name]} (paper: {f.default!r})'
+    return [f'{f.name}: {kinds[f.name]} = None  # {comments[f.name]} ({word}: {f.default!r})'
             for f in dataclasses.fields(kind) if f.name not in skip.split()]
 
-# %% ../nbs/30a_runs.ipynb #c013
+# %% ../nbs/30a_runs.ipynb #c014
 PATHS = ('data', 'data_val', 'pretrain')  # parameters whose values are somebody's folders: not for reports
 
 def command_line(name: str,  # of the notebook, without .ipynb
