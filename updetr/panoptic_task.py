@@ -68,9 +68,10 @@ class PanopticConfig(TransferConfig):
 _HEAD = dict(frozen_backbone=True, fresh_queries=False, cached_views=0)
 PANOPTIC_PRESETS = {
     'coco': {'boxes': COCO, 'masks': COCO | _HEAD | dict(epochs=25, lr_drop=15, keep_every=5)},
-    'demo': {'boxes': SMALL | dict(epochs=40, eval_every=5), 'masks': SMALL | _HEAD | dict(epochs=8, eval_every=2, map_gain=256.)}}
+    'demo': {'boxes': SMALL | dict(epochs=20, eval_every=4, cached_views=4),
+             'masks': SMALL | _HEAD | dict(epochs=5, eval_every=1, map_gain=256.)}}
 PANOPTIC_DESCRIPTIONS = {
-    'demo': 'minutes on two CPU cores: built-in scenes, EfficientNet-Lite0, 1+3 layers; 40 epochs of boxes, 8 of masks',
+    'demo': 'minutes on two CPU cores: built-in scenes, EfficientNet-Lite0, 1+3 layers; 20 epochs of boxes, 5 of masks',
     'coco': 'COCO panoptic train2017 to val2017: 300 epochs of boxes, 25 of masks (Table 4)'}
 
 # %% ../nbs/35a_panoptic_task.ipynb #c009
