@@ -7,7 +7,9 @@ from importlib import import_module
 _PUBLIC = {'build_backbone': 'backbone', 'fetch_weights': 'backbone', 'build_detr': 'detr', 'build_updetr': 'updetr',
            'best_of_group': 'updetr', 'group_mask': 'groups', 'build_criterion': 'losses', 'make_config': 'config',
            'load_updetr': 'checkpoint', 'open_dataset': 'datasets', 'check_dataset': 'check', 'load_official': 'handover',
-           'open_pretrained': 'handover', 'hand_over': 'handover', 'finetune_config': 'finetune', 'Detector': 'detector'}
+           'open_pretrained': 'handover', 'hand_over': 'handover', 'finetune_config': 'finetune', 'Detector': 'detector',
+           'oneshot_config': 'oneshot', 'OneShotDetector': 'oneshot_detector', 'open_panoptic': 'panoptic',
+           'panoptic_config': 'panoptic_task', 'PanopticSegmenter': 'segmenter'}
 __all__ = list(_PUBLIC)
 
 
