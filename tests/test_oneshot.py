@@ -332,6 +332,19 @@ def test_animals_with_one_class_held_out(data, tmp_path):
     assert len(questions) >= 1000 and sum(label == cow for _, label in questions) > 50
 
 
+@pytest.mark.data
+def test_a_split_of_coco(data, tmp_path):
+    """A COCO file of 80 classes with ids up to 90: every fourth class is unseen, and is never asked for in training."""
+    file = str(data / 'coco_mini/annotations/instances_train.json')
+    cfg = oneshot_config('demo', **TINY | dict(data=file, data_val=file, scenes=0, scenes_val=0, unseen='coco2', photos=40) | LIVE)
+    task = OneShotTask(cfg, tmp_path, Processes())
+    assert len(task.unseen) == 20 and task.unseen[:2] == ['bicycle', 'bus'] and 0 < len(task.train_set) <= 40
+    asked = {task.asker.draw(epoch, i, torch.tensor(sorted(task.pools[0].present[k])), k)[0]
+             for epoch in range(3) for i, k in enumerate(task.train_set.image_ids)}
+    assert asked and not {task.train_set.classes[k] for k in asked} & set(task.unseen)
+    for batch in task.batches(0, 2): assert torch.isfinite(task.module(batch)[0])
+
+
 # ---- oneshot.ipynb --------------------------------------------------------------------------------------------------
 
 def test_a_small_run_ends_in_a_report(tmp_path):
