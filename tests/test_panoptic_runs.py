@@ -1,0 +1,359 @@
+"""Both stages of panoptic training: from the right start only, disturbed and whole, in two processes, as a segmenter;
+and `nbs/panoptic.ipynb`."""
+import argparse
+import dataclasses
+import json
+import re
+import signal
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+
+from conftest import ROOT
+from test_papermill import papermill, parameter_lines
+from test_resume import as_in_the_processes, finish, kill_twice, weights  # noqa: F401 (a fixture: one thread here, too)
+from test_task import rows
+from updetr.checkpoint import load_checkpoint, save_checkpoint, write_json
+from updetr.config import make_config, model_options
+from updetr.detr import build_detr
+from updetr.finetune_task import CachedViews
+from updetr.masks import DETRsegm
+from updetr.panoptic import PanopticEvaluator, open_panoptic, write_panoptic
+from updetr.panoptic_task import PanopticConfig, PanopticTask, evaluate_panoptic, panoptic_config, start_kind
+from updetr.segmenter import PanopticSegmenter
+from updetr.train import Processes, train
+from updetr.updetr import build_updetr
+
+PANOPTIC = ROOT / 'nbs' / 'panoptic.ipynb'
+SIZES = dict(hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=8)
+CNN = dict(backbone='resnet18', weights='none', features='layer3')
+VIEWS = dict(scenes=0, scenes_val=0, val_size=64, square=64, cached_views=0, batch_size=4, log_every=1, save_every=7)
+BOXES = SIZES | CNN | VIEWS | dict(epochs=20, eval_every=10, lr=3e-3)
+MASKS = VIEWS | dict(epochs=8, eval_every=4, lr=3e-3, threshold=.3)
+
+
+class Fields:
+    """Photos of 64 x 64 px, bright above and dark below with noise on both, in COCO's form: a panoptic set that is learnt in seconds."""
+    classes, isthing, category_ids = ['sun', 'sky', 'soil'], [True, False, False], [4, 70, 90]
+
+    def __init__(self, num, seed):
+        self.image_ids, self.sizes = list(range(5, 5 + num)), np.full((num, 2), 64)
+        self.rng, self.borders = np.random.default_rng(seed), np.random.default_rng(seed).integers(24, 40, num)
+
+    def panoptic(self, i):
+        ids, border = torch.ones(64, 64, dtype=torch.int64), int(self.borders[i])
+        ids[border:] = 2
+        parts = (1, 0, border), (2, border, 64 - border)
+        info = [{'id': k, 'category_id': k, 'area': 64 * h, 'bbox': [0, y, 64, h]} for k, y, h in parts]
+        return ids, info
+
+    def write(self, root, part):
+        (root / part).mkdir(parents=True)
+        (root / 'annotations').mkdir(exist_ok=True)
+        write_panoptic(root / 'annotations' / f'panoptic_{part}.json', {k: self.panoptic(i) for i, k in enumerate(self.image_ids)}, self)
+        for i, k in enumerate(self.image_ids):
+            light = np.where(np.arange(64) < self.borders[i], 190, 60)[:, None, None] + self.rng.integers(-30, 30, (64, 64, 3))
+            Image.fromarray(light.astype(np.uint8)).save(root / part / f'{k}.jpg')
+
+
+@pytest.fixture(scope='module')
+def fields(tmp_path_factory):
+    root = tmp_path_factory.mktemp('fields')
+    for seed, (part, num) in enumerate({'train': 12, 'val': 5}.items()): Fields(num, seed).write(root, part)
+    return root
+
+
+@pytest.fixture(scope='module', autouse=True)
+def no_data_by_the_way():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv('UPDETR_DATA', raising=False)
+        yield
+
+
+def make_run(folder, stage, data, **changes):
+    folder.mkdir(parents=True)
+    settings = (BOXES if stage == 'boxes' else MASKS) | {'data': str(data)} | changes
+    write_json(folder / 'cfg.json', dataclasses.asdict(panoptic_config('demo', stage, **settings)))
+    return folder
+
+
+def measured(folder): return [r for r in rows(folder) if any(k.startswith('test_') for k in r)]
+
+
+def logged(folder):
+    """{(step, name): number}; what was done twice must agree."""
+    seen = {}
+    for row in rows(folder):
+        for name, v in row.items():
+            if name.startswith(('train_', 'test_')): assert seen.setdefault((row['step'], name), v) == v, f'{name} of step {row["step"]}'
+    return seen
+
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope='module')
+def boxes(fields, tmp_path_factory):
+    """A finished stage boxes."""
+    finish(folder := make_run(tmp_path_factory.mktemp('boxes') / 'run', 'boxes', fields))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def masks(boxes, fields, tmp_path_factory):
+    """The undisturbed stage masks on it."""
+    finish(folder := make_run(tmp_path_factory.mktemp('masks') / 'run', 'masks', fields, pretrain=str(boxes / 'checkpoint.pth')))
+    return folder
+
+
+# ---- both stages ----------------------------------------------------------------------------------------------------
+
+def test_boxes_are_of_things_and_stuff(boxes):
+    state = load_checkpoint(boxes / 'checkpoint.pth')
+    assert state['class_names'] == Fields.classes and len(state['model']['class_embed.bias']) == 4
+    assert state['isthing'] == Fields.isthing and start_kind(boxes / 'checkpoint.pth') == 'boxes'
+    assert [r['step'] for r in measured(boxes)] == [30, 60] and measured(boxes)[-1]['test_AP50'] > 20
+
+
+def test_masks_train_the_head_and_nothing_else(boxes, masks):
+    before, after = weights(boxes), weights(masks)
+    assert same(before, {k.removeprefix('detr.'): v for k, v in after.items() if k.startswith('detr.')})
+    assert len(after) == len(before) + 32 and len(load_checkpoint(masks / 'checkpoint.pth')['optimizer']['state']) == 32
+    losses = [r['train_loss_mask'] + r['train_loss_dice'] for r in rows(masks) if 'train_loss' in r]
+    assert losses[-1] < losses[0] and all(r['train_loss'] == pytest.approx(r['train_loss_mask'] + r['train_loss_dice'], rel=1e-4)
+                                          for r in rows(masks) if 'train_loss' in r)
+    assert [r['step'] for r in measured(masks)] == [12, 24] and 20 < measured(masks)[-1]['test_PQ'] < 100
+
+
+def test_killed_twice_and_resumed_is_the_same_run(boxes, masks, fields, tmp_path, monkeypatch):
+    """SIGKILL anywhere, also where the start is gone by then."""
+    start = tmp_path / 'boxes.pth'
+    start.write_bytes((boxes / 'checkpoint.pth').read_bytes())
+    kill_twice(folder := make_run(tmp_path / 'run', 'masks', fields, pretrain=str(start)), range(3, 20))
+    start.unlink()
+    monkeypatch.setattr('updetr.panoptic_task.hand_over', None)
+    finish(folder)
+    assert logged(folder) == logged(masks) and same(weights(folder), weights(masks))
+
+
+def test_stopped_while_measuring(boxes, masks, fields, tmp_path, monkeypatch):
+    """SIGTERM between two batches of an evaluation: nothing of it is logged, and the resumed run begins with it."""
+    folder, calls = make_run(tmp_path / 'run', 'masks', fields, pretrain=str(boxes / 'checkpoint.pth')), []
+    with monkeypatch.context() as patch:
+        def stopping(task, val_batches=evaluate_panoptic.__globals__['val_batches']):
+            for batch in val_batches(task):
+                calls.append(len(calls))
+                if calls[-1] == 1: signal.raise_signal(signal.SIGTERM)
+                yield batch
+        patch.setitem(evaluate_panoptic.__globals__, 'val_batches', stopping)
+        finish(folder)
+    assert not measured(folder) and not (folder / 'done.json').exists()
+    finish(folder)
+    assert logged(folder) == logged(masks) and same(weights(folder), weights(masks))
+
+
+def shown_by_one_of(rank, world, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder / "store"}', rank=rank, world_size=world)
+    write_json(folder / f'{rank}.json', shown(folder, Processes(rank, world)))
+    dist.destroy_process_group()
+
+
+def shown(folder, processes):
+    """What a run folder's task measures with the weights of its checkpoint."""
+    task = PanopticTask(PanopticConfig(**json.loads((folder / 'cfg.json').read_text())), folder, processes)
+    task.model.load_state_dict(weights(folder))
+    return evaluate_panoptic(task, task.model).summary()
+
+
+def test_two_processes_measure_what_one_measures(masks):
+    """5 photos: one process gets one more than the other."""
+    mp.spawn(shown_by_one_of, (2, masks), nprocs=2)
+    last = measured(masks)[-1]
+    for rank in (0, 1):
+        theirs = json.loads((masks / f'{rank}.json').read_text())
+        assert {k: theirs[k] for k in ('PQ', 'SQ', 'RQ')} == pytest.approx({k: last[f'test_{k}'] for k in ('PQ', 'SQ', 'RQ')}, abs=.1)
+
+
+def test_the_segmenter_answers_as_the_run_measured(masks, fields):
+    """Photo by photo through the one-liner: the numbers that the run logged last."""
+    segmenter, val = PanopticSegmenter.from_checkpoint(masks / 'checkpoint.pth'), open_panoptic(fields, 'val')
+    evaluator = PanopticEvaluator(val.classes, val.isthing)
+    for i in range(5): evaluator.update(i, val.panoptic(i), ((found := segmenter(val[i]['image'])).ids, found.info))
+    last = measured(masks)[-1]
+    for k, v in evaluator.summary().items(): assert v == pytest.approx(last.get(f'test_{k}', v), abs=1e-3, nan_ok=True), k
+    assert segmenter.threshold == .3 and list(segmenter.classes) == val.classes and len(found.attention) == len(found)
+
+
+# ---- where a stage starts -------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def files(boxes, masks, tmp_path_factory):
+    """One file of each kind, of this kit and of the reference's form."""
+    folder = tmp_path_factory.mktemp('files')
+    cfg = make_config('demo', **SIZES, **CNN, num_patches=2)
+    torch.manual_seed(3)
+    model = build_updetr(**model_options(cfg))
+    save_checkpoint(folder / 'pretrained.pth', {'model': model.state_dict(), 'args': dataclasses.asdict(cfg), 'step': 1})
+    save_checkpoint(folder / 'oneshot.pth', {'model': model.state_dict(), 'args': dataclasses.asdict(cfg) | {'task': 'oneshot'}})
+    options = dict(backbone='resnet18', hidden_dim=32, nheads=8, enc_layers=1, dec_layers=1, dim_feedforward=32, num_queries=4)
+    detr = build_detr(250, **options)
+    def published(path, model, **args): torch.save({'model': model.state_dict(), 'args': argparse.Namespace(**args)}, path)
+    published(folder / 'detector.pth', detr, dataset_file='coco', masks=False)
+    published(folder / 'their_boxes.pth', detr, dataset_file='coco_panoptic', masks=False)
+    published(folder / 'their_masks.pth', DETRsegm(detr), dataset_file='coco_panoptic', masks=True)
+    return {p.stem: p for p in folder.iterdir()} | {'boxes': boxes / 'checkpoint.pth', 'masks': masks / 'checkpoint.pth'}
+
+
+@pytest.mark.parametrize('stage, file, message', [
+    ('boxes', 'boxes', 'is a finished stage boxes: go on with stage masks'), ('boxes', 'their_boxes', 'is a finished stage boxes'),
+    ('boxes', 'masks', 'has masks already'), ('boxes', 'their_masks', 'has masks already'), ('boxes', 'oneshot', 'wait for a picture'),
+    ('masks', 'pretrained', 'knows no classes: run stage boxes from it first'), ('masks', 'masks', 'has masks already'),
+    ('masks', 'detector', 'things only, so it has no query for stuff'), ('masks', 'their_masks', 'has masks already'),
+    ('masks', 'oneshot', 'one-shot')])
+def test_wrong_starts_are_refused(stage, file, message, files, fields, tmp_path):
+    with pytest.raises(ValueError, match=rf'stage {stage} cannot start from .*{message}'):
+        panoptic_config('demo', stage, **VIEWS, pretrain=str(files[file]))
+    by_hand = {'stage': stage, 'pretrain': str(files[file])}  # past the first check
+    write_json(tmp_path / 'cfg.json', dataclasses.asdict(panoptic_config('demo', 'boxes', **BOXES, data=str(fields))) | by_hand)
+    with pytest.raises(ValueError): finish(tmp_path)
+    assert not (tmp_path / 'checkpoint.pth').exists()
+
+
+def test_right_starts(files):
+    up = panoptic_config('demo', 'boxes', **VIEWS | dict(cached_views=2), pretrain=str(files['pretrained']))
+    assert (up.stage, up.hidden_dim, up.features, up.num_queries, up.pre_norm) == ('boxes', 32, 'layer3', 20, True)
+    theirs = panoptic_config('coco', 'masks', pretrain=str(files['their_boxes']))
+    assert (theirs.num_queries, theirs.epochs, theirs.lr_drop, theirs.frozen_backbone, theirs.nheads) == (4, 25, 15, True, 8)
+    assert panoptic_config('demo', 'boxes', **VIEWS, pretrain=str(files['detector'])).stage == 'boxes'  # a detector may learn stuff
+    with pytest.raises(ValueError, match='has 8 object queries: in stage masks the detector stays'):
+        panoptic_config('demo', 'masks', **VIEWS, pretrain=str(files['boxes']), num_queries=9)
+
+
+def test_masks_of_other_classes_are_refused(files, fields, tmp_path):
+    folder = make_run(tmp_path / 'run', 'masks', fields, pretrain=str(files['their_boxes']))
+    with pytest.raises(ValueError, match=r'trained for 250 classes, the data has 3 \(coco_ids=True has 250\)'): finish(folder)
+
+
+def test_a_pretrained_transformer_arrives_in_stage_boxes(files, fields, tmp_path):
+    folder = make_run(tmp_path / 'run', 'boxes', fields, pretrain=str(files['pretrained']), fresh_queries=False, num_queries=10,
+                      **{k: None for k in ('backbone', 'weights', 'features')})
+    task = PanopticTask(PanopticConfig(**json.loads((folder / 'cfg.json').read_text())), folder, Processes())
+    theirs, mine = load_checkpoint(files['pretrained'])['model'], task.model.state_dict()
+    kept = [k for k in mine if k.startswith('transformer.')]
+    assert len(kept) > 40 and all(torch.equal(mine[k], theirs[k]) for k in kept)
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'stage': 'boxes', 'classes': 'cat'}, 'classes cannot be chosen'), ({'stage': 'both'}, "stage 'both' must be boxes or masks"),
+    ({'stage': 'masks'}, 'stage masks needs pretrain'), ({'stage': 'boxes', 'threshold': 1.5}, 'threshold'),
+    ({'stage': 'boxes', 'map_gain': 0.}, 'map_gain must be positive'), ({'stage': 'boxes', 'mask_loss_coef': -1.}, 'not be negative')])
+def test_impossible_configurations(changes, message):
+    with pytest.raises(ValueError, match=message): panoptic_config('demo', **changes)
+
+
+def test_the_papers_two_stages():
+    """Section 4.4, and DETR's recipe that it follows."""
+    first = panoptic_config('coco', 'boxes')
+    assert (first.epochs, first.lr_drop, first.lr, first.lr_backbone, first.batch_size, first.pre_norm) == (300, 200, 1e-4, 5e-5, 32, True)
+    assert (first.per_head, first.threshold, first.map_gain, first.num_queries, first.frozen_backbone) == (True, .85, 1, 100, False)
+
+
+def test_cached_features_know_stuff(tmp_path):
+    """The same scenes cached for detection lack stuff: the banks of the two tasks must not be mixed."""
+    scenes = dict(data='', scenes=8, scenes_val=4, scene_size=64, frozen_backbone=True, cached_views=2)
+    finish(folder := make_run(tmp_path / 'run', 'boxes', **scenes, epochs=1, eval_every=0))
+    bank = CachedViews(next(p for p in (tmp_path / 'banks').iterdir() if _items(p) == 16), 2)
+    assert max(int(t['labels'].max()) for views in bank.targets.values() for t in views) >= 8 and 'task' in PanopticConfig.bank_fields()
+    assert measured(folder) == []
+
+
+def _items(folder): return json.loads((folder / 'bank.json').read_text())['shape'][0]
+
+
+def test_averaged_weights_are_measured_and_kept(boxes, fields, tmp_path):
+    folder = make_run(tmp_path / 'run', 'masks', fields, pretrain=str(boxes / 'checkpoint.pth'), ema=.5, epochs=2)
+    task = PanopticTask(PanopticConfig(**json.loads((folder / 'cfg.json').read_text())), folder, Processes())
+    train(task, task.cfg, folder, Processes())
+    state = load_checkpoint(folder / 'checkpoint.pth')
+    assert not same(state['ema'], state['model'])
+    segmenter = PanopticSegmenter.from_checkpoint(folder / 'checkpoint.pth')
+    assert same(segmenter.model.state_dict(), state['ema'])
+
+
+# ---- panoptic.ipynb -------------------------------------------------------------------------------------------------
+
+def front_end(monkeypatch, **parameters):
+    """Run the notebook's cells up to the plan, in this process."""
+    monkeypatch.setattr('matplotlib_inline.backend_inline.set_matplotlib_formats', lambda *args, **kwargs: None)  # needs a kernel
+    space = {}
+    for cell in (c for c in nbformat.read(PANOPTIC, 4).cells if c.cell_type == 'code'):
+        exec(cell.source, space)
+        if 'parameters' in cell.metadata.get('tags', []): space |= parameters
+        if 'train_plan(cfg' in cell.source: return space
+
+
+@pytest.mark.parametrize('parameters, message', [
+    ({'scene': 8}, 'unknown parameter: scene .did you mean scenes?'), ({'stage': 'masks'}, 'unknown parameter: stage|both stages are run'),
+    ({'preset': 'coco', 'methods': 'updetr'}, '-p pretrain FILE, or ask for -p methods detr'), ({'methods': 'mask_rcnn'}, 'unknown'),
+    ({'preset': 'coc'}, 'unknown'), ({'preset': 'coco'}, 'annotations/panoptic_train2017.json'),
+    ({'preset': 'coco', 'data': 'nowhere'}, 'nothing at nowhere'), ({'boxes': 'nowhere.pth'}, 'nowhere.pth'),
+    ({'boxes': 'x.pth', 'methods': 'detr,updetr'}, 'boxes is one detector')])
+def test_the_impossible_stops_at_once(parameters, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message): front_end(monkeypatch, **parameters)
+    assert not list(tmp_path.iterdir())
+
+
+def test_boxes_alone_decide_the_rest(boxes, fields, monkeypatch):
+    space = front_end(monkeypatch, boxes=str(boxes / 'checkpoint.pth'), data=str(fields), scenes=0, scenes_val=0, batch_size=4)
+    assert space['chosen'] == ['detr'] and space['cfg'].stage == 'masks' and space['cfg'].num_queries == 8
+
+
+def test_every_hyper_parameter_can_be_given():
+    lines, elsewhere = parameter_lines(PANOPTIC), {'task', 'stage', 'pretrain', 'data', 'seed', 'year', 'year_val', 'classes', 'difficult'}
+    for f in dataclasses.fields(PanopticConfig):
+        if f.name in elsewhere: continue
+        assert re.match(rf'{f.type.__name__} = None  # .+ \(paper: ', lines[f.name]), f.name
+        assert f.default == eval(lines[f.name].split(' (paper: ')[-1][:-1]), f'{f.name}: the comment quotes another default'
+
+
+def test_a_small_run_ends_in_a_report(tmp_path):
+    """Through papermill and a real kernel, in a folder of its own (a copy of settings.ini makes it the root)."""
+    (tmp_path / 'settings.ini').write_text((ROOT / 'settings.ini').read_text())
+    tiny = SIZES | dict(methods='detr', scenes=8, scenes_val=4, scene_size=64, val_size=64, square=64, cached_views=2, epochs=2,
+                        mask_epochs=1, threshold=.1, gpus=0)
+    r = papermill(tmp_path / 'out.ipynb', tmp_path, PANOPTIC, **tiny)
+    assert r.returncode == 0, r.stderr[-3000:]
+    metrics, run = json.loads((tmp_path / 'reports/panoptic/metrics.json').read_text()), tmp_path / 'runs/panoptic-demo-detr-masks-42'
+    assert metrics['panoptic'].keys() == {'detr'} and {'PQ', 'SQ', 'RQ', 'PQth', 'PQst', 'APseg'} <= metrics['panoptic']['detr'].keys()
+    assert {'command', 'commit', 'versions', 'hardware', 'seeds', 'scale', 'wall_s'} <= metrics['provenance'].keys()
+    assert '-p mask_epochs 1' in metrics['provenance']['command'] and 'small scale' in metrics['provenance']['scale']
+    assert metrics['panoptic']['detr']['PQ']['mean'] == pytest.approx(measured(run)[-1]['test_PQ'], abs=1e-3)
+    assert len(json.loads((run / 'panoptic_val.json').read_text())['annotations']) == len(list((run / 'panoptic_val').iterdir())) == 4
+    shared = PanopticSegmenter.from_checkpoint(run / 'segmenter.safetensors')
+    assert shared.isthing == [True] * 8 + [False] * 4 and (tmp_path / 'reports/panoptic/segments.png').exists()
+
+
+# ---- COCO -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.data
+@pytest.mark.parametrize('coco_ids', [False, True])
+def test_both_stages_on_coco(coco_ids, data, tmp_path):
+    """Real photos through the real loader, both stages, PQ; renumbered classes and the reference's 250."""
+    root = data / 'coco_panoptic_mini'
+    if not root.is_dir(): pytest.skip('needs coco_panoptic_mini in UPDETR_DATA')
+    live = dict(data=str(root), scenes=0, scenes_val=0, val_size=96, square=0, cached_views=0, photos=12, batch_size=4, epochs=1,
+                eval_every=1, log_every=1, coco_ids=coco_ids)
+    finish(first := make_run(tmp_path / 'boxes', 'boxes', **live, num_queries=20))
+    finish(second := make_run(tmp_path / 'masks', 'masks', **live | {'pretrain': str(first / 'checkpoint.pth'), 'threshold': 0.}))
+    state, last = load_checkpoint(second / 'checkpoint.pth'), measured(second)[-1]
+    assert len(state['class_names']) == (250 if coco_ids else 133) and sum(state['isthing']) == 80
+    assert last['step'] == 3 and 0 <= last['test_PQ'] < 20 and 'test_AP50' in measured(first)[-1]
+    found = PanopticSegmenter.from_checkpoint(second / 'checkpoint.pth')(next((root / 'val2017').iterdir()), 0.)
+    assert found.ids.shape == found.image.shape[1:] and all(s['category_id'] < len(state['class_names']) for s in found.info)
