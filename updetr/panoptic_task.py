@@ -197,16 +197,13 @@ def draw_panoptic(task: LabelledRun,  # begun, of stage masks
 # %% ../nbs/35a_panoptic_task.ipynb #c022
 class PanopticTask(LabelledRun):
     "One stage of panoptic segmentation as a task for `updetr.train.train`."
-    def __init__(self, cfg, run_dir, processes):
-        super().__init__(cfg, run_dir, processes)
-        self.notes['isthing'] = list(self.val_set.isthing)
-
     def open_sets(self):
         "Panoptic sets to train on and to evaluate on."
         return open_panoptic_sets(self.cfg)
 
     def build(self):
-        "The model of the stage with its losses."
+        "The model of the stage with its losses; what its classes are is kept in its checkpoints."
+        self.notes['isthing'] = list(self.val_set.isthing)
         return build_panoptic(self.cfg, len(self.val_set.classes))
 
     def parts(self):

@@ -43,7 +43,6 @@ class Segments:
     attention: Tensor  # (k,heads,h,w), where the query of each segment looked
 
     def __len__(self): return len(self.info)
-
     @property
     def names(self):
         "Name of each segment's class."
@@ -52,10 +51,9 @@ class Segments:
     def mask(self, i):
         "(H,W) bool: the pixels of segment i of the list."
         return self.ids == self.info[i]['id']
-
     def __repr__(self):
-        rows = [f'{n} {s["score"]:.2f}, {s["area"] / self.ids.numel():.1%} of the picture' for n, s in zip(self.names, self.info)]
-        return '\n'.join([f'{len(self)} segments', *rows])
+        rows = (f'\n{n} {s["score"]:.2f}, {s["area"] / self.ids.numel():.1%} of the picture' for n, s in zip(self.names, self.info))
+        return f'{len(self)} segments' + ''.join(rows)
 
     def plot(self):
         "The picture under the colours of its segments, with their names, as a PIL image."
@@ -71,11 +69,9 @@ class Segments:
     def _repr_jpeg_(self):
         self.plot().save(file := io.BytesIO(), format='JPEG', quality=85)
         return file.getvalue()
-
     def to_dict(self, image_id=0):
         "COCO's panoptic entry, with labels as category_id; the picture of numbers is `ids` (see `panoptic.id2rgb`)."
-        keys = 'id', 'category_id', 'isthing', 'area', 'bbox', 'iscrowd', 'score'
-        return {'image_id': image_id, 'segments_info': [{k: s[k] for k in keys} for s in self.info]}
+        return {'image_id': image_id, 'segments_info': [{k: v for k, v in s.items() if k != 'query'} for s in self.info]}
 
 # %% ../nbs/36_segmenter.ipynb #c009
 COCO_THINGS = 90  # the largest category id of a thing in COCO
