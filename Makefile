@@ -25,12 +25,13 @@ export PAGER := cat
 export GIT_PAGER := cat
 
 .DELETE_ON_ERROR:
-.PHONY: help setup pretrain test readme
+.PHONY: help setup pretrain test readme docs
 
 help:
 	@echo 'make pretrain   pre-train on the built-in photos, report in $(REPORT)/   (ARGS="-p seed 1": parameters)'
 	@echo 'make test       every test                                              (ARGS="-k boxes": pytest options)'
 	@echo 'make readme     README.md from nbs/index.ipynb'
+	@echo 'make docs       every notebook and report as a site with search, in _docs/site/'
 	@echo 'make setup      only the set-up of $(VENV), which the others do by themselves'
 
 setup: $(STAMP)
@@ -44,6 +45,9 @@ test: $(STAMP)
 
 readme: $(STAMP)
 	$(RUN) tests/tools/readme.py
+
+docs: $(STAMP)
+	$(RUN) tests/tools/site.py
 
 # The stamp is written last, so an interrupted installation leaves none and the next `make` goes on where it stopped.
 $(STAMP): $(PY) requirements.txt pyproject.toml

@@ -276,7 +276,8 @@ def test_pins_fit_the_package():
     for python in ('3.10', '3.11', '3.12', '3.13'):
         here = {p.name: p for p in pins if not p.marker or p.marker.evaluate({'python_version': python})}
         assert all(re.fullmatch(r'==[\w.]+', str(p.specifier)) for p in here.values()), 'a requirement that is no exact version'
-        for need in map(Requirement, project['dependencies'] + project['optional-dependencies']['dev']):
+        extras = [d for name in ('dev', 'docs') for d in project['optional-dependencies'][name]]
+        for need in map(Requirement, project['dependencies'] + extras):
             assert need.name in here, f'{need.name} is not in requirements.txt for Python {python}'
             assert need.specifier.contains(str(here[need.name].specifier)[2:]), f'{here[need.name]} does not fit {need}'
 

@@ -1,0 +1,66 @@
+"The site of `make docs`: built from a small project, its formulas, links and search."
+import json
+import shutil
+
+import nbformat
+import pytest
+
+from conftest import ROOT
+from tools.site import CHAPTERS, Links, dead_links, finish, make
+
+CELLS = {'00_first': ['# First\n\n> one\n\nThe queries $N/M$ and <b>$a_1$</b>; see [the other](01_second.ipynb) and '
+                      '[a part of it](01_second.ipynb#here).',
+                      '#| default_exp first', '#| export\nprice = "$5 and $6"', '#| hide\nsecret = 1'],
+         '01_second': ['# Second\n\n> two\n\n$$\\frac{x}{y}$$\n\n## Here\n\nzirconium']}
+
+
+def write_project(root, cells):
+    for folder in ('nbs', 'reports'): (root / folder).mkdir(parents=True)
+    (root / 'README.md').write_text('# small\n\n[first](nbs/00_first.ipynb)')
+    (root / 'LICENSE').write_text('free')
+    (root / 'reports' / 'README.md').write_text('# Reports')
+    for name, (head, *code) in cells.items():
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(head), *map(nbformat.v4.new_code_cell, code)])
+        nbformat.write(nb, root / 'nbs' / f'{name}.ipynb')
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    root = tmp_path_factory.mktemp('project')
+    write_project(root, CELLS)
+    make(root, root / '_docs')
+    return root / '_docs' / 'site'
+
+
+def test_pages_show_what_a_reader_wants(site):
+    first, second = ((site / 'nbs' / f'{name}.html').read_text() for name in CELLS)
+    assert 'secret' not in first and 'default_exp' not in first and '#| export' not in first and 'price' in first
+    assert first.count('<math') == 2 and '$5 and $6' in first and 'display="block"' in second and 'mfrac' in second
+    assert 'href="01_second.html"' in first and 'href="01_second.html#here"' in first and 'here' in Links(second).places
+
+
+def test_the_search_finds_words(site):
+    found = json.loads((site / 'search' / 'search_index.json').read_text())['docs']
+    assert {d['location'].split('#')[0] for d in found if 'zirconium' in d['text']} == {'nbs/01_second.html'}
+
+
+def test_a_dead_link_is_an_error(site, tmp_path):
+    assert list(dead_links(site)) == []
+    shutil.copytree(site, tmp_path / 'site')
+    (tmp_path / 'site' / 'nbs' / '01_second.html').unlink()
+    assert 'nbs/00_first.html: 01_second.html' in set(dead_links(tmp_path / 'site'))
+    write_project(tmp_path / 'bad', CELLS | {'01_second': ['# Second\n\n> two\n\n[no](nowhere.ipynb) [no](00_first.ipynb#Nowhere)']})
+    with pytest.raises(ValueError, match='(?s)3 dead links.*#here.*#Nowhere.*nowhere'): make(tmp_path / 'bad', tmp_path / 'out')
+
+
+def test_formulas_and_code_are_told_apart():
+    page = '<p>$x^2$</p><pre>$y$</pre><code>$z$</code><a href="https://a.b/c.ipynb">c</a><a href="d.ipynb#e">d</a>'
+    done = finish(page)
+    assert done.count('<math') == 1 and '<pre>$y$</pre><code>$z$</code>' in done
+    assert 'https://a.b/c.ipynb' in done and 'href="d.html#e"' in done
+
+
+def test_every_notebook_has_a_chapter():
+    spans = [s.split() for s in CHAPTERS.values()]
+    numbers = [p.name.split('_')[0] for p in (ROOT / 'nbs').glob('*.ipynb') if p.name[0].isdigit()]
+    assert all(sum(a <= n <= b for a, b in spans) == 1 for n in numbers)

@@ -1,0 +1,116 @@
+"""The site: every notebook and report as HTML, with a table of contents and a search that needs no server (mkdocs, from wheels only).
+
+python tests/tools/site.py            build _docs/site, then check its links
+"""
+import html
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import nbformat
+from latex2mathml.converter import convert
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CHAPTERS = {'Photos and patches': '00 04', 'The model': '05 12', 'Training': '12a 18', 'Measuring and planning': '19 21',
+            'Labelled photos': '22 25a', 'Detection': '26 30', 'Asked with a picture': '30a 33', 'Panoptic segmentation': '34 36',
+            'Trying it': '37 99'}
+CSS = """
+.jp-InputPrompt, .jp-OutputPrompt { display: none !important }
+@media (min-width: 76em) { .md-grid { max-width: 88rem } }
+.jp-RenderedHTMLCommon table { overflow-x: auto }
+"""
+
+
+def shown(path):
+    "The notebook at `path` as a reader wants it: no hidden cells, no directives, silent inputs empty."
+    nb = nbformat.read(path, 4)
+    nb.cells = [c for c in nb.cells if not re.search(r'^#\|\s*(hide|default_exp)\b', c.source, re.M)]
+    for cell in nb.cells:
+        if cell.cell_type != 'code': continue
+        silent = re.search(r'^#\|\s*echo:\s*false', cell.source, re.M)
+        cell.source = '' if silent else re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
+    return nb
+
+
+def title(path):
+    "The first heading of a notebook."
+    return re.search(r'^#\s+(.+)$', '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown'), re.M)[1]
+
+
+def collect(root, source):
+    "README, notebooks, reports and the pictures they show, in the folder `source`; the table of contents."
+    shutil.rmtree(source, ignore_errors=True)
+    (source / 'nbs').mkdir(parents=True)
+    shutil.copytree(root / 'reports', source / 'reports')
+    for name in ('README.md', 'LICENSE'): shutil.copy(root / name, source / {'README.md': 'index.md'}.get(name, name))
+    (source / 'site.css').write_text(CSS)
+    notebooks = [p for p in sorted((root / 'nbs').glob('*.ipynb')) if p.stem != 'index']
+    for p in notebooks: nbformat.write(shown(p), source / 'nbs' / p.name)
+    for p in (source / 'reports').rglob('*.ipynb'): nbformat.write(shown(p), p)
+    place = {p: re.match(r'(\d+[a-z]*)?', p.name)[0] for p in notebooks}
+    nav = [{'updetr': 'index.md'}, {'To be run': [{title(p): f'nbs/{p.name}'} for p in notebooks if not place[p]]}]
+    for chapter, span in CHAPTERS.items():
+        first, last = span.split()
+        mine = [{f'{place[p]} {title(p)}': f'nbs/{p.name}'} for p in notebooks if place[p] and first <= place[p] <= last]
+        if mine: nav.append({chapter: mine})
+    executed = sorted(p.relative_to(source).as_posix() for p in (source / 'reports').rglob('*.ipynb'))
+    return [*nav, {'Reports': ['reports/README.md', *({Path(p).parent.name: p} for p in executed)]}]
+
+
+def finish(page):
+    "HTML of a page with links between notebooks that lead to pages, and with formulas that need no script."
+    def formula(m): return convert(html.unescape(m[2]), display='block' if m[1] == '$$' else 'inline')
+    page = re.sub(r'(href="(?![a-z]+:)[^"#]*)\.ipynb(["#])', r'\1.html\2', page)
+    apart = '|'.join(rf'<{tag}\b.*?</{tag}>' for tag in ('pre', 'code', 'script', 'style', 'svg'))
+    parts = re.split(rf'({apart}|<div class="clipboard-copy-txt".*?</div>)', page, flags=re.S)
+    return ''.join(p if i % 2 else re.sub(r'(\$\$?)([^$<>\n]+?)\1', formula, p) for i, p in enumerate(parts))
+
+
+class Links(HTMLParser):
+    "What a page links to, and the places it has."
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.places = [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        for key, value in attrs:
+            if key in ('href', 'src') and value: self.links.append(value)
+            if key in ('id', 'name') and value: self.places.add(value)
+
+
+def dead_links(site):
+    "Links of all pages under `site` that lead to no file, or to no place in it; addresses of the web are not followed."
+    pages = {p: Links(p.read_text(encoding='utf-8')) for p in site.rglob('*.html')}
+    for page, found in pages.items():
+        for link in found.links:
+            path, _, place = unquote(link).partition('#')
+            if re.match(r'[a-z][a-z+.-]*:|//', link) or page.name == '404.html': continue
+            target = (page.parent / path).resolve() if path else page
+            if target.is_dir(): target /= 'index.html'
+            if not target.exists() or (place and target in pages and place not in pages[target].places):
+                yield f'{page.relative_to(site)}: {link}'
+
+
+def make(root=ROOT, out=ROOT / '_docs'):
+    "Build the site of the project `root` in `out`/site. Raises ValueError for dead links."
+    source, site = out / 'source', out / 'site'
+    settings = dict(
+        site_name='updetr', docs_dir='source', site_dir='site', nav=collect(root, source), use_directory_urls=False,
+        extra_css=['site.css'],
+        theme={'name': 'material', 'font': False, 'features': ['navigation.top', 'navigation.footer', 'search.highlight', 'toc.follow']},
+        plugins=['search', 'offline', {'mkdocs-jupyter': {'ignore_h1_titles': True, 'include_source': False}}],
+        markdown_extensions=['tables', 'fenced_code', 'attr_list', 'md_in_html', {'toc': {'permalink': True}}])
+    (out / 'mkdocs.yml').write_text(json.dumps(settings))  # JSON is YAML
+    build(load_config(str(out / 'mkdocs.yml')))
+    for page in site.rglob('*.html'): page.write_text(finish(page.read_text(encoding='utf-8')), encoding='utf-8')
+    if dead := sorted(dead_links(site)): raise ValueError(f'{len(dead)} dead links:\n' + '\n'.join(dead))
+    print(f'{len(list(site.rglob("*.html")))} pages, no dead link: {site / "index.html"}')
+
+
+if __name__ == '__main__': make()
