@@ -296,6 +296,15 @@ def test_padding_is_cut_off_before_anything_else():
     assert (enlarged(logits, (32, 32), (16, 32)) > 0).all() and enlarged(logits, (32, 32), (16, 20)).shape == (1, 16, 20)
 
 
+def test_numbers_without_a_class_are_never_answered():
+    batch = batch_of(photos(), [(64, 96), (120, 70)])
+    model = confident(make(), batch)
+    said = {s['category_id'] for _, info in panoptic_segments(model, batch, [False] * 5, 0.) for s in info}
+    some = sorted(said)[0]
+    kinds = [None if k == some else False for k in range(5)]
+    assert said - {some} and some not in {s['category_id'] for _, info in panoptic_segments(model, batch, kinds, 0.) for s in info}
+
+
 def test_no_confident_query_is_an_empty_answer():
     answers = panoptic_segments(make().eval(), batch_of(photos(), [(10, 10), (20, 20)]), [True] * 5, 1.)
     assert [(a.shape, a.any().item(), i) for a, i in answers] == [((10, 10), False, []), ((20, 20), False, [])]
@@ -348,9 +357,10 @@ def test_two_numberings_of_classes(scenes, tmp_path):
     assert small.classes == scenes.classes and small[0]['labels'].tolist() == scenes[1]['labels'].tolist()
     assert torch.equal(small[0]['masks'], scenes[1]['masks']) and len(large.classes) == 250
     assert large[0]['labels'].tolist() == [ids[k] for k in scenes[1]['labels'].tolist()]
-    assert [large.isthing[ids[k]] for k in range(12)] == scenes.isthing and sum(large.isthing) == 8
+    assert [large.isthing[ids[k]] for k in range(12)] == scenes.isthing and large.isthing.count(None) == 250 - 12
     assert '12 (8 things, 4 stuff), numbered 0..11' in repr(small) and 'by their own ids, of 250 numbers' in repr(large)
-    assert {c['id'] for c in large.coco()['categories']} == set(ids.values())
+    assert {c['id'] for c in coco_truth(large, masks=True)['categories']} == {ids[k] for k in range(8)}
+    assert len(large.coco()['categories']) == 250  # a model may say a number without a class: wrong, but no error
     write_panoptic(tmp_path / 'annotations/panoptic_test.json', {5: large.panoptic(0)}, large)
     written = json.loads((tmp_path / 'annotations/panoptic_test.json').read_text())
     assert {s['category_id'] for s in written['annotations'][0]['segments_info']} == {s['category_id'] for s in segments}

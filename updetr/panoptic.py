@@ -82,7 +82,7 @@ class PanopticScenes(_Panoptic):
 
 def _summary(source, ds):
     "One line: how many photos and classes, and how these are numbered"
-    things, named = sum(ds.isthing), sum(k is not None for k in ds.category_ids)
+    things, named = sum(map(bool, ds.isthing)), sum(k is not None for k in ds.category_ids)
     how = f'numbered 0..{named - 1}' if named == len(ds.classes) else f'by their own ids, of {len(ds.classes)} numbers'
     return f'{source}: photos {len(ds):,}, classes {named} ({things} things, {named - things} stuff), {how}'
 
@@ -91,7 +91,7 @@ def coco_truth(ds,  # a panoptic set
                masks: bool = False,  # False: boxes of things and stuff; True: masks of things, out of the pictures of numbers
                ) -> dict:  # for `CocoEvaluator`
     "Ground truth as a COCO dictionary: categories 0..C-1, crowds marked."
-    wanted = [k for k, thing in enumerate(ds.isthing) if (thing or not masks) and ds.category_ids[k] is not None]
+    wanted = [k for k, thing in enumerate(ds.isthing) if thing or not masks]  # boxes: unused numbers, too; to say one is wrong, no error
     out = {'images': [{'id': k, 'height': int(h), 'width': int(w)} for k, (h, w) in zip(ds.image_ids, ds.sizes)],
            'categories': [{'id': k, 'name': ds.classes[k]} for k in wanted], 'annotations': []}
     for i, image_id in enumerate(ds.image_ids):
@@ -151,7 +151,7 @@ def _classes(categories, coco_ids, source):
     by_id = {c['id']: c for c in rows}
     names = [by_id[k]['name'] if k in by_id else f'unused {k}' for k in range(COCO_CLASSES)]
     used = [k if k in by_id else None for k in range(COCO_CLASSES)]
-    return names, [bool(by_id.get(k, {}).get('isthing')) for k in range(COCO_CLASSES)], used, {k: k for k in by_id}
+    return names, [bool(by_id[k]['isthing']) if k in by_id else None for k in range(COCO_CLASSES)], used, {k: k for k in by_id}
 
 def _check_size(file, picture, said):
     "ValueError for a picture (H,W) of another size than stated"
@@ -336,16 +336,16 @@ def _numbers(target, key): return tuple(int(v) for v in target[key])
 @torch.no_grad()
 def panoptic_segments(model: DETRsegm,  # in eval mode
                       batch: dict,  # images (B,3,H,W), mask, targets with size and orig_size
-                      isthing: list[bool],  # of all classes
+                      isthing: list[bool],  # of all classes; what is None is never answered
                       threshold: float = .85,  # smallest probability of a query's class, 0..1
                       looked: tuple | None = None,  # of `model.look`, if it was done already
                       ) -> list[tuple[Tensor, list[dict]]]:  # ids (H,W) and segments of each photo, at its original size
     "DETR's panoptic answer."
     outputs, seen = looked or model.look(batch['images'], batch['mask'])
     scores, labels = outputs['pred_logits'].float().softmax(-1).max(-1)
-    answers = []
+    real, answers = torch.tensor([k is not None for k in isthing] + [False], device=labels.device), []
     for b, target in enumerate(batch['targets']):
-        query = ((labels[b] < len(isthing)) & (scores[b] > threshold)).nonzero()[:, 0]
+        query = (real[labels[b]] & (scores[b] > threshold)).nonzero()[:, 0]
         label, score = labels[b, query], scores[b, query]
         masks = model.draw(seen, torch.full_like(query, b), query) if len(query) else seen.hs.new_zeros(0, 1, 1)
         masks = enlarged(masks, batch['images'].shape[-2:], _numbers(target, 'size')) if len(query) else masks
@@ -362,7 +362,7 @@ def instance_masks(model: DETRsegm,  # in eval mode
                    ) -> list[dict]:  # for `CocoEvaluator(..., 'segm')`: scores, labels, boxes, masks (k,H,W) bool
     "One mask for each query whose best class is a thing (DETR's answer for AP of masks); no threshold on scores."
     outputs, seen = model.look(batch['images'], batch['mask'])
-    things, answers = torch.tensor(isthing), []
+    things, answers = torch.tensor(list(map(bool, isthing))), []
     for b, p in enumerate(postprocess(outputs, torch.stack([t['orig_size'] for t in batch['targets']]))):
         target, masks = batch['targets'][b], []
         query = things.to(p['labels'].device)[p['labels']].nonzero()[:, 0]
