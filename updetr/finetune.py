@@ -31,7 +31,7 @@ from .scenes import Scenes
 from .stop import ignore_stop
 from .transforms import DetectionViews, Sizes
 
-# %% ../nbs/28_finetune.ipynb #c005
+# %% ../nbs/28_finetune.ipynb #c006
 @dataclass(frozen=True)
 class LabelledConfig:
     "What is seen, and the answers to it."
@@ -51,7 +51,7 @@ class LabelledConfig:
     square: int = 0  # small-scale option: px, side to which all photos are squashed; 0 = the aspect is kept
     cached_views: int = 0  # small-scale option: so many fixed views a photo, their CNN features computed once; 0 = live
 
-# %% ../nbs/28_finetune.ipynb #c007
+# %% ../nbs/28_finetune.ipynb #c008
 @dataclass(frozen=True)
 class TransferConfig(TrainConfig, LabelledConfig, SetLossConfig, DetectorConfig):
     "What all runs on labelled photos have in common: detection, one-shot detection, panoptic segmentation."
@@ -81,7 +81,7 @@ class TransferConfig(TrainConfig, LabelledConfig, SetLossConfig, DetectorConfig)
         "What determines the views of a run and so their features, but for the CNN's weights."
         return 'seed', 'backbone', 'features', *(f.name for f in dataclasses.fields(LabelledConfig))
 
-# %% ../nbs/28_finetune.ipynb #c009
+# %% ../nbs/28_finetune.ipynb #c010
 @dataclass(frozen=True)
 class FinetuneConfig(TransferConfig):
     "Everything that determines a fine-tuning run."
@@ -96,7 +96,7 @@ class FinetuneConfig(TransferConfig):
         if self.detector != 'detr' and (self.pretrain or self.compile or self.gradient_checkpointing or self.cached_views):
             yield f'pretrain, compile, gradient_checkpointing and cached_views are for detector detr, not {self.detector}'
 
-# %% ../nbs/28_finetune.ipynb #c010
+# %% ../nbs/28_finetune.ipynb #c011
 VOC = dict(weights='swav', split='trainval', year='07+12', split_val='test', year_val='2007', num_workers=4)
 COCO = dict(weights='swav', split='train', split_val='val', num_workers=4)
 LONG = dict(epochs=300, lr_drop=200)
@@ -111,7 +111,7 @@ FINETUNE_DESCRIPTIONS = {
     'voc150': 'VOC trainval 07+12 to test 2007, 150 epochs (Table 1)', 'voc300': 'the same, 300 epochs (Table 1)',
     'coco150': 'COCO train2017 to val2017, 150 epochs (Table 2)', 'coco300': 'the same, 300 epochs (Table 2)'}
 
-# %% ../nbs/28_finetune.ipynb #c013
+# %% ../nbs/28_finetune.ipynb #c014
 FREE = ('weights', 'frozen_backbone', 'num_queries', 'dropout')  # of DetectorConfig: a checkpoint does not decide these
 
 def transfer_config(preset: str,  # a name in `presets`
@@ -136,7 +136,7 @@ def finetune_config(preset: str = 'demo',  # a name in `FINETUNE_PRESETS`
     "The configuration of a detector's run. Raises as `transfer_config` does."
     return transfer_config(preset, FinetuneConfig, FINETUNE_PRESETS, **changes)
 
-# %% ../nbs/28_finetune.ipynb #c014
+# %% ../nbs/28_finetune.ipynb #c015
 def checkpoint_sizes(pretrained: Pretrained,  # of `open_pretrained`
                      ) -> dict:  # field of `DetectorConfig` -> value, as a configuration has it
     "The architecture of a checkpoint."
@@ -144,7 +144,7 @@ def checkpoint_sizes(pretrained: Pretrained,  # of `open_pretrained`
     sizes = {k: v for k, v in pretrained.options.items() if k in known}
     return sizes | {'features': ','.join(sizes['features'] or [])}
 
-# %% ../nbs/28_finetune.ipynb #c017
+# %% ../nbs/28_finetune.ipynb #c018
 NO_DATA = ('no labelled photos: give them with -p data PATH or UPDETR_DATA=PATH (VOCdevkit, a COCO or Roboflow folder, or a COCO file '
            'with -p data_val FILE), or paint some with -p scenes 400 -p scenes_val 100')
 
@@ -161,7 +161,7 @@ def open_sets(cfg: TransferConfig,  # of the run
     val = open_dataset(cfg.data_val or path, cfg.split_val, cfg.year_val or None, classes or train.classes, cfg.difficult)
     return (some_photos(train, cfg.photos, cfg.seed) if cfg.photos else train), val
 
-# %% ../nbs/28_finetune.ipynb #c018
+# %% ../nbs/28_finetune.ipynb #c019
 class Subset:
     "Some photos of a detection set."
     def __init__(self,
@@ -188,7 +188,7 @@ def some_photos(dataset: DetectionSet,  # whose photos are taken
     if num > len(dataset): raise ValueError(f'photos {num}: there are only {len(dataset)}')
     return Subset(dataset, np.sort(np.random.default_rng(seed).permutation(len(dataset))[:num]))
 
-# %% ../nbs/28_finetune.ipynb #c021
+# %% ../nbs/28_finetune.ipynb #c022
 def view_sizes(cfg: TransferConfig,  # of the run
                ) -> Sizes:
     "DETR's training sizes in proportion to `val_size`."
@@ -217,7 +217,7 @@ def train_plan(cfg: TransferConfig,  # of the run
     sides = (cfg.square,) if cfg.square else view_sizes(cfg).short
     return BatchPlan(np.asarray(dataset.sizes), cfg.batch_size, total, cfg.seed, sides, start, rank, world, cfg.accumulate)
 
-# %% ../nbs/28_finetune.ipynb #c022
+# %% ../nbs/28_finetune.ipynb #c023
 def collate_targets(samples: list[tuple],  # (image uint8 (3,H,W), target) pairs
                     ) -> dict:  # images uint8 (B,3,H,W), mask (B,H,W) or None, targets
     "A batch on the CPU. In the mask True is padding; None means that all photos have one size."
@@ -238,7 +238,7 @@ def batch_to_device(batch: dict,  # of `collate_targets`, or with `feature` inst
     images = normalize(batch['images'].float() / 255, mean, std)
     return batch | {'images': images if batch['mask'] is None else images.masked_fill(batch['mask'][:, None], 0)}
 
-# %% ../nbs/28_finetune.ipynb #c023
+# %% ../nbs/28_finetune.ipynb #c024
 def view_loader(views: DetectionViews,  # random views, or those for evaluation
                 items,  # a `BatchPlan`, or lists of (epoch, index)
                 num_workers: int = 0,  # processes that decode; 0 = this one
