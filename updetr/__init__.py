@@ -9,7 +9,8 @@ _PUBLIC = {'build_backbone': 'backbone', 'fetch_weights': 'backbone', 'build_det
            'load_updetr': 'checkpoint', 'open_dataset': 'datasets', 'check_dataset': 'check', 'load_official': 'handover',
            'open_pretrained': 'handover', 'hand_over': 'handover', 'finetune_config': 'finetune', 'Detector': 'detector',
            'oneshot_config': 'oneshot', 'OneShotDetector': 'oneshot_detector', 'open_panoptic': 'panoptic',
-           'panoptic_config': 'panoptic_task', 'PanopticSegmenter': 'segmenter'}
+           'panoptic_config': 'panoptic_task', 'PanopticSegmenter': 'segmenter',
+           'QueryPatchLocalizer': 'localizer'}
 __all__ = list(_PUBLIC)
 
 
