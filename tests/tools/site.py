@@ -50,10 +50,14 @@ def collect(root, source):
     for name in ('README.md', 'LICENSE'): shutil.copy(root / name, source / {'README.md': 'index.md'}.get(name, name))
     (source / 'site.css').write_text(CSS)
     notebooks = [p for p in sorted((root / 'nbs').glob('*.ipynb')) if p.stem != 'index']
-    for p in notebooks: nbformat.write(shown(p), source / 'nbs' / p.name)
+    guides = sorted((root / 'nbs' / 'guides').glob('*.ipynb'))
+    for p in notebooks + guides:
+        (page := source / p.relative_to(root)).parent.mkdir(exist_ok=True)
+        nbformat.write(shown(p), page)
     for p in (source / 'reports').rglob('*.ipynb'): nbformat.write(shown(p), p)
     place = {p: re.match(r'(\d+[a-z]*)?', p.name)[0] for p in notebooks}
     nav = [{'updetr': 'index.md'}, {'To be run': [{title(p): f'nbs/{p.name}'} for p in notebooks if not place[p]]}]
+    if guides: nav.append({'Guides': [{title(p): f'nbs/guides/{p.name}'} for p in guides]})
     for chapter, span in CHAPTERS.items():
         first, last = span.split()
         mine = [{f'{place[p]} {title(p)}': f'nbs/{p.name}'} for p in notebooks if place[p] and first <= place[p] <= last]
