@@ -1,0 +1,316 @@
+"`nbs/localize.ipynb` in a real JupyterLab and a real browser: drags, keys, uploads, as a person does them; screenshots in tests/artifacts."
+import dataclasses
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import nbformat
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT
+from updetr.checkpoint import save_checkpoint
+from updetr.config import make_config, model_options
+from updetr.localizer import QueryPatchLocalizer
+from updetr.oneshot import build_oneshot, oneshot_config
+from updetr.photos import builtin_photos
+from updetr.updetr import build_updetr
+
+playwright = pytest.importorskip('playwright.sync_api', reason='the browser tests need playwright: pip install playwright')
+CHROMIUM = os.environ.get('CHROMIUM') or next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason='the browser tests need Chromium: apt install chromium fonts-dejavu, or name it by '
+                                                     'the environment variable CHROMIUM')
+SHOTS = ROOT / 'tests/artifacts'
+PATHS = {p.name: p.path for p in builtin_photos()}
+FLAGS = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking']
+PROBE = '''import json, os
+from pathlib import Path
+sent = []
+
+def probe(*_):
+    c = widget.c
+    state = dict(boxes=c.canvas.boxes, sent=len(sent), marks=c.canvas.marks, other=c.other.marks, photo=c.photo.value, heat=len(c.canvas.overlay),
+                 target=c.target.value, threshold=c.threshold.value, weights=c.weights.value, text=c.message.value, x=c.x.value)
+    Path('state.tmp').write_text(json.dumps(state))
+    os.replace('state.tmp', 'state.json')
+
+widget.c.canvas.observe(lambda e: sent.append(e.new), 'boxes')
+widget.c.message.observe(probe, 'value')
+widget.c.canvas.observe(probe, 'overlay')
+probe()'''
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "The notebook with two small random models, and a last cell that writes down what the kernel knows."
+    here = tmp_path_factory.mktemp('lab')
+    small = dict(backbone='resnet18', weights='none', features='layer2', hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2,
+                 num_queries=12)
+    pre, one = make_config('demo', **small, num_patches=4, patch_size=32, view_size=96), oneshot_config('demo', **small, query_size=32)
+    torch.manual_seed(0)
+    for name, cfg, build in (('pre', pre, build_updetr), ('one', one, build_oneshot)):
+        save_checkpoint(here / f'{name}.pth', {'model': build(**model_options(cfg)).state_dict(), 'args': dataclasses.asdict(cfg)})
+    nb = nbformat.read(ROOT / 'nbs/localize.ipynb', 4)
+    cell, = [c for c in nb.cells if 'parameters' in c.metadata.get('tags', [])]
+    cell.source = "checkpoint, oneshot, photo = 'pre.pth', 'one.pth', 'chelsea'"
+    nb.cells.append(nbformat.v4.new_code_cell(PROBE))
+    nbformat.write(nb, here / 'localize.ipynb')
+    Image.open(PATHS['coffee']).resize((900, 600)).save(here / 'mine.jpg')
+    (here / 'bad.jpg').write_bytes(b'this is not a photo')
+    return here
+
+
+@pytest.fixture(scope='module')
+def server(folder, tmp_path_factory):
+    "JupyterLab on a free port of this machine, with settings of its own."
+    home, token = tmp_path_factory.mktemp('jupyter'), secrets.token_hex(16)
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    places = dict(JUPYTER_CONFIG_DIR='cfg', JUPYTER_DATA_DIR='data', JUPYTER_RUNTIME_DIR='run', IPYTHONDIR='ipy',
+                  JUPYTERLAB_SETTINGS_DIR='settings', JUPYTERLAB_WORKSPACES_DIR='ws')
+    env = os.environ | {k: str(home / v) for k, v in places.items()} | {'OMP_NUM_THREADS': '1', 'JUPYTER_PREFER_ENV_PATH': '1',
+                                                                       'PYTHONPATH': str(ROOT)}
+    news = home / 'settings/@jupyterlab/apputils-extension'
+    news.mkdir(parents=True)
+    (news / 'notification.jupyterlab-settings').write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}',
+               '--ServerApp.port_retries=0', '--ServerApp.shutdown_no_activity_timeout=300', f'--IdentityProvider.token={token}',
+               '--LabApp.expose_app_in_browser=True', f'--ServerApp.root_dir={folder}']
+    with open(home / 'server.log', 'w') as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
+    try:
+        url, end = f'http://127.0.0.1:{port}', time.monotonic() + 120
+        while True:
+            try: urllib.request.urlopen(f'{url}/api', timeout=2); break
+            except OSError: time.sleep(.25)
+            assert time.monotonic() < end and process.poll() is None, (home / 'server.log').read_text()[-3000:]
+        yield f'{url}/lab/tree/localize.ipynb?reset&token={token}'
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try: process.wait(20)
+        except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL); process.wait()
+
+
+RUN_ALL = """async () => {
+  const w = window.jupyterapp.shell.currentWidget;  // the idle dot shows before the kernel is connected: wait, or Run All is lost
+  await w.context.ready; await w.sessionContext.ready; await w.sessionContext.session.kernel.info;
+  await window.jupyterapp.commands.execute('notebook:run-all-cells'); }"""
+
+
+@pytest.fixture(scope='module')
+def lab(server):
+    "The notebook, opened and run."
+    with playwright.sync_playwright() as pw:
+        browser = pw.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        page = browser.new_page(viewport=dict(width=1300, height=1000))
+        page.set_default_timeout(120_000)
+        page.goto(server)
+        page.wait_for_function('window.jupyterapp?.shell?.currentWidget?.sessionContext !== undefined')
+        page.evaluate(RUN_ALL)
+        page.wait_for_selector('.updetr-photo [data-box]')
+        yield page
+        browser.close()
+
+
+class Hand:
+    "What a person does, in the photo's pixels, and what the kernel then knows."
+    def __init__(self, page, folder): self.page, self.folder = page, folder
+
+    def photo(self, which=0): return self.page.locator('.updetr-photo').nth(which)
+    def state(self): return json.loads((self.folder / 'state.json').read_text())
+    def shot(self, name): SHOTS.mkdir(exist_ok=True); self.page.screenshot(path=str(SHOTS / f'{name}.png'))
+
+    def wait(self, true, what='the kernel'):
+        "The kernel's state, once `true` holds of it."
+        end = time.monotonic() + 60
+        while not true(state := self.state()):
+            assert time.monotonic() < end, f'waited for {what}; the kernel says {state}'
+            self.page.wait_for_timeout(50)
+        return state
+
+    def drag(self, x, y, x2, y2):
+        "In steps, as a hand does."
+        svg = self.photo()
+        svg.scroll_into_view_if_needed()
+        r, width = svg.bounding_box(), float(svg.get_attribute('viewBox').split()[2])
+        to = [(r['x'] + a * r['width'] / width, r['y'] + b * r['width'] / width) for a, b in ((x, y), ((x + x2) / 2, (y + y2) / 2), (x2, y2))]
+        self.page.mouse.move(*to[0])
+        self.page.mouse.down()
+        for point in to[1:]: self.page.mouse.move(*point, steps=4)
+        self.page.mouse.up()
+
+    def drawn(self, which=0):
+        "The query boxes on the screen."
+        lines = self.photo(which).locator('.queries .line:not(.dark)').all()
+        boxes = [[int(e.get_attribute(k)) for k in ('x', 'y', 'width', 'height')] for e in lines]
+        return [[x, y, x + w, y + h] for x, y, w, h in boxes]
+
+    def answers(self, which=0):
+        "The texts of the answers on the screen."
+        return self.photo(which).locator('.answers text').all_text_contents()
+
+    def box(self, *box):
+        "Drag one box, backwards too, and wait for its answer."
+        self.drag(*box)
+        return self.wait(lambda s: len(s['boxes']) == 1 and s['boxes'][0] == list(box) and 'found' in s['text'])
+
+    def control(self, kind, name):
+        "The control of this kind with this label."
+        return self.page.locator(kind).filter(has=self.page.locator('label', has_text=re.compile(f'^{name}$')))
+
+    def choose(self, name, option): self.control('.widget-dropdown', name).locator('select').select_option(label=option)
+
+    def upload(self, name, button):
+        with self.page.expect_file_chooser() as chooser: self.page.get_by_text(button).click()
+        chooser.value.set_files(str(self.folder / name))
+
+
+@pytest.fixture
+def hand(lab, folder):
+    "The photo of the start, one known box, nothing switched on."
+    hand = Hand(lab, folder)
+    hand.choose('photo', 'chelsea')
+    hand.choose('find it in', 'the same photo')
+    hand.page.get_by_role('button', name='clear').click()
+    hand.wait(lambda s: s['photo'] == 'chelsea' and s['target'] == 'the same photo' and s['boxes'] == [])
+    hand.box(40, 50, 140, 150)
+    return hand
+
+
+def test_the_widget_is_on_the_first_screen(lab, folder):
+    hand = Hand(lab, folder)
+    hand.shot('1_first_screen')
+    r = hand.photo().bounding_box()
+    assert r['y'] > 0 and r['y'] + r['height'] < 1000 and 250 < r['width'] <= 620
+    assert abs(r['width'] / r['height'] - 451 / 300) < .02
+    assert lab.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
+    assert hand.drawn() == hand.state()['boxes'] == [[135, 90, 316, 210]] and len(hand.answers()) == 1
+
+
+def test_drag(hand, folder):
+    before = hand.state()['sent']
+    state = hand.box(120, 80, 260, 200)
+    assert hand.drawn() == [[120, 80, 260, 200]] and state['sent'] == before + 1, 'one message for one drag'
+    found = QueryPatchLocalizer.from_checkpoint(folder / 'pre.pth')(PATHS['chelsea'], [[120, 80, 260, 200]])
+    assert torch.allclose(torch.tensor(state['marks'][0]['box']), found.boxes[0], atol=.1)
+    hand.page.wait_for_function('t => [...document.querySelectorAll(".answers text")].some(e => e.textContent === t)',
+                                arg=f'1: {found.scores[0]:.2f}')
+    hand.shot('2_drag')
+
+
+def test_drag_backwards_and_out_of_the_photo(hand):
+    hand.drag(260, 200, -30, -20)
+    hand.wait(lambda s: s['boxes'] == [[0, 0, 260, 200]])
+    hand.drag(300, 200, 900, 150)
+    hand.wait(lambda s: s['boxes'] == [[300, 150, 451, 200]])
+    assert hand.drawn() == [[300, 150, 451, 200]]
+
+
+def test_a_click_draws_nothing(hand):
+    sent = hand.state()['sent']
+    hand.drag(200, 200, 201, 202)
+    hand.page.wait_for_timeout(300)
+    assert hand.drawn() == [[40, 50, 140, 150]] and hand.state()['sent'] == sent
+
+
+def test_two_patches_moved_and_resized(hand):
+    hand.page.keyboard.down('Shift')
+    hand.drag(200, 100, 320, 220)
+    hand.page.keyboard.up('Shift')
+    state = hand.wait(lambda s: len(s['boxes']) == 2 and len(s['marks']) == 2)
+    assert state['boxes'] == [[40, 50, 140, 150], [200, 100, 320, 220]] and {m['patch'] for m in state['marks']} == {0, 1}
+    lines = hand.photo().locator('.queries .line:not(.dark)').all()
+    assert len({e.get_attribute('stroke') for e in lines}) == 2
+    hand.drag(260, 100, 280, 120)  # by the upper border
+    hand.wait(lambda s: s['boxes'][1:] == [[220, 120, 340, 240]])
+    hand.drag(140, 150, 160, 130)  # by the lower right corner
+    hand.wait(lambda s: s['boxes'] == [[40, 50, 160, 130], [220, 120, 340, 240]])
+    hand.shot('3_two_patches')
+
+
+def test_keyboard(hand):
+    box = hand.photo().locator('[data-box="0"]')
+    box.focus()
+    step = 5  # a hundredth of 451 px
+    box.press('ArrowRight'), box.press('ArrowUp')
+    hand.wait(lambda s: s['boxes'] == [[40 + step, 50 - step, 140 + step, 150 - step]])
+    box.press('Shift+ArrowDown'), box.press('Shift+ArrowLeft')
+    hand.wait(lambda s: s['boxes'] == [[40 + step, 50 - step, 140, 150]])
+    handle = hand.control('.widget-hslider', 'x').locator('.noUi-handle').first
+    handle.focus()
+    handle.press('ArrowRight')
+    hand.wait(lambda s: s['boxes'] == [[41 + step, 50 - step, 140, 150]])
+    box.focus()
+    box.press('Delete')
+    state = hand.wait(lambda s: s['boxes'] == [])
+    assert 'Drag a box' in state['text'] and state['marks'] == []
+    assert hand.page.locator('.jp-Cell').count() == 7, 'no key of the box reached the notebook'
+
+
+def test_another_target_photo(hand):
+    hand.choose('find it in', 'coffee')
+    state = hand.wait(lambda s: s['target'] == 'coffee' and len(s['other']) == 1)
+    assert state['marks'] == [] and 'IoU' not in state['text']
+    hand.page.wait_for_function('document.querySelectorAll(".updetr-photo")[1]?.querySelector(".answers text")')
+    assert hand.answers(0) == [] and hand.photo(1).is_visible() and hand.photo(1).get_attribute('viewBox') == '0 0 600 400'
+    hand.shot('4_target')
+    hand.choose('find it in', 'the same photo')
+    hand.wait(lambda s: len(s['marks']) == 1)
+    assert not hand.photo(1).is_visible()
+
+
+def test_uploads(hand):
+    hand.upload('bad.jpg', 'another photo')
+    hand.wait(lambda s: 'bad.jpg: broken image' in s['text'])
+    hand.shot('5_bad_upload')
+    hand.box(60, 60, 200, 160)
+    hand.upload('mine.jpg', 'another photo')
+    hand.wait(lambda s: s['photo'] == 'mine.jpg' and len(s['marks']) == 1)
+    hand.page.wait_for_function('document.querySelector(".updetr-photo").getAttribute("viewBox") === "0 0 900 600"')
+    hand.box(100, 100, 700, 500)
+    hand.shot('6_upload')
+    hand.upload('mine.jpg', 'another target')
+    hand.wait(lambda s: s['target'] == 'mine.jpg' and len(s['other']) == 1)
+
+
+def test_threshold_and_all_answers(hand):
+    handle = hand.control('.widget-hslider', 'threshold').locator('.noUi-handle')
+    handle.press('End')
+    state = hand.wait(lambda s: s['threshold'] == 1)
+    hand.wait(lambda s: s['marks'] == [] and 'No answer has a score of 1.00' in s['text'])
+    hand.page.wait_for_function('!document.querySelector(".updetr-photo .answers text")')
+    handle.press('Home')
+    hand.wait(lambda s: s['threshold'] == 0 and len(s['marks']) == 1)
+    hand.page.get_by_role('button', name='all answers').click()
+    state = hand.wait(lambda s: len(s['marks']) > 1)
+    assert len(state['marks']) <= 3, 'a group of 12 / 4 object queries'
+    hand.shot('7_all_answers')
+    hand.page.get_by_role('button', name='best of each patch').click()
+    hand.wait(lambda s: len(s['marks']) == 1)
+
+
+def test_attention_changes_and_weights(hand):
+    hand.photo().locator('.answers text').first.click()
+    hand.wait(lambda s: s['heat'] > 0)
+    hand.page.wait_for_selector('.updetr-photo >> nth=0 >> image.heat[visibility=visible]')
+    hand.shot('8_attention')
+    hand.photo().locator('.answers text').first.click()
+    hand.wait(lambda s: s['heat'] == 0)
+    first = hand.state()['text']
+    for change in ('jitter', 'blur', 'grey', 'flip', 'scale'): hand.page.get_by_role('button', name=change, exact=True).click()
+    hand.wait(lambda s: s['text'] != first)
+    hand.shot('9_changed')
+    for change in ('jitter', 'blur', 'grey', 'flip', 'scale'): hand.page.get_by_role('button', name=change, exact=True).click()
+    for weights in ('one-shot', 'untrained', 'pre-trained'):
+        hand.page.get_by_role('button', name=weights, exact=True).click()
+        hand.wait(lambda s, w=weights: s['weights'] == w and 'found' in s['text'] and ('learnt nothing' in s['text']) == (w == 'untrained'))
