@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TASK', 'DetectStep', 'build_module', 'with_model', 'weights_key', 'photo_features', 'fill_part', 'finish_part',
-           'open_features', 'cache_views', 'CachedViews', 'LabelledRun', 'open_bank', 'open_cache', 'fit_statistics',
-           'train_batches', 'val_batches', 'evaluate', 'measurement', 'draw_answer', 'FinetuneTask']
+           'open_features', 'cache_views', 'CachedViews', 'save_preview', 'LabelledRun', 'open_bank', 'open_cache',
+           'fit_statistics', 'train_batches', 'val_batches', 'evaluate', 'measurement', 'draw_answer', 'FinetuneTask']
 
 # %% ../nbs/28a_finetune_task.ipynb #c002
 import hashlib
@@ -170,8 +170,18 @@ class CachedViews:
         return {'feature': self.feature[rows].float(), 'mask': None, 'targets': [self.targets[i][k] for k, i in which]}
 
 # %% ../nbs/28a_finetune_task.ipynb #c020
+def save_preview(path: str | Path,  # PNG file
+                 picture: Tensor,  # (3,H,W) uint8
+                 height: int = 256,  # px, at most
+                 ) -> None:
+    "Write a picture that a watcher shows."
+    height = min(picture.shape[1], height)
+    picture = resize(picture, height, round(picture.shape[2] * height / picture.shape[1]))
+    write_atomic(path, lambda p: write_png(picture, str(p)))
+
+# %% ../nbs/28a_finetune_task.ipynb #c021
 class LabelledRun:
-    "What every run on labelled photos is made of: photos, model, cached features. A task says what differs: `build`, `parts`, ..."
+    "What every run on labelled photos is made of. A task adds `build` (the module to train), `draw`, `batches`, `measure`."
     def __init__(self,
                  cfg: TransferConfig,  # of the run
                  run_dir: str | Path,  # folder of the run; it must exist
@@ -193,10 +203,6 @@ class LabelledRun:
         "Detection sets to train on and to evaluate on."
         return open_sets(self.cfg)
 
-    def build(self):
-        "The module to train: `forward(batch)` is (loss, numbers)."
-        raise NotImplementedError
-
     def parts(self):
         "The network whose weights are kept, and its CNN."
         return self.module.model, self.module.model.backbone[0]
@@ -211,7 +217,11 @@ class LabelledRun:
         fresh = not resumed and not self.cfg.pretrain
         if fresh and isinstance(getattr(self.model, 'feature_norm', None), Standardize): fit_statistics(self)
 
-# %% ../nbs/28a_finetune_task.ipynb #c021
+    def preview(self, path):
+        "Write the picture of `draw` for a watcher."
+        save_preview(path, self.draw())
+
+# %% ../nbs/28a_finetune_task.ipynb #c022
 def open_bank(task: LabelledRun,  # all processes call this
               kind: str,  # 'train', 'val', ...: what lies in it
               fill,  # (folder, progress) -> None: computes it
@@ -232,7 +242,7 @@ def open_cache(task: LabelledRun,  # all processes call this
     folder = open_bank(task, kind, lambda folder, progress: cache_views(folder, task.cnn, views, number, task.processes, progress))
     return CachedViews(folder, number)
 
-# %% ../nbs/28a_finetune_task.ipynb #c022
+# %% ../nbs/28a_finetune_task.ipynb #c023
 @torch.no_grad()
 def fit_statistics(task: LabelledRun,  # with option `standardize` and a model from scratch
                    n: int = 256,  # largest number of photos
@@ -243,7 +253,7 @@ def fit_statistics(task: LabelledRun,  # with option `standardize` and a model f
     else: tokens = torch.cat([photo_features(task.cnn, task.views, i, 1, task.processes.device)[0].flatten(2)[0] for i in range(n)], 1)
     task.model.feature_norm.fit(tokens[None].to(task.processes.device))
 
-# %% ../nbs/28a_finetune_task.ipynb #c023
+# %% ../nbs/28a_finetune_task.ipynb #c024
 def train_batches(task: LabelledRun,  # begun
                   start: int,  # first step
                   total: int,  # steps in all
@@ -277,7 +287,7 @@ def evaluate(task: LabelledRun,  # begun
     finally: model.train(training)
     return evaluator.gather()
 
-# %% ../nbs/28a_finetune_task.ipynb #c024
+# %% ../nbs/28a_finetune_task.ipynb #c025
 def measurement(evaluator: CocoEvaluator,  # with all predictions
                 ) -> dict[str, float]:  # test_AP, test_AP50, ..., 0..100; test_recall50, ..., 0..1; only what can be measured
     "What is logged of an evaluation."
@@ -300,7 +310,7 @@ def draw_answer(task: LabelledRun,  # begun
     found = {k: answer[k][keep] for k in ('boxes', 'labels')} | {'image': sample['image'], 'iscrowd': torch.zeros(len(keep))[keep]}
     return torch.cat((draw_sample(sample), draw_sample(found)), 2)
 
-# %% ../nbs/28a_finetune_task.ipynb #c026
+# %% ../nbs/28a_finetune_task.ipynb #c027
 class FinetuneTask(LabelledRun):
     "Detection as a task for `updetr.train.train`."
     def build(self):
@@ -320,11 +330,8 @@ class FinetuneTask(LabelledRun):
         evaluator = evaluate(self, model, stop)
         return evaluator and measurement(evaluator)
 
-    def preview(self, path):
-        "Draw the truth and the answer for one photo."
-        picture = draw_answer(self)
-        height = min(picture.shape[1], 256)
-        picture = resize(picture, height, round(picture.shape[2] * height / picture.shape[1]))
-        write_atomic(path, lambda p: write_png(picture, str(p)))
+    def draw(self):
+        "The truth and the answer for one photo."
+        return draw_answer(self)
 
 TASK = FinetuneConfig, FinetuneTask

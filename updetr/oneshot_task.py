@@ -15,12 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.io import write_png
 from torchvision.ops import nms
 from torchvision.utils import draw_bounding_boxes
 
 from .augment import normalize
-from .checkpoint import write_atomic
 from .config import loss_options, model_options
 from .detr import as_batch
 from .finetune import Subset, batch_to_device, open_sets, train_plan, val_items, view_loader
@@ -293,11 +291,8 @@ class OneShotTask(OneShotRun):
         finally: model.train(training)
         return evaluator and {f'test_{k}': round(v, 4) for k, v in oneshot_summary(oneshot_table(evaluator)).items()}
 
-    def preview(self, path):
-        "Draw one photo, its query, the truth and the answer."
-        picture = answer_one(self)
-        height = min(picture.shape[1], 256)
-        picture = resize(picture, height, round(picture.shape[2] * height / picture.shape[1]))
-        write_atomic(path, lambda p: write_png(picture, str(p)))
+    def draw(self):
+        "One photo, its query, the truth and the answer."
+        return answer_one(self)
 
 TASK = OneShotConfig, OneShotTask
