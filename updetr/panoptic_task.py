@@ -14,9 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.io import write_png
 
-from .checkpoint import write_atomic
 from .config import loss_options, model_options
 from .detr import build_detr
 from .finetune import COCO, SMALL, TransferConfig, batch_to_device, collate_targets, some_photos, transfer_config
@@ -25,7 +23,6 @@ from .handover import _own, hand_over, load_official, open_pretrained
 from .losses import build_criterion
 from .masks import DETRsegm, MaskStep
 from .panoptic import (COCO_CLASSES, PanopticEvaluator, PanopticScenes, draw_segments, open_panoptic, panoptic_segments)
-from .photos import resize
 from .scenes import Scenes
 
 # %% ../nbs/35a_panoptic_task.ipynb #c006
@@ -226,11 +223,8 @@ class PanopticTask(LabelledRun):
         evaluator = evaluate_panoptic(self, model, stop)
         return evaluator and {f'test_{k}': round(v, 4) for k, v in evaluator.summary().items() if v == v}
 
-    def preview(self, path):
-        "Draw the truth and the answer for one photo."
-        picture = draw_answer(self) if self.cfg.stage == 'boxes' else draw_panoptic(self)
-        height = min(picture.shape[1], 256)
-        picture = resize(picture, height, round(picture.shape[2] * height / picture.shape[1]))
-        write_atomic(path, lambda p: write_png(picture, str(p)))
+    def draw(self):
+        "The truth and the answer for one photo."
+        return draw_answer(self) if self.cfg.stage == 'boxes' else draw_panoptic(self)
 
 TASK = PanopticConfig, PanopticTask
