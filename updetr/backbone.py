@@ -209,8 +209,7 @@ def read_state_dict(path: str | Path,  # .pth, .pt, .tar (torch) or .safetensors
                     ) -> dict[str, Tensor]:
     "The tensors of a file, without running any code in it. Raises FileNotFoundError, or ValueError if it holds no state dict."
     if not Path(path).is_file(): raise FileNotFoundError(f'weights file {path} does not exist')
-    if Path(path).suffix == '.safetensors': return load_file(path)
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
+    try: state = load_file(path) if Path(path).suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f'{path} is no file of plain tensors: {e}') from e
     state = next((state[k] for k in ('model', 'state_dict', 'teacher') if isinstance(state, dict) and k in state), state)
     if isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values()): return state

@@ -12,6 +12,7 @@ __all__ = ['PRESETS', 'DESCRIPTIONS', 'CHOICES', 'POSITIVE', 'SHARES', 'COUNTS',
 import dataclasses
 import difflib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -181,9 +182,14 @@ COUNTS = 'weight_decay lr_backbone eos_coef views cached_patches num_workers kee
 def check_config(cfg: TrainConfig,  # of any kind; maybe impossible
                  ) -> TrainConfig:  # the same
     "The configuration unchanged, or ValueError with everything that is wrong with it."
+    kinds = {'int': int, 'float': (int, float), 'str': str, 'bool': bool, int: int, float: (int, float), str: str, bool: bool}
+    def fits(v, kind): return isinstance(v, kind) and (kind is bool or not isinstance(v, bool))
+    found = [f'{f.name} {getattr(cfg, f.name)!r} must be {getattr(f.type, "__name__", f.type)}' for f in dataclasses.fields(cfg)
+             if f.type in kinds and not fits(getattr(cfg, f.name), kinds[f.type])]
+    if found: raise ValueError('impossible configuration: ' + '; '.join(found))
     def wrong(names, right, what):
         return [f'{n} {getattr(cfg, n)!r} must {what}' for n in names if hasattr(cfg, n) and not right(getattr(cfg, n))]
-    found = wrong(POSITIVE, lambda v: v > 0, 'be positive') + wrong(COUNTS, lambda v: v >= 0, 'not be negative')
+    found = wrong(POSITIVE, lambda v: 0 < v < math.inf, 'be positive') + wrong(COUNTS, lambda v: 0 <= v < math.inf, 'not be negative')
     found += wrong(SHARES, lambda v: 0 <= v < 1, 'lie in [0, 1)')
     for n, choices in CHOICES.items(): found += wrong([n], choices.__contains__, f'be one of {", ".join(choices)}')
     found += filter(None, (multiple(cfg, 'hidden_dim', 'nheads'), multiple(cfg, 'batch_size', 'accumulate')))

@@ -211,9 +211,9 @@ def _floats(rows, width):
     "Lists of numbers -> (m, width) float64; a row that is none becomes NaN"
     def one(row):
         try: return np.array(row, float).reshape(width)
-        except (ValueError, TypeError): return np.full(width, np.nan)
+        except (ValueError, TypeError, OverflowError): return np.full(width, np.nan)
     try: return np.array(rows, float).reshape(len(rows), width)
-    except (ValueError, TypeError): return np.array([one(r) for r in rows])
+    except (ValueError, TypeError, OverflowError): return np.array([one(r) for r in rows])
 
 def _lookup(places, values, what, unknown):
     "Place of each value, -1 where it is unknown; the unknown ones are counted"
@@ -225,7 +225,7 @@ def _lookup(places, values, what, unknown):
 
 def _sizes(said, root, files):
     "(n, 2) sizes; those that the annotations do not state are read from the photos"
-    sizes = np.nan_to_num(said).astype(int)
+    sizes = np.where((said > 0) & (said < 2**31), said, 0).astype(int)
     for i in np.flatnonzero((sizes <= 0).any(1)):
         found = _header(os.path.join(root, files[i]), 1, MAX_PIXELS)
         if isinstance(found, str): raise ValueError(f'{_printable(files[i])}: no size is stated, and the photo does not help: {found}')
@@ -290,7 +290,7 @@ def _voc_names(folder, split):
     "Photos of a split"
     lists = folder / 'ImageSets' / 'Main'
     _need_split(split, sorted(p.stem for p in lists.glob('*.txt') if not re.search(r'_(train|val|trainval|test)$', p.stem)), folder)
-    names = [line.split()[0] for line in (lists / f'{split}.txt').read_text().splitlines() if line.strip()]
+    names = [line.split()[0] for line in os.fsdecode((lists / f'{split}.txt').read_bytes()).splitlines() if line.strip()]
     if not names: raise ValueError(f'{lists / split}.txt lists no photos')
     _check_names(names, f'{lists / split}.txt')
     return names

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .backbone import RESNETS
-from .checkpoint import first_line, read_weights
+from .checkpoint import check_sums, first_line, read_weights
 from .config import check_names
 from .detr import DETR
 from .updetr import PatchQueries
@@ -29,6 +29,7 @@ def _read(path):
     if not Path(path).is_file(): raise FileNotFoundError(f'no weights {path}')
     try:
         if Path(path).suffix == '.safetensors': return load_file(path)
+        check_sums(path)
         with torch.serialization.safe_globals([argparse.Namespace]): return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         foreign = re.search(r'GLOBAL (\S+)', str(e))
@@ -45,6 +46,8 @@ def _tensors(path, state):
     "A state dict in fp32 without the prefix of DataParallel; ValueError if it is none"
     if not (isinstance(state, dict) and state and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())):
         raise ValueError(f'{path} holds no state dict: no dictionary of names and tensors')
+    blown = [k for k, v in state.items() if v.numel() * v.element_size() > v.untyped_storage().nbytes()]
+    if blown: raise ValueError(f'{path}: {blown[0]} says it is larger than what the file holds of it')
     return {k.removeprefix('module.'): v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 # %% ../nbs/26_handover.ipynb #c008
@@ -54,7 +57,8 @@ def load_official(path: str | Path,  # .pth of the reference code (UP-DETR, DETR
     content = _read(path)
     if not isinstance(content, dict): raise ValueError(f'{path} holds a {type(content).__name__}, not a dictionary of tensors')
     state, args = (content['model'], content.get('args')) if 'model' in content else (content, None)
-    args = dict(vars(args) if isinstance(args, argparse.Namespace) else args or {})
+    args = vars(args) if isinstance(args, argparse.Namespace) else args or {}
+    if not isinstance(args, dict): raise ValueError(f'{path}: its arguments are a {type(args).__name__}, not a dictionary')
     odd = [f'{k} ({type(v).__name__})' for k, v in args.items() if not _is_plain(v)]
     if odd: raise ValueError(f'{path}: arguments that are no plain values: {", ".join(odd)}')
     return _tensors(path, state), args

@@ -32,8 +32,9 @@ def _write_json(path, content):
     os.replace(part, path)
 
 def _read_json(path):
-    "The content of a JSON file, None if there is no such file."
-    return json.loads(Path(path).read_text()) if Path(path).exists() else None
+    "The content of a JSON file, None if there is no such file; ValueError if it is damaged."
+    try: return json.loads(Path(path).read_bytes()) if Path(path).exists() else None
+    except (ValueError, RecursionError) as e: raise ValueError(f'{path} is damaged ({e}): put it right or delete it') from e
 
 # %% ../nbs/17_launch.ipynb #c010
 def torchrun_command(

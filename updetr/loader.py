@@ -202,7 +202,7 @@ def to_device(batch: dict,  # of `collate`
               device: torch.device | str,  # where the model is
               mean: tuple,  # of the backbone, (3,), for values in 0..1
               std: tuple,  # of the backbone, (3,)
-              ) -> dict:  # images (B,3,H,W) and patches (B,M,3,s,s) float, normalised; mask, boxes, keep
+              ) -> dict:  # images (B,3,H,W) and patches (B,M,3,s,s) float, normalised; mask, boxes, keep; index on the CPU
     "Move a batch, augment its patches and normalise it."
     def move(x): return None if x is None else x.to(device, non_blocking=True)
     mask = move(batch['mask'])
@@ -210,7 +210,8 @@ def to_device(batch: dict,  # of `collate`
     if mask is not None: images = images.masked_fill(mask[:, None], 0)
     patches = augment(move(batch['patches']).flatten(0, 1), batch['factors'].flatten(0, 1))
     patches = normalize(patches, mean, std).unflatten(0, batch['patches'].shape[:2])
-    return {'images': images, 'mask': mask, 'patches': patches, 'boxes': move(batch['boxes']), 'keep': move(batch['keep'])}
+    moved = {k: move(batch[k]) for k in ('boxes', 'keep')}
+    return {'images': images, 'mask': mask, 'patches': patches, **moved, 'index': batch['index']}
 
 def as_targets(boxes: Tensor,  # (B,M,4) cxcywh, 0..1
                ) -> list[dict[str, Tensor]]:  # labels (M,) all 1 = "matches", boxes (M,4)

@@ -210,7 +210,7 @@ class PhotoIndex:
         try:
             d = json.loads(Path(path).read_text())
             return cls(root or d['root'], d['paths'], np.array(d['sizes'], int).reshape(-1, 2), [tuple(s) for s in d['skipped']])
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise ValueError(f'{path} is no saved photo index ({e!r}): make it anew with index_photos') from e
 
 # %% ../nbs/02_photos.ipynb #c034

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BANK_FIELDS', 'PREVIEW_BOXES', 'PREVIEW_COLORS', 'TASK', 'is_heldout', 'choose', 'builtin_index', 'find_photos',
-           'photo_lists', 'build_dataset', 'photo_sizes', 'PretrainStep', 'note_skipped', 'open_bank', 'fit_statistics',
-           'preview_photo', 'preview_answer', 'draw_preview', 'PretrainTask']
+           'photo_lists', 'data_mark', 'build_dataset', 'photo_sizes', 'PretrainStep', 'note_skipped', 'open_bank',
+           'fit_statistics', 'preview_photo', 'preview_answer', 'draw_preview', 'PretrainTask']
 
 # %% ../nbs/16a_pretrain_task.ipynb #c002
 import dataclasses
@@ -76,6 +76,13 @@ def photo_lists(cfg: PretrainConfig,  # of the run
             if index.skipped: print(dataclasses.replace(index, root=Path(index.root).name).summary(), flush=True)
     processes.barrier()
     return [PhotoIndex.load(f) for f in files]
+
+def data_mark(paths: list[str],  # files
+              limit: int = 1000,  # so many are looked at
+              ) -> str:  # 12 hexadecimal digits
+    "A short text that changes when files go, come, or get another size."
+    looked = [os.path.getsize(p) if os.path.exists(p) else -1 for p in paths[::max(1, len(paths) // limit)]]
+    return hashlib.sha256(repr((len(paths), looked)).encode()).hexdigest()[:12]
 
 def build_dataset(cfg: PretrainConfig,  # of the run
                   photos: PhotoIndex,  # to train on
@@ -204,6 +211,7 @@ class PretrainTask:
                  ):
         self.cfg, self.run_dir, self.processes, self.bank, self.measure_every, self.notes = cfg, Path(run_dir), processes, None, 0, {}
         self.photos, self.heldout = photo_lists(cfg, self.run_dir, processes)
+        if not cfg.cache_features: self.notes = {'data_mark': data_mark([self.photos.path(i) for i in range(len(self.photos))])}
         self.dataset, (self.sizes, self.sides) = build_dataset(cfg, self.photos, cfg.num_patches), photo_sizes(cfg, self.photos)
         self.steps_per_epoch = self.plan(0, 0).steps_per_epoch
         torch.manual_seed(cfg.seed)
