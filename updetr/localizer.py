@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as F
 
 from .augment import BLUR_RADIUS, augment, draw_factors, normalize
 from .checkpoint import read_weights
-from .config import check_names, make_config, model_options
+from .config import make_config, model_options
 from .detector import Detections, as_image
 from .finetune import view_sizes
 from .groups import group_mask, group_of
@@ -241,7 +241,7 @@ def latency(localizer: QueryPatchLocalizer,  # to be measured
     "Time from a photo to its being ready, and from a box to its answer."
     photo, rng, times = localizer.open(picture), np.random.default_rng(0), []
     start = time.perf_counter()
-    photo.encoded
+    _ = photo.encoded
     opened = time.perf_counter() - start
     for _ in range(rounds + 5):
         corner = rng.uniform(0, .5, (num_patches, 2)) * photo.image.shape[:0:-1]

@@ -26,7 +26,7 @@ from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as F
 
 from .datasets import class_color
-from .localizer import Found, OpenPhoto, QueryPatchLocalizer, change_queries, cut_queries
+from .localizer import Found, OpenPhoto, QueryPatchLocalizer
 from .photos import BadPhoto, builtin_photos, read_photo, resize
 
 # %% ../nbs/38_widget.ipynb #c005
@@ -35,6 +35,7 @@ const make = (tag, attributes, parent) => {
   const e = document.createElementNS('http://www.w3.org/2000/svg', tag);
   set(e, attributes); parent.append(e); return e; };
 const set = (e, attributes) => { for (const k in attributes) e.setAttribute(k, attributes[k]); };
+const clamp = (v, low, high) => Math.max(low, Math.min(high, v));
 const size = s => [s.model.get('width'), s.model.get('height')];
 const color = (s, i) => { const c = s.model.get('colors'); return c[i % c.length]; };
 const unit = s => size(s)[0] / (s.svg.getBoundingClientRect().width || size(s)[0]);  // photo pixels in one of the screen
@@ -52,7 +53,7 @@ function drawMarks(s) {
   s.model.get('marks').forEach((m, i) => {
     const [x, y, x2, y2] = m.box, c = color(s, m.patch), u = unit(s), picked = s.model.get('picked') === i;
     make('rect', {x, y, width: x2 - x, height: y2 - y, stroke: c, 'stroke-width': picked ? 5 : 3, class: 'answer'}, s.marks);
-    const at = {x: Math.max(2 * u, x + 4 * u), y: Math.min(Math.max(y + 16 * u, 16 * u), size(s)[1] - 4 * u)};
+    const at = {x: clamp(x + 4 * u, 2 * u, size(s)[0] - 46 * u), y: clamp(y + 16 * u, 16 * u, size(s)[1] - 4 * u)};
     const text = make('text', {...at, stroke: c, 'font-size': 13 * u, 'stroke-width': 5 * u, 'data-mark': i}, s.marks);
     text.textContent = m.text;
   });
@@ -66,14 +67,15 @@ function drawBoxes(s) {
   while (s.boxes.children.length > boxes.length) s.boxes.lastChild.remove();
   while (s.boxes.children.length < boxes.length) {
     const i = s.boxes.children.length, g = make('g', {'data-box': i, tabindex: 0, role: 'group'}, s.boxes);
-    for (const name of ['grip', 'line dark', 'line']) make('rect', {class: name}, g);
+    for (const name of ['grip', 'line light', 'line']) make('rect', {class: name}, g);
     for (let k = 0; k < 4; k++) make('circle', {'data-corner': k}, g);
   }
   boxes.forEach(([x, y, x2, y2], i) => {
     const g = s.boxes.children[i];
-    set(g, {'aria-label': `patch ${i + 1}: x ${x} to ${x2}, y ${y} to ${y2}. Arrows move it, with shift they resize, delete removes`});
+    const place = `patch ${i + 1}: x ${x} to ${x2}, y ${y} to ${y2}`;
+    set(g, {'aria-label': `${place}. Arrows move it, with shift they resize, delete removes`});
     for (const e of g.querySelectorAll('rect')) set(e, {x, y, width: x2 - x, height: y2 - y});
-    g.querySelector('.line:not(.dark)').setAttribute('stroke', color(s, i));
+    g.querySelector('.line:not(.light)').setAttribute('stroke', color(s, i));
     g.querySelectorAll('circle').forEach((e, k) => set(e, {cx: k % 2 ? x2 : x, cy: k < 2 ? y : y2, r, fill: color(s, i)}));
   });
 }
@@ -87,8 +89,6 @@ function send(s, selected) {  // what was drawn goes to Python, in one message
 
 # %% ../nbs/38_widget.ipynb #c009
 _POINTER = r"""
-const clamp = (v, low, high) => Math.max(low, Math.min(high, v));
-
 function pointer(s) {
   let drag = null;
   const at = e => {
@@ -160,9 +160,10 @@ function render({model, el}) {
   const image = make('image', {}, s.svg), heat = make('image', {class: 'heat', preserveAspectRatio: 'none'}, s.svg);
   s.marks = make('g', {class: 'answers'}, s.svg); s.boxes = make('g', {class: 'queries'}, s.svg);
   const draw = () => { drawMarks(s); drawBoxes(s); };
-  const events = {'change:image change:width change:height change:label': () => { picture(s, 'image', image, 'image/jpeg'); draw(); },
-                  'change:overlay': () => picture(s, 'overlay', heat, 'image/png'), 'change:marks change:picked': draw,
-                  'change:boxes change:colors': () => { s.live = null; draw(); }};
+  const events = {'change:image change:width change:height change:label':
+                    () => { picture(s, 'image', image, 'image/jpeg'); s.live = null; draw(); },
+                  'change:overlay': () => picture(s, 'overlay', heat, 'image/png'),
+                  'change:boxes change:colors change:marks change:picked': draw};
   for (const names in events) { model.on(names, events[names]); events[names](); }
   pointer(s); keys(s);
   const watcher = new ResizeObserver(draw); watcher.observe(s.svg);
@@ -179,12 +180,12 @@ _CSS = """
 .updetr-photo rect {fill: none; vector-effect: non-scaling-stroke; pointer-events: none}
 .updetr-photo text {fill: white; font-family: sans-serif; font-weight: bold; paint-order: stroke; stroke-linejoin: round; cursor: pointer}
 .updetr-photo .queries .line {stroke-width: 2; stroke-dasharray: 6 4}
-.updetr-photo .queries .dark {stroke: black; stroke-dasharray: none; opacity: .6}
+.updetr-photo .queries .light {stroke: white; stroke-dasharray: none; opacity: .8}
 .updetr-photo .queries .grip {stroke: transparent; stroke-width: 12; pointer-events: stroke; cursor: move}
 .updetr-photo .queries circle {stroke: white; vector-effect: non-scaling-stroke; cursor: nwse-resize; opacity: 0}
 .updetr-photo .queries g:is(:focus, :hover) circle {opacity: 1}
 .updetr-photo .queries g:focus {outline: none}
-.updetr-photo .queries g:focus .line:not(.dark) {stroke-width: 4}
+.updetr-photo .queries g:focus .line:not(.light) {stroke-width: 4}
 """
 
 # %% ../nbs/38_widget.ipynb #c015
@@ -330,7 +331,7 @@ def controls(weights: list[str],  # names to switch between
     import ipywidgets as W
     wide, short = W.Layout(width='98%'), W.Layout(width='auto', min_width='58px')
     def slider(name): return W.IntRangeSlider(description=name, min=0, max=100, continuous_update=False, layout=wide)
-    def upload(what): return W.FileUpload(accept='image/*', description=what, layout=wide)
+    def upload(what): return W.FileUpload(accept='image/*', description=what, tooltip=f'upload {what}', layout=wide)
     return SimpleNamespace(
         weights=W.ToggleButtons(options=weights, style={'button_width': 'auto'}, tooltips=[f'{w} weights' for w in weights]),
         photo=W.Dropdown(options=photos, description='photo', layout=wide), upload=upload('another photo'),
@@ -345,15 +346,15 @@ def controls(weights: list[str],  # names to switch between
 
 def arrange(c: SimpleNamespace,  # of `controls`
             ):  # ipywidgets.Box
-    "Controls beside the photos; below each other on narrow screens."
+    "Photos with the controls beside them, or below them on narrow screens."
     import ipywidgets as W
     row = W.Layout(flex_flow='row wrap', width='100%')
-    left = [c.weights, c.photo, c.upload, c.target, c.target_upload, W.HBox([c.several, c.clear]), c.which, c.x, c.y,
+    settings = [c.weights, c.photo, c.upload, c.target, c.target_upload, W.HBox([c.several, c.clear]), c.which, c.x, c.y,
             W.Label('Change the patch:'), W.HBox([*c.changes.values()], layout=row), c.best, c.threshold, c.attention]
-    for canvas in (c.canvas, c.other): canvas.layout = W.Layout(flex='1 1 300px', max_width='620px', margin='0 6px 6px 0')
+    for canvas in (c.canvas, c.other): canvas.layout = W.Layout(flex='1 1 240px', max_width='620px', margin='0 6px 6px 0')
     c.queries.layout, c.message.layout = W.Layout(width='auto', align_self='flex-start', max_width='100%'), W.Layout(min_height='120px')
-    right = [W.HBox([c.canvas, c.other], layout=row), c.queries, c.message]
-    columns = W.VBox(left, layout=W.Layout(flex='1 1 260px', max_width='330px')), W.VBox(right, layout=W.Layout(flex='4 1 320px'))
+    photos = [W.HBox([c.canvas, c.other], layout=row), c.queries, c.message]
+    columns = [W.VBox(photos, layout=W.Layout(flex='4 1 320px')), W.VBox(settings, layout=W.Layout(flex='1 1 260px', max_width='330px'))]
     return W.Box(columns, layout=W.Layout(flex_flow='row wrap', width='100%', grid_gap='10px'))
 
 # %% ../nbs/38_widget.ipynb #c029
@@ -369,7 +370,8 @@ def answer_text(found: Found,  # of `OpenPhoto.find`
         lines.append(f'<b>{name}</b> found with {score:.2f} at {", ".join(f"{v:.0f}" for v in box.tolist())}{fit}')
     if len(lines) > 7: lines = [*lines[:7], f'and {len(lines) - 7} more']
     nothing = [] if lines else [f'No answer has a score of {threshold:.2f} or more.']
-    return '<br>'.join([*lines, *nothing, f'<small>{len(found.queries)} asked, answered in {ms:.0f} ms</small>'])
+    lines += [*nothing, f'<small>{len(found.queries)} asked, answered in {ms:.0f} ms</small>']
+    return f'<div style="line-height:1.4">{"<br>".join(lines)}</div>'
 
 # %% ../nbs/38_widget.ipynb #c031
 class _Answering:
@@ -476,6 +478,9 @@ class _Boxes(_Attention):
             if boxes: self.follow(boxes[c.which.value])
         self.update()
 
+# %% ../nbs/38_widget.ipynb #c037
+class _Sliders(_Boxes):
+    "Boxes without a mouse."
     def follow(self, box):
         "The sliders show this box."
         self.c.x.value, self.c.y.value = box[::2], box[1::2]
@@ -489,8 +494,16 @@ class _Boxes(_Attention):
         boxes[self.c.which.value:self.c.which.value + 1] = [box]
         self.c.canvas.boxes = boxes
 
-# %% ../nbs/38_widget.ipynb #c037
-class _Uploads(_Boxes):
+    def select(self, i):
+        "Box `i` is the one that the sliders move."
+        if not self.quiet and 0 <= i < len(self.c.which.options):
+            self.c.canvas.selected = i
+            with self.silently():
+                self.c.which.value = i
+                if i < len(self.c.canvas.boxes): self.follow(self.c.canvas.boxes[i])
+
+# %% ../nbs/38_widget.ipynb #c039
+class _Uploads(_Sliders):
     "Photos from outside, and the little that all parts need."
     def uploaded(self, upload, chooser):
         "Put uploaded photos among the others, and choose the last of them in `chooser`."
@@ -513,14 +526,6 @@ class _Uploads(_Boxes):
                 chooser.options = [*first, *self.shelf.images]
                 chooser.value = value
 
-    def select(self, i):
-        "Box `i` is the one that the sliders move."
-        if not self.quiet and 0 <= i < len(self.c.which.options):
-            self.c.canvas.selected = i
-            with self.silently():
-                self.c.which.value = i
-                if i < len(self.c.canvas.boxes): self.follow(self.c.canvas.boxes[i])
-
     @contextmanager
     def silently(self):
         "Nothing that is set inside is taken for the user's."
@@ -528,7 +533,7 @@ class _Uploads(_Boxes):
         try: yield
         finally: self.quiet = before
 
-# %% ../nbs/38_widget.ipynb #c038
+# %% ../nbs/38_widget.ipynb #c040
 class LocalizeWidget(_Uploads):
     "Drag a box on a photo and see where it is found: the last line of a cell shows it, `.root` is its ipywidget."
     def __init__(self,
