@@ -151,8 +151,8 @@ class Hand:
             self.page.wait_for_timeout(50)
         return state
 
-    def drag(self, x, y, x2, y2):
-        "In steps, as a hand does."
+    def drag(self, x, y, x2, y2, during=None):
+        "In steps, as a hand does; `during` is called before the button is released."
         svg = self.photo()
         svg.scroll_into_view_if_needed()
         r, width = svg.bounding_box(), float(svg.get_attribute('viewBox').split()[2])
@@ -161,6 +161,7 @@ class Hand:
         self.page.mouse.move(*to[0])
         self.page.mouse.down()
         for point in to[1:]: self.page.mouse.move(*point, steps=4)
+        if during: during()
         self.page.mouse.up()
 
     def drawn(self, which=0):
@@ -223,7 +224,9 @@ def test_drag(hand, folder):
 
 
 def test_drag_backwards_and_out_of_the_photo(hand):
-    hand.drag(260, 200, -30, -20)
+    sent, seen = hand.state()['sent'], []
+    hand.drag(260, 200, -30, -20, during=lambda: seen.extend([hand.drawn(), hand.state()['sent']]))
+    assert seen == [[[0, 0, 260, 200]], sent], 'drawn by the browser alone while it is dragged'
     hand.wait(lambda s: s['boxes'] == [[0, 0, 260, 200]])
     hand.drag(300, 200, 900, 150)
     hand.wait(lambda s: s['boxes'] == [[300, 150, 451, 200]])
