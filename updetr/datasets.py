@@ -267,8 +267,8 @@ class _Plain(ElementTree.TreeBuilder):
 def _read_xml(path):
     "Root element of an annotation; ValueError names the file"
     try: return ElementTree.parse(path, ElementTree.XMLParser(target=_Plain())).getroot()
-    except OSError as e: raise ValueError(f'{path} cannot be read: {e.strerror}') from e
-    except (ElementTree.ParseError, ValueError, LookupError) as e: raise ValueError(f'{path} is no VOC annotation: {e}') from e
+    except OSError as e: raise ValueError(f'{_printable(path)} cannot be read: {e.strerror}') from e
+    except (ElementTree.ParseError, ValueError, LookupError) as e: raise ValueError(f'{_printable(path)} is no VOC annotation: {e}') from e
 
 def _number(text):
     "A float; NaN for anything else"
