@@ -257,7 +257,7 @@ SHORT = [
     Fault('log file removed', remove_log, 0, kept=False),
     Fault('clock jumps a year ahead', ClockJump(3e7), 0),
     Fault('clock jumps a year back', ClockJump(-3e7), 0),
-    Fault('photos vanish before a resume', KILL, -9, between=hide_photos, refusal=('are not those it began with',), mend=show_photos, **LIVE),
+    Fault('photos vanish before a resume', KILL, -9, between=hide_photos, refusal=('not those it began with',), mend=show_photos, **LIVE),
     Fault('a photo is replaced before a resume', KILL, -9, between=replace_photo, refusal=('other sizes',), mend=put_back, **LIVE),
     Fault('a worker raises', None, 1, ('bad sector', 'DataLoader worker'), early=worker_raises, **LIVE),
     Fault('a worker is killed', kill_workers, 1, ('DataLoader worker', 'killed by signal'), **LIVE),
@@ -392,11 +392,11 @@ def kernel_dies(run):
     code = f'import sys, time; sys.path.insert(0, {os.path.dirname(__file__)!r}); import campaign; from pathlib import Path; ' \
            f'campaign.launched(Path({str(run)!r}), processes=2); time.sleep(600)'
     kernel = subprocess.Popen([sys.executable, '-c', code], start_new_session=True)
-    until(lambda: (run / 'launch.json').exists() and is_alive(run))
+    until(logged(run, 1))
     os.killpg(kernel.pid, signal.SIGKILL)
     kernel.wait()
     until(lambda: not is_alive(run))
-    assert (run / 'done.json').exists()
+    assert (run / 'done.json').exists(), (run / 'train.log').read_text()
 
 
 def launched_twice(run):
@@ -404,7 +404,7 @@ def launched_twice(run):
     first, second = (launched(run, processes=2) for _ in range(2))
     assert (first.how, second.how) == ('started', 'attached'), second
     until(lambda: not is_alive(run))
-    assert (run / 'done.json').exists()
+    assert (run / 'done.json').exists(), (run / 'train.log').read_text()
 
 
 def number_recycled(run):
@@ -473,8 +473,8 @@ def soak(root, minutes, between=(20, 60)):
             kills += 1
         process.join()
         memory, handles = [*memory, growth(rss)], [*handles, growth(fds)]
-        print(f'{(time.monotonic() - start) / 60:.1f} min, kills {kills}, step {max(losses(killed), default=0)} of {4 * epochs}', flush=True)
-    spent = (time.monotonic() - start) / 60
+        spent = (time.monotonic() - start) / 60
+        print(f'{spent:.1f} min, kills {kills}, step {max(losses(killed), default=0)} of {4 * epochs}', flush=True)
     assert Trainer(whole).wait() == [0]
     same = losses(whole) == losses(killed) and same_weights(whole, killed)
     return {'minutes': round(spent, 1), 'steps': 4 * epochs, 'kills': kills, 'weights_equal': same,
