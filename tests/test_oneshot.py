@@ -20,7 +20,7 @@ from updetr.datasets import open_dataset
 from updetr.detr import build_detr
 from updetr.oneshot import OneShotEvaluator, oneshot_config, oneshot_summary, oneshot_table
 from updetr.oneshot_detector import OneShotDetector
-from updetr.oneshot_task import OneShotTask, evaluate_oneshot, model_answer
+from updetr.oneshot_task import OneShotTask, evaluate_oneshot, model_answer, open_run
 from updetr.queries import QueryPool, protocol_queries, query_picture, training_photos
 from updetr.scenes import CLASSES
 from updetr.train import Processes
@@ -252,6 +252,17 @@ def test_it_starts_from_all_that_was_pretrained(pretrained, tmp_path):  # noqa: 
     assert {k for k in theirs if k not in mine} == {k for k in theirs if k.startswith('feature_align')}
     assert all(torch.equal(v, theirs[k]) for k, v in mine.items()) and task.model.patch2query.weight.requires_grad
     assert all(p.requires_grad for n, p in task.model.named_parameters() if not n.startswith('backbone'))
+
+
+def test_a_run_that_is_opened_again_answers_as_it_measured(pretrained, tmp_path):  # noqa: F811
+    """With the CNN that came with the checkpoint, not with one of its own."""
+    changes = {k: None for k in ('backbone', 'weights', 'features')} | dict(pretrain=str(pretrained), epochs=1, eval_every=1)
+    finish(folder := make_run(tmp_path / 'run', **changes))
+    task = open_run(folder)
+    again = oneshot_summary(oneshot_table(evaluate_oneshot(task, model_answer(task.model))))
+    assert again == pytest.approx({k.removeprefix('test_'): v for k, v in rows(folder)[-1].items() if k.startswith('test_')}, abs=1e-3)
+    cnn = {k: v for k, v in torch.load(pretrained, weights_only=True)['model'].items() if k.startswith('backbone')}
+    assert all(torch.equal(v, task.model.state_dict()[k]) for k, v in cnn.items()) and len(list(tmp_path.glob('banks/*'))) == 4
 
 
 @pytest.mark.parametrize('changes, message', [

@@ -561,6 +561,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'updetr.oneshot_task.model_answer': ('oneshot_task.html#model_answer', 'updetr/oneshot_task.py'),
                                      'updetr.oneshot_task.oneshot_batches': ('oneshot_task.html#oneshot_batches', 'updetr/oneshot_task.py'),
                                      'updetr.oneshot_task.oneshot_sets': ('oneshot_task.html#oneshot_sets', 'updetr/oneshot_task.py'),
+                                     'updetr.oneshot_task.open_run': ('oneshot_task.html#open_run', 'updetr/oneshot_task.py'),
                                      'updetr.oneshot_task.other_rows': ('oneshot_task.html#other_rows', 'updetr/oneshot_task.py'),
                                      'updetr.oneshot_task.picture_features': ( 'oneshot_task.html#picture_features',
                                                                                'updetr/oneshot_task.py'),

@@ -6,9 +6,10 @@
 __all__ = ['TASK', 'OneShotStep', 'picture_features', 'both_ways', 'cached_pictures', 'live_pictures', 'oneshot_sets',
            'OneShotRun', 'fit_picture_statistics', 'with_question', 'oneshot_batches', 'val_photos', 'evaluate_oneshot',
            'other_rows', 'model_answer', 'matching_answer', 'chance_answer', 'draw_oneshot', 'answer_one',
-           'OneShotTask']
+           'OneShotTask', 'open_run']
 
 # %% ../nbs/32a_oneshot_task.ipynb #c002
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torchvision.ops import nms
 from torchvision.utils import draw_bounding_boxes
 
 from .augment import normalize
+from .checkpoint import read_weights
 from .config import loss_options, model_options
 from .detr import as_batch
 from .finetune import Subset, batch_to_device, open_sets, train_plan, val_items, view_loader
@@ -296,3 +298,16 @@ class OneShotTask(OneShotRun):
         return answer_one(self)
 
 TASK = OneShotConfig, OneShotTask
+
+# %% ../nbs/32a_oneshot_task.ipynb #c021
+def open_run(run_dir: str | Path,  # folder of a run
+             device: str = 'cpu',  # where it is asked
+             ) -> OneShotTask:  # begun, with the run's weights, in eval mode
+    "Photos, pools and model of a run. Raises FileNotFoundError or ValueError."
+    weights, args = read_weights(Path(run_dir) / 'checkpoint.pth')
+    fields = {f.name for f in dataclasses.fields(OneShotConfig)}
+    task = OneShotTask(OneShotConfig(**{k: v for k, v in args.items() if k in fields}), run_dir, Processes(device=torch.device(device)))
+    task.model.load_state_dict(weights)
+    task.model.eval()
+    task.begin(resumed=True)
+    return task
