@@ -16,9 +16,9 @@ from contextlib import contextmanager
 
 import torch
 from safetensors.torch import save_file
+
 from test_bad_datasets import UNOPENED, UNSOUND, change, coco, content, voc
 from test_bad_photos import CORPUS, JPEG, PNG, _png_claiming
-
 from updetr.backbone import read_state_dict
 from updetr.check import check_dataset
 from updetr.checkpoint import load_checkpoint, load_updetr, read_weights
@@ -27,7 +27,7 @@ from updetr.datasets import open_dataset
 from updetr.detector import Detector
 from updetr.finetune import finetune_config
 from updetr.handover import load_official, open_pretrained
-from updetr.launch import is_alive, prepare, read_log, torchrun_command
+from updetr.launch import is_alive, prepare, torchrun_command
 from updetr.photos import BadPhoto, PhotoIndex, index_photos, read_photo
 from updetr.train import run
 
@@ -231,7 +231,7 @@ for name, (data, skipped, refused) in CORPUS.items():
     if skipped: TABLE[f'index_photos: {name}'] = (lambda f, name=name, data=data: skips(f, name, data), [name, skipped])
     if refused: TABLE[f'read_photo: {name}'] = (lambda f, name=name, data=data: photo(f, name, data), [name, refused])
 for kind, (act, words) in UNOPENED.items(): TABLE[f'open_dataset: {kind}'] = (act, words)
-for kind, (data, level, words) in UNSOUND.items():
+for kind, (data, _, words) in UNSOUND.items():
     TABLE[f'check_dataset: {kind}'] = (lambda f, data=data: opened(f, **data), words)
 
 

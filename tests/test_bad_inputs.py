@@ -4,12 +4,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from bad_inputs import BAD_PTH, READERS, TABLE, judge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert
 
+from bad_inputs import BAD_PTH, READERS, TABLE, judge
 from updetr.boxes import pad_images
 from updetr.launch import torchrun_command
 from updetr.loader import BatchPlan, PatchTask, SelfDet, Views, collate, photo_loader

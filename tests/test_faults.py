@@ -1,5 +1,6 @@
 """The short form of the fault campaign: see tests/faults/campaign.py."""
 import pytest
+
 from faults.campaign import SHORT, Campaign
 
 

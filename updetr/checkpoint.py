@@ -77,7 +77,7 @@ def read_json(path: str | Path,  # of an object
 def _save(path, state):
     with open(path, 'wb') as f:
         try: torch.save(state, f)
-        except RuntimeError as e: raise e.__context__ if isinstance(e.__context__, OSError) else e  # "unexpected pos" is a full disk
+        except RuntimeError as e: raise (e.__context__ if isinstance(e.__context__, OSError) else e) from None  # a full disk
 
 def save_checkpoint(path: str | Path,  # file to be made or replaced
                     state: dict,  # tensors, numbers, texts, lists and dictionaries of them

@@ -216,8 +216,7 @@ class PretrainTask:
         self.steps_per_epoch = self.plan(0, 0).steps_per_epoch
         torch.manual_seed(cfg.seed)
         self.model = build_updetr(**model_options(cfg)).to(processes.device)
-        transformer = self.model.transformer
-        for part in (transformer.encoder, transformer.decoder): part.gradient_checkpointing = cfg.gradient_checkpointing
+        for part in self.model.transformer.children(): part.gradient_checkpointing = cfg.gradient_checkpointing
         self.module = PretrainStep(self.model, build_criterion(self.model, **loss_options(cfg)).to(processes.device))
 
     def plan(self, start: int, total: int) -> BatchPlan:

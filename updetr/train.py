@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAVED', 'TASKS', 'lr_factor', 'build_optimizer', 'Processes', 'join_processes', 'TrainState', 'image_ids',
-           'memory_advice', 'train_step', 'overfit_one_batch', 'peak_memory_mb', 'RunLog', 'not_finite',
+           'memory_advice', 'train_step', 'overfit_one_batch', 'peak_memory_mb', 'first_bad', 'RunLog', 'not_finite',
            'progress_writer', 'train', 'find_task', 'only_trainer', 'run', 'main']
 
 # %% ../nbs/16_train.ipynb #c002
@@ -205,6 +205,17 @@ def peak_memory_mb() -> float:  # MB
     return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else getrusage(RUSAGE_SELF).ru_maxrss / 1024
 
 # %% ../nbs/16_train.ipynb #c021
+def first_bad(names: list[str],  # of the logged numbers, (n,)
+              window: list[Tensor],  # of each step since the last line, (n,)
+              ) -> tuple[int, list[str]] | None:  # how many steps ago, names; None: all are finite here
+    "The first loss or gradient that is no number."
+    kept = [i for i, n in enumerate(names) if n.startswith(('loss', 'grad'))]
+    bad = ~torch.isfinite(torch.stack(window)[:, kept]).cpu() if window else torch.zeros(0, 0, dtype=torch.bool)
+    if not bad.any(): return None
+    row = bad.any(1).nonzero()[0].item()
+    return len(bad) - 1 - row, [names[i] for i, b in zip(kept, bad[row].tolist()) if b]
+
+# %% ../nbs/16_train.ipynb #c022
 class RunLog:
     "Means of the logged numbers, every `log_every` steps one JSON line in log.txt."
     def __init__(self,
@@ -228,14 +239,6 @@ class RunLog:
         self.names = names
         self.window.append(values)
 
-    def first_bad(self):
-        "(how many steps ago, names) of the first numbers since the last line that are not finite here; None if all are."
-        kept = [i for i, n in enumerate(self.names) if n.startswith(('loss', 'grad'))]
-        bad = ~torch.isfinite(torch.stack(self.window)[:, kept]).cpu() if self.window else torch.zeros(0, 0, dtype=torch.bool)
-        if not bad.any(): return None
-        row = bad.any(1).nonzero()[0].item()
-        return len(bad) - 1 - row, [self.names[i] for i, b in zip(kept, bad[row].tolist()) if b]
-
     def write(self,
               state: TrainState,  # where the run is
               steps_per_epoch: int,  # for the key 'epoch'
@@ -252,7 +255,7 @@ class RunLog:
         if bad: raise FloatingPointError(f'{", ".join(bad)} not finite')
         self.window.clear()
 
-# %% ../nbs/16_train.ipynb #c023
+# %% ../nbs/16_train.ipynb #c024
 def _on_cpu(x):
     if isinstance(x, Tensor): return x.detach().cpu()
     if isinstance(x, dict): return {k: _on_cpu(v) for k, v in x.items()}
@@ -265,7 +268,7 @@ def not_finite(task,  # that is trained
                error: FloatingPointError,  # what was noticed
                ) -> FloatingPointError:  # to be raised instead
     "Find the step, the numbers and the photos behind a loss that is not finite, and save its batch for a replay."
-    ago, terms = log.first_bad() or (-1, [str(error)])
+    ago, terms = first_bad(log.names, log.window) or (-1, [str(error)])
     step, rank = state.step - ago, log.processes.rank
     batches = list(task.batches(step - 1, step))
     file = Path(run_dir) / f'not_finite_step{step}_process{rank}.pth'
@@ -274,7 +277,7 @@ def not_finite(task,  # that is trained
     return FloatingPointError(f'{", ".join(terms)} not finite in step {step}, photos {photos} of process {rank}. Its batch is in {file}. '
                               'What was saved before is good; a smaller lr, in a new run, is the usual cure')
 
-# %% ../nbs/16_train.ipynb #c025
+# %% ../nbs/16_train.ipynb #c026
 def progress_writer(run_dir: str | Path,  # folder of the run
                     processes: Processes,  # the first one writes
                     phase: str,  # what is being done
@@ -289,7 +292,7 @@ def progress_writer(run_dir: str | Path,  # folder of the run
         write_json(Path(run_dir) / 'progress.json', {'phase': phase, 'done': done, 'total': total, 'seconds': now - begun})
     return progress
 
-# %% ../nbs/16_train.ipynb #c028
+# %% ../nbs/16_train.ipynb #c029
 SAVED = ('checkpoint.pth', 'checkpoint_previous.pth')
 
 def train(task,  # an object as described above
@@ -317,7 +320,7 @@ def train(task,  # an object as described above
         write_json(run_dir / 'done.json', {'step': state.step, 'seconds': state.seconds})
     return state
 
-# %% ../nbs/16_train.ipynb #c029
+# %% ../nbs/16_train.ipynb #c030
 def _loop(task, module, state, log, total, stop):
     "Steps until the end or a stop, with log lines, saves, previews and measurements; whether the end was reached"
     cfg, per_epoch, processes = state.cfg, task.steps_per_epoch, log.processes
@@ -350,7 +353,7 @@ def _measure(task, state, log, stop):
     log.append({'step': state.step, 'epoch': (state.step - 1) // task.steps_per_epoch, 'time': time.time()} | measured)
     return True
 
-# %% ../nbs/16_train.ipynb #c030
+# %% ../nbs/16_train.ipynb #c031
 def _save(task, state, run_dir, processes, keep):
     "The last state, the epoch's own file if it is to be kept, and a picture; one process writes"
     rng = gather_rng(processes.device)
@@ -372,6 +375,7 @@ def _last_saved(run_dir, processes):
                                  f'delete {", ".join(p.name for p in damaged)} to begin anew')
     return None, None, damaged
 
+# %% ../nbs/16_train.ipynb #c032
 def _put_away(run_dir, damaged, processes):
     "Damaged files must not become the previous save; half-written ones of a killed process go"
     processes.barrier()
@@ -406,7 +410,7 @@ def _resume(task, state, run_dir, processes):
                                   'other dropout masks')
         print(' '.join([f'resumed after step {state.step}', *notes]), flush=True)
 
-# %% ../nbs/16_train.ipynb #c045
+# %% ../nbs/16_train.ipynb #c047
 TASKS = ('pretrain', 'finetune', 'oneshot', 'panoptic')
 
 def find_task(name: str,  # one of `TASKS`
@@ -429,6 +433,7 @@ def only_trainer(run_dir: str | Path,  # folder of the run
         print(f'process {os.getpid()} on {socket.gethostname()}', file=lock, flush=True)
         yield
 
+# %% ../nbs/16_train.ipynb #c048
 def run(cfg_path: str | Path,  # cfg.json in a run folder
         ) -> None:
     "Run or resume the task that a run folder describes. Raises ValueError for a task or a configuration that cannot be."

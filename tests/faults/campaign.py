@@ -517,7 +517,6 @@ def report(args, root, rows, soaked, begun):
     """Write metrics.json."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from bad_inputs import count
-
     from updetr.report import provenance, save_metrics
     (root / 'inputs').mkdir()
     counts, executed, longest = count(root / 'inputs')
