@@ -144,7 +144,8 @@ def test_two_agents_on_loopback_are_one_process(one, runs):
     assert [a.returncode for a in agents] == [0, 0], out
     assert len(logged(folder)) == 16 and (folder / 'done.json').exists()
     assert logged(folder) == pytest.approx(logged(one), rel=2e-3)  # rounding by another CPU grows to 6e-4 in sixteen steps
-    assert logged(folder, 'train_grad_norm') == pytest.approx(logged(one, 'train_grad_norm'), rel=5e-2)
+    norms = [logged(f, 'train_grad_norm')[:3] for f in (folder, one)]  # later ones differ by what rounding has grown to
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     pairs = zip(weights(one).values(), weights(folder).values(), strict=True)
     assert all(torch.allclose(a.float(), b.float(), atol=1e-3) for a, b in pairs)
 
