@@ -96,9 +96,9 @@ class Trainer:
                 raise AssertionError(f'{self.folder.name} hangs: {self.said()}')
             time.sleep(.02)
 
-    def wait(self):
+    def wait(self, seconds=300):
         """Exit codes; negative for signals."""
-        self.until(lambda: not any(p.is_alive() for p in self.processes))
+        self.until(lambda: not any(p.is_alive() for p in self.processes), seconds)
         return [p.exitcode for p in self.processes]
 
     def said(self): return ''.join((self.folder / f'out{r}.txt').read_text() for r in range(len(self.processes)))
@@ -243,12 +243,12 @@ def put_back(folder): (photos_of(folder) / '0.kept').rename(photos_of(folder) / 
 
 
 SAVE, PREVIOUS = training.SAVED
-KILL, LIVE = Signal(signal.SIGKILL), dict(base='live')
+KILL, TERM, LIVE = Signal(signal.SIGKILL), Signal(signal.SIGTERM), dict(base='live')
 SHORT = [
     Fault('SIGKILL', KILL, -9, resumed=('resumed after step 6', '(1 steps are computed again)')),
     Fault('SIGKILL while saving', kill_in_save, -9, resumed=('resumed after step 6',)),
     Fault('SIGKILL of a rank', KILL, -9, resumed=('resumed after step 6',), base='two'),
-    Fault('SIGTERM', Signal(signal.SIGTERM), 0, ('stopped after step 8 of 12 (SIGTERM); saved',), resumed=('resumed after step 8',)),
+    Fault('SIGTERM', TERM, 0, ('stopped after step 8 of 12 (SIGTERM); saved',), resumed=('resumed after step 8',)),
     Fault('disk full while saving', FullDisk(200_000), 1, ('no room for checkpoint.pth', 'Make room')),
     Fault('disk full while logging', FullDisk(10), 1, ('log.txt', 'what was saved before is good')),
     Fault('truncated checkpoint', KILL, -9, between=truncate(SAVE), resumed=('resumed after step 3 (4 steps', 'checkpoint_damaged.pth')),
@@ -257,8 +257,8 @@ SHORT = [
     Fault('log file removed', remove_log, 0, kept=False),
     Fault('clock jumps a year ahead', ClockJump(3e7), 0),
     Fault('clock jumps a year back', ClockJump(-3e7), 0),
-    Fault('photos vanish before a resume', KILL, -9, between=hide_photos, refusal=('not those it began with',), mend=show_photos, **LIVE),
-    Fault('a photo is replaced before a resume', KILL, -9, between=replace_photo, refusal=('other sizes',), mend=put_back, **LIVE),
+    Fault('photos vanish before a resume', TERM, 0, between=hide_photos, refusal=('not those it began with',), mend=show_photos, **LIVE),
+    Fault('a photo is replaced before a resume', TERM, 0, between=replace_photo, refusal=('other sizes',), mend=put_back, **LIVE),
     Fault('a worker raises', None, 1, ('bad sector', 'DataLoader worker'), early=worker_raises, **LIVE),
     Fault('a worker is killed', kill_workers, 1, ('DataLoader worker', 'killed by signal'), **LIVE),
     Fault('loss not finite', nan_loss, 1, ('loss_bbox', 'not finite in step 8, photos [', 'Its batch is in')),
@@ -481,7 +481,7 @@ def soak(root, minutes, between=(20, 60)):
         memory, handles = [*memory, growth(rss)], [*handles, growth(fds)]
         spent = (time.monotonic() - start) / 60
         print(f'{spent:.1f} min, kills {kills}, step {max(losses(killed), default=0)} of {4 * epochs}', flush=True)
-    assert Trainer(whole).wait() == [0]
+    assert Trainer(whole).wait(7200 + 120 * minutes) == [0]
     same = losses(whole) == losses(killed) and same_weights(whole, killed)
     return {'minutes': round(spent, 1), 'steps': 4 * epochs, 'kills': kills, 'weights_equal': same,
             'rss_growth_mb': round(max([m for m in memory if m is not None], default=float('nan')), 1),
