@@ -143,11 +143,14 @@ def test_two_agents_on_loopback_are_one_process(one, runs):
     out = [a.communicate(timeout=120)[0] for a in agents]
     assert [a.returncode for a in agents] == [0, 0], out
     assert len(logged(folder)) == 16 and (folder / 'done.json').exists()
-    assert logged(folder) == pytest.approx(logged(one), rel=2e-3)  # rounding by another CPU grows to 6e-4 in sixteen steps
-    norms = [logged(f, 'train_grad_norm')[:3] for f in (folder, one)]  # later ones differ by what rounding has grown to
-    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
-    pairs = zip(weights(one).values(), weights(folder).values(), strict=True)
-    assert all(torch.allclose(a.float(), b.float(), atol=1e-3) for a, b in pairs)
+    # Two micro-batches in one process are the same sums in the same order. A whole batch rounds otherwise: two steps agree, then kinks of
+    # the losses (L1, GIoU) and AdamW's steps along gradients of nearly zero make more of it, how much depends on the CPU.
+    finish(same_sums := make_run(runs / 'micro_batches', dropout=0., epochs=2, accumulate=2))
+    for key in ('train_loss', 'train_grad_norm'):
+        assert logged(folder, key) == pytest.approx(logged(same_sums, key), rel=1e-5)
+        assert logged(folder, key)[:2] == pytest.approx(logged(one, key)[:2], rel=1e-5)
+    pairs = zip(weights(same_sums).values(), weights(folder).values(), strict=True)
+    assert all(torch.allclose(a.float(), b.float(), atol=1e-5) for a, b in pairs)
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(tmp_path, monkeypatch):
