@@ -46,6 +46,7 @@ class ModelConfig(DetectorConfig):
     feature_recon: bool = True  # reconstruct the patch feature (Eq. 2)
     mask_ratio: float = 0.1  # share of queries that lose their patch while training, 0..1
     query_shuffle: bool = False  # permute object queries over the groups (Fig. 2; off in the release)
+    attention_mask: bool = True  # object queries look only at queries of their own patch (Eq. 3)
     matching_init: bool = False  # small-scale option: start as an appearance matcher
 
 # %% ../nbs/14_config.ipynb #c005

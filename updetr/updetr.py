@@ -33,12 +33,13 @@ class PatchQueries(DETR):
                  feature_recon: bool = True,  # reconstruct the patch feature (Eq. 2)
                  mask_ratio: float = .1,  # share of queries that lose their patch while training, 0..1
                  query_shuffle: bool = False,  # permute the object queries over the groups while training (Fig. 2)
+                 attention_mask: bool = True,  # Eq. 3; False: all queries may look at all (Fig. 6)
                  num_classes: int = 2,  # 2: the reference's logits (unused, match, no object); 1: the paper's (match, no object)
                  **options,  # aux_loss, pos_in_input, standardize of `DETR`
                  ):
         super().__init__(backbone, transformer, num_classes, num_queries, **options)
         d, C = transformer.d_model, backbone[0].num_channels
-        self.num_patches, self.mask_ratio, self.query_shuffle = num_patches, mask_ratio, query_shuffle
+        self.num_patches, self.mask_ratio, self.query_shuffle, self.masked = num_patches, mask_ratio, query_shuffle, attention_mask
         self.register_buffer('group_mask', group_mask(num_queries, num_patches), persistent=False)
         self.patch2query = nn.Linear(C, d)
         self.feature_align = MLP(d, d, C, 2) if feature_recon else None
@@ -46,8 +47,7 @@ class PatchQueries(DETR):
 
     def encode_patches(self, patches):
         "(B,m,3,h,w) normalised pixels to (B,m,C): the shared CNN, then global average pooling."
-        if patches.dim() != 5 or not patches.shape[1]:
-            raise ValueError(f'patches must be (B,m,3,h,w) with m of at least 1, not {tuple(patches.shape)}')
+        if patches.dim() != 5 or not patches.shape[1]: raise ValueError(f'patches must be (B,m,3,h,w), m >= 1, not {tuple(patches.shape)}')
         return self.backbone[0](patches.flatten(0, 1)).mean((2, 3)).unflatten(0, patches.shape[:2])
 
     def queries(self, patch_feature, keep=None):
@@ -59,9 +59,9 @@ class PatchQueries(DETR):
         return group_queries(self.query_embed.weight[order[torch.arange(n) % N].to(patch.device)], patch, keep)
 
     def attention_mask(self, m):
-        "Which queries of m patches may look at which, (n,n) bool, True = may look; None: one patch, all may."
+        "Which queries of m patches may look at which, (n,n) bool, True = may look; None: all may."
         n = m * (self.num_queries // self.num_patches)
-        if m == 1: return None
+        if m == 1 or not self.masked: return None
         return self.group_mask[:n, :n] if n <= self.num_queries else group_mask(n, m).to(self.group_mask.device)
 
 # %% ../nbs/10_updetr.ipynb #c010
@@ -98,6 +98,7 @@ def build_updetr(backbone: str = 'resnet50',  # torchvision ResNet or timm model
                  feature_recon: bool = True,  # reconstruction head (Eq. 2)
                  mask_ratio: float = .1,  # share of queries without their patch while training
                  query_shuffle: bool = False,  # permute object queries while training
+                 attention_mask: bool = True,  # groups of queries do not see each other (Eq. 3)
                  aux_loss: bool = True,  # losses on every decoder layer
                  pos_in_input: bool = False,  # small-scale option of `DETR`
                  standardize: bool = False,  # small-scale option of `DETR`
@@ -109,7 +110,7 @@ def build_updetr(backbone: str = 'resnet50',  # torchvision ResNet or timm model
     group_mask(num_queries, num_patches)
     if not 0 <= mask_ratio < 1: raise ValueError(f'mask_ratio {mask_ratio} is not in [0, 1)')
     joiner, transformer = build_parts(backbone, weights, frozen_backbone=frozen_backbone, pre_norm=pre_norm, **parts)
-    model = UPDETR(joiner, transformer, num_queries, num_patches, feature_recon, mask_ratio, query_shuffle, num_classes,
+    model = UPDETR(joiner, transformer, num_queries, num_patches, feature_recon, mask_ratio, query_shuffle, attention_mask, num_classes,
                    aux_loss=aux_loss, pos_in_input=pos_in_input, standardize=standardize)
     if matching_init: init_matching(model)
     return model
