@@ -212,13 +212,16 @@ def ablations_pretext(scale: Scale,  # with its data
                       ) -> Experiment:
     "One change at a time in pre-training, judged by the patches that are found."
     changes = {'free matching': dict(own_group=False), 'default initialisation': dict(matching_init=False),
-               'keep mask 0': dict(mask_ratio=0.), 'keep mask 0.3': dict(mask_ratio=.3), 'query shuffle': dict(query_shuffle=True), 'M=10': dict(num_patches=10)}
+               'keep mask 0': dict(mask_ratio=0.), 'keep mask 0.3': dict(mask_ratio=.3), 'query shuffle': dict(query_shuffle=True),
+               'M=10': dict(num_patches=10)}
     single = {'M=50': dict(num_patches=50, cached_patches=50), 'features of block 3': dict(features='blocks.3'),
               'features of blocks 4 and 6': dict(features='blocks.4,blocks.6')}
     if scale.name == 'paper':
         changes = {'own group only': dict(own_group=True), 'matching initialisation': dict(matching_init=True),
                    'keep mask 0': dict(mask_ratio=0.), 'keep mask 0.3': dict(mask_ratio=.3),
-                   'query shuffle': dict(query_shuffle=True), 'M=20': dict(num_patches=20), 'M=50': dict(num_patches=50), 'supervised CNN': dict(weights='supervised'), 'DINO CNN': dict(weights='dino')}
+                   'query shuffle': dict(query_shuffle=True),
+                   'M=20': dict(num_patches=20), 'M=50': dict(num_patches=50), 'supervised CNN': dict(weights='supervised'),
+                   'DINO CNN': dict(weights='dino')}
         single = {}
     base, metric = scale.base('short'), 'mid_heldout_iou50'
     arms = {'base': base} | {n: scale.base('short', **c) for n, c in (changes | single).items()}

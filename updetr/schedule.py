@@ -8,6 +8,7 @@ __all__ = ['in_order', 'start_process', 'write_start', 'describe', 'run_jobs']
 # %% ../nbs/39b_schedule.ipynb #c002
 import dataclasses
 import multiprocessing
+import multiprocessing.connection
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -84,7 +85,7 @@ def _on_cpu(folders, workers, threads, show, begun):
                 waiting.remove(f)
                 write_start(f, *folders[f])
                 busy[f] = start_process(f, threads)
-            time.sleep(.2)
+            multiprocessing.connection.wait([p.sentinel for p in busy.values()], 5)
             for f in [f for f, p in busy.items() if not p.is_alive()]:
                 busy.pop(f).join()
                 if not (f / 'result.json').exists(): failed.add(f)
