@@ -7,6 +7,7 @@ __all__ = ['share_mean', 'log_result', 'pretrain_result', 'masks_result', 'finis
 
 # %% ../nbs/39a_results.ipynb #c002
 import dataclasses
+import fcntl
 import json
 import os
 import sys
@@ -92,11 +93,12 @@ def finish(run_dir: str | Path,  # folder of a finished run
 def train_here(run_dir: str | Path,  # folder with cfg.json
                threads: int = 1,  # of torch
                ) -> None:
-    "Train (or go on) and measure, in this process."
+    "Train (or go on) and measure, in this process; if another one trains it, after that one."
     torch.set_num_threads(threads)
     out = os.open(Path(run_dir) / 'train.log', os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
         stream.flush()
         os.dup2(out, number)
+    with open(Path(run_dir) / 'training.lock', 'a+') as lock: fcntl.lockf(lock, fcntl.LOCK_EX)  # of whoever trains it already: wait
     if not (Path(run_dir) / 'done.json').exists(): train.run(Path(run_dir) / 'cfg.json')
     if (Path(run_dir) / 'done.json').exists(): finish(run_dir)
