@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 ARGS   ?=
+scale  ?= toy
 
 VENV   := .venv
 PY     := $(VENV)/bin/python
@@ -25,11 +26,12 @@ export PAGER := cat
 export GIT_PAGER := cat
 
 .DELETE_ON_ERROR:
-.PHONY: help setup pretrain test readme docs
+.PHONY: help setup pretrain test reports readme docs
 
 help:
 	@echo 'make pretrain   pre-train on the built-in photos, report in $(REPORT)/   (ARGS="-p seed 1": parameters)'
 	@echo 'make test       every test                                              (ARGS="-k boxes": pytest options)'
+	@echo 'make reports    every table and figure, at scale=toy, mini or paper         (ARGS="--only table1_voc -p seeds 1")'
 	@echo 'make readme     README.md from nbs/index.ipynb'
 	@echo 'make docs       every notebook and report as a site with search, in _docs/site/'
 	@echo 'make setup      only the set-up of $(VENV), which the others do by themselves'
@@ -42,6 +44,9 @@ pretrain: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
+
+reports: $(STAMP)
+	$(RUN) -c 'from updetr.study import main; main()' --scale $(scale) $(ARGS)
 
 readme: $(STAMP)
 	$(RUN) tests/tools/readme.py

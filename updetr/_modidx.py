@@ -277,6 +277,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'updetr.finetune.batch_to_device': ('finetune.html#batch_to_device', 'updetr/finetune.py'),
                                  'updetr.finetune.checkpoint_sizes': ('finetune.html#checkpoint_sizes', 'updetr/finetune.py'),
                                  'updetr.finetune.collate_targets': ('finetune.html#collate_targets', 'updetr/finetune.py'),
+                                 'updetr.finetune.draw_evenly': ('finetune.html#draw_evenly', 'updetr/finetune.py'),
                                  'updetr.finetune.finetune_config': ('finetune.html#finetune_config', 'updetr/finetune.py'),
                                  'updetr.finetune.open_sets': ('finetune.html#open_sets', 'updetr/finetune.py'),
                                  'updetr.finetune.some_photos': ('finetune.html#some_photos', 'updetr/finetune.py'),

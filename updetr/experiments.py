@@ -18,8 +18,8 @@ from .paper import TABLES
 # %% ../nbs/40_experiments.ipynb #c005
 _TOY = dict(view_size=192, patch_size=48, views=500, epochs=4, cached_patches=25, log_every=5)
 _SCENES = dict(scene_size=192, val_size=192, square=192, scenes=200, scenes_val=100, cached_views=2, epochs=14, eval_every=2, log_every=5)
-_MINI = dict(views=3000, epochs=4, cached_patches=25)
-_FEW = dict(scenes=0, scenes_val=0, photos=1200, cached_views=4, epochs=20)
+_MINI = dict(view_size=192, patch_size=48, views=3000, epochs=4, cached_patches=25)
+_FEW = dict(scenes=0, scenes_val=0, val_size=192, square=192, photos=1200, cached_views=2, epochs=10, eval_every=2)
 _ABLATION = dict(epochs=15, lr_drop=10)  # Section 4.5
 
 BASES = {
@@ -31,9 +31,9 @@ BASES = {
         'boxes': ('demo', _SCENES), 'masks': ('demo', _SCENES | dict(cached_views=0, epochs=2, eval_every=2))},
     'mini': {
         'pretrain': ('demo', _MINI), 'short': ('demo', _MINI | dict(epochs=2)), 'voc': ('demo', _FEW),
-        'voc300': ('demo', _FEW | dict(epochs=40)),
+        'voc300': ('demo', _FEW | dict(epochs=20)),
         'live': ('demo', _MINI | dict(epochs=2, cached_patches=0, cache_features=False, num_patches=10)),
-        'coco': ('demo', _FEW | dict(photos=0)), 'oneshot': ('demo', _FEW | dict(epochs=24, eval_every=12)),
+        'coco': ('demo', _FEW | dict(photos=0)), 'oneshot': ('demo', _FEW | dict(epochs=16, eval_every=8)),
         'boxes': ('demo', _FEW | dict(photos=0)), 'masks': ('demo', _FEW | dict(photos=0, cached_views=0, epochs=5))},
     'paper': {
         'pretrain': ('paper', {}), 'short': ('paper', _ABLATION), 'live': ('paper', _ABLATION), 'voc': ('voc150', {}),

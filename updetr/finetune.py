@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VOC', 'COCO', 'LONG', 'SMALL', 'FINETUNE_PRESETS', 'FINETUNE_DESCRIPTIONS', 'FREE', 'NO_DATA', 'LabelledConfig',
            'TransferConfig', 'FinetuneConfig', 'transfer_config', 'finetune_config', 'checkpoint_sizes', 'open_sets',
-           'Subset', 'some_photos', 'view_sizes', 'train_views', 'val_views', 'train_plan', 'collate_targets',
-           'batch_to_device', 'view_loader', 'val_items']
+           'Subset', 'draw_evenly', 'some_photos', 'view_sizes', 'train_views', 'val_views', 'train_plan',
+           'collate_targets', 'batch_to_device', 'view_loader', 'val_items']
 
 # %% ../nbs/28_finetune.ipynb #c002
 import dataclasses
@@ -43,7 +43,7 @@ class LabelledConfig:
     year_val: str = ''  # to evaluate on
     classes: str = ''  # names, comma-separated; '' = all
     difficult: str = 'ignore'  # VOC's difficult objects: ignore, keep or drop
-    photos: int = 0  # train on so many photos, drawn by the seed; 0 = all
+    photos: int = 0  # train on so many photos, drawn by the seed with classes as even as they allow; 0 = all
     scenes: int = 0  # built-in scenes to train on where there is no data
     scenes_val: int = 0  # built-in scenes to evaluate on
     scene_size: int = 192  # px, side of a scene
@@ -152,7 +152,8 @@ def open_sets(cfg: TransferConfig,  # of the run
               ) -> tuple:  # detection set to train on, detection set to evaluate on
     "The two labelled sets of a run. Raises FileNotFoundError or ValueError that shows what was expected."
     if cfg.scenes and not cfg.data:
-        return Scenes(cfg.scenes, cfg.scene_size), Scenes(cfg.scenes_val, cfg.scene_size, 0, 'val')
+        train = Scenes(cfg.scenes, cfg.scene_size)
+        return (some_photos(train, cfg.photos, cfg.seed) if cfg.photos else train), Scenes(cfg.scenes_val, cfg.scene_size, 0, 'val')
     path = cfg.data or os.environ.get('UPDETR_DATA', '')
     if not path: raise FileNotFoundError(NO_DATA)
     classes = [c.strip() for c in cfg.classes.split(',') if c.strip()] or None
@@ -180,15 +181,34 @@ class Subset:
         return full | {'images': [p for p in full['images'] if p['id'] in mine],
                        'annotations': [a for a in full['annotations'] if a['image_id'] in mine]}
 
+def draw_evenly(labels: list[list[int]],  # of each photo's objects, 0..C-1
+                num_classes: int,  # C
+                num: int,  # of photos
+                seed: int,  # of the draw
+                ) -> list[int]:  # numbers of photos
+    "Draw photos one by one at random, each with an object of the class that has fewest so far; those without objects come last."
+    order = np.random.default_rng(seed).permutation(len(labels)).tolist()
+    left = [[i for i in order if c in labels[i]] for c in range(num_classes)]
+    count, taken = np.zeros(num_classes, int), {}
+    while len(taken) < num and any(left):
+        c = min((c for c in range(num_classes) if left[c]), key=lambda c: count[c])
+        if (i := left[c].pop(0)) in taken: continue
+        taken[i] = None
+        count += np.bincount(labels[i], minlength=num_classes)
+    return list({**taken, **dict.fromkeys(order)})[:num]
+
 def some_photos(dataset: DetectionSet,  # whose photos are taken
                 num: int,  # of photos
                 seed: int,  # of the draw
                 ) -> Subset:
-    "A random part of a detection set. Raises ValueError if there are not so many photos."
+    "A random part of a detection set with classes as even as they allow. Raises ValueError if there are not so many photos."
     if num > len(dataset): raise ValueError(f'photos {num}: there are only {len(dataset)}')
-    return Subset(dataset, np.sort(np.random.default_rng(seed).permutation(len(dataset))[:num]))
+    truth, labels = dataset.coco(), {k: [] for k in dataset.image_ids}
+    place = {c['id']: i for i, c in enumerate(truth['categories'])}
+    for a in truth['annotations']: labels[a['image_id']].append(place[a['category_id']])
+    return Subset(dataset, np.sort(draw_evenly(list(labels.values()), len(place), num, seed)))
 
-# %% ../nbs/28_finetune.ipynb #c022
+# %% ../nbs/28_finetune.ipynb #c024
 def view_sizes(cfg: TransferConfig,  # of the run
                ) -> Sizes:
     "DETR's training sizes in proportion to `val_size`."
@@ -217,7 +237,7 @@ def train_plan(cfg: TransferConfig,  # of the run
     sides = (cfg.square,) if cfg.square else view_sizes(cfg).short
     return BatchPlan(np.asarray(dataset.sizes), cfg.batch_size, total, cfg.seed, sides, start, rank, world, cfg.accumulate)
 
-# %% ../nbs/28_finetune.ipynb #c023
+# %% ../nbs/28_finetune.ipynb #c025
 def collate_targets(samples: list[tuple],  # (image uint8 (3,H,W), target) pairs
                     ) -> dict:  # images uint8 (B,3,H,W), mask (B,H,W) or None, targets
     "A batch on the CPU. In the mask True is padding; None means that all photos have one size."
@@ -238,7 +258,7 @@ def batch_to_device(batch: dict,  # of `collate_targets`, or with `feature` inst
     images = normalize(batch['images'].float() / 255, mean, std)
     return batch | {'images': images if batch['mask'] is None else images.masked_fill(batch['mask'][:, None], 0)}
 
-# %% ../nbs/28_finetune.ipynb #c024
+# %% ../nbs/28_finetune.ipynb #c026
 def view_loader(views: DetectionViews,  # random views, or those for evaluation
                 items,  # a `BatchPlan`, or lists of (epoch, index)
                 num_workers: int = 0,  # processes that decode; 0 = this one

@@ -23,7 +23,7 @@ from .augment import normalize
 from .checkpoint import read_weights
 from .config import loss_options, model_options
 from .detr import as_batch
-from .finetune import Subset, batch_to_device, open_sets, train_plan, val_items, view_loader
+from .finetune import Subset, batch_to_device, open_sets, some_photos, train_plan, val_items, view_loader
 from .finetune_task import LabelledRun, fill_part, finish_part, open_bank, open_features
 from .losses import build_criterion
 from .oneshot import (OneShotConfig, OneShotEvaluator, OneShotViews, ask, build_oneshot, match_features, oneshot_summary,
@@ -100,7 +100,9 @@ def oneshot_sets(cfg: OneShotConfig,  # of the run
     train, val = open_sets(cfg)
     unseen = unseen_classes(cfg.unseen, train.classes)
     seen = [k for k, name in enumerate(train.classes) if name not in unseen]
-    if isinstance(train, Scenes): return Scenes(len(train), cfg.scene_size, classes=[train.classes[k] for k in seen]), val, unseen
+    if cfg.scenes and not cfg.data:
+        train = Scenes(cfg.scenes, cfg.scene_size, classes=[train.classes[k] for k in seen])
+        return (some_photos(train, cfg.photos, cfg.seed) if cfg.photos else train), val, unseen
     return Subset(train, training_photos(train, seen, cfg.unseen_objects)), val, unseen
 
 # %% ../nbs/32a_oneshot_task.ipynb #c011

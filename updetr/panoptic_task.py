@@ -123,7 +123,8 @@ def open_panoptic_sets(cfg: PanopticConfig,  # of the run
     masks = cfg.stage == 'masks'
     if cfg.scenes and not cfg.data:
         train, val = Scenes(cfg.scenes, cfg.scene_size), Scenes(cfg.scenes_val, cfg.scene_size, 0, 'val')
-        return PanopticScenes(train, masks), PanopticScenes(val, masks)
+        train, val = PanopticScenes(train, masks), PanopticScenes(val, masks)
+        return (some_photos(train, cfg.photos, cfg.seed) if cfg.photos else train), val
     path = cfg.data or os.environ.get('UPDETR_DATA', '')
     if not path: raise FileNotFoundError(NO_PANOPTIC)
     if os.path.isfile(path) and not cfg.data_val: raise ValueError(f'{path} is one file: give the one to evaluate on with -p data_val FILE')

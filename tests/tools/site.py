@@ -18,7 +18,7 @@ from mkdocs.config import load_config
 ROOT = Path(__file__).resolve().parents[2]
 CHAPTERS = {'Photos and patches': '00 04', 'The model': '05 12', 'Training': '12a 18', 'Measuring and planning': '19 21',
             'Labelled photos': '22 25a', 'Detection': '26 30', 'Asked with a picture': '30a 33', 'Panoptic segmentation': '34 36',
-            'Trying it': '37 99'}
+            'Trying it': '37 38', 'Every table and figure': '39 99'}
 CSS = """
 .jp-InputPrompt, .jp-OutputPrompt { display: none !important }
 @media (min-width: 76em) { .md-grid { max-width: 88rem } }
@@ -50,14 +50,14 @@ def collect(root, source):
     for name in ('README.md', 'LICENSE'): shutil.copy(root / name, source / {'README.md': 'index.md'}.get(name, name))
     (source / 'site.css').write_text(CSS)
     notebooks = [p for p in sorted((root / 'nbs').glob('*.ipynb')) if p.stem != 'index']
-    guides = sorted((root / 'nbs' / 'guides').glob('*.ipynb'))
-    for p in notebooks + guides:
+    apart = {name: sorted((root / 'nbs' / name).glob('*.ipynb')) for name in ('experiments', 'guides')}
+    for p in notebooks + sum(apart.values(), []):
         (page := source / p.relative_to(root)).parent.mkdir(exist_ok=True)
         nbformat.write(shown(p), page)
     for p in (source / 'reports').rglob('*.ipynb'): nbformat.write(shown(p), p)
     place = {p: re.match(r'(\d+[a-z]*)?', p.name)[0] for p in notebooks}
     nav = [{'updetr': 'index.md'}, {'To be run': [{title(p): f'nbs/{p.name}'} for p in notebooks if not place[p]]}]
-    if guides: nav.append({'Guides': [{title(p): f'nbs/guides/{p.name}'} for p in guides]})
+    nav += [{name.capitalize(): [{title(p): f'nbs/{name}/{p.name}'} for p in pages]} for name, pages in apart.items() if pages]
     for chapter, span in CHAPTERS.items():
         first, last = span.split()
         mine = [{f'{place[p]} {title(p)}': f'nbs/{p.name}'} for p in notebooks if place[p] and first <= place[p] <= last]

@@ -1,0 +1,163 @@
+"""The experiments at paper scale against the paper's and the reference's values, their notebooks, and runs that are killed."""
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+from conftest import ROOT
+from updetr.experiments import BASES, EXPERIMENTS, Scale, experiment
+from updetr.jobs import configure, job, job_chain, job_folder
+from updetr.study import plan_rows, plan_text
+
+PAPER, NOTEBOOKS = Scale('paper'), sorted((ROOT / 'nbs/experiments').glob('*.ipynb'))
+
+# Pre-training, the README command of the reference and the paper's Section 4: every arm of every table, but for what it changes.
+PRETRAIN = dict(backbone='resnet50', weights='swav', frozen_backbone=True, num_queries=100, num_patches=10, hidden_dim=256, nheads=8,
+                enc_layers=6, dec_layers=6, dim_feedforward=2048, dropout=.1, pre_norm=True, feature_recon=True, mask_ratio=.1,
+                query_shuffle=False, attention_mask=True, matching_init=False, own_group=False, pos_in_input=False, standardize=False, eos_coef=.1,
+                set_cost_class=1., set_cost_bbox=5., set_cost_giou=2., bbox_loss_coef=5., giou_loss_coef=2., feature_loss_coef=1.,
+                lr=1e-4, weight_decay=1e-4, clip_max_norm=.1, batch_size=256, patch_size=128, patch_law='uniform', views=0, schedule='step',
+                warmup=0., ema=0., cache_features=False)
+FINETUNE = dict(backbone='resnet50', frozen_backbone=False, num_queries=100, hidden_dim=256, nheads=8, enc_layers=6, dec_layers=6,
+                dim_feedforward=2048, dropout=.1, pre_norm=True, eos_coef=.1, set_cost_class=1., set_cost_bbox=5., set_cost_giou=2.,
+                bbox_loss_coef=5., giou_loss_coef=2., lr=1e-4, lr_backbone=5e-5, weight_decay=1e-4, clip_max_norm=.1, batch_size=32,
+                val_size=800, square=0, cached_views=0, schedule='step', warmup=0., fresh_queries=False, photos=0, scenes=0)
+VOC = dict(year='07+12', split='trainval', year_val='2007', split_val='test', difficult='ignore')
+
+
+def values(j, **expected):
+    cfg = dataclasses.asdict(configure(j, 42))
+    wrong = {k: (cfg[k], v) for k, v in expected.items() if cfg[k] != v}
+    assert not wrong, f'{j}: (ours, expected) {wrong}'
+
+
+def arms(name): return experiment(name, PAPER).arms
+
+
+@pytest.mark.parametrize('epochs, drop', [(150, 100), (300, 200)])
+def test_table1_is_the_papers(epochs, drop):
+    detr, updetr = (arms('table1_voc')[f'{n}, {epochs} epochs'] for n in ('DETR', 'UP-DETR'))
+    values(detr, **FINETUNE | VOC | dict(epochs=epochs, lr_drop=drop, weights='swav', pretrain=''))
+    values(updetr, **FINETUNE | VOC | dict(epochs=epochs, lr_drop=drop, weights='none'))
+    values(updetr.start, **PRETRAIN | dict(epochs=60, lr_drop=40))
+
+
+def test_table2_is_the_papers():
+    rows = arms('table2_coco')
+    assert list(rows) == [f'{n}, {e} epochs' for e in (150, 300) for n in ('DETR (supervised CNN)', 'DETR (SwAV CNN)', 'UP-DETR')]
+    for name, j in rows.items():
+        epochs = int(name.split()[-2])
+        weights = 'supervised' if 'supervised' in name else 'swav' if 'SwAV' in name else 'none'
+        values(j, **FINETUNE | dict(epochs=epochs, lr_drop={150: 100, 300: 200}[epochs], weights=weights, split='train', split_val='val'))
+        if name.startswith('UP'): values(j.start, **PRETRAIN | dict(epochs=60, lr_drop=40))
+
+
+def test_table3_is_the_papers():
+    for name, j in arms('table3_oneshot').items():
+        values(j, **FINETUNE | VOC | dict(task='oneshot', epochs=300, lr_drop=200, unseen='voc', eval_queries=5, query_size=128, absent=0.))
+        assert (j.start is None) == (name == 'DETR')
+
+
+def test_table4_is_the_papers():
+    for name, masks in arms('table4_panoptic').items():
+        values(masks, task='panoptic', stage='masks', epochs=25, lr_drop=15, batch_size=32, threshold=.85)
+        values(masks.start, **FINETUNE | dict(task='panoptic', stage='boxes', epochs=300, lr_drop=200))
+        assert (masks.start.start is None) == (name == 'DETR')
+
+
+def test_tables_5_and_6_are_the_papers():
+    "Section 4.5: 15 epochs, the learning rate drops after 10; then VOC with 150 epochs. A trained CNN has the learning rate of the rest."
+    short = PRETRAIN | dict(epochs=15, lr_drop=10)
+    for m in (1, 10): values(arms('table5_multiquery')[f'UP-DETR, M={m}'].start, **short | dict(num_patches=m))
+    for name, j in arms('table6_frozen_recon').items():
+        values(j, **FINETUNE | VOC | dict(epochs=150, lr_drop=100))
+        if name == 'DETR': continue
+        frozen, recon = 'frozen' in name, 'no reconstruction' not in name
+        values(j.start, **short | dict(frozen_backbone=frozen, feature_recon=recon, lr_backbone=1e-4))
+    for name, j in arms('fig6_attention_mask').items(): values(j, **short | dict(attention_mask=name == 'with mask'))
+
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+def test_the_papers_plan_is_complete(name):
+    "Every training stands once, starts before what starts from it, and its steps are those of the drop-last loader."
+    e = experiment(name, PAPER)
+    rows = plan_rows(e.wanted([42]), {'pretrain': 100., 'finetune': 50., 'oneshot': 50., 'panoptic': 25.})
+    names = [r['training'] for r in rows]
+    needed = {job_folder('', step, 42).name for j in e.arms.values() for step in job_chain(j)}
+    assert len(set(names)) == len(names) and set(names) == needed
+    assert all(not r['starts from'] or names.index(r['starts from']) < i for i, r in enumerate(rows))
+    assert all(r['GPU hours'] > 0 and r['disk, GiB'] > 0 and r['steps'] == r['photos'] // r['batch'] * r['epochs'] for r in rows)
+    assert 'GPU hours' in plan_text(e, [42], {}) and f'{len(rows)} trainings' in plan_text(e, [42], {})
+
+
+def test_every_experiment_has_its_notebook_and_all_have_one_cell_of_parameters():
+    assert [p.stem for p in NOTEBOOKS] == sorted(EXPERIMENTS)
+    cells = {next(c.source for c in nbformat.read(p, 4).cells if 'parameters' in c.metadata.get('tags', [])) for p in NOTEBOOKS}
+    assert len(cells) == 1, 'the notebooks take different parameters'
+    assert [line.split(':')[0] for line in cells.pop().splitlines()] and all(f"open_study('{p.stem}'" in p.read_text() for p in NOTEBOOKS)
+
+
+def test_toy_scale_has_seeds_for_every_claim():
+    for name in EXPERIMENTS:
+        e = experiment(name, Scale())
+        assert not {a for c in e.claims for a in (c.better, c.worse)} & set(e.single), name
+    assert set(BASES['toy']) == set(BASES['mini']) == set(BASES['paper']) - {'coco300'}
+
+
+def papermill(out, name, *words):
+    env = os.environ | {'CUDA_VISIBLE_DEVICES': '', 'JUPYTER_PREFER_ENV_PATH': '1', 'OMP_NUM_THREADS': '1'}
+    env.pop('MPLBACKEND', None)
+    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', ROOT / f'nbs/experiments/{name}.ipynb', out, *words]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_plan_only_prints_the_papers_plan(tmp_path):
+    ran = papermill(tmp_path / 'out.ipynb', 'table6_frozen_recon', '-p', 'scale', 'paper', '-p', 'plan_only', 'True', '-p', 'seeds', '1')
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    text = (tmp_path / 'out.ipynb').read_text()
+    assert '9 trainings' in text and 'frozen_backbone=False' in text and not list(tmp_path.glob('runs'))
+
+
+@pytest.mark.parametrize('words, message', [(['-p', 'scael', 'toy'], 'did you mean scale?'), (['-p', 'scale', 'mini'], '-p photos FOLDER'),
+                                            (['-p', 'scale', 'toy', '-p', 'photos', 'x'], '-p scale mini')])
+def test_a_wrong_parameter_stops_at_once(tmp_path, words, message):
+    ran = papermill(tmp_path / 'out.ipynb', 'table1_voc', *words)
+    assert ran.returncode and message in ran.stderr + ran.stdout
+
+
+TINY = dict(views=16, view_size=64, patch_size=32, hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=10, num_patches=5,
+            batch_size=4, epochs=12, save_every=3, log_every=1)
+RUNNER = """
+import json, sys
+from updetr.jobs import job
+from updetr.schedule import run_jobs
+if __name__ == '__main__':
+    run_jobs([(job('pretrain', 'demo', **json.loads(sys.argv[1])), s) for s in (1, 2)], sys.argv[2], workers=2, show=lambda line: None)
+"""
+
+
+def test_a_killed_runner_leaves_no_process_and_goes_on_to_the_same_numbers(tmp_path):
+    "SIGKILL of the runner in the middle: its trainers save and leave, and the next call ends with the numbers of an undisturbed one."
+    def start(root):
+        (tmp_path / 'runner.py').write_text(RUNNER)
+        command = [sys.executable, tmp_path / 'runner.py', json.dumps(TINY), root]
+        return subprocess.Popen(command, env=os.environ | {'OMP_NUM_THREADS': '1'}, start_new_session=True)
+    assert start(tmp_path / 'whole').wait(300) == 0
+    folders = [job_folder(tmp_path / 'killed', job('pretrain', 'demo', **TINY), s) for s in (1, 2)]
+    runner, end = start(tmp_path / 'killed'), time.monotonic() + 200
+    while not any((f / 'checkpoint.pth').exists() for f in folders):
+        assert time.monotonic() < end and runner.poll() is None
+        time.sleep(.02)
+    os.kill(runner.pid, signal.SIGKILL)
+    runner.wait()
+    assert not all((f / 'result.json').exists() for f in folders), 'the blow came too late'
+    assert start(tmp_path / 'killed').wait(300) == 0
+    for f in folders:
+        got, want = (json.loads((tmp_path / kind / f.name / 'result.json').read_text()) for kind in ('killed', 'whole'))
+        assert {k: v for k, v in got.items() if k != 'train_seconds'} == {k: v for k, v in want.items() if k != 'train_seconds'}
