@@ -181,6 +181,7 @@ class Subset:
         return full | {'images': [p for p in full['images'] if p['id'] in mine],
                        'annotations': [a for a in full['annotations'] if a['image_id'] in mine]}
 
+# %% ../nbs/28_finetune.ipynb #c020
 def draw_evenly(labels: list[list[int]],  # of each photo's objects, 0..C-1
                 num_classes: int,  # C
                 num: int,  # of photos
@@ -208,7 +209,7 @@ def some_photos(dataset: DetectionSet,  # whose photos are taken
     for a in truth['annotations']: labels[a['image_id']].append(place[a['category_id']])
     return Subset(dataset, np.sort(draw_evenly(list(labels.values()), len(place), num, seed)))
 
-# %% ../nbs/28_finetune.ipynb #c024
+# %% ../nbs/28_finetune.ipynb #c025
 def view_sizes(cfg: TransferConfig,  # of the run
                ) -> Sizes:
     "DETR's training sizes in proportion to `val_size`."
@@ -237,7 +238,7 @@ def train_plan(cfg: TransferConfig,  # of the run
     sides = (cfg.square,) if cfg.square else view_sizes(cfg).short
     return BatchPlan(np.asarray(dataset.sizes), cfg.batch_size, total, cfg.seed, sides, start, rank, world, cfg.accumulate)
 
-# %% ../nbs/28_finetune.ipynb #c025
+# %% ../nbs/28_finetune.ipynb #c026
 def collate_targets(samples: list[tuple],  # (image uint8 (3,H,W), target) pairs
                     ) -> dict:  # images uint8 (B,3,H,W), mask (B,H,W) or None, targets
     "A batch on the CPU. In the mask True is padding; None means that all photos have one size."
@@ -258,7 +259,7 @@ def batch_to_device(batch: dict,  # of `collate_targets`, or with `feature` inst
     images = normalize(batch['images'].float() / 255, mean, std)
     return batch | {'images': images if batch['mask'] is None else images.masked_fill(batch['mask'][:, None], 0)}
 
-# %% ../nbs/28_finetune.ipynb #c026
+# %% ../nbs/28_finetune.ipynb #c027
 def view_loader(views: DetectionViews,  # random views, or those for evaluation
                 items,  # a `BatchPlan`, or lists of (epoch, index)
                 num_workers: int = 0,  # processes that decode; 0 = this one

@@ -77,6 +77,7 @@ def disk_gib(cfg: TrainConfig,  # of a job
     cached = getattr(cfg, 'cached_views', 0) or int(getattr(cfg, 'cache_features', False))
     return (state * (2 + kept) + 2 * 112 * side ** 2 * n_train * cached) / 2**30
 
+# %% ../nbs/41_study.ipynb #c009
 def plan_rows(wanted: Sequence[tuple[Job, int]],  # jobs and their seeds
               speeds: Mapping[str, float],  # task (pretrain, finetune, oneshot, panoptic) -> photos a second on one GPU; 0 = unknown
               name: str = '',  # of the data, for tables
@@ -106,7 +107,7 @@ def plan_text(e: Experiment,  # to be planned
     total = f'{len(rows)} trainings, {sum(r["steps"] for r in rows):,} steps, {cost}, {sum(r["disk, GiB"] for r in rows):,.1f} GiB of disk'
     return f'**{e.title}**: {total}\n\n{markdown_table(rows, 1)}'
 
-# %% ../nbs/41_study.ipynb #c012
+# %% ../nbs/41_study.ipynb #c013
 def table_rows(e: Experiment,  # of the results
                results: Mapping,  # (job, seed) -> numbers, of `run_jobs`
                seeds: Sequence[int],  # of its runs
@@ -141,7 +142,7 @@ def show_rows(rows: list[dict],  # of `table_rows`
         lines.append(line | {f"{m} (the paper's, its own scale)": f'{v:.1f}' for m, v in (r['paper'] or {}).items()})
     return markdown_table(lines)
 
-# %% ../nbs/41_study.ipynb #c014
+# %% ../nbs/41_study.ipynb #c015
 def decide(better: Sequence[float],  # the number of the arm that is said to be better, one a seed
            worse: Sequence[float],  # the other one's, with the same seeds
            ) -> tuple[str, float, float]:  # verdict, mean and spread of the differences
@@ -166,7 +167,7 @@ def judge(claim: Claim,  # of the experiment
     return {'text': claim.text, 'verdict': verdict,
             'evidence': f'{claim.metric}: {values}; better by {difference} (paired, {len(seeds)} seed{"s" * (len(seeds) > 1)})'}
 
-# %% ../nbs/41_study.ipynb #c019
+# %% ../nbs/41_study.ipynb #c020
 def arm_bars(rows: list[dict],  # of `table_rows`
              metrics: Mapping[str, str],  # number -> title of its panel
              ):  # matplotlib figure
@@ -183,6 +184,7 @@ def arm_bars(rows: list[dict],  # of `table_rows`
     fig.tight_layout()
     return fig
 
+# %% ../nbs/41_study.ipynb #c021
 def curve(logs: list[list[dict]],  # log rows of each seed
           key: str,  # of a logged number
           width: float = .05,  # of the running mean, as a share of the curve
@@ -215,7 +217,7 @@ def arm_curves(e: Experiment,  # whose arms are drawn
     fig.tight_layout()
     return fig
 
-# %% ../nbs/41_study.ipynb #c021
+# %% ../nbs/41_study.ipynb #c023
 PARAMETERS = ('scale seeds seed photos labelled year year_val split split_val unseen dataset workers gpus plan_only img_s '
               'finetune_img_s report').split()
 
@@ -231,7 +233,9 @@ class Study:
     results: dict = dataclasses.field(default_factory=dict)  # (job, seed) -> numbers
 
     @property
-    def root(self): return self.site.root / 'runs' / 'experiments'
+    def root(self):
+        "Of all runs."
+        return self.site.root / 'runs' / 'experiments'
 
     @property
     def folder(self):
@@ -247,17 +251,23 @@ class Study:
         "Train and measure what is not yet there."
         self.results = run_jobs(self.e.wanted(self.seeds), self.root, self.given['workers'], self.site.gpus, show)
 
-    def runs(self, arm): return [job_folder(self.root, self.e.arms[arm], s) for s in self.seeds]
+    def runs(self, arm):
+        "The folders of an arm's runs, by seed."
+        return [job_folder(self.root, self.e.arms[arm], s) for s in self.seeds]
 
-    def rows(self): return table_rows(self.e, self.results, self.seeds, self.given['dataset'])
+    def rows(self):
+        "The rows of the report."
+        return table_rows(self.e, self.results, self.seeds, self.given['dataset'])
 
     def table(self):
         "Markdown: the arms, and the paper's numbers apart."
         return show_rows(self.rows(), self.scale.name)
 
-    def claims(self): return [judge(c, self.e, self.results, self.seeds) for c in self.e.claims]
+    def claims(self):
+        "What became of each claim."
+        return [judge(c, self.e, self.results, self.seeds) for c in self.e.claims]
 
-# %% ../nbs/41_study.ipynb #c022
+# %% ../nbs/41_study.ipynb #c024
 def open_study(id: str,  # of the experiment
                namespace: Mapping,  # the notebook's globals()
                again: bool = False,  # the cell is run again by hand: other variables have come since
@@ -276,7 +286,7 @@ def open_study(id: str,  # of the experiment
     return Study(experiment(id, scale), scale, list(range(given['seed'], given['seed'] + given['seeds'])),
                  open_site(given['gpus']), given)
 
-# %% ../nbs/41_study.ipynb #c024
+# %% ../nbs/41_study.ipynb #c026
 def study_command(study: Study,  # of the report
                   ) -> str:
     "The line that makes a report again; folders as PATH."
@@ -300,7 +310,7 @@ def save_study(study: Study,  # that was run
     save_metrics(study.folder, metrics)
     return metrics
 
-# %% ../nbs/41_study.ipynb #c026
+# %% ../nbs/41_study.ipynb #c028
 MARKS = '<!-- written by `make reports`: from here -->', '<!-- to here -->'
 
 def index_row(metrics: Mapping,  # of a report of a study
@@ -333,7 +343,7 @@ def write_index(folder: str | Path,  # of all reports
     write_atomic(folder / 'README.md', lambda p: Path(p).write_text(f'{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}'))
     return text
 
-# %% ../nbs/41_study.ipynb #c028
+# %% ../nbs/41_study.ipynb #c030
 def main() -> None:
     "Command line: what `make reports scale=toy` calls."
     parser = argparse.ArgumentParser('make reports', description='Run all experiments at one scale, and write their reports.')
