@@ -221,6 +221,7 @@ def arm_curves(e: Experiment,  # whose arms are drawn
 PARAMETERS = ('scale seeds seed photos labelled year year_val split split_val unseen dataset workers gpus plan_only img_s '
               'finetune_img_s report').split()
 
+# %% ../nbs/41_study.ipynb #c024
 @dataclasses.dataclass
 class Study:
     "An experiment that is planned, run and reported."
@@ -246,28 +247,23 @@ class Study:
         "Markdown: every training with its cost."
         speeds = {'pretrain': self.given['img_s']} | dict.fromkeys(('finetune', 'oneshot', 'panoptic'), self.given['finetune_img_s'])
         return plan_text(self.e, self.seeds, speeds, self.given['dataset'])
-
     def run(self, show=print):
         "Train and measure what is not yet there."
         self.results = run_jobs(self.e.wanted(self.seeds), self.root, self.given['workers'], self.site.gpus, show)
-
     def runs(self, arm):
         "The folders of an arm's runs, by seed."
         return [job_folder(self.root, self.e.arms[arm], s) for s in self.seeds]
-
     def rows(self):
         "The rows of the report."
         return table_rows(self.e, self.results, self.seeds, self.given['dataset'])
-
     def table(self):
         "Markdown: the arms, and the paper's numbers apart."
         return show_rows(self.rows(), self.scale.name)
-
     def claims(self):
         "What became of each claim."
         return [judge(c, self.e, self.results, self.seeds) for c in self.e.claims]
 
-# %% ../nbs/41_study.ipynb #c024
+# %% ../nbs/41_study.ipynb #c025
 def open_study(id: str,  # of the experiment
                namespace: Mapping,  # the notebook's globals()
                again: bool = False,  # the cell is run again by hand: other variables have come since
@@ -286,7 +282,7 @@ def open_study(id: str,  # of the experiment
     return Study(experiment(id, scale), scale, list(range(given['seed'], given['seed'] + given['seeds'])),
                  open_site(given['gpus']), given)
 
-# %% ../nbs/41_study.ipynb #c026
+# %% ../nbs/41_study.ipynb #c027
 def study_command(study: Study,  # of the report
                   ) -> str:
     "The line that makes a report again; folders as PATH."
@@ -310,7 +306,7 @@ def save_study(study: Study,  # that was run
     save_metrics(study.folder, metrics)
     return metrics
 
-# %% ../nbs/41_study.ipynb #c028
+# %% ../nbs/41_study.ipynb #c029
 MARKS = '<!-- written by `make reports`: from here -->', '<!-- to here -->'
 
 def index_row(metrics: Mapping,  # of a report of a study
@@ -343,7 +339,7 @@ def write_index(folder: str | Path,  # of all reports
     write_atomic(folder / 'README.md', lambda p: Path(p).write_text(f'{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}'))
     return text
 
-# %% ../nbs/41_study.ipynb #c030
+# %% ../nbs/41_study.ipynb #c031
 def main() -> None:
     "Command line: what `make reports scale=toy` calls."
     parser = argparse.ArgumentParser('make reports', description='Run all experiments at one scale, and write their reports.')
