@@ -25,7 +25,7 @@ else:
 
 EXPORT_LINES, CODE_LINES, OUTPUT_BYTES = 40, 600, 200_000
 NUMBERED = [p for p in NOTEBOOKS if re.match(r'\d', p.name)]
-GUIDES = [p for p in NOTEBOOKS if p.parent.name == 'guides']
+GUIDES = [p for p in NOTEBOOKS if p.parent.name in ('guides', 'tutorials')]
 RUNNABLE = [p for p in NOTEBOOKS if p not in NUMBERED + GUIDES and p.stem != 'index']
 BY_HAND = {'__init__', '__main__', '_modidx'}  # the modules that no notebook exports
 TOOLS = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'ipywidgets', 'anywidget', 'jupyter', 'jupyter_client', 'jupyter_core',

@@ -50,7 +50,7 @@ def collect(root, source):
     for name in ('README.md', 'LICENSE'): shutil.copy(root / name, source / {'README.md': 'index.md'}.get(name, name))
     (source / 'site.css').write_text(CSS)
     notebooks = [p for p in sorted((root / 'nbs').glob('*.ipynb')) if p.stem != 'index']
-    apart = {name: sorted((root / 'nbs' / name).glob('*.ipynb')) for name in ('experiments', 'guides')}
+    apart = {name: sorted((root / 'nbs' / name).glob('*.ipynb')) for name in ('tutorials', 'experiments', 'guides')}
     for p in notebooks + sum(apart.values(), []):
         (page := source / p.relative_to(root)).parent.mkdir(exist_ok=True)
         nbformat.write(shown(p), page)
