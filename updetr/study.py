@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -354,9 +355,12 @@ def main() -> None:
     wanted = [w for s in studies for w in s.e.wanted(s.seeds)]
     run_jobs(wanted, studies[0].root, values['workers'], studies[0].site.gpus, lambda line: print(f'\r\x1b[K{line}', end='', flush=True))
     given = [w for k, v in [('scale', args.scale), *args.p] for w in ('-p', k, v)]
-    for s in studies:
+    def report(s):
         s.folder.mkdir(parents=True, exist_ok=True)
-        print(f'\n{s.e.title}', flush=True)
-        subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', f'nbs/experiments/{s.e.id}.ipynb',
-                        s.folder / f'{s.e.id}.ipynb', *given], cwd=s.site.root, check=True)
+        command = [sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', f'nbs/experiments/{s.e.id}.ipynb']
+        ran = subprocess.run([*command, s.folder / f'{s.e.id}.ipynb', *given], cwd=s.site.root, capture_output=True, text=True)
+        print(f'\n{s.e.title}: {"done" if not ran.returncode else ran.stderr[-2000:]}', flush=True)
+        return ran.returncode
+    with ThreadPoolExecutor(2) as pool: failed = sum(map(bool, pool.map(report, studies)))
     write_index(studies[0].site.root / 'reports')
+    sys.exit(failed)
