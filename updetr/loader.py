@@ -214,9 +214,9 @@ def to_device(batch: dict,  # of `collate`
     return {'images': images, 'mask': mask, 'patches': patches, **moved, 'index': batch['index']}
 
 def as_targets(boxes: Tensor,  # (B,M,4) cxcywh, 0..1
-               ) -> list[dict[str, Tensor]]:  # labels (M,) all 1 = "matches", boxes (M,4)
-    "The targets of the pretext task."
-    return [{'labels': torch.ones(len(b), dtype=torch.long, device=b.device), 'boxes': b} for b in boxes]
+               ) -> tuple[Tensor, Tensor, list[int]]:  # labels (B,M) all 1 = "matches", boxes (B,M,4), M for each photo
+    "The targets of the pretext task, as `pad_targets` returns them: every photo has M, so nothing is padded."
+    return torch.ones(boxes.shape[:2], dtype=torch.long, device=boxes.device), boxes, [boxes.shape[1]] * len(boxes)
 
 # %% ../nbs/13_loader.ipynb #c025
 def photo_loader(dataset: Dataset,  # `SelfDet` or `Views`

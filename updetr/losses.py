@@ -81,14 +81,14 @@ def watch_predictions(stacked: dict[str, Tensor],  # of `stack_layers`
                       match: Tensor,  # (L,B,T)
                       target_class: Tensor,  # (L,B,N) of `loss_labels`
                       boxes: Tensor,  # (B,T,4) cxcywh
-                      counts: list[int],  # targets of each photo
+                      counts: list[int] | Tensor,  # targets of each photo
                       ) -> dict[str, Tensor]:  # numbers
     "What is logged but not trained: class_error, cardinality_error, matched_iou, query_spread."
     logits, pred = stacked['pred_logits'], stacked['pred_boxes'][-1]
     none = logits.shape[-1] - 1
     matched = target_class[-1] != none
     right = (logits[-1].argmax(-1) == target_class[-1]) & matched
-    found = (logits.argmax(-1) != none).sum(2) - torch.tensor(counts, device=logits.device)
+    found = (logits.argmax(-1) != none).sum(2) - torch.as_tensor(counts, device=logits.device)
     real = match[-1] >= 0
     iou = paired_iou(box_convert(pick(stacked['pred_boxes'], match)[-1], 'cxcywh', 'xyxy'), box_convert(boxes, 'cxcywh', 'xyxy'))
     return {'class_error': 100 - 100 * right.sum() / matched.sum().clamp(min=1),
@@ -116,18 +116,24 @@ class SetCriterion(nn.Module):
 
     def forward(self,
                 outputs,  # of a DETR or UPDETR
-                targets,  # one dictionary a photo: labels (t,), boxes (t,4) cxcywh in 0..1
+                targets,  # one dictionary a photo: labels (t,), boxes (t,4) cxcywh in 0..1; or the same as `pad_targets` returns them
                 ):
-        stacked, (labels, boxes, counts) = stack_layers(outputs), pad_targets(targets)
-        match = self.matcher.match(stacked['pred_logits'], stacked['pred_boxes'], labels, boxes, counts)
-        num_boxes = average_over_processes(boxes.new_tensor(float(sum(counts)))).clamp(min=1)
-        real, losses = match >= 0, {}
+        stacked, padded = stack_layers(outputs), targets if isinstance(targets, tuple) else pad_targets(targets)
+        return name_layers(self.losses(stacked, padded, self.match(stacked, padded), outputs.get('gt_feature')))
+
+    def match(self, stacked, padded):
+        "Predictions of `stack_layers` and targets of `pad_targets` to the query of each target (L,B,T), -1 where there is none."
+        return self.matcher.match(stacked['pred_logits'], stacked['pred_boxes'], *padded)
+
+    def losses(self, stacked, padded, match, gt_feature=None):
+        "All losses of matched predictions, and what is only watched: (L,) or () each."
+        (labels, boxes, counts), real, losses = padded, match >= 0, {}
+        num_boxes = average_over_processes(torch.as_tensor(counts, device=boxes.device).sum().float()).clamp(min=1)
         losses['loss_ce'], target_class = loss_labels(stacked['pred_logits'], match, labels, self.empty_weight)
         losses['loss_bbox'], losses['loss_giou'] = loss_boxes(pick(stacked['pred_boxes'], match), boxes, real, num_boxes)
         if 'loss_feature' in self.weights and 'pred_feature' in stacked:
-            features = pick(stacked['pred_feature'], match)
-            losses['loss_feature'] = loss_feature(features, outputs['gt_feature'].float(), real, num_boxes)
-        return name_layers(losses | watch_predictions(stacked, match, target_class, boxes, counts))
+            losses['loss_feature'] = loss_feature(pick(stacked['pred_feature'], match), gt_feature.float(), real, num_boxes)
+        return losses | watch_predictions(stacked, match, target_class, boxes, counts)
 
     def total(self, losses):
         "The number to minimise: the weighted sum of what `forward` returned."

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['BANK_FIELDS', 'PREVIEW_BOXES', 'PREVIEW_COLORS', 'TASK', 'is_heldout', 'choose', 'builtin_index', 'find_photos',
            'photo_lists', 'data_mark', 'build_dataset', 'photo_sizes', 'PretrainStep', 'note_skipped', 'open_bank',
-           'fit_statistics', 'preview_photo', 'preview_answer', 'draw_preview', 'PretrainTask']
+           'fit_statistics', 'preview_photo', 'preview_answer', 'draw_preview', 'encode_ahead', 'PretrainTask']
 
 # %% ../nbs/16a_pretrain_task.ipynb #c002
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +203,36 @@ def draw_preview(model: UPDETR,  # any state of it
         row[:, :, i * side:(i + 1) * side] = framed
     write_atomic(path, lambda p: write_png(torch.cat((photo, row), 1), str(p)))
 
+# %% ../nbs/16a_pretrain_task.ipynb #c015b
+def encode_ahead(model: UPDETR,  # with a frozen CNN
+                 batches: Iterable[dict],  # of `to_device`; on a GPU, moving and augmenting runs ahead, too
+                 amp: bool = False,  # bf16 autocast
+                 ) -> Iterator[dict]:  # the same, with feature and patch_feature in place of images and patches
+    "What the frozen CNN makes of each batch, computed one batch before it is asked for."
+    device, source, waiting = next(model.parameters()).device, iter(batches), None
+    stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
+    while True:
+        aside = torch.cuda.stream(stream) if stream else nullcontext()
+        with aside, torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            batch = next(source, None)
+            following = None if batch is None else _encoded(model, batch), stream and stream.record_event()
+        if waiting and waiting[0]: yield _arrived(*waiting)
+        if batch is None: return
+        waiting = following
+
+def _encoded(model, batch):
+    feature, mask = model.backbone(batch['images'], batch['mask'])
+    rest = {k: v for k, v in batch.items() if k not in ('images', 'patches')}
+    return rest | {'feature': feature, 'mask': mask, 'patch_feature': model.encode_patches(batch['patches'])}
+
+def _arrived(batch, event):
+    "The batch, once the stream that computes it has got there; its memory is not reused before this stream is done with it"
+    if event:
+        torch.cuda.current_stream().wait_event(event)
+        for v in batch.values():
+            if isinstance(v, Tensor) and v.is_cuda: v.record_stream(torch.cuda.current_stream())
+    return batch
+
 # %% ../nbs/16a_pretrain_task.ipynb #c017
 class PretrainTask:
     "Random query patch detection as a task for `updetr.train.train`."
@@ -235,9 +267,11 @@ class PretrainTask:
         if self.bank:
             for items in plan: yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.bank.batch(items).items()}
             return
-        for batch in photo_loader(self.dataset, plan, self.cfg.num_workers):
-            note_skipped(self.run_dir, batch['skipped'], known)
-            yield to_device(batch, device, backbone.mean, backbone.std)
+        def live():
+            for batch in photo_loader(self.dataset, plan, self.cfg.num_workers):
+                note_skipped(self.run_dir, batch['skipped'], known)
+                yield to_device(batch, device, backbone.mean, backbone.std)
+        yield from encode_ahead(self.model, live(), self.cfg.amp and device.type == 'cuda') if backbone.frozen else live()
 
     def preview(self, path):
         "Draw what the model answers now, on a held-out photo if there is one."

@@ -53,10 +53,10 @@ class PatchQueries(DETR):
     def queries(self, patch_feature, keep=None):
         "Object queries with their group's patch added: (B,m,C) -> (B,n,d), n = m N / M."
         patch = self.patch2query(patch_feature)
-        N, n = self.num_queries, patch.shape[1] * (self.num_queries // self.num_patches)
-        if keep is None and self.training: keep = torch.rand(len(patch), n, device=patch.device) >= self.mask_ratio
-        order = torch.randperm(N) if self.query_shuffle and self.training else torch.arange(N)
-        return group_queries(self.query_embed.weight[order[torch.arange(n) % N].to(patch.device)], patch, keep)
+        N, n, device = self.num_queries, patch.shape[1] * (self.num_queries // self.num_patches), patch.device
+        if keep is None and self.training: keep = torch.rand(len(patch), n, device=device) >= self.mask_ratio
+        order = (torch.randperm if self.query_shuffle and self.training else torch.arange)(N, device=device)
+        return group_queries(self.query_embed.weight[order[torch.arange(n, device=device) % N]], patch, keep)
 
     def attention_mask(self, m):
         "Which queries of m patches may look at which, (n,n) bool, True = may look; None: all may."
