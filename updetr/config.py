@@ -119,6 +119,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class PretrainConfig(TrainConfig, DataConfig, LossConfig, ModelConfig):
     "Everything that determines a pre-training run."
+    cuda_graphs: bool = False  # on GPU, play what follows the CNN as CUDA graphs
     task: str = 'pretrain'  # which `updetr.train` task reads it
 
     def problems(self):
@@ -127,6 +128,8 @@ class PretrainConfig(TrainConfig, DataConfig, LossConfig, ModelConfig):
         if not 0 <= self.collage <= 1: yield f'collage {self.collage} must lie in [0, 1]'
         if self.cache_features and not (self.frozen_backbone and self.views):
             yield 'cache_features needs frozen_backbone=True and views > 0: features of a fixed set of views by a fixed CNN'
+        if self.cuda_graphs and (self.accumulate > 1 or self.gradient_checkpointing or not self.frozen_backbone or self.query_shuffle):
+            yield 'cuda_graphs needs accumulate 1, gradient_checkpointing False, query_shuffle False and frozen_backbone True'
         if 0 < self.cached_patches < self.num_patches:
             yield f'cached_patches {self.cached_patches} must be 0 or at least num_patches {self.num_patches}'
 

@@ -125,10 +125,10 @@ class SetCriterion(nn.Module):
         "Predictions of `stack_layers` and targets of `pad_targets` to the query of each target (L,B,T), -1 where there is none."
         return self.matcher.match(stacked['pred_logits'], stacked['pred_boxes'], *padded)
 
-    def losses(self, stacked, padded, match, gt_feature=None):
-        "All losses of matched predictions, and what is only watched: (L,) or () each."
+    def losses(self, stacked, padded, match, gt_feature=None, num_boxes=None):
+        "All losses of matched predictions, and what is only watched: (L,) or () each. `num_boxes`: where it is known on all processes."
         (labels, boxes, counts), real, losses = padded, match >= 0, {}
-        num_boxes = average_over_processes(torch.as_tensor(counts, device=boxes.device).sum().float()).clamp(min=1)
+        if num_boxes is None: num_boxes = average_over_processes(torch.as_tensor(counts, device=boxes.device).sum().float()).clamp(min=1)
         losses['loss_ce'], target_class = loss_labels(stacked['pred_logits'], match, labels, self.empty_weight)
         losses['loss_bbox'], losses['loss_giou'] = loss_boxes(pick(stacked['pred_boxes'], match), boxes, real, num_boxes)
         if 'loss_feature' in self.weights and 'pred_feature' in stacked:

@@ -25,6 +25,7 @@ from torchvision.utils import draw_bounding_boxes
 from .augment import normalize
 from .checkpoint import write_atomic
 from .config import PretrainConfig, find_data, loss_options, model_options
+from .graphs import GraphedStep
 from .loader import (BatchPlan, FeatureBank, PatchTask, SelfDet, Views, as_targets, bank_chunk, bank_key, build_bank, finish_bank,
                            photo_loader, read_or_next, to_device)
 from .losses import build_criterion
@@ -249,7 +250,8 @@ class PretrainTask:
         torch.manual_seed(cfg.seed)
         self.model = build_updetr(**model_options(cfg)).to(processes.device)
         for part in self.model.transformer.children(): part.gradient_checkpointing = cfg.gradient_checkpointing
-        self.module = PretrainStep(self.model, build_criterion(self.model, **loss_options(cfg)).to(processes.device))
+        step = GraphedStep if cfg.cuda_graphs and processes.device.type == 'cuda' else PretrainStep
+        self.module = step(self.model, build_criterion(self.model, **loss_options(cfg)).to(processes.device))
 
     def plan(self, start: int, total: int) -> BatchPlan:
         "Which photos this process sees. Raises ValueError for a batch size that does not fit the photos or the processes."

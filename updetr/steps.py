@@ -21,11 +21,13 @@ from torchvision.ops import box_convert
 from .augment import draw_factors
 from .boxes import pad_images
 from .config import PretrainConfig
+from .graphs import GraphedStep
 from .loader import as_targets, collate, epoch_batches, to_device
 from .losses import SetCriterion, name_layers, stack_layers
 from .matcher import pad_targets
 from .patches import sample_boxes
 from .photos import PRETRAIN_MAX, PRETRAIN_SIZES, resize_shape
+from .pretrain_task import PretrainStep, encode_ahead
 from .reference import as_reference, reference_criterion
 from .train import build_optimizer
 
@@ -164,6 +166,7 @@ class Ours:
                  ):
         self.model, self.criterion, self.cfg = model.to(device).train(), criterion.to(device), cfg
         self.device, self.amp, self.optimizer = torch.device(device), amp, self.make_optimizer()
+        self.module = (GraphedStep if self.device.type == 'cuda' else PretrainStep)(self.model, self.criterion)
 
     def make_optimizer(self): return build_optimizer(self.model, self.cfg)
 
@@ -179,6 +182,14 @@ class Ours:
             patch = piece('CNN, patches', lambda: model.encode_patches(ready['patches']))
             outputs = piece('transformer', lambda: model.forward_features(feature, patch, mask, ready['keep']))
         return self.learn(outputs, self.targets(ready['boxes']), piece)
+
+    def run(self, batches):
+        "Pre-train on several batches as the training loop does: encoded one ahead, on a GPU as graphs. Yields the losses."
+        for ready in encode_ahead(self.model, map(self.prepare, batches), self.amp):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp): loss, _ = self.module(ready)
+            loss.backward()
+            self.update()
+            yield loss.detach()
 
     def detect(self, images, mask, targets, piece=plain):
         "Fine-tune on normalised images (B,3,H,W), their padding (B,H,W) or None, and one dictionary a photo."
@@ -227,6 +238,10 @@ class Theirs(Ours):
     def prepare(self, batch):
         "A batch of `as_floats`, on the device."
         return {k: v if v is None else v.to(self.device) for k, v in batch.items()}
+
+    def run(self, batches):
+        "Pre-train on several batches, one after the other."
+        for batch in batches: yield self.step(batch)
 
     def targets(self, boxes): return [{'labels': torch.ones(len(b), dtype=torch.long, device=b.device), 'boxes': b} for b in boxes]
     def match(self, outputs, targets): return self.criterion.match_all(outputs, targets)
