@@ -346,12 +346,15 @@ def main() -> None:
     parser = argparse.ArgumentParser('make reports', description='Run all experiments at one scale, and write their reports.')
     parser.add_argument('--scale', default='toy', choices=DESCRIPTIONS)
     parser.add_argument('--only', default='', help='names of experiments, comma-separated; all')
+    parser.add_argument('--plan', action='store_true', help='print what would be run, at any scale without data, and stop')
     parser.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='a parameter of the notebooks')
     args = parser.parse_args()
     names = [n for n in args.only.split(',') if n] or list(EXPERIMENTS)
-    values = {'scale': args.scale, 'seed': 42, 'seeds': 3, 'gpus': -1, 'workers': 0, 'plan_only': False, 'img_s': 0., 'finetune_img_s': 0.}
+    values = {'scale': args.scale, 'seed': 42, 'seeds': 3, 'gpus': -1, 'workers': 0, 'plan_only': args.plan, 'img_s': 0.}
+    values |= {'finetune_img_s': 0.}
     values |= {k: type(values[k])(v) if k in values and not isinstance(values[k], bool) else v for k, v in args.p}
     studies = [open_study(n, values) for n in names]
+    if args.plan: return print(*(s.plan() for s in studies), sep='\n\n')
     wanted = [w for s in studies for w in s.e.wanted(s.seeds)]
     run_jobs(wanted, studies[0].root, values['workers'], studies[0].site.gpus, lambda line: print(f'\r\x1b[K{line}', end='', flush=True))
     given = [w for k, v in [('scale', args.scale), *args.p] for w in ('-p', k, v)]
