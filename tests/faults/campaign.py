@@ -486,15 +486,19 @@ class Follow:
         if end.exists() and json.loads(end.read_text())['step'] == step: os.kill(os.getpid(), signal.SIGTERM)
 
 
-def watch_life(trainer, follower, until, samples):
-    """Sample memory (MiB) and file handles of both runs twice a second until a moment, or until one has ended."""
-    pairs = [(t.processes[0], s) for t, s in zip((trainer, follower), samples)]
-    while time.monotonic() < until and all(p.is_alive() for p, _ in pairs):
-        for process, seen in pairs:
-            try: seen.append(((now := psutil.Process(process.pid)).memory_info().rss / 2**20, now.num_fds()))
+def saved_at(run): return (run / SAVE).stat().st_mtime_ns if (run / SAVE).exists() else None
+
+
+def watch_life(trainers, until, samples):
+    """Sample memory (MiB) and file handles of runs twice a second until a moment. Each from its next save on: then it has done all it does."""
+    before = [saved_at(t.folder) for t in trainers]
+    while time.monotonic() < until and all(t.processes[0].is_alive() for t in trainers):
+        for trainer, mark, seen in zip(trainers, before, samples):
+            if saved_at(trainer.folder) == mark: continue
+            try: seen.append(((now := psutil.Process(trainer.processes[0].pid)).memory_info().rss / 2**20, now.num_fds()))
             except psutil.Error: pass
         time.sleep(.5)
-    for process, _ in pairs: assert process.is_alive(), f'ended by itself, with {process.exitcode}: {trainer.said()} {follower.said()}'
+    for t in trainers: assert t.processes[0].is_alive(), f'ended by itself, with {t.processes[0].exitcode}: {t.said()}'
 
 
 def soak(root, minutes, between=(60, 240), rest=.1):
@@ -508,7 +512,7 @@ def soak(root, minutes, between=(60, 240), rest=.1):
     end, follower = start + 60 * minutes, Trainer(whole, Fault('undisturbed', pace=Follow(killed)))
     while time.monotonic() < end:
         trainer, life = Trainer(killed, Fault('killed', pace=Rest(rest))), []
-        watch_life(trainer, follower, min(end, time.monotonic() + rng.uniform(*between)), (life, undisturbed))
+        watch_life((trainer, follower), min(end, time.monotonic() + rng.uniform(*between)), (life, undisturbed))
         over, process = time.monotonic() >= end, trainer.processes[0]
         if over:  # the other run has not gone beyond any step that this one has done: go on to a new one
             trainer.until(lambda: last_step(killed) > furthest)
