@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +86,7 @@ class Trainer:
             (folder / f'out{r}.txt').write_text('')
             p.start()
 
-    def until(self, condition, seconds=300):
+    def until(self, condition, seconds=1200):
         """Wait for a condition, noting all descendants."""
         end = time.monotonic() + seconds
         while not condition():
@@ -97,14 +98,14 @@ class Trainer:
                 raise AssertionError(f'{self.folder.name} hangs: {self.said()}')
             time.sleep(.02)
 
-    def wait(self, seconds=300):
+    def wait(self, seconds=1200):
         """Exit codes; negative for signals."""
         self.until(lambda: not any(p.is_alive() for p in self.processes), seconds)
         return [p.exitcode for p in self.processes]
 
     def said(self): return ''.join((self.folder / f'out{r}.txt').read_text() for r in range(len(self.processes)))
 
-    def orphans(self, seconds=15):
+    def orphans(self, seconds=60):
         """How many descendants outlive the trainer; data-loading children look for their parent every few seconds."""
         end = time.monotonic() + seconds
         while (left := [p for p in self.seen if lives(p)]) and time.monotonic() < end: time.sleep(.1)
@@ -365,7 +366,7 @@ def member(run, word):
     return [p for p in _members(mark) if word in p.cmdline()]
 
 
-def until(condition, seconds=300):
+def until(condition, seconds=1200):
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, 'waited in vain'
@@ -436,7 +437,7 @@ def run_launched(campaign, name):
     whole, run = campaign.undisturbed('launched'), campaign.make(name.replace(' ', '_'), 'launched')
     LONG[name](run)
     assert (run / 'done.json').exists() == (name in UNHARMED), 'the blow came too late'
-    mark, end = json.loads((run / 'launch.json').read_text())['mark'], time.monotonic() + 15
+    mark, end = json.loads((run / 'launch.json').read_text())['mark'], time.monotonic() + 60
     while _members(mark) and time.monotonic() < end: time.sleep(.1)
     orphans = len(_members(mark))
     if not (run / 'done.json').exists():
@@ -527,7 +528,7 @@ def soak(root, minutes, between=(60, 240), rest=.1):
         print(f'{(time.monotonic() - start) / 60:.1f} min, life {len(lives)}, step {seen}, furthest {furthest}, {lives[-1]}', flush=True)
     step = load_checkpoint(killed / SAVE)['step']
     write_json(killed / 'ended.json', {'step': step})
-    assert follower.wait(1800) == [0], follower.said()
+    assert follower.wait() == [0], follower.said()
     assert f'stopped after step {step} of' in follower.said(), follower.said()
     same = losses(whole) == losses(killed) and same_weights(whole, killed) and max(losses(whole)) == step
     memory, handles = zip(*undisturbed)
@@ -558,10 +559,11 @@ def main():
     parser.add_argument('--report', help='folder for metrics.json; with the corpus of bad inputs')
     args, begun = parser.parse_args(), time.monotonic()
     with tempfile.TemporaryDirectory() as root:
-        campaign = Campaign(Path(root) / 'runs')
+        campaign, pool = Campaign(Path(root) / 'runs'), ThreadPoolExecutor(1)
+        soaking = pool.submit(soak, Path(root) / 'soak', args.minutes) if args.minutes else None  # at the same time: it rests a lot
         rows = [attempt(f.name, lambda f=f: campaign.run(f)) for f in SHORT]
         if args.long: rows += [attempt(name, lambda name=name: run_launched(campaign, name)) for name in LONG]
-        soaked = soak(Path(root) / 'soak', args.minutes) if args.minutes else None
+        soaked = soaking.result() if soaking else None
         print(soaked, flush=True)
         if args.report: report(args, Path(root), rows, soaked, begun)
     sys.exit(any(r['outcome'].startswith('BROKEN') for r in rows))
