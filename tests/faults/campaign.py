@@ -86,7 +86,7 @@ class Trainer:
             (folder / f'out{r}.txt').write_text('')
             p.start()
 
-    def until(self, condition, seconds=1200):
+    def until(self, condition, seconds=1800):
         """Wait for a condition, noting all descendants."""
         end = time.monotonic() + seconds
         while not condition():
@@ -96,9 +96,9 @@ class Trainer:
             if time.monotonic() > end:
                 for p in self.processes: p.kill()
                 raise AssertionError(f'{self.folder.name} hangs: {self.said()}')
-            time.sleep(.02)
+            time.sleep(.1)  # looking costs more than the trainers' steps
 
-    def wait(self, seconds=1200):
+    def wait(self, seconds=1800):
         """Exit codes; negative for signals."""
         self.until(lambda: not any(p.is_alive() for p in self.processes), seconds)
         return [p.exitcode for p in self.processes]
@@ -487,6 +487,7 @@ class Follow:
         if end.exists() and json.loads(end.read_text())['step'] == step: os.kill(os.getpid(), signal.SIGTERM)
 
 
+def log_size(run): return (run / 'log.txt').stat().st_size if (run / 'log.txt').exists() else 0
 def saved_at(run): return (run / SAVE).stat().st_mtime_ns if (run / SAVE).exists() else None
 
 
@@ -512,8 +513,11 @@ def soak(root, minutes, between=(60, 240), rest=.1):
     start, undisturbed = time.monotonic(), []
     end, follower = start + 60 * minutes, Trainer(whole, Fault('undisturbed', pace=Follow(killed)))
     while time.monotonic() < end:
-        trainer, life = Trainer(killed, Fault('killed', pace=Rest(rest))), []
-        watch_life((trainer, follower), min(end, time.monotonic() + rng.uniform(*between)), (life, undisturbed))
+        before, life, early = log_size(killed), [], rng.random() < .15
+        trainer = Trainer(killed, Fault('killed', pace=Rest(rest)))
+        if not early: trainer.until(lambda size=before: log_size(killed) > size)  # a life is counted from its first step on
+        stays = rng.uniform(0, 5) if early else rng.uniform(*between)
+        watch_life((trainer, follower), min(end, time.monotonic() + stays), (life, undisturbed))
         over, process = time.monotonic() >= end, trainer.processes[0]
         if over:  # the other run has not gone beyond any step that this one has done: go on to a new one
             trainer.until(lambda: last_step(killed) > furthest)
@@ -524,7 +528,7 @@ def soak(root, minutes, between=(60, 240), rest=.1):
         memory, handles = zip(*life) if life else ((), ())
         lives.append({'samples': len(life), 'memory': growth(memory), 'handles': growth(handles),
                       'level': float(np.median(memory[len(life) // 2:])) if life else None})
-        seen, furthest = last_step(killed), max(losses(killed))
+        seen, furthest = last_step(killed), max(losses(killed), default=0) if log_size(killed) else 0
         print(f'{(time.monotonic() - start) / 60:.1f} min, life {len(lives)}, step {seen}, furthest {furthest}, {lives[-1]}', flush=True)
     step = load_checkpoint(killed / SAVE)['step']
     write_json(killed / 'ended.json', {'step': step})
