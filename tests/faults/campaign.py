@@ -503,16 +503,17 @@ def watch_life(trainers, until, samples):
     for t in trainers: assert t.processes[0].is_alive(), f'ended by itself, with {t.processes[0].exitcode}: {t.said()}'
 
 
-def soak(root, minutes, between=(60, 240), rest=.1):
+def soak(root, minutes, between=(60, 240), rest=.2):
     """Train and kill at random moments, so many seconds apart, until the time is over; then stop after a step.
     A second process trains the same undisturbed, a step behind, until that step: losses and weights must be equal."""
     campaign, rng, furthest, lives = Campaign(root), random.Random(0), 0, []
     cfg = dataclasses.asdict(make_config('demo', **TINY | dict(epochs=10**6, warmup=0., save_every=25)))
     for name in ('killed', 'whole'): write_json(campaign.make(name, 'bank') / 'cfg.json', cfg)
     killed, whole = campaign.root / 'bank/killed', campaign.root / 'bank/whole'
-    start, undisturbed = time.monotonic(), []
-    end, follower = start + 60 * minutes, Trainer(whole, Fault('undisturbed', pace=Follow(killed)))
-    while time.monotonic() < end:
+    follower, undisturbed, over = Trainer(whole, Fault('undisturbed', pace=Follow(killed))), [], False
+    start = time.monotonic()
+    end = start + 60 * minutes
+    while not over:
         before, life, early = log_size(killed), [], rng.random() < .15
         trainer = Trainer(killed, Fault('killed', pace=Rest(rest)))
         if not early: trainer.until(lambda size=before: log_size(killed) > size)  # a life is counted from its first step on
