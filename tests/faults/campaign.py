@@ -492,7 +492,7 @@ def saved_at(run): return (run / SAVE).stat().st_mtime_ns if (run / SAVE).exists
 
 
 def watch_life(trainers, until, samples):
-    """Sample memory (MiB) and file handles of runs twice a second until a moment. Each from its next save on: then it has done all it does."""
+    """Sample memory (MiB) and file handles of runs twice a second until a moment; each from its next save on, when all is loaded."""
     before = [saved_at(t.folder) for t in trainers]
     while time.monotonic() < until and all(t.processes[0].is_alive() for t in trainers):
         for trainer, mark, seen in zip(trainers, before, samples):
@@ -503,8 +503,8 @@ def watch_life(trainers, until, samples):
     for t in trainers: assert t.processes[0].is_alive(), f'ended by itself, with {t.processes[0].exitcode}: {t.said()}'
 
 
-def soak(root, minutes, between=(60, 240), rest=.2):
-    """Train and kill at random moments, so many seconds apart, until the time is over; then stop after a step.
+def soak(root, minutes, between=(60, 240), rest=.2, least=1):
+    """Train and kill at random moments, so many seconds apart, until the time is over, and `least` times; then stop after a step.
     A second process trains the same undisturbed, a step behind, until that step: losses and weights must be equal."""
     campaign, rng, furthest, lives = Campaign(root), random.Random(0), 0, []
     cfg = dataclasses.asdict(make_config('demo', **TINY | dict(epochs=10**6, warmup=0., save_every=25)))
@@ -517,11 +517,11 @@ def soak(root, minutes, between=(60, 240), rest=.2):
         before, life, early = log_size(killed), [], rng.random() < .15
         trainer = Trainer(killed, Fault('killed', pace=Rest(rest)))
         if not early: trainer.until(lambda size=before: log_size(killed) > size)  # a life is counted from its first step on
-        stays = rng.uniform(0, 5) if early else rng.uniform(*between)
-        watch_life((trainer, follower), min(end, time.monotonic() + stays), (life, undisturbed))
-        over, process = time.monotonic() >= end, trainer.processes[0]
+        stays = time.monotonic() + (rng.uniform(0, 5) if early else rng.uniform(*between))
+        watch_life((trainer, follower), min(end, stays) if len(lives) >= least else stays, (life, undisturbed))
+        over, process = time.monotonic() >= end and len(lives) >= least, trainer.processes[0]
         if over:  # the other run has not gone beyond any step that this one has done: go on to a new one
-            trainer.until(lambda: last_step(killed) > furthest)
+            trainer.until(lambda last=furthest: last_step(killed) > last)
             process.terminate()
         else: process.kill()
         trainer.wait()
@@ -540,7 +540,8 @@ def soak(root, minutes, between=(60, 240), rest=.2):
     return {'minutes': round((time.monotonic() - start) / 60, 1), 'steps': step, 'kills': len(lives) - 1, 'weights_equal': same,
             'repeated_steps': len((killed / 'log.txt').read_text().splitlines()) - step,
             'rss_growth_mb': rounded(largest([growth(memory), *(x['memory'] for x in lives)])),
-            'rss_growth_undisturbed_mb': rounded(growth(memory)), 'rss_growth_across_lives_mb': rounded(growth([x['level'] for x in lives if x['level']])),
+            'rss_growth_undisturbed_mb': rounded(growth(memory)),
+            'rss_growth_across_lives_mb': rounded(growth([x['level'] for x in lives if x['level']])),
             'handles_growth': largest([growth(handles), *(x['handles'] for x in lives)]),
             'samples': len(undisturbed) + sum(x['samples'] for x in lives)}
 
