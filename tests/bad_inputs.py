@@ -396,7 +396,7 @@ def _linked(folder):
     return root
 
 
-def judge(name, folder, seconds=20):
+def judge(name, folder, seconds=120):
     """('named_error' | 'counted_skip' | why it is neither, seconds of work)."""
     act, words = TABLE[name]
     begun, here = time.process_time(), os.getcwd()

@@ -1,4 +1,5 @@
 """The table of bad inputs, item by item; and what no input at all may break."""
+import ast
 import warnings
 
 import numpy as np
@@ -10,8 +11,8 @@ from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert
 
 from bad_inputs import BAD_PTH, READERS, TABLE, judge
-from updetr.boxes import pad_images
-from updetr.launch import torchrun_command
+from conftest import ROOT
+from updetr.boxes import paired_iou
 from updetr.loader import BatchPlan, PatchTask, SelfDet, Views, collate, photo_loader
 from updetr.matcher import assign, match_cost
 from updetr.patches import crop_patches, sample_boxes
@@ -41,10 +42,29 @@ def test_the_malicious_files_would_run(tmp_path, monkeypatch):
         (tmp_path / 'MADE').rmdir()
 
 
-def test_processes_meet_on_loopback_and_no_shell_sees_parameters(tmp_path):
-    words = torchrun_command(tmp_path / '$(touch MADE); x', 2)
-    assert words[words.index('--local-addr') + 1] == '127.0.0.1' and '--standalone' in words
-    assert str(tmp_path / '$(touch MADE); x' / 'cfg.json') in words  # one word, whatever is in it
+CALLS = ('system', 'popen', 'eval', 'exec', 'bind', 'listen', 'serve_forever', 'HTTPServer', 'Unpickler')
+
+
+def runs_or_listens(source):
+    """Calls in a module that could hand text to a shell, run what a file holds, or open a port."""
+    for call in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)):
+        text, name = ast.unparse(call), getattr(call.func, 'attr', getattr(call.func, 'id', ''))
+        options = {k.arg: ast.unparse(k.value) for k in call.keywords}
+        plain = isinstance(call.func, ast.Name) or not text.startswith(('self.', 'task.', 'model.', 'module.'))
+        if name in CALLS and plain and (name != 'eval' or isinstance(call.func, ast.Name)): yield text
+        if options.get('shell', 'False') != 'False' or 'pickle.load' in text or 'yaml.load' in text: yield text
+        if name == 'load' and text.startswith('torch.') and options.get('weights_only') != 'True': yield text
+        if options.get('allow_pickle', 'False') != 'False': yield text
+        if text.startswith('ElementTree.') and name in ('parse', 'fromstring') and len(call.args) < 2: yield text  # without our parser
+
+
+def test_no_shell_no_pickle_no_port():
+    """The package has no call that could; and such calls would be found."""
+    for bad in ('os.system(x)', 'subprocess.run(x, shell=True)', 'eval(x)', 'torch.load(p)', 'pickle.loads(b)', 's.bind(a)',
+                'np.load(p, allow_pickle=True)', 'ElementTree.parse(p)', 'torch.load(p, weights_only=False)'):
+        assert list(runs_or_listens(bad)), bad
+    found = {path.name: calls for path in (ROOT / 'updetr').glob('*.py') if (calls := list(runs_or_listens(path.read_text())))}
+    assert not found
 
 
 # ---- for any numbers -----------------------------------------------------------------------------------------------
@@ -94,16 +114,37 @@ def test_the_matcher_finds_the_cheapest_pairs(extra, counts, seed):
         assert cost[0, b, mine, torch.arange(n)].sum().item() == pytest.approx(cost[0, b].numpy()[rows, columns].sum(), abs=1e-4)
 
 
+corner = st.integers(0, 12)
+box = st.tuples(corner, corner, corner, corner)
+
+
+@quick
+@given(st.lists(st.tuples(box, box), min_size=1, max_size=8))
+def test_iou_is_a_count_of_pixels(pairs):
+    """Also of boxes without area, and of those whose corners are exchanged."""
+    a, b = (torch.tensor([pair[k] for pair in pairs]) for k in (0, 1))
+
+    def pixels(box): return {(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])}
+    counted = [len(pixels(a) & pixels(b)) / max(1, len(pixels(a) | pixels(b))) for a, b in pairs]
+    assert paired_iou(a, b).tolist() == pytest.approx(counted, abs=1e-6) and torch.equal(paired_iou(a, b), paired_iou(b, a))
+
+
 @quick
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=5), st.integers(0, 1000))
-def test_padding_loses_no_pixel(sizes, seed):
-    g = torch.Generator().manual_seed(seed)
+def test_a_batch_loses_no_pixel_and_no_box(sizes, seed):
+    """Photos of any sizes: each is found again in its corner, everything else is padding, and what belongs to it stays with it."""
+    g, kinds = torch.Generator().manual_seed(seed), {'patches': (2, 3, 4, 4), 'factors': (2, 5), 'boxes': (2, 4), 'keep': (6,)}
     images = [torch.randint(1, 256, (3, h, w), dtype=torch.uint8, generator=g) for h, w in sizes]
-    padded, mask = pad_images(images)
-    for image, whole, hidden in zip(images, padded, mask):
-        h, w = image.shape[1:]
-        assert torch.equal(whole[:, :h, :w], image) and not hidden[:h, :w].any()
-        assert hidden.sum() == hidden.numel() - h * w and whole.sum() == image.sum()
+    samples = [{'image': x, 'index': 7 * i, 'skipped': [f'{i}'] * (i % 2), **{k: torch.rand(s, generator=g) for k, s in kinds.items()}}
+               for i, x in enumerate(images)]
+    batch = collate(samples)
+    assert (batch['mask'] is None) == (len(set(sizes)) == 1) and batch['index'].tolist() == [7 * i for i in range(len(sizes))]
+    assert batch['skipped'] == [f'{i}' for i in range(len(sizes)) if i % 2]
+    hidden = torch.zeros(batch['images'][:, 0].shape, dtype=torch.bool) if batch['mask'] is None else batch['mask']
+    for i, (image, (h, w)) in enumerate(zip(images, sizes)):
+        assert torch.equal(batch['images'][i, :, :h, :w], image) and not hidden[i, :h, :w].any()
+        assert hidden[i].sum() == hidden[i].numel() - h * w and batch['images'][i].sum() == image.sum()
+        assert all(torch.equal(batch[k][i], samples[i][k]) for k in kinds)
 
 
 # ---- the same numbers for any number of workers --------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Launching, with real processes: what a notebook cannot show of notebooks 12a, 17 and 18. The trainer here is a fake one that counts."""
+import dataclasses
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 
 import updetr.stop
+from test_resume import TINY
+from updetr.config import make_config
 from updetr.launch import _members, attach, follow, is_alive, launch, read_log, stop, torchrun_command
 from updetr.watch import watch
 
@@ -226,3 +229,28 @@ def test_two_machines_on_loopback(runs):
     until(lambda: not is_alive(run))
     assert Path(run/'ready1').exists()                      # rank 1 of the other agent
     with pytest.raises(ValueError, match='rdzv_endpoint'): launch(runs/'b', {}, nnodes=2)
+
+
+def test_nothing_listens_on_the_network(tmp_path):
+    "All sockets of a real run of two processes, and of its launcher, are of this machine alone: no other machine can connect."
+    run = tmp_path/'run'
+    try:
+        launch(run, dataclasses.asdict(make_config('demo', **TINY | dict(epochs=10_000))), processes=2)
+        until(lambda: read_log(run) or not is_alive(run), 600)
+        assert is_alive(run), (run/'train.log').read_text()
+        members = _members(mark(run))
+        sockets = [(p.pid, end[0]) for p in members for c in p.net_connections('inet') for end in (c.laddr, c.raddr) if end]
+    finally: stop(run, timeout=0)
+    assert len(members) == 3 and len({pid for pid, _ in sockets}) == 2      # the workers talk to each other, the launcher to nobody
+    assert {address.removeprefix('::ffff:') for _, address in sockets} <= {'127.0.0.1', '::1'}
+
+
+def test_no_shell_reads_what_the_user_gives(runs, monkeypatch):
+    "Names and values that a shell would carry out, in the folder's name and in the configuration, arrive as they are."
+    monkeypatch.chdir(runs)
+    evil = "$(touch MADE); `touch MADE` & touch MADE #'\""
+    (run := runs/evil).mkdir()
+    start(run, steps=2, note=evil)
+    until(lambda: not is_alive(run))
+    assert json.loads((run/'cfg.json').read_text())['note'] == evil and (run/'done.json').exists()
+    assert not list(runs.rglob('MADE')) and not Path('MADE').exists()

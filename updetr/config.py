@@ -111,6 +111,7 @@ class TrainConfig:
     log_every: int = 10  # steps between log lines
     save_every: int = 500  # steps between saves of the last state
     keep_every: int = 20  # epochs between checkpoints that are kept
+    max_skips: int = 0  # steps in a row that may be skipped where loss or gradient is not finite; 0 = stop at the first
 
     def problems(self):
         "Yield what is wrong between fields; each kind of run has its own."
@@ -181,7 +182,7 @@ CHOICES = {'schedule': ('step', 'cosine'), 'position': ('sine', 'learned'), 'pat
 POSITIVE = ('hidden_dim nheads enc_layers dec_layers dim_feedforward num_queries num_patches patch_size view_size lr epochs lr_drop '
             'batch_size accumulate clip_max_norm log_every save_every channels').split()
 SHARES = 'dropout mask_ratio heldout warmup ema'.split()
-COUNTS = 'weight_decay lr_backbone eos_coef views cached_patches num_workers keep_every seed'.split()
+COUNTS = 'weight_decay lr_backbone eos_coef views cached_patches num_workers keep_every max_skips seed'.split()
 
 def check_config(cfg: TrainConfig,  # of any kind; maybe impossible
                  ) -> TrainConfig:  # the same
@@ -260,7 +261,7 @@ def loss_options(cfg: SetLossConfig,  # of a run
     return _group(cfg, LossConfig, SetLossConfig) | {'eos_coef': cfg.eos_coef or None}
 
 # %% ../nbs/14_config.ipynb #c029
-NEUTRAL = ('num_workers', 'log_every', 'save_every', 'keep_every', 'eval_every', 'eval_backend')
+NEUTRAL = ('num_workers', 'log_every', 'save_every', 'keep_every', 'max_skips', 'eval_every', 'eval_backend')
 
 def cfg_changes(old: Mapping,  # configuration that the run was started with
                 new: Mapping,  # configuration asked for now

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -49,11 +50,12 @@ def torchrun_command(
     if nnodes > 1 and not rdzv_endpoint:
         raise ValueError(f"nnodes={nnodes} needs rdzv_endpoint='host:port', a free port on one of the machines, the same for all")
     run = Path(run_dir).resolve()
-    meet = ['--standalone', '--local-addr', '127.0.0.1'] if nnodes == 1 else [
-        '--nnodes', nnodes, '--rdzv-backend', 'c10d', '--rdzv-endpoint', rdzv_endpoint, '--rdzv-id', run.name]
+    meet = ['--rdzv-endpoint', run/'meet/launcher', '--rdzv-conf', 'store_type=file', '--local-addr', '127.0.0.1'] if nnodes == 1 else [
+        '--nnodes', nnodes, '--rdzv-endpoint', rdzv_endpoint]
     return [str(w) for w in [
-        sys.executable, '-m', 'torch.distributed.run', *meet, '--nproc-per-node', processes, '--max-restarts', 0,
-        '--log-dir', run/'ranks', '--tee', 3, '--local-ranks-filter', 0, '-m', module, '--cfg', run/'cfg.json']]
+        sys.executable, '-m', 'torch.distributed.run', '--rdzv-backend', 'c10d', '--rdzv-id', run.name, *meet,
+        '--nproc-per-node', processes, '--max-restarts', 0, '--log-dir', run/'ranks', '--tee', 3, '--local-ranks-filter', 0,
+        '-m', module, '--cfg', run/'cfg.json']]
 
 # %% ../nbs/17_launch.ipynb #c013
 def _has_mark(process, mark):
@@ -87,12 +89,20 @@ def is_alive(
     except psutil.NoSuchProcess: return False
 
 # %% ../nbs/17_launch.ipynb #c019
-def _environment(processes, gpus, mark):
-    "Environment of a launcher; what the user has set already wins, apart from what marks the launch."
+def _alone(run):
+    "Environment of a run on one machine: an empty folder to meet in, and no connection but over the loopback interface"
+    shutil.rmtree(run/'meet', ignore_errors=True)
+    (run/'meet').mkdir(mode=0o700, exist_ok=True)
+    inside = next(name for name, addresses in psutil.net_if_addrs().items() if any(a.address == '127.0.0.1' for a in addresses))
+    return dict(UPDETR_MEET=str((run/'meet/workers').resolve()), TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1',
+                GLOO_SOCKET_IFNAME=inside, NCCL_SOCKET_IFNAME=inside)
+
+def _environment(processes, gpus, mark, more):
+    "Environment of a launcher; what the user has set already wins, apart from what marks the launch and `more`."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     usual = dict(PYTHONUNBUFFERED='1', OMP_NUM_THREADS=str(max(1, cores//processes)), TORCH_ELASTIC_SHUTDOWN_TIMEOUT='300')
     fixed = dict(UPDETR_LAUNCH=mark, MPLBACKEND='Agg', **({} if gpus else dict(CUDA_VISIBLE_DEVICES='')))
-    return {**usual, **os.environ, **fixed}
+    return {**usual, **{k: v for k, v in os.environ.items() if k != 'UPDETR_MEET'}, **fixed, **more}
 
 def _start(run, command, env):
     "Start the launcher detached from this process and write `launch.json`."
@@ -172,7 +182,8 @@ def launch(
         if (run/'done.json').exists(): return Run(run, 'finished')
         if goes_on: return Run(run, 'attached')
         stop(run)
-        return Run(run, 'started', _start(run, command, _environment(gpus or processes, gpus, uuid.uuid4().hex)))
+        env = _environment(gpus or processes, gpus, uuid.uuid4().hex, _alone(run) if nnodes == 1 else {})
+        return Run(run, 'started', _start(run, command, env))
 
 # %% ../nbs/17_launch.ipynb #c028
 def stop(

@@ -82,12 +82,13 @@ class HungarianMatcher(nn.Module):
                  ):
         super().__init__()
         if not any((cost_class, cost_bbox, cost_giou)): raise ValueError('all matching costs are zero')
-        self.weights, self.own_group = (cost_class, cost_bbox, cost_giou), own_group
+        self.weights, self.own_group, self.strict = (cost_class, cost_bbox, cost_giou), own_group, True
 
     @torch.no_grad()
     def match(self, logits, pred_boxes, labels, boxes, counts):
         "(L,B,N,K), (L,B,N,4), padded targets -> (L,B,T): the query of each target, -1 where there is none."
         cost = match_cost(logits, pred_boxes, labels, boxes, self.weights)
+        if not self.strict: cost = cost.nan_to_num(1e6, 1e6, 1e6)  # the last choice
         return assign_own_group(cost) if self.own_group else assign(cost, counts)
 
     def forward(self,

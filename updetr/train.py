@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAVED', 'TASKS', 'lr_factor', 'build_optimizer', 'Processes', 'join_processes', 'TrainState', 'image_ids',
            'memory_advice', 'train_step', 'overfit_one_batch', 'peak_memory_mb', 'first_bad', 'RunLog', 'not_finite',
-           'progress_writer', 'train', 'find_task', 'only_trainer', 'run', 'main']
+           'skip_step', 'progress_writer', 'train', 'find_task', 'only_trainer', 'run', 'main']
 
 # %% ../nbs/16_train.ipynb #c002
 import argparse
@@ -84,12 +84,22 @@ class Processes:
         if self.world > 1: dist.all_reduce(x := x.clone())
         return x / self.world
 
+    def gather(self,
+               x,  # plain data of this process
+               ) -> list:  # one a process, in order; the same on all
+        "What each process has."
+        if self.world > 1: dist.all_gather_object(parts := [None] * self.world, x)
+        return parts if self.world > 1 else [x]
+
+# %% ../nbs/16_train.ipynb #80948c78
 def join_processes() -> Processes:
     "Join the other processes of this launch, if there are any."
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     cuda = torch.cuda.is_available()
     if cuda: torch.cuda.set_device(local)
-    if world > 1 and not dist.is_initialized(): dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
+    if world > 1 and not dist.is_initialized():
+        store = dist.FileStore(os.environ['UPDETR_MEET'], world) if 'UPDETR_MEET' in os.environ else None  # None: MASTER_ADDR
+        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', store=store, rank=rank, world_size=world)
     return Processes(rank, world, torch.device('cuda', local) if cuda else torch.device('cpu'))
 
 # %% ../nbs/16_train.ipynb #c012
@@ -99,7 +109,7 @@ class TrainState:
                  model: nn.Module,  # bare, not in DDP
                  cfg: TrainConfig,  # of the run
                  ):
-        self.model, self.cfg, self.step, self.seconds, self.measured = model, cfg, 0, 0., 0
+        self.model, self.cfg, self.step, self.seconds, self.measured, self.skips = model, cfg, 0, 0., 0, 0
         self.optimizer = build_optimizer(model, cfg)
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True) if cfg.ema else None
 
@@ -110,7 +120,7 @@ class TrainState:
         "DETR's keys (model, optimizer, lr_scheduler, epoch, args) and what an exact resume needs beyond them."
         state = {'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(), 'lr_scheduler': {'step': self.step},
                  'step': self.step, 'epoch': self.step // steps_per_epoch, 'seconds': self.seconds, 'measured': self.measured,
-                 'args': dataclasses.asdict(self.cfg), 'rng': rng}
+                 'skips': self.skips, 'args': dataclasses.asdict(self.cfg), 'rng': rng}
         return state | ({'ema': self.ema.module.state_dict(), 'ema_steps': self.ema.n_averaged} if self.ema else {})
 
     def load(self,
@@ -126,7 +136,7 @@ class TrainState:
                              'Give the run a new name, or go back to the old values')
         self.model.load_state_dict(state['model'])
         self.optimizer.load_state_dict(state['optimizer'])
-        self.step, self.seconds, self.measured = state['step'], state['seconds'], state['measured']
+        self.step, self.seconds, self.measured, self.skips = (state.get(k, 0) for k in ('step', 'seconds', 'measured', 'skips'))
         if self.ema:
             self.ema.module.load_state_dict(state['ema'])
             self.ema.n_averaged.copy_(state['ema_steps'])
@@ -158,8 +168,9 @@ def train_step(module: nn.Module,  # batch -> (loss, dictionary of logged number
                state: TrainState,  # changed in place
                factor: float,  # of the learning rates, 0..1
                amp: bool = False,  # bf16 autocast
-               ) -> tuple[list[str], Tensor]:  # names, their values on the device (no synchronisation)
-    "Forward, backward and update for one global batch."
+               processes: Processes | None = None,  # all of them do this step; None: there is one
+               ) -> tuple[list[str], Tensor]:  # names, their values on the device (no synchronisation unless steps may be skipped)
+    "Forward, backward and update for one global batch. If steps may be skipped, no process updates where one has a bad number."
     params, optimizer, n = [p for p in module.parameters() if p.requires_grad], state.optimizer, state.cfg.accumulate
     for group in optimizer.param_groups: group['lr'] = group['initial_lr'] * factor
     optimizer.zero_grad(set_to_none=True)
@@ -175,10 +186,13 @@ def train_step(module: nn.Module,  # batch -> (loss, dictionary of logged number
         values = {'loss': loss.detach()} | values
         logged = logged + torch.stack([v.detach().float() for v in values.values()]) / n
     norm = nn.utils.clip_grad_norm_(params, state.cfg.clip_max_norm)
-    optimizer.step()
-    if state.ema: state.ema.update_parameters(state.model)
-    state.step += 1
-    return [*values, 'grad_norm'], torch.cat((logged, norm.detach().float()[None]))
+    names, logged = [*values, 'grad_norm'], torch.cat((logged, norm.detach().float()[None]))
+    bad = state.cfg.max_skips and (processes or Processes()).any(first_bad(names, [logged]) is not None)
+    if not bad:
+        optimizer.step()
+        if state.ema: state.ema.update_parameters(state.model)
+    state.step, state.skips = state.step + 1, state.skips + 1 if bad else 0
+    return names, logged
 
 # %% ../nbs/16_train.ipynb #c017
 def overfit_one_batch(module: nn.Module,  # batch -> (loss, dictionary)
@@ -244,7 +258,8 @@ class RunLog:
               steps_per_epoch: int,  # for the key 'epoch'
               **more,  # further entries
               ):
-        "One line, from one transfer. Raises FloatingPointError when the loss is no longer a number."
+        "One line, from one transfer, unless all steps were skipped. Raises FloatingPointError when the loss is no longer a number."
+        if not self.window: return
         values, count, now = (self.processes.mean(sum(self.window)) / len(self.window)).tolist(), len(self.window), time.perf_counter()
         row = {'step': state.step, 'epoch': (state.step - 1) // steps_per_epoch} | {f'train_{n}': v for n, v in zip(self.names, values)}
         row |= {'train_lr': state.optimizer.param_groups[0]['lr'], 'img_s': self.images * count / (now - self.start)}
@@ -261,21 +276,45 @@ def _on_cpu(x):
     if isinstance(x, dict): return {k: _on_cpu(v) for k, v in x.items()}
     return [_on_cpu(v) for v in x] if isinstance(x, (list, tuple)) else x
 
+def _replay(task, step, terms, log, save=True):
+    "The photos of a step, whose batch is made again, and the file where it is saved"
+    batches, rank = list(task.batches(step - 1, step)), log.processes.rank
+    file = log.path.with_name(f'not_finite_step{step}_process{rank}.pth')
+    if save: save_checkpoint(file, {'step': step, 'terms': terms, 'batches': _on_cpu(batches)})
+    return [i for b in batches for i in image_ids(b)], file
+
 def not_finite(task,  # that is trained
                state: TrainState,  # where the run is
                log: RunLog,  # with the numbers since the last line
-               run_dir: str | Path,  # folder of the run
                error: FloatingPointError,  # what was noticed
                ) -> FloatingPointError:  # to be raised instead
     "Find the step, the numbers and the photos behind a loss that is not finite, and save its batch for a replay."
-    ago, terms = first_bad(log.names, log.window) or (-1, [str(error)])
+    ago, terms = first_bad(log.names, log.window) or (0 if state.skips else -1, [str(error)])
     step, rank = state.step - ago, log.processes.rank
-    batches = list(task.batches(step - 1, step))
-    file = Path(run_dir) / f'not_finite_step{step}_process{rank}.pth'
-    save_checkpoint(file, {'step': step, 'terms': terms, 'batches': _on_cpu(batches)})
-    photos = [i for b in batches for i in image_ids(b)]
-    return FloatingPointError(f'{", ".join(terms)} not finite in step {step}, photos {photos} of process {rank}. Its batch is in {file}. '
-                              'What was saved before is good; a smaller lr, in a new run, is the usual cure')
+    photos, file = _replay(task, step, terms, log)
+    before = f', after {state.skips - 1} skipped ones' if state.skips else ''
+    return FloatingPointError(f'{", ".join(terms)} not finite in step {step}{before}, photos {photos} of process {rank}. '
+                              f'Its batch is in {file}. What was saved before is good; a smaller lr, in a new run, is the usual cure')
+
+# %% ../nbs/16_train.ipynb #3f69d625
+def skip_step(task,  # that is trained
+              state: TrainState,  # after the step
+              log: RunLog,  # gets a line
+              names: list[str],  # of the step's numbers, (n,)
+              values: Tensor,  # (n,) of this process
+              ) -> None:
+    "Tell of a step that changed nothing. All processes call it; raises FloatingPointError after more than `max_skips` in a row."
+    if state.skips > state.cfg.max_skips:
+        log.add(names, values)
+        raise FloatingPointError('another process')
+    terms, rank = (first_bad(names, [values]) or (0, []))[1], log.processes.rank
+    first = not any(log.path.parent.glob(f'not_finite_*_process{rank}.pth'))
+    found = log.processes.gather((terms, _replay(task, state.step, terms, log, save=first)[0]))
+    guilty = [f for f in found if any(t.startswith('loss') for t in f[0])] or found
+    terms, photos = sorted({t for f in guilty for t in f[0]}), [i for f in guilty for i in f[1]]
+    row = {'step': state.step, 'epoch': (state.step - 1) // task.steps_per_epoch, 'skipped': ', '.join(terms), 'photos': photos}
+    log.append(row | {'time': time.time()})
+    if rank == 0: print(f'step {state.step} skipped: {row["skipped"]} not finite, photos {photos}', flush=True)
 
 # %% ../nbs/16_train.ipynb #c026
 def progress_writer(run_dir: str | Path,  # folder of the run
@@ -307,6 +346,8 @@ def train(task,  # an object as described above
     task.begin(resumed=state.step > 0)
     total = cfg.epochs * task.steps_per_epoch
     module = task.module.train()
+    for part in module.modules():
+        if hasattr(part, 'strict'): part.strict = not cfg.max_skips  # else it would end one process, and leave the others waiting
     if cfg.compile:
         for part in (task.model.transformer.encoder, task.model.transformer.decoder): part.compile()
     if processes.world > 1:
@@ -315,7 +356,7 @@ def train(task,  # an object as described above
     log = RunLog(run_dir, processes, cfg.batch_size)
     with StopFlag() as stop:
         try: complete = _loop(task, module, state, log, total, stop)
-        except FloatingPointError as e: raise not_finite(task, state, log, run_dir, e) from e
+        except FloatingPointError as e: raise not_finite(task, state, log, e) from e
     if complete and processes.rank == 0:
         write_json(run_dir / 'done.json', {'step': state.step, 'seconds': state.seconds})
     return state
@@ -328,8 +369,9 @@ def _loop(task, module, state, log, total, stop):
     begun, amp = time.perf_counter() - state.seconds, cfg.amp and processes.device.type == 'cuda'
     stopping = _due(task, state, total) and not _measure(task, state, log, stop)
     while state.step < total and not stopping:
-        names, values = train_step(module, batches, state, lr_factor(state.step, total, per_epoch, cfg), amp)
-        log.add(names, values)
+        names, values = train_step(module, batches, state, lr_factor(state.step, total, per_epoch, cfg), amp, processes)
+        if state.skips: skip_step(task, state, log, names, values)
+        else: log.add(names, values)
         state.seconds, stopping = time.perf_counter() - begun, processes.any(bool(stop))
         keep, due = cfg.keep_every and state.step % (cfg.keep_every * per_epoch) == 0, _due(task, state, total)
         save = state.step % cfg.save_every == 0 or state.step == total or stopping or keep or due

@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def child(folder, fault, rank, world, port):
     out = os.open(folder / f'out{rank}.txt', os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     for descriptor in (1, 2): os.dup2(out, descriptor)
     if fault and fault.early: fault.early()
-    if fault and fault.blow and rank == world - 1: strike(fault.blow, folder)
+    if fault and fault.blow and rank == world - 1: before_steps(lambda step: fault.blow(folder) if step == STEP else None)
+    if fault and fault.pace: before_steps(fault.pace)
     try: training.run(folder / 'cfg.json')
     except BaseException:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)  # so that it can be said
@@ -62,12 +64,12 @@ def child(folder, fault, rank, world, port):
         sys.exit(1)
 
 
-def strike(blow, folder):
-    """Let `blow` fall before step `STEP`."""
+def before_steps(act):
+    """Call `act` with the number of each step before it is done."""
     step = training.train_step
 
     def struck(module, batches, state, *more):
-        if state.step == STEP - 1: blow(folder)
+        act(state.step + 1)
         return step(module, batches, state, *more)
     training.train_step = struck
 
@@ -84,7 +86,7 @@ class Trainer:
             (folder / f'out{r}.txt').write_text('')
             p.start()
 
-    def until(self, condition, seconds=300):
+    def until(self, condition, seconds=1800):
         """Wait for a condition, noting all descendants."""
         end = time.monotonic() + seconds
         while not condition():
@@ -94,16 +96,16 @@ class Trainer:
             if time.monotonic() > end:
                 for p in self.processes: p.kill()
                 raise AssertionError(f'{self.folder.name} hangs: {self.said()}')
-            time.sleep(.02)
+            time.sleep(.1)  # looking costs more than the trainers' steps
 
-    def wait(self, seconds=300):
+    def wait(self, seconds=1800):
         """Exit codes; negative for signals."""
         self.until(lambda: not any(p.is_alive() for p in self.processes), seconds)
         return [p.exitcode for p in self.processes]
 
     def said(self): return ''.join((self.folder / f'out{r}.txt').read_text() for r in range(len(self.processes)))
 
-    def orphans(self, seconds=15):
+    def orphans(self, seconds=60):
         """How many descendants outlive the trainer; data-loading children look for their parent every few seconds."""
         end = time.monotonic() + seconds
         while (left := [p for p in self.seen if lives(p)]) and time.monotonic() < end: time.sleep(.1)
@@ -132,6 +134,7 @@ class Fault:
     resumed: tuple = ()  # what the process says that goes on
     early: Callable | None = None  # (), in the process, before it begins
     meanwhile: Callable | None = None  # (folder), while the process holds before step `STEP`
+    pace: Callable | None = None  # (step), in the process, before every step
     base: str = 'bank'  # which undisturbed run it is compared with
     kept: bool = True  # the log of all steps is still there
 
@@ -363,7 +366,7 @@ def member(run, word):
     return [p for p in _members(mark) if word in p.cmdline()]
 
 
-def until(condition, seconds=300):
+def until(condition, seconds=1200):
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, 'waited in vain'
@@ -434,7 +437,7 @@ def run_launched(campaign, name):
     whole, run = campaign.undisturbed('launched'), campaign.make(name.replace(' ', '_'), 'launched')
     LONG[name](run)
     assert (run / 'done.json').exists() == (name in UNHARMED), 'the blow came too late'
-    mark, end = json.loads((run / 'launch.json').read_text())['mark'], time.monotonic() + 15
+    mark, end = json.loads((run / 'launch.json').read_text())['mark'], time.monotonic() + 60
     while _members(mark) and time.monotonic() < end: time.sleep(.1)
     orphans = len(_members(mark))
     if not (run / 'done.json').exists():
@@ -450,42 +453,100 @@ def run_launched(campaign, name):
 # ---- the soak ------------------------------------------------------------------------------------------------------
 
 def growth(samples):
-    """From the median of the second fifth of a life to that of its last: the first fifth warms up."""
+    """From the median of the second fifth to that of the last: the first fifth warms up. None for too few samples."""
     k = len(samples) // 5
     return float(np.median(samples[-k:]) - np.median(samples[k:2 * k])) if k >= 3 else None
 
 
-def soak(root, minutes, between=(20, 60)):
-    """Train and kill at random moments, `between` so many seconds apart, until the end; then the same run without kills."""
-    campaign, rng, kills, memory, handles, end = Campaign(root), random.Random(0), 0, [], [], time.monotonic() + 60 * minutes
-    probe = campaign.make('speed', 'bank')
-    begun = Trainer(probe)
-    begun.wait()
-    rows = [json.loads(line) for line in (probe / 'log.txt').read_text().splitlines()]
-    a_step = np.median(np.diff([r['time'] for r in rows]))
-    epochs = max(3, round(.8 * 60 * minutes / a_step / 4))  # not all of the time, since lives are cut short and begin anew
-    cfg = dataclasses.asdict(make_config('demo', **TINY | dict(epochs=epochs, save_every=25)))
+def largest(values): return max((v for v in values if v is not None), default=None)
+
+
+def last_step(run):
+    """The step of a log's last whole line."""
+    try:
+        with open(run / 'log.txt', 'rb') as f:
+            f.seek(max(0, os.path.getsize(run / 'log.txt') - 4096))
+            return json.loads(f.read().split(b'\n')[-2])['step']
+    except (FileNotFoundError, IndexError): return 0
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Rest before every step, so that hours of training do not take a whole core."""
+    seconds: float
+    def __call__(self, step): time.sleep(self.seconds)
+
+
+@dataclass(frozen=True)
+class Follow:
+    """Stay a step behind another run until it has ended, then stop in good order after its last step."""
+    leader: Path
+    def __call__(self, step):
+        end = self.leader / 'ended.json'
+        while last_step(self.leader) <= step and not end.exists(): time.sleep(.05)
+        if end.exists() and json.loads(end.read_text())['step'] == step: os.kill(os.getpid(), signal.SIGTERM)
+
+
+def log_size(run): return (run / 'log.txt').stat().st_size if (run / 'log.txt').exists() else 0
+def saved_at(run): return (run / SAVE).stat().st_mtime_ns if (run / SAVE).exists() else None
+
+
+def watch_life(trainers, until, samples):
+    """Sample memory (MiB) and file handles of runs twice a second until a moment; each from its next save on, when all is loaded."""
+    before = [saved_at(t.folder) for t in trainers]
+    while time.monotonic() < until and all(t.processes[0].is_alive() for t in trainers):
+        for trainer, mark, seen in zip(trainers, before, samples):
+            if saved_at(trainer.folder) == mark: continue
+            try: seen.append(((now := psutil.Process(trainer.processes[0].pid)).memory_info().rss / 2**20, now.num_fds()))
+            except psutil.Error: pass
+        time.sleep(.5)
+    for t in trainers: assert t.processes[0].is_alive(), f'ended by itself, with {t.processes[0].exitcode}: {t.said()}'
+
+
+def soak(root, minutes, between=(60, 240), rest=.2, least=1):
+    """Train and kill at random moments, so many seconds apart, until the time is over, and `least` times; then stop after a step.
+    A second process trains the same undisturbed, a step behind, until that step: losses and weights must be equal."""
+    campaign, rng, furthest, lives = Campaign(root), random.Random(0), 0, []
+    cfg = dataclasses.asdict(make_config('demo', **TINY | dict(epochs=10**6, warmup=0., save_every=25)))
     for name in ('killed', 'whole'): write_json(campaign.make(name, 'bank') / 'cfg.json', cfg)
-    killed, whole, start = campaign.root / 'bank/killed', campaign.root / 'bank/whole', time.monotonic()
-    while not (killed / 'done.json').exists():
-        trainer, life, rss, fds = Trainer(killed), time.monotonic() + rng.uniform(*between), [], []
-        while (process := trainer.processes[0]).is_alive() and (time.monotonic() < life or time.monotonic() > end):
-            try: now = psutil.Process(process.pid).as_dict(['memory_info', 'num_fds'])
-            except psutil.Error: break
-            if now['memory_info']: rss, fds = [*rss, now['memory_info'].rss / 2**20], [*fds, now['num_fds']]
-            time.sleep(.5)
-        if process.is_alive():
-            process.kill()
-            kills += 1
-        process.join()
-        memory, handles = [*memory, growth(rss)], [*handles, growth(fds)]
-        spent = (time.monotonic() - start) / 60
-        print(f'{spent:.1f} min, kills {kills}, step {max(losses(killed), default=0)} of {4 * epochs}', flush=True)
-    assert Trainer(whole).wait(7200 + 120 * minutes) == [0]
-    same = losses(whole) == losses(killed) and same_weights(whole, killed)
-    return {'minutes': round(spent, 1), 'steps': 4 * epochs, 'kills': kills, 'weights_equal': same,
-            'rss_growth_mb': round(max([m for m in memory if m is not None], default=float('nan')), 1),
-            'handles_growth': max([h for h in handles if h is not None], default=None)}
+    killed, whole = campaign.root / 'bank/killed', campaign.root / 'bank/whole'
+    follower, undisturbed, over = Trainer(whole, Fault('undisturbed', pace=Follow(killed))), [], False
+    start = time.monotonic()
+    end = start + 60 * minutes
+    while not over:
+        before, life, early = log_size(killed), [], rng.random() < .15
+        trainer = Trainer(killed, Fault('killed', pace=Rest(rest)))
+        if not early: trainer.until(lambda size=before: log_size(killed) > size)  # a life is counted from its first step on
+        stays = time.monotonic() + (rng.uniform(0, 5) if early else rng.uniform(*between))
+        watch_life((trainer, follower), min(end, stays) if len(lives) >= least else stays, (life, undisturbed))
+        over, process = time.monotonic() >= end and len(lives) >= least, trainer.processes[0]
+        if over:  # the other run has not gone beyond any step that this one has done: go on to a new one
+            trainer.until(lambda last=furthest: last_step(killed) > last)
+            process.terminate()
+        else: process.kill()
+        trainer.wait()
+        assert trainer.orphans() == 0 and process.exitcode == (0 if over else -signal.SIGKILL), trainer.said()
+        memory, handles = zip(*life) if life else ((), ())
+        lives.append({'samples': len(life), 'memory': growth(memory), 'handles': growth(handles),
+                      'level': float(np.median(memory[len(life) // 2:])) if life else None})
+        seen, furthest = last_step(killed), max(losses(killed), default=0) if log_size(killed) else 0
+        print(f'{(time.monotonic() - start) / 60:.1f} min, life {len(lives)}, step {seen}, furthest {furthest}, {lives[-1]}', flush=True)
+    step = load_checkpoint(killed / SAVE)['step']
+    write_json(killed / 'ended.json', {'step': step})
+    assert follower.wait() == [0], follower.said()
+    assert f'stopped after step {step} of' in follower.said(), follower.said()
+    same = losses(whole) == losses(killed) and same_weights(whole, killed) and max(losses(whole)) == step
+    memory, handles = zip(*undisturbed)
+    return {'minutes': round((time.monotonic() - start) / 60, 1), 'steps': step, 'kills': len(lives) - 1, 'weights_equal': same,
+            'repeated_steps': len((killed / 'log.txt').read_text().splitlines()) - step,
+            'rss_growth_mb': rounded(largest([growth(memory), *(x['memory'] for x in lives)])),
+            'rss_growth_undisturbed_mb': rounded(growth(memory)),
+            'rss_growth_across_lives_mb': rounded(growth([x['level'] for x in lives if x['level']])),
+            'handles_growth': largest([growth(handles), *(x['handles'] for x in lives)]),
+            'samples': len(undisturbed) + sum(x['samples'] for x in lives)}
+
+
+def rounded(x): return None if x is None else round(x, 1)
 
 
 def attempt(name, act):
@@ -504,10 +565,11 @@ def main():
     parser.add_argument('--report', help='folder for metrics.json; with the corpus of bad inputs')
     args, begun = parser.parse_args(), time.monotonic()
     with tempfile.TemporaryDirectory() as root:
-        campaign = Campaign(Path(root) / 'runs')
+        campaign, pool = Campaign(Path(root) / 'runs'), ThreadPoolExecutor(1)
+        soaking = pool.submit(soak, Path(root) / 'soak', args.minutes) if args.minutes else None  # at the same time: it rests a lot
         rows = [attempt(f.name, lambda f=f: campaign.run(f)) for f in SHORT]
         if args.long: rows += [attempt(name, lambda name=name: run_launched(campaign, name)) for name in LONG]
-        soaked = soak(Path(root) / 'soak', args.minutes) if args.minutes else None
+        soaked = soaking.result() if soaking else None
         print(soaked, flush=True)
         if args.report: report(args, Path(root), rows, soaked, begun)
     sys.exit(any(r['outcome'].startswith('BROKEN') for r in rows))
