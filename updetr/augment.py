@@ -95,7 +95,7 @@ def augment(
     if patches.ndim != 4 or patches.shape[1] != 3 or factors.shape != (len(patches), len(FACTORS)):
         raise ValueError(f'wanted patches (n, 3, h, w) and factors (n, {len(FACTORS)}), got {tuple(patches.shape)}, {tuple(factors.shape)}')
     if patches.dtype != torch.uint8: raise ValueError(f'patches must be uint8, got {patches.dtype}')
-    x, f = patches.float() / 255, factors.cpu()
+    x, f = patches.to(torch.float32, memory_format=torch.contiguous_format).div_(255), factors.cpu()
     for step in f[:, 4:8].T:
         for i, change in enumerate((_brightness, _contrast, _saturation, _hue)):
             _apply(x, change, f[:, i], (step == i) & (f[:, i] != NEUTRAL[i]))
@@ -112,4 +112,4 @@ def normalize(
     "Subtract the mean and divide by the spread, channel by channel. Raises ValueError for whole-number images."
     if not x.is_floating_point(): raise ValueError(f'normalize wants float images in 0..1, got {x.dtype}: divide by 255 first')
     mean, std = (torch.as_tensor(v, dtype=x.dtype, device=x.device).view(-1, 1, 1) for v in (mean, std))
-    return (x - mean) / std
+    return (x - mean).div_(std)

@@ -6,7 +6,6 @@
 __all__ = ['postprocess', 'CocoEvaluator', 'voc_ap', 'diagnose']
 
 # %% ../nbs/25_evaluate.ipynb #c002
-import copy
 import io
 from contextlib import redirect_stdout
 
@@ -50,9 +49,10 @@ def _backend(name):
     except ImportError as e: raise ImportError("the fast back end is missing: pip install 'updetr[fast]', or backend='pycocotools'") from e
     return hotcoco.COCO, hotcoco.COCOeval
 
-def _copied(coco):
-    "The parts of a COCO dict that are needed, with annotations of their own"
-    return dict(images=coco['images'], categories=coco['categories'], annotations=[dict(a) for a in coco['annotations']])
+def _copied(coco, kinds=None):
+    "The parts of a COCO dict that are needed, with annotations of their own: of all classes or of some"
+    mine = coco['annotations'] if kinds is None else [a for a in coco['annotations'] if a['category_id'] in set(kinds)]
+    return dict(images=coco['images'], categories=coco['categories'], annotations=[dict(a) for a in mine])
 
 # %% ../nbs/25_evaluate.ipynb #c013
 def _as_numpy(x, dtype): return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, dtype)
@@ -72,15 +72,16 @@ def _checked(image_id, prediction, last_label, masks):
     if masks: p['masks'] = [rle.encode(np.asfortranarray(m)) for m in _as_numpy(prediction['masks'], np.uint8)]
     return p
 
-def _as_results(predictions):
-    "COCO's list of results of {image id: prediction}; each kind of number in its own type, as in JSON"
-    out = []
-    for image_id, p in predictions.items():
-        xywh = np.concatenate([p['boxes'][:, :2], p['boxes'][:, 2:] - p['boxes'][:, :2]], 1).tolist()
-        shapes = [dict(segmentation=m) for m in p['masks']] if 'masks' in p else [dict(bbox=b) for b in xywh]
-        each = zip(p['labels'].tolist(), p['scores'].tolist(), shapes)
-        out += [dict(image_id=image_id, category_id=k, score=s, **shape) for k, s, shape in each]
-    return out
+def _as_results(predictions, kinds=None):
+    "COCO's results of {image id: prediction}, all classes or some: rows (image, x, y, w, h, score, class); for masks a list of dicts"
+    found = [p for p in predictions.values() if len(p['scores'])]
+    if not found: return []
+    ids = np.repeat(list(predictions), [len(p['scores']) for p in predictions.values()])
+    scores, labels, boxes = (np.concatenate([p[k] for p in found]) for k in ('scores', 'labels', 'boxes'))
+    mine = np.ones(len(ids), bool) if kinds is None else np.isin(labels, kinds)
+    if 'masks' not in found[0]: return np.column_stack([ids, boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores, labels])[mine]
+    each = zip(ids.tolist(), labels.tolist(), scores.tolist(), [m for p in found for m in p['masks']], mine)
+    return [dict(image_id=i, category_id=k, score=s, segmentation=m) for i, k, s, m, wanted in each if wanted]
 
 # %% ../nbs/25_evaluate.ipynb #c015
 def _world(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -91,12 +92,19 @@ def _from_all(mine):
     dist.all_gather_object(everything, mine)
     return everything
 
-def _interleave(parts, kinds):
-    "Matches of the images r::w of each rank r, lists over (class, area, image), to one list over all images"
-    parts = [np.array([*p, None], object)[:-1].reshape(*kinds, -1) for p in parts]       # the None keeps numpy from looking inside
-    whole = np.empty((*kinds, sum(p.shape[2] for p in parts)), object)
-    for r, part in enumerate(parts): whole[..., r::len(parts)] = part
-    return whole.ravel().tolist()
+def _shares(work, world):
+    "{class: work} dealt out: `world` sorted lists of classes with about equal work"
+    shares, load = [[] for _ in range(world)], [0] * world
+    for kind in sorted(work, key=lambda k: (-work[k], k)):
+        least = load.index(min(load))
+        shares[least].append(kind)
+        load[least] += work[kind]
+    return [sorted(s) for s in shares]
+
+def _merged(parts, shares):
+    "COCOeval's tables of all classes, of the tables of each process's: classes are the last axis but two"
+    order = np.argsort(np.concatenate(shares))
+    return {k: np.take(np.concatenate([p[k] for p in parts], -3), order, -3) for k in ('precision', 'recall', 'scores')}
 
 # %% ../nbs/25_evaluate.ipynb #c017
 class CocoEvaluator:
@@ -137,7 +145,7 @@ class CocoEvaluator:
     @property
     def result(self):
         "COCOeval, accumulated and summarized: `stats`, `eval['precision']`, ..."
-        if self._result is None: self._result = _accumulated(_matched(self, self.image_ids))
+        if self._result is None: self._result = _summarized(_evaluated(self))
         return self._result
 
 # %% ../nbs/25_evaluate.ipynb #c018
@@ -148,34 +156,37 @@ def _check_images(image_ids, predictions):
     if missing: raise ValueError(f'{len(missing)} of {len(image_ids)} images have no predictions, e.g. image {missing[0]}: '
                                  'update with each image, also where nothing was found (empty arrays), and gather() in all processes')
 
-def _matched(ev, image_ids):
-    "COCOeval after matching the given images"
+def _evaluated(ev, kinds=None):
+    "COCOeval with its tables of precision and recall, of all classes or of some"
     _check_images(ev.image_ids, ev.predictions)
     make, evaluator = _backend(ev.backend)
+    coco = _copied(ev.coco, kinds)
     with redirect_stdout(io.StringIO()):
-        truth, results = make(_copied(ev.coco)), _as_results({i: ev.predictions[i] for i in image_ids})
-        found = truth.loadRes(results) if results else make(dict(_copied(ev.coco), annotations=[]))
+        truth, results = make(coco), _as_results({i: ev.predictions[i] for i in ev.image_ids}, kinds)
+        found = truth.loadRes(results) if len(results) else make(dict(coco, annotations=[]))
         result = evaluator(truth, found, ev.iou_type)
-        result.params.imgIds = image_ids
+        if kinds is not None: result.params.catIds = kinds
         result.evaluate()
-    return result
-
-def _accumulated(result):
-    "COCOeval with its statistics"
-    with redirect_stdout(io.StringIO()):
         result.accumulate()
-        result.summarize()
     return result
 
+def _summarized(result):
+    "COCOeval with its statistics"
+    with redirect_stdout(io.StringIO()): result.summarize()
+    return result
+
+# %% ../nbs/25_evaluate.ipynb #c018a
 def _gathered(ev):
     "The predictions of all processes, and COCOeval of them (None: still to be made)"
     ev.predictions = {i: p for part in reversed(_from_all(ev.predictions)) for i, p in part.items()}
     if ev.backend != 'pycocotools': return ev.predictions, None
-    result = _matched(ev, ev.image_ids[dist.get_rank()::_world()])
-    result.evalImgs = _interleave(_from_all(result.evalImgs), (len(result.params.catIds), len(result.params.areaRng)))
-    result.params.imgIds = ev.image_ids
-    result._paramsEval = copy.deepcopy(result.params)
-    return ev.predictions, _accumulated(result)
+    labels = np.concatenate([p['labels'] for p in ev.predictions.values()] or [[]]).astype(int)
+    found = np.bincount(labels, minlength=max(ev.names) + 1)
+    shares = _shares({k: int(found[k]) + len(ev.image_ids) // 10 for k in ev.names}, _world())   # an empty image costs a little, too
+    result = _evaluated(ev, shares[dist.get_rank()])
+    result.eval |= _merged(_from_all(result.eval), shares)
+    result.params.catIds, result.eval['counts'][2] = sorted(ev.names), len(ev.names)
+    return ev.predictions, _summarized(result)
 
 # %% ../nbs/25_evaluate.ipynb #c030
 def _ap(precision, recall, points):

@@ -19,11 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.ops import box_convert
 
 from .augment import augment, draw_factors, normalize
-from .boxes import pad_images
 from .patches import crop_patches, sample_boxes
 from .photos import PRETRAIN_MAX, PRETRAIN_SIZES, BadPhoto, read_photo, resize, resize_shape
 from .stop import ignore_stop
@@ -189,13 +188,32 @@ class BatchPlan:
             pieces = indices.reshape(self.world * self.accumulate, -1)
             for piece in pieces[self.rank::self.world]: yield [(epoch, int(i), size) for i in piece]
 
+# %% ../nbs/13_loader.ipynb #c023a
+def _blank(*shape):
+    "uint8 (..., C, H, W) of any content, channels side by side; in a worker: in memory that it shares with the main process"
+    *lead, channels, height, width = shape
+    count = math.prod(shape)
+    pixels = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(count)) if get_worker_info() else torch.empty(
+        count, dtype=torch.uint8)
+    return pixels.view(*lead, height, width, channels).movedim(-1, -3)
+
+def _pixels(images):
+    "Photos as one batch, zeros at the bottom and right, and its mask (None if all have one size)"
+    height, width = (max(x.shape[d] for x in images) for d in (1, 2))
+    batch, mask = _blank(len(images), len(images[0]), height, width), torch.ones(len(images), height, width, dtype=torch.bool)
+    for pixels, padding, x in zip(batch, mask, images):
+        h, w = x.shape[1:]
+        pixels[:, :h, :w], pixels[:, h:], pixels[:, :h, w:], padding[:h, :w] = x, 0, 0, False
+    return batch, mask if mask.any() else None
+
 # %% ../nbs/13_loader.ipynb #c024
 def collate(samples: list[dict],  # of `SelfDet` or `Views`
             ) -> dict:  # images uint8 (B,3,H,W), mask (B,H,W) or None, index (B,), skipped list; the rest stacked
     "A batch on the CPU. In the mask True is padding; None means that all photos have one size."
-    images = [s['image'] for s in samples]
-    batch = {k: torch.stack([s[k] for s in samples]) for k in ('patches', 'factors', 'boxes', 'keep')}
-    batch['images'], batch['mask'] = (torch.stack(images), None) if len({i.shape for i in images}) == 1 else pad_images(images)
+    batch = {k: torch.stack([s[k] for s in samples]) for k in ('factors', 'boxes', 'keep')}
+    batch['images'], batch['mask'] = _pixels([s['image'] for s in samples])
+    batch['patches'] = _blank(len(samples), *samples[0]['patches'].shape)
+    for patches, s in zip(batch['patches'], samples): patches.copy_(s['patches'])
     return batch | {'index': torch.tensor([s['index'] for s in samples]), 'skipped': sum((s['skipped'] for s in samples), [])}
 
 def to_device(batch: dict,  # of `collate`
@@ -206,8 +224,9 @@ def to_device(batch: dict,  # of `collate`
     "Move a batch, augment its patches and normalise it."
     def move(x): return None if x is None else x.to(device, non_blocking=True)
     mask = move(batch['mask'])
-    images = normalize(move(batch['images']).float() / 255, mean, std)
-    if mask is not None: images = images.masked_fill(mask[:, None], 0)
+    images = move(batch['images']).to(torch.float32, memory_format=torch.contiguous_format)
+    images = normalize(images.div_(255), mean, std)
+    if mask is not None: images.masked_fill_(mask[:, None], 0)
     patches = augment(move(batch['patches']).flatten(0, 1), batch['factors'].flatten(0, 1))
     patches = normalize(patches, mean, std).unflatten(0, batch['patches'].shape[:2])
     moved = {k: move(batch[k]) for k in ('boxes', 'keep')}

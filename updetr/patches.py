@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 import torch
-from torchvision.transforms.v2 import functional as F
+from torch.nn.functional import interpolate
 
 # %% ../nbs/03_patches.ipynb #c006
 def _uniform_side(rng, side, n, min_pixel):
@@ -80,12 +80,12 @@ def crop_patches(
     image:torch.Tensor, # photo (3, H, W) uint8, at its original resolution
     boxes:torch.Tensor, # (M, 4) int xyxy px
     size:int=128,       # side of a patch, px
-)->torch.Tensor:        # (M, 3, size, size) uint8
+)->torch.Tensor:        # (M, 3, size, size) uint8; channels side by side in memory
     "Cut boxes out of a photo and squash each to a square (Section 4). Raises ValueError for a box without area or outside the photo."
     height, width = image.shape[-2:]
-    patches = image.new_empty(len(boxes), image.shape[0], size, size)
-    for patch, (x1, y1, x2, y2) in zip(patches, boxes.tolist()):
+    pixels, patches = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2), []            # strides as in `updetr.photos.resize`
+    for x1, y1, x2, y2 in boxes.tolist():
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
             raise ValueError(f'box {(x1, y1, x2, y2)} is empty or outside the photo of {width}x{height} px')
-        patch.copy_(F.resize(image[:, y1:y2, x1:x2], [size, size], antialias=True))
-    return patches
+        patches.append(interpolate(pixels[:, :, y1:y2, x1:x2], (size, size), mode='bilinear', antialias=True))
+    return torch.cat(patches)

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import stat
+import struct
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from multiprocessing.pool import ThreadPool
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, UnidentifiedImageError
-from torchvision.transforms.v2 import functional as F
+from torch.nn.functional import interpolate
 
 # %% ../nbs/02_photos.ipynb #c006
 @dataclass(frozen=True)
@@ -148,6 +149,23 @@ def _decode(im, data):
         except Exception: pass                                              # PIL has the last word, and clearer ones
     return _rgb(im)
 
+def _plain_jpeg(data, max_pixels):
+    "Whether bytes begin as a JPEG of 8-bit grey or colour, not too large, that EXIF cannot have turned: nothing that PIL has to settle"
+    at = 2 if data[:3] == b'\xff\xd8\xff' else len(data)
+    while at + 10 < len(data) and data[at] == 0xff:
+        kind, size = data[at + 1], int.from_bytes(data[at + 2:at + 4], 'big')
+        if kind == 0xe1 and data[at + 4:at + 8] == b'Exif': return False
+        if 0xc0 <= kind <= 0xc2:                                            # the frame: baseline, extended or progressive
+            bits, height, width, parts = struct.unpack('>BHHB', data[at + 4:at + 10])
+            return bits == 8 and parts in (1, 3) and 0 < height * width <= max_pixels
+        at += 2 + size
+    return False
+
+def _quick(data, max_pixels):
+    "Pixels of a plain JPEG, or None: then PIL is asked"
+    try: return _decode_jpeg(torch.from_numpy(data), mode='RGB') if _decode_jpeg and _plain_jpeg(data.data, max_pixels) else None
+    except Exception: return None
+
 # %% ../nbs/02_photos.ipynb #c021
 def read_photo(
     path,                      # file, str or Path
@@ -156,8 +174,10 @@ def read_photo(
     "Decode a photo of any usual kind. Raises BadPhoto with the reason."
     path = os.fspath(path)
     _check_file(path)
-    try: data = Path(path).read_bytes()
+    try: data = np.fromfile(path, np.uint8)
     except OSError as e: raise BadPhoto(path, f'cannot be read: {e.strerror}') from e
+    if (quick := _quick(data, max_pixels)) is not None: return quick
+    data = data.tobytes()
     with _open(path, io.BytesIO(data), max_pixels) as im:
         turn = _orientation(im)
         try: return _upright(_decode(im, data), turn)
@@ -284,4 +304,5 @@ def resize(
     width:int,          # new width, px
 )->torch.Tensor:        # (3, height, width) uint8
     "Antialiased bilinear resize."
-    return F.resize(image, [height, width], antialias=True)
+    pixels = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)      # a batch of one, whose strides say which way the pixels lie
+    return interpolate(pixels, (height, width), mode='bilinear', antialias=True)[0]
