@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ from .jobs import Job, configure, job_folder
 from .launch import read_log
 from .panoptic_task import open_panoptic_sets
 from .report import markdown_table, mean_and_spread, provenance, save_metrics, smooth
+from .results import finish
 from .runs import Site, open_site
 from .schedule import in_order, run_jobs
 from .updetr import build_updetr
@@ -298,7 +300,7 @@ def save_study(study: Study,  # that was run
                **more,  # further entries of metrics.json
                ) -> dict:  # what was written
     "Write `metrics.json`."
-    runs = {f.name: study.results.get(w, {}).get('train_seconds') for f, w in in_order(study.e.wanted(study.seeds), study.root).items()}
+    runs = {f.name: finish(f)['train_seconds'] for f in in_order(study.e.wanted(study.seeds), study.root)}
     where = f'{study.site.gpus} GPUs' if study.site.gpus else 'CPU'
     scale = f'{study.scale.name}: {DESCRIPTIONS[study.scale.name]} ({where})' + ', not the paper\'s setting' * (study.scale.name != 'paper')
     origin = provenance(study_command(study), scale, study.seeds, time.time() - study.begun, train_seconds=runs)
@@ -361,7 +363,8 @@ def main() -> None:
     def report(s):
         s.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', f'nbs/experiments/{s.e.id}.ipynb']
-        ran = subprocess.run([*command, s.folder / f'{s.e.id}.ipynb', *given], cwd=s.site.root, capture_output=True, text=True)
+        out = os.path.relpath(s.folder / f'{s.e.id}.ipynb', s.site.root)  # papermill writes it into the notebook
+        ran = subprocess.run([*command, out, *given], cwd=s.site.root, capture_output=True, text=True)
         print(f'\n{s.e.title}: {"done" if not ran.returncode else ran.stderr[-2000:]}', flush=True)
         return ran.returncode
     with ThreadPoolExecutor(2) as pool: failed = sum(map(bool, pool.map(report, studies)))
