@@ -13,7 +13,7 @@ from PIL import Image
 from updetr.checkpoint import load_checkpoint, load_updetr
 from updetr.config import make_config
 from updetr.loader import PatchTask, Views, epoch_batches
-from updetr.photos import builtin_photos
+from updetr.photos import BadPhoto, builtin_photos
 from updetr.pretrain_task import PretrainTask
 from updetr.train import Processes, train
 
@@ -136,6 +136,29 @@ def test_worker_processes_and_sigterm(tmp_path):
     assert train(task, task.cfg, tmp_path / 'run', Processes()).step == 5 and not (tmp_path / 'run' / 'done.json').exists()
     train_small(tmp_path / 'run', data=photos, epochs=2, dropout=.1, num_workers=2)
     losses = [[(r['step'], r['train_loss']) for r in rows(tmp_path / n)] for n in ('run', 'whole')]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+def test_photos_that_vanish_meanwhile(tmp_path):
+    """A folder that goes while a run reads it: a stop that names it, not other photos; when it is back, the losses of an undisturbed run."""
+    photos, gone = save_photos(tmp_path / 'photos', 8), tmp_path / 'gone'
+    train_small(tmp_path / 'whole', data=str(photos), epochs=2, dropout=.1, save_every=2)
+    task = make_task(tmp_path / 'run', data=str(photos), epochs=2, dropout=.1, save_every=2)
+    batches = task.batches
+
+    def hide_after_five(start, total):
+        for i, batch in enumerate(batches(start, total), start):
+            if i == 4: photos.rename(gone)
+            yield batch
+
+    task.batches = hide_after_five
+    with pytest.raises(BadPhoto, match='8 photos in a row cannot be read, the first: .*photos/'):
+        train(task, task.cfg, tmp_path / 'run', Processes())
+    with pytest.raises(ValueError, match='the photos of .* are not those it began with'):
+        train_small(tmp_path / 'run', data=str(photos), epochs=2, dropout=.1, save_every=2)
+    gone.rename(photos)
+    train_small(tmp_path / 'run', data=str(photos), epochs=2, dropout=.1, save_every=2)
+    losses = [{r['step']: r['train_loss'] for r in rows(tmp_path / n)} for n in ('run', 'whole')]
     assert losses[0] == losses[1] and len(losses[0]) == 8
 
 
