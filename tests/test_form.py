@@ -187,6 +187,7 @@ def test_sizes(path):
     assert lines <= CODE_LINES, f'{path.name}: {lines} lines of code, more than {CODE_LINES}'
     size = len(json.dumps([c.outputs for c in cells]))
     assert size < OUTPUT_BYTES, f'{path.name}: {size/1000:.0f} KB of outputs, limit {OUTPUT_BYTES/1000:.0f}: smaller figures, fewer lines'
+    assert 'widgets' not in nbformat.read(path, 4).metadata, f'{path.name} keeps its widgets with their photos: delete metadata.widgets'
 
 
 @each_notebook

@@ -1,23 +1,12 @@
-"`nbs/localize.ipynb` in a real JupyterLab and a real browser: drags, keys, uploads, as a person does them; screenshots in tests/artifacts."
+"`nbs/localize.ipynb` in real programs and a real browser: drags, keys, uploads, as a person does them; screenshots in tests/artifacts."
 import dataclasses
-import json
-import os
 import re
-import secrets
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
+from importlib.util import find_spec
 
-import nbformat
 import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT
 from updetr.checkpoint import save_checkpoint
 from updetr.config import make_config, model_options
 from updetr.localizer import QueryPatchLocalizer
@@ -26,28 +15,11 @@ from updetr.photos import builtin_photos
 from updetr.updetr import build_updetr
 
 playwright = pytest.importorskip('playwright.sync_api', reason='the browser tests need playwright: pip install playwright')
-CHROMIUM = os.environ.get('CHROMIUM') or next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+from tools.browser import CHROMIUM, Hand, opened, prepare  # noqa: E402 (needs playwright)
+
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='the browser tests need Chromium: apt install chromium fonts-dejavu, or name it by '
                                                      'the environment variable CHROMIUM')
-SHOTS = ROOT / 'tests/artifacts'
 PATHS = {p.name: p.path for p in builtin_photos()}
-FLAGS = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking']
-PROBE = '''import json, os
-from pathlib import Path
-sent = []
-
-def probe(*_):
-    c = widget.c
-    state = dict(boxes=c.canvas.boxes, sent=len(sent), marks=c.canvas.marks, other=c.other.marks, photo=c.photo.value,
-                 heat=len(c.canvas.overlay), target=c.target.value, threshold=c.threshold.value,
-                 weights=c.weights.value, text=c.message.value, x=c.x.value)
-    Path('state.tmp').write_text(json.dumps(state))
-    os.replace('state.tmp', 'state.json')
-
-widget.c.canvas.observe(lambda e: sent.append(e.new), 'boxes')
-widget.c.message.observe(probe, 'value')
-widget.c.canvas.observe(probe, 'overlay')
-probe()'''
 
 
 @pytest.fixture(scope='module')
@@ -63,131 +35,16 @@ def folder(tmp_path_factory):
         torch.nn.init.normal_(model.query_embed.weight)  # random weights answer always the same; these can be told apart
         model.bbox_embed.layers[-1].weight.data *= 20
         save_checkpoint(here / f'{name}.pth', {'model': model.state_dict(), 'args': dataclasses.asdict(cfg)})
-    nb = nbformat.read(ROOT / 'nbs/localize.ipynb', 4)
-    cell, = [c for c in nb.cells if 'parameters' in c.metadata.get('tags', [])]
-    cell.source = "checkpoint, oneshot, photo = 'pre.pth', 'one.pth', 'chelsea'"
-    nb.cells.append(nbformat.v4.new_code_cell(PROBE))
-    nbformat.write(nb, here / 'localize.ipynb')
+    prepare(here, 'pre.pth', 'one.pth')
     Image.open(PATHS['coffee']).resize((900, 600)).save(here / 'mine.jpg')
     (here / 'bad.jpg').write_bytes(b'this is not a photo')
     return here
 
 
 @pytest.fixture(scope='module')
-def server(folder, tmp_path_factory):
-    "JupyterLab on a free port of this machine, with settings of its own."
-    home, token = tmp_path_factory.mktemp('jupyter'), secrets.token_hex(16)
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    places = dict(JUPYTER_CONFIG_DIR='cfg', JUPYTER_DATA_DIR='data', JUPYTER_RUNTIME_DIR='run', IPYTHONDIR='ipy',
-                  JUPYTERLAB_SETTINGS_DIR='settings', JUPYTERLAB_WORKSPACES_DIR='ws')
-    env = os.environ | {k: str(home / v) for k, v in places.items()} | {'OMP_NUM_THREADS': '1', 'JUPYTER_PREFER_ENV_PATH': '1',
-                                                                       'PYTHONPATH': str(ROOT)}
-    news = home / 'settings/@jupyterlab/apputils-extension'
-    news.mkdir(parents=True)
-    (news / 'notification.jupyterlab-settings').write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}',
-               '--ServerApp.port_retries=0', '--ServerApp.shutdown_no_activity_timeout=300', f'--IdentityProvider.token={token}',
-               '--LabApp.expose_app_in_browser=True', f'--ServerApp.root_dir={folder}']
-    with open(home / 'server.log', 'w') as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
-    try:
-        url, end = f'http://127.0.0.1:{port}', time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f'{url}/api', timeout=2)
-                break
-            except OSError: time.sleep(.25)
-            assert time.monotonic() < end and process.poll() is None, (home / 'server.log').read_text()[-3000:]
-        yield f'{url}/lab/tree/localize.ipynb?reset&token={token}'
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try: process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-RUN_ALL = """async () => {
-  const w = window.jupyterapp.shell.currentWidget;  // the idle dot shows before the kernel is connected: wait, or Run All is lost
-  await w.context.ready; await w.sessionContext.ready; await w.sessionContext.session.kernel.info;
-  await window.jupyterapp.commands.execute('notebook:run-all-cells'); }"""
-
-
-@pytest.fixture(scope='module')
-def lab(server):
-    "The notebook, opened and run."
-    with playwright.sync_playwright() as pw:
-        browser = pw.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
-        page = browser.new_page(viewport=dict(width=1300, height=1000))
-        page.set_default_timeout(120_000)
-        page.goto(server)
-        page.wait_for_function('window.jupyterapp?.shell?.currentWidget?.sessionContext !== undefined')
-        page.evaluate(RUN_ALL)
-        page.wait_for_selector('.updetr-photo [data-box]')
-        yield page
-        browser.close()
-
-
-class Hand:
-    "What a person does, in the photo's pixels, and what the kernel then knows."
-    def __init__(self, page, folder): self.page, self.folder = page, folder
-
-    def photo(self, which=0): return self.page.locator('.updetr-photo').nth(which)
-    def state(self): return json.loads((self.folder / 'state.json').read_text())
-
-    def shot(self, name):
-        "A screenshot to be looked at, once what the kernel sent last is drawn."
-        SHOTS.mkdir(exist_ok=True)
-        self.page.wait_for_timeout(200)
-        self.page.screenshot(path=str(SHOTS / f'{name}.png'))
-
-    def wait(self, true, what='the kernel'):
-        "The kernel's state, once `true` holds of it."
-        end = time.monotonic() + 60
-        while not true(state := self.state()):
-            assert time.monotonic() < end, f'waited for {what}; the kernel says {state}'
-            self.page.wait_for_timeout(50)
-        return state
-
-    def drag(self, x, y, x2, y2, during=None):
-        "In steps, as a hand does; `during` is called before the button is released."
-        svg = self.photo()
-        svg.scroll_into_view_if_needed()
-        r, width = svg.bounding_box(), float(svg.get_attribute('viewBox').split()[2])
-        scale = r['width'] / width
-        to = [(r['x'] + a * scale, r['y'] + b * scale) for a, b in ((x, y), ((x + x2) / 2, (y + y2) / 2), (x2, y2))]
-        self.page.mouse.move(*to[0])
-        self.page.mouse.down()
-        for point in to[1:]: self.page.mouse.move(*point, steps=4)
-        if during: during()
-        self.page.mouse.up()
-
-    def drawn(self, which=0):
-        "The query boxes on the screen."
-        lines = self.photo(which).locator('.queries .line:not(.light)').all()
-        boxes = [[int(e.get_attribute(k)) for k in ('x', 'y', 'width', 'height')] for e in lines]
-        return [[x, y, x + w, y + h] for x, y, w, h in boxes]
-
-    def answers(self, which=0):
-        "The texts of the answers on the screen."
-        return self.photo(which).locator('.answers text').all_text_contents()
-
-    def box(self, *box):
-        "Drag one box, backwards too, and wait for its answer."
-        self.drag(*box)
-        return self.wait(lambda s: len(s['boxes']) == 1 and s['boxes'][0] == list(box) and 'found' in s['text'])
-
-    def control(self, kind, name):
-        "The control of this kind with this label."
-        return self.page.locator(kind).filter(has=self.page.locator('label', has_text=re.compile(f'^{name}$')))
-
-    def choose(self, name, option): self.control('.widget-dropdown', name).locator('select').select_option(label=option)
-
-    def upload(self, name, button):
-        with self.page.expect_file_chooser() as chooser: self.page.locator('.widget-upload', has_text=button).click()
-        chooser.value.set_files(str(self.folder / name))
+def lab(folder, tmp_path_factory):
+    "The notebook in JupyterLab."
+    with opened('jupyterlab', folder, tmp_path_factory.mktemp('jupyter')) as page: yield page
 
 
 @pytest.fixture
@@ -331,3 +188,24 @@ def test_attention_changes_and_weights(hand):
     for weights in ('one-shot', 'untrained', 'pre-trained'):
         hand.page.get_by_role('button', name=weights, exact=True).click()
         hand.wait(lambda s, w=weights: s['weights'] == w and 'found' in s['text'] and ('learnt nothing' in s['text']) == (w == 'untrained'))
+
+
+@pytest.mark.parametrize('front', ['notebook', 'voila'])
+def test_other_programs(front, folder, tmp_path):
+    "The same widget in Jupyter Notebook 7 and in Voilà, where they are installed: a drag, a key, another target, a bad upload."
+    if not find_spec(front): pytest.skip(f'needs {front}: pip install {front}')
+    (folder / 'state.json').unlink(missing_ok=True)
+    with opened(front, folder, tmp_path) as page:
+        hand = Hand(page, folder)
+        page.wait_for_timeout(500)
+        hand.box(120, 80, 260, 200)
+        box = hand.photo().locator('[data-box="0"]')
+        box.focus()
+        box.press('ArrowRight')
+        hand.wait(lambda s: s['boxes'] == [[125, 80, 265, 200]])
+        hand.upload('bad.jpg', 'another photo')
+        hand.wait(lambda s: 'bad.jpg: broken image' in s['text'])
+        hand.choose('find it in', 'coffee')
+        hand.wait(lambda s: s['target'] == 'coffee' and len(s['other']) == 1)
+        page.wait_for_function('document.querySelectorAll(".updetr-photo")[1]?.querySelector(".answers text")')
+        hand.shot(f'10_{front}')

@@ -43,7 +43,7 @@ function drawMarks(s) {
   s.model.get('marks').forEach((m, i) => {
     const [x, y, x2, y2] = m.box, c = color(s, m.patch), u = unit(s), picked = s.model.get('picked') === i;
     make('rect', {x, y, width: x2 - x, height: y2 - y, stroke: c, 'stroke-width': picked ? 5 : 3, class: 'answer'}, s.marks);
-    const at = {x: clamp(x + 4 * u, 2 * u, size(s)[0] - 46 * u), y: clamp(y + 16 * u, 16 * u, size(s)[1] - 4 * u)};
+    const at = {x: clamp(x + 4 * u, 2 * u, size(s)[0] - 62 * u), y: clamp(y + 16 * u, 16 * u, size(s)[1] - 4 * u)};
     const text = make('text', {...at, stroke: c, 'font-size': 13 * u, 'stroke-width': 5 * u, 'data-mark': i}, s.marks);
     text.textContent = m.text;
   });

@@ -26,7 +26,7 @@ from .transforms import Sizes, whole_view
 from .updetr import UPDETR
 
 # %% ../nbs/33_oneshot_detector.ipynb #c005
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Matches(Detections):
     "What a one-shot detector found in one photo, the surest first; `classes` is one word, 'match'."
     query: Tensor = None  # (3,s,s) uint8, what was asked for

@@ -22,7 +22,10 @@ CHAPTERS = {'Photos and patches': '00 04', 'The model': '05 12', 'Training': '12
 CSS = """
 .jp-InputPrompt, .jp-OutputPrompt { display: none !important }
 @media (min-width: 76em) { .md-grid { max-width: 88rem } }
-.jp-RenderedHTMLCommon table { overflow-x: auto }
+.jp-RenderedHTMLCommon table { display: block; max-width: 100%; overflow-x: auto }
+.jp-OutputArea-output pre, .highlight pre { max-width: 100%; overflow-x: auto }
+.jp-RenderedHTMLCommon img, .jp-OutputArea-output img, .md-typeset img { max-width: 100%; height: auto }
+math[display="block"] { max-width: 100%; overflow-x: auto }
 """
 
 
@@ -47,6 +50,7 @@ def collect(root, source):
     shutil.rmtree(source, ignore_errors=True)
     (source / 'nbs').mkdir(parents=True)
     shutil.copytree(root / 'reports', source / 'reports')
+    if (root / 'nbs/images').exists(): shutil.copytree(root / 'nbs/images', source / 'nbs/images')
     for name in ('README.md', 'LICENSE'): shutil.copy(root / name, source / {'README.md': 'index.md'}.get(name, name))
     (source / 'site.css').write_text(CSS)
     notebooks = [p for p in sorted((root / 'nbs').glob('*.ipynb')) if p.stem != 'index']

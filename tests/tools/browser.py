@@ -1,0 +1,172 @@
+"`nbs/localize.ipynb` in JupyterLab, Notebook or Voilà, in a real browser, and a hand that draws boxes on it."
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+from playwright import sync_api as playwright
+
+ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = os.environ.get('CHROMIUM') or next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+SHOTS = ROOT / 'tests/artifacts'
+FLAGS = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking']
+# what the last cell writes down: what the kernel knows
+PROBE = '''import json, os
+from pathlib import Path
+sent = []
+
+def probe(*_):
+    c = widget.c
+    state = dict(boxes=c.canvas.boxes, sent=len(sent), marks=c.canvas.marks, other=c.other.marks, photo=c.photo.value,
+                 heat=len(c.canvas.overlay), target=c.target.value, threshold=c.threshold.value,
+                 weights=c.weights.value, text=c.message.value, x=c.x.value)
+    Path('state.tmp').write_text(json.dumps(state))
+    os.replace('state.tmp', 'state.json')
+
+widget.c.canvas.observe(lambda e: sent.append(e.new), 'boxes')
+widget.c.message.observe(probe, 'value')
+widget.c.canvas.observe(probe, 'overlay')
+probe()'''
+
+
+def prepare(folder, checkpoint='', oneshot='', photo='chelsea'):
+    "The notebook in `folder`, with these parameters and a last cell that writes down what the kernel knows."
+    nb = nbformat.read(ROOT / 'nbs/localize.ipynb', 4)
+    cell, = [c for c in nb.cells if 'parameters' in c.metadata.get('tags', [])]
+    cell.source = f'checkpoint, oneshot, photo = {str(checkpoint)!r}, {str(oneshot)!r}, {photo!r}'
+    nb.cells.append(nbformat.v4.new_code_cell(PROBE))
+    nbformat.write(nb, folder / 'localize.ipynb')
+
+
+# how each program is started, and where it then shows the notebook
+FRONTS = {'jupyterlab': (['--LabApp.expose_app_in_browser=True', '--ServerApp.root_dir={folder}'], '/lab/tree/localize.ipynb?reset&'),
+          'notebook': (['--JupyterNotebookApp.expose_app_in_browser=True', '--ServerApp.root_dir={folder}'], '/notebooks/localize.ipynb?'),
+          'voila': (['{folder}/localize.ipynb'], '/?')}
+
+
+@contextmanager
+def served(front, folder, home):
+    "The notebook's address in JupyterLab, Notebook or Voilà, on a free port of this machine, with settings of its own."
+    token, (words, address) = secrets.token_hex(16), FRONTS[front]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    places = dict(JUPYTER_CONFIG_DIR='cfg', JUPYTER_DATA_DIR='data', JUPYTER_RUNTIME_DIR='run', IPYTHONDIR='ipy',
+                  JUPYTERLAB_SETTINGS_DIR='settings', JUPYTERLAB_WORKSPACES_DIR='ws')
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
+    env = os.environ | {k: str(home / v) for k, v in places.items()}
+    env |= {'OMP_NUM_THREADS': '1', 'JUPYTER_PREFER_ENV_PATH': '1', 'PYTHONPATH': path}
+    news = home / 'settings/@jupyterlab/apputils-extension'
+    news.mkdir(parents=True)
+    (news / 'notification.jupyterlab-settings').write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    command = [sys.executable, '-m', front, '--no-browser', f'--port={port}', *(w.format(folder=folder) for w in words)]
+    if front == 'voila': command += ['--Voila.ip=127.0.0.1', '--port_retries=0']
+    else: command += ['--allow-root', '--ip=127.0.0.1', '--ServerApp.port_retries=0', '--ServerApp.shutdown_no_activity_timeout=300',
+                      f'--IdentityProvider.token={token}']
+    with open(home / 'server.log', 'w') as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env, start_new_session=True, cwd=folder)
+    try:
+        url, end = f'http://127.0.0.1:{port}', time.monotonic() + 300
+        while True:
+            try:
+                with socket.create_connection(('127.0.0.1', port), timeout=2): break
+            except OSError: time.sleep(.25)
+            assert time.monotonic() < end and process.poll() is None, (home / 'server.log').read_text()[-3000:]
+        yield f'{url}{address}token={token}'
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try: process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+RUN_ALL = """async () => {
+  const w = window.jupyterapp.shell.currentWidget;  // the idle dot shows before the kernel is connected: wait, or Run All is lost
+  await w.context.ready; await w.sessionContext.ready; await w.sessionContext.session.kernel.info;
+  await window.jupyterapp.commands.execute('notebook:run-all-cells'); }"""
+
+
+@contextmanager
+def opened(front, folder, home):
+    "The notebook in a browser, opened and run."
+    with served(front, folder, home) as address, playwright.sync_playwright() as pw:
+        browser = pw.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        page = browser.new_page(viewport=dict(width=1300, height=1000))
+        page.set_default_timeout(300_000)
+        page.goto(address, wait_until='commit')
+        if front != 'voila':  # Voilà runs all cells by itself
+            page.wait_for_function('window.jupyterapp?.shell?.currentWidget?.sessionContext !== undefined')
+            page.evaluate(RUN_ALL)
+        page.wait_for_selector('.updetr-photo [data-box]')
+        yield page
+        browser.close()
+
+
+class Hand:
+    "What a person does, in the photo's pixels, and what the kernel then knows."
+    def __init__(self, page, folder): self.page, self.folder = page, folder
+
+    def photo(self, which=0): return self.page.locator('.updetr-photo').nth(which)
+    def state(self): return json.loads((self.folder / 'state.json').read_text())
+
+    def shot(self, name):
+        "A screenshot to be looked at, once what the kernel sent last is drawn."
+        SHOTS.mkdir(exist_ok=True)
+        self.page.wait_for_timeout(200)
+        self.page.screenshot(path=str(SHOTS / f'{name}.png'))
+
+    def wait(self, true, what='the kernel'):
+        "The kernel's state, once `true` holds of it."
+        end = time.monotonic() + 120
+        while not true(state := self.state()):
+            assert time.monotonic() < end, f'waited for {what}; the kernel says {state}'
+            self.page.wait_for_timeout(50)
+        return state
+
+    def drag(self, x, y, x2, y2, during=None):
+        "In steps, as a hand does; `during` is called before the button is released."
+        svg = self.photo()
+        svg.scroll_into_view_if_needed()
+        r, width = svg.bounding_box(), float(svg.get_attribute('viewBox').split()[2])
+        scale = r['width'] / width
+        to = [(r['x'] + a * scale, r['y'] + b * scale) for a, b in ((x, y), ((x + x2) / 2, (y + y2) / 2), (x2, y2))]
+        self.page.mouse.move(*to[0])
+        self.page.mouse.down()
+        for point in to[1:]: self.page.mouse.move(*point, steps=4)
+        if during: during()
+        self.page.mouse.up()
+
+    def drawn(self, which=0):
+        "The query boxes on the screen."
+        lines = self.photo(which).locator('.queries .line:not(.light)').all()
+        boxes = [[int(e.get_attribute(k)) for k in ('x', 'y', 'width', 'height')] for e in lines]
+        return [[x, y, x + w, y + h] for x, y, w, h in boxes]
+
+    def answers(self, which=0):
+        "The texts of the answers on the screen."
+        return self.photo(which).locator('.answers text').all_text_contents()
+
+    def box(self, *box):
+        "Drag one box, backwards too, and wait for its answer."
+        self.drag(*box)
+        return self.wait(lambda s: len(s['boxes']) == 1 and s['boxes'][0] == list(box) and 'found' in s['text'])
+
+    def control(self, kind, name):
+        "The control of this kind with this label."
+        return self.page.locator(kind).filter(has=self.page.locator('label', has_text=re.compile(f'^{name}$')))
+
+    def choose(self, name, option): self.control('.widget-dropdown', name).locator('select').select_option(label=option)
+
+    def upload(self, name, button):
+        with self.page.expect_file_chooser() as chooser: self.page.locator('.widget-upload', has_text=button).click()
+        chooser.value.set_files(str(self.folder / name))
