@@ -139,7 +139,7 @@ def bench_loader(
         row['workers'] = dict(count=workers, ms_core=ms, img_s_core=1000 / ms, img_s_wall=rate)
     return found | dict(workers_ratio=rows[1]['workers']['ms_core'] / rows[0]['workers']['ms_core'])
 
-# %% ../nbs/41c_bench_data.ipynb #c014
+# %% ../nbs/41c_bench_data.ipynb #c016
 def plot_loader(
     found:dict, # of `bench_loader`
     ax,         # matplotlib axes
@@ -153,7 +153,7 @@ def plot_loader(
     ax.set(xlabel='processor time a photo, ms', title=f"{found['ratio']:.1f} times as many photos a second and core")
     ax.legend(ncols=4, fontsize=8)
 
-# %% ../nbs/41c_bench_data.ipynb #c017
+# %% ../nbs/41c_bench_data.ipynb #c019
 def made_up(
     images:int,      # photos
     detections:int,  # boxes a photo
@@ -176,7 +176,7 @@ def made_up(
     categories, photos = [dict(id=k, name=f'class {k}') for k in range(classes)], [dict(id=i, height=640, width=640) for i in range(images)]
     return dict(images=photos, categories=categories, annotations=truth), predictions
 
-# %% ../nbs/41c_bench_data.ipynb #c018
+# %% ../nbs/41c_bench_data.ipynb #c020
 def _plain_pycocotools(coco, predictions):
     "The twelve numbers by pycocotools alone"
     with redirect_stdout(io.StringIO()):
@@ -207,7 +207,7 @@ def _shard(rank, world, store, results, made):
     results.put((process_time() - used, perf_counter() - start, stats))
     dist.destroy_process_group()
 
-# %% ../nbs/41c_bench_data.ipynb #c019
+# %% ../nbs/41c_bench_data.ipynb #c021
 def _sharded(made, processes, folder):
     "(most seconds of processor time of any process, seconds by the clock, twelve numbers)"
     results = mp.get_context('spawn').SimpleQueue()
@@ -221,7 +221,7 @@ def _timed(run):
     stats = run()
     return process_time() - used, perf_counter() - start, stats
 
-# %% ../nbs/41c_bench_data.ipynb #c020
+# %% ../nbs/41c_bench_data.ipynb #c022
 def bench_evaluation(
     folder,             # for the file through which the processes meet
     images:int=5000,    # photos
@@ -248,7 +248,7 @@ def bench_evaluation(
     for row in rows.values(): row['ratio'] = rows['reference']['core_s'] / row['core_s']
     return dict(images=images, detections=detections, classes=classes, processes=processes, AP=100 * runs['reference'][0][2][0]) | rows
 
-# %% ../nbs/41c_bench_data.ipynb #c022
+# %% ../nbs/41c_bench_data.ipynb #c025
 def plot_evaluation(
     found:dict, # of `bench_evaluation`
     ax,         # matplotlib axes
