@@ -21,7 +21,7 @@ STEPS = 20
 
 
 def spoil(task, bad, what):
-    """The steps in `bad` get images or boxes without numbers, an infinite loss (with finite gradients), or such gradients."""
+    """The steps in `bad` get features or boxes without numbers, an infinite loss (with finite gradients), or such gradients."""
     batches, forward, now = task.batches, task.module.forward, []
 
     def broken(start, total):
@@ -71,7 +71,7 @@ def wanted(tmp_path_factory):
     return by_hand(make_task(tmp_path_factory.mktemp('by_hand'), **LIVE))({5, 6})
 
 
-@pytest.mark.parametrize('what', ['images', 'boxes', 'loss', 'gradient'])
+@pytest.mark.parametrize('what', ['feature', 'boxes', 'loss', 'gradient'])
 def test_a_skipped_step_changes_nothing(what, wanted, tmp_path):
     """Weights, moments and averages are those of a loop that never saw the step; also where the run stops between two such steps."""
     def run(stop_at=None):
@@ -93,7 +93,7 @@ def test_a_skipped_step_changes_nothing(what, wanted, tmp_path):
                 {k: wanted[k] for k in ('model', 'ema')} | {'optimizer': wanted['optimizer']})
     told = {r['step']: r for r in rows(tmp_path) if 'skipped' in r}
     assert told.keys() == {5, 6} and {r['step'] for r in rows(tmp_path) if 'train_loss' in r} == set(range(1, 21)) - {5, 6}
-    assert {'images': 'loss', 'boxes': 'loss_bbox', 'loss': 'loss_bbox', 'gradient': 'grad_norm'}[what] in told[5]['skipped'].split(', ')
+    assert {'feature': 'loss', 'boxes': 'loss_bbox', 'loss': 'loss_bbox', 'gradient': 'grad_norm'}[what] in told[5]['skipped'].split(', ')
     task = make_task(tmp_path, max_skips=2, **LIVE)
     for step, row in told.items(): assert row['photos'] == next(iter(task.batches(step - 1, step)))['index'].tolist()
     assert [f.name for f in tmp_path.glob('not_finite*')] == ['not_finite_step5_process0.pth']  # the first is kept, all can be made again
@@ -104,7 +104,7 @@ def test_a_skipped_step_changes_nothing(what, wanted, tmp_path):
 @pytest.mark.parametrize('max_skips', [0, 2])
 def test_too_many_in_a_row_stop_the_run(max_skips, tmp_path):
     """Two and two are passed over where two are allowed, three in a row are not; a stop in between does not begin the count anew."""
-    task = spoil(make_task(tmp_path, max_skips=max_skips, **LIVE), {3, 4, 6, 7, 11, 12, 13}, 'images')
+    task = spoil(make_task(tmp_path, max_skips=max_skips, **LIVE), {3, 4, 6, 7, 11, 12, 13}, 'feature')
     batches, last = task.batches, 13 if max_skips else 3
 
     def stopping(start, total):
@@ -113,7 +113,7 @@ def test_too_many_in_a_row_stop_the_run(max_skips, tmp_path):
             yield batch
     task.batches = stopping
     if max_skips: assert train(task, task.cfg, tmp_path, Processes()).step == 12
-    task = spoil(make_task(tmp_path, max_skips=max_skips, **LIVE), {3, 4, 6, 7, 11, 12, 13}, 'images')
+    task = spoil(make_task(tmp_path, max_skips=max_skips, **LIVE), {3, 4, 6, 7, 11, 12, 13}, 'feature')
     said = f'not finite in step {last}{", after 2 skipped ones" if max_skips else ""}, photos \\[[0-9]'
     with pytest.raises(FloatingPointError, match=said): train(task, task.cfg, tmp_path, Processes())
     assert (tmp_path / f'not_finite_step{last}_process0.pth').exists()
