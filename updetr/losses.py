@@ -111,8 +111,7 @@ class SetCriterion(nn.Module):
             raise ValueError(f'eos_coef {eos_coef} must be positive: without it nothing teaches a query to say "no object"')
         self.num_classes, self.matcher, self.weights = num_classes, matcher, weights
         self.register_buffer('empty_weight', torch.cat((torch.ones(num_classes), torch.tensor([eos_coef]))))
-        suffixes = [''] + [f'_{i}' for i in range(num_layers - 1)]
-        self.weight_dict = {k + s: w for s in suffixes for k, w in weights.items()}
+        self.weight_dict = {k + s: w for s in ('', *(f'_{i}' for i in range(num_layers - 1))) for k, w in weights.items()}
 
     def forward(self,
                 outputs,  # of a DETR or UPDETR

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BANK_FIELDS', 'PREVIEW_BOXES', 'PREVIEW_COLORS', 'TASK', 'is_heldout', 'choose', 'builtin_index', 'find_photos',
            'photo_lists', 'data_mark', 'build_dataset', 'photo_sizes', 'PretrainStep', 'note_skipped', 'open_bank',
-           'fit_statistics', 'preview_photo', 'preview_answer', 'draw_preview', 'encode_ahead', 'PretrainTask']
+           'fit_statistics', 'preview_photo', 'preview_answer', 'draw_preview', 'encode_ahead', 'live_batches',
+           'PretrainTask']
 
 # %% ../nbs/16a_pretrain_task.ipynb #c002
 import dataclasses
@@ -234,6 +235,17 @@ def _arrived(batch, event):
             if isinstance(v, Tensor) and v.is_cuda: v.record_stream(torch.cuda.current_stream())
     return batch
 
+# %% ../nbs/16a_pretrain_task.ipynb #c015c
+def live_batches(task: 'PretrainTask',  # whose photos or views are read
+                 start: int,  # steps that are done
+                 total: int,  # of the whole training
+                 ) -> Iterator[dict]:  # of `to_device`
+    "The batches of a run that caches nothing; what is wrong with photos goes into skipped.txt."
+    backbone, known = task.model.backbone[0], set()
+    for batch in photo_loader(task.dataset, task.plan(start, total), task.cfg.num_workers):
+        note_skipped(task.run_dir, batch['skipped'], known)
+        yield to_device(batch, task.processes.device, backbone.mean, backbone.std)
+
 # %% ../nbs/16a_pretrain_task.ipynb #c017
 class PretrainTask:
     "Random query patch detection as a task for `updetr.train.train`."
@@ -265,15 +277,11 @@ class PretrainTask:
 
     def batches(self, start: int, total: int):
         "Yield this process's micro-batches between two steps, on its device."
-        plan, device, backbone, known = self.plan(start, total), self.processes.device, self.model.backbone[0], set()
+        plan, device, live = self.plan(start, total), self.processes.device, live_batches(self, start, total)
         if self.bank:
             for items in plan: yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.bank.batch(items).items()}
-            return
-        def live():
-            for batch in photo_loader(self.dataset, plan, self.cfg.num_workers):
-                note_skipped(self.run_dir, batch['skipped'], known)
-                yield to_device(batch, device, backbone.mean, backbone.std)
-        yield from encode_ahead(self.model, live(), self.cfg.amp and device.type == 'cuda') if backbone.frozen else live()
+        elif self.model.backbone[0].frozen: yield from encode_ahead(self.model, live, self.cfg.amp and device.type == 'cuda')
+        else: yield from live
 
     def preview(self, path):
         "Draw what the model answers now, on a held-out photo if there is one."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASPECTS', 'plain', 'Clock', 'ByteCounter', 'Counter', 'ceilings', 'imagenet_like', 'batch_sizes', 'real_share',
-           'noise_batch', 'as_floats', 'Ours', 'targets', 'match', 'losses', 'update', 'Theirs']
+           'noise_batch', 'as_floats', 'Way', 'Ours', 'Theirs']
 
 # %% ../nbs/42_steps.ipynb #c002
 import time
@@ -46,6 +46,7 @@ class Clock:
         self.device, self.seconds = torch.device(device), {}
 
     def wait(self):
+        "For the device, if it is a GPU."
         if self.device.type == 'cuda': torch.cuda.synchronize(self.device)
 
     def __call__(self, name, f):
@@ -153,10 +154,8 @@ def _real_sizes(batch):
     return [((~m).any(1).sum(), (~m).any(0).sum()) for m in batch['mask']]
 
 # %% ../nbs/42_steps.ipynb #c018
-class Ours:
-    "A training step in our way, in pieces."
-    name = 'ours'
-
+class Way:
+    "A training step in pieces."
     def __init__(self,
                  model: nn.Module,  # UPDETR or DETR; trained in place
                  criterion: SetCriterion,  # that fits it
@@ -166,30 +165,15 @@ class Ours:
                  ):
         self.model, self.criterion, self.cfg = model.to(device).train(), criterion.to(device), cfg
         self.device, self.amp, self.optimizer = torch.device(device), amp, self.make_optimizer()
-        self.module = (GraphedStep if self.device.type == 'cuda' else PretrainStep)(self.model, self.criterion)
-
-    def make_optimizer(self): return build_optimizer(self.model, self.cfg)
-
-    def prepare(self, batch):
-        "A batch of the loader, on the device and ready for the CNN."
-        return to_device(batch, self.device, self.model.backbone[0].mean, self.model.backbone[0].std)
 
     def step(self, batch, piece=plain):
-        "Pre-train on a batch of `noise_batch`."
+        "Pre-train on a batch."
         model, ready = self.model, piece('augment', lambda: self.prepare(batch))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             feature, mask = piece('CNN, photos', lambda: model.backbone(ready['images'], ready['mask']))
             patch = piece('CNN, patches', lambda: model.encode_patches(ready['patches']))
             outputs = piece('transformer', lambda: model.forward_features(feature, patch, mask, ready['keep']))
         return self.learn(outputs, self.targets(ready['boxes']), piece)
-
-    def run(self, batches):
-        "Pre-train on several batches as the training loop does: encoded one ahead, on a GPU as graphs. Yields the losses."
-        for ready in encode_ahead(self.model, map(self.prepare, batches), self.amp):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp): loss, _ = self.module(ready)
-            loss.backward()
-            self.update()
-            yield loss.detach()
 
     def detect(self, images, mask, targets, piece=plain):
         "Fine-tune on normalised images (B,3,H,W), their padding (B,H,W) or None, and one dictionary a photo."
@@ -199,39 +183,69 @@ class Ours:
         return self.learn(outputs, targets, piece)
 
     def learn(self, outputs, targets, piece=plain):
+        "From outputs to new weights; returns the loss."
         pairs = piece('matching', lambda: self.match(outputs, targets))
-        losses = piece('losses', lambda: self.losses(outputs, targets, pairs))
-        total = self.criterion.total(losses)
+        total = self.criterion.total(piece('losses', lambda: self.losses(outputs, targets, pairs)))
         piece('backward', total.backward)
         piece('optimizer', self.update)
         return total.detach()
 
-# %% ../nbs/42_steps.ipynb #c019
-def targets(self: Ours, boxes): return as_targets(boxes)
+    def update(self):
+        "Clip, step, clear."
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_max_norm)
+        self.optimizer.step(), self.optimizer.zero_grad()
 
-def match(self: Ours, outputs, targets):
-    self.stacked, self.padded = stack_layers(outputs), targets if isinstance(targets, tuple) else pad_targets(targets)
-    return self.criterion.match(self.stacked, self.padded)
+# %% ../nbs/42_steps.ipynb #c020
+class Ours(Way):
+    "A training step in our way, in pieces; and several as the training loop does them."
+    name = 'ours'
 
-def losses(self: Ours, outputs, targets, pairs):
-    return name_layers(self.criterion.losses(self.stacked, self.padded, pairs, outputs.get('gt_feature')))
+    def make_optimizer(self):
+        "Fused AdamW."
+        return build_optimizer(self.model, self.cfg)
 
-def update(self: Ours):
-    nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.cfg.clip_max_norm)
-    self.optimizer.step()
-    self.optimizer.zero_grad()
+    def prepare(self, batch):
+        "A batch of the loader, on the device and ready for the CNN."
+        return to_device(batch, self.device, self.model.backbone[0].mean, self.model.backbone[0].std)
 
-Ours.targets, Ours.match, Ours.losses, Ours.update = targets, match, losses, update
+    def targets(self, boxes):
+        "(B,M,4) to what the criterion takes."
+        return as_targets(boxes)
 
-# %% ../nbs/42_steps.ipynb #c021
-class Theirs(Ours):
+    def match(self, outputs, targets):
+        "All layers at once."
+        self.stacked, self.padded = stack_layers(outputs), targets if isinstance(targets, tuple) else pad_targets(targets)
+        return self.criterion.match(self.stacked, self.padded)
+
+    def losses(self, outputs, targets, pairs):
+        "All layers at once."
+        return name_layers(self.criterion.losses(self.stacked, self.padded, pairs, outputs.get('gt_feature')))
+
+    def run(self, batches):
+        "Pre-train on several batches as the training loop does: encoded one ahead, on a GPU as graphs. Yields the losses."
+        module = (GraphedStep if self.device.type == 'cuda' else PretrainStep)(self.model, self.criterion)
+        self.module = getattr(self, 'module', module)
+        for ready in encode_ahead(self.model, map(self.prepare, batches), self.amp):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp): loss, _ = self.module(ready)
+            loss.backward()
+            self.update()
+            yield loss.detach()
+
+# %% ../nbs/42_steps.ipynb #c022
+class Theirs(Way):
     "A training step in the reference's way, in pieces."
     name = 'reference'
 
-    def __init__(self, model, criterion, cfg, device='cpu', amp=False):
-        super().__init__(as_reference(model), reference_criterion(criterion), cfg, device, amp)
+    def __init__(self,
+                 model: nn.Module,  # UPDETR or DETR; copied
+                 criterion: SetCriterion,  # that fits it
+                 cfg,  # configuration: learning rates, weight decay and clip_max_norm are read
+                 device: torch.device | str = 'cpu',  # where the step runs
+                 ):
+        super().__init__(as_reference(model), reference_criterion(criterion), cfg, device)
 
     def make_optimizer(self):
+        "AdamW as PyTorch makes it by default."
         groups = build_optimizer(self.model, self.cfg).param_groups
         return torch.optim.AdamW([{'params': g['params'], 'lr': g['lr']} for g in groups], weight_decay=self.cfg.weight_decay)
 
@@ -239,14 +253,20 @@ class Theirs(Ours):
         "A batch of `as_floats`, on the device."
         return {k: v if v is None else v.to(self.device) for k, v in batch.items()}
 
-    def run(self, batches):
-        "Pre-train on several batches, one after the other."
-        for batch in batches: yield self.step(batch)
+    def targets(self, boxes):
+        "(B,M,4) to one dictionary a photo."
+        return [{'labels': torch.ones(len(b), dtype=torch.long, device=b.device), 'boxes': b} for b in boxes]
 
-    def targets(self, boxes): return [{'labels': torch.ones(len(b), dtype=torch.long, device=b.device), 'boxes': b} for b in boxes]
-    def match(self, outputs, targets): return self.criterion.match_all(outputs, targets)
+    def match(self, outputs, targets):
+        "Layer by layer."
+        return self.criterion.match_all(outputs, targets)
 
     def losses(self, outputs, targets, pairs):
+        "Layer by layer; every number is fetched by itself."
         losses = self.criterion.all_layers(outputs, targets, pairs)
         self.log = {k: v.item() for k, v in losses.items()}
         return losses
+
+    def run(self, batches):
+        "Pre-train on several batches, one after the other. Yields the losses."
+        for batch in batches: yield self.step(batch)
