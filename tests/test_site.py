@@ -1,5 +1,6 @@
 "The site of `make docs`: built from a small project, its formulas, links and search."
 import json
+import re
 import shutil
 
 import nbformat
@@ -44,6 +45,27 @@ def test_the_search_finds_words(site):
     assert {d['location'].split('#')[0] for d in found if 'zirconium' in d['text']} == {'nbs/01_second.html'}
 
 
+def test_nothing_is_fetched_from_the_web(site):
+    loaded = re.compile(r'<(?:script|link|img)\b[^>]*?(?:src|href)="(?:https?:)?//')
+    assert not [p.name for p in site.rglob('*.html') if loaded.search(p.read_text())]
+    assert all((p.parent / re.search(r'src="([^"]*worker.js)"', p.read_text())[1]).exists() for p in (site / 'nbs').glob('*.html'))
+
+
+def test_the_search_works_without_a_server(site):
+    "Typed into the page as it lies on the disk."
+    browser = pytest.importorskip('tools.browser', reason='needs playwright: pip install playwright')
+    if not browser.CHROMIUM: pytest.skip('needs Chromium: apt install chromium, or name it by the environment variable CHROMIUM')
+    with browser.playwright.sync_playwright() as pw:
+        chromium = pw.chromium.launch(executable_path=browser.CHROMIUM, headless=True, args=browser.FLAGS)
+        page = chromium.new_page(viewport=dict(width=1300, height=900))
+        page.set_default_timeout(120_000)
+        page.goto((site / 'nbs/00_first.html').as_uri())
+        page.locator('.md-search__input').click()
+        page.keyboard.type('zirconium', delay=20)
+        assert '01_second.html' in page.locator('.md-search-result__link').first.get_attribute('href')
+        chromium.close()
+
+
 def test_a_dead_link_is_an_error(site, tmp_path):
     assert list(dead_links(site)) == []
     shutil.copytree(site, tmp_path / 'site')
@@ -54,6 +76,7 @@ def test_a_dead_link_is_an_error(site, tmp_path):
 
 
 def test_formulas_and_code_are_told_apart():
+    assert '‖' in finish(r'<p>$\Big\lVert x \Big\rVert_2$</p>') and 'Vert' not in finish(r'<p>$\Big\lVert x\rVert$</p>')
     page = '<p>$x^2$</p><pre>$y$</pre><code>$z$</code><a href="https://a.b/c.ipynb">c</a><a href="d.ipynb#e">d</a>'
     done = finish(page)
     assert done.count('<math') == 1 and '<pre>$y$</pre><code>$z$</code>' in done

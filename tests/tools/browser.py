@@ -108,6 +108,10 @@ def opened(front, folder, home):
             page.wait_for_function('window.jupyterapp?.shell?.currentWidget?.sessionContext !== undefined')
             page.evaluate(RUN_ALL)
         page.wait_for_selector('.updetr-photo [data-box]')
+        end = time.monotonic() + 300
+        while not (folder / 'state.json').exists():  # the last cell has run
+            assert time.monotonic() < end, f'{front} has not run the last cell'
+            page.wait_for_timeout(100)
         yield page
         browser.close()
 

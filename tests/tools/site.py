@@ -28,6 +28,26 @@ CSS = """
 math[display="block"] { max-width: 100%; overflow-x: auto }
 """
 
+# The search runs in a worker, which browsers refuse to pages that are opened as files. There it runs in a hidden frame instead,
+# with code of our own: the theme would fetch some from the web.
+WORKER = """
+if (location.protocol === 'file:') window.Worker = class extends EventTarget {
+  constructor(url) {
+    super();
+    const frame = document.createElement('iframe');
+    frame.hidden = true;
+    document.body.append(frame);
+    this.inside = frame.contentWindow;
+    this.inside.postMessage = data => this.dispatchEvent(new MessageEvent('message', {data}));
+    const script = this.inside.document.createElement('script');
+    script.src = url;
+    this.ready = new Promise(done => { script.onload = done; });
+    this.inside.document.body.append(script);
+  }
+  postMessage(data) { this.ready.then(() => this.inside.dispatchEvent(new MessageEvent('message', {data}))); }
+};
+"""
+
 
 def shown(path):
     "The notebook at `path` as a reader wants it: no hidden cells, no directives, silent inputs empty."
@@ -70,9 +90,12 @@ def collect(root, source):
     return [*nav, {'Reports': ['reports/README.md', *({Path(p).parent.name: p} for p in executed)]}]
 
 
-def finish(page):
-    "HTML of a page with links between notebooks that lead to pages, and with formulas that need no script."
-    def formula(m): return convert(html.unescape(m[2]), display='block' if m[1] == '$$' else 'inline')
+def finish(page, base='.'):
+    "HTML of a page, `base` away from the site's root: links between notebooks lead to pages, formulas and search need nothing of the web."
+    def formula(m):
+        text = re.sub(r'\\[lr]Vert\b', '‖', html.unescape(m[2]))  # latex2mathml does not know them after \Big
+        return convert(text, display='block' if m[1] == '$$' else 'inline')
+    page = re.sub(r'src="https://unpkg\.com/iframe-worker/shim"', f'src="{base}/worker.js"', page)
     page = re.sub(r'(href="(?![a-z]+:)[^"#]*)\.ipynb(["#])', r'\1.html\2', page)
     apart = '|'.join(rf'<{tag}\b.*?</{tag}>' for tag in ('pre', 'code', 'script', 'style', 'svg'))
     parts = re.split(rf'({apart}|<div class="clipboard-copy-txt".*?</div>)', page, flags=re.S)
@@ -116,7 +139,10 @@ def make(root=ROOT, out=ROOT / '_docs'):
         markdown_extensions=['tables', 'fenced_code', 'attr_list', 'md_in_html', {'toc': {'permalink': True}}])
     (out / 'mkdocs.yml').write_text(json.dumps(settings))  # JSON is YAML
     build(load_config(str(out / 'mkdocs.yml')))
-    for page in site.rglob('*.html'): page.write_text(finish(page.read_text(encoding='utf-8')), encoding='utf-8')
+    (site / 'worker.js').write_text(WORKER)
+    for page in site.rglob('*.html'):
+        base = '../' * (len(page.relative_to(site).parts) - 1) + '.'
+        page.write_text(finish(page.read_text(encoding='utf-8'), base), encoding='utf-8')
     if dead := sorted(dead_links(site)): raise ValueError(f'{len(dead)} dead links:\n' + '\n'.join(dead))
     print(f'{len(list(site.rglob("*.html")))} pages, no dead link: {site / "index.html"}')
 
