@@ -159,7 +159,7 @@ def test_all_processes_skip_alike(what, tmp_path):
     (folder := tmp_path / 'two').mkdir()
     write_json(folder / 'cfg.json', dataclasses.asdict(cfg))
     trainer = Trainer(folder, Fault('bad numbers', early=SpoilsItself(what)), world=2)
-    assert trainer.wait() == [0, 0], trainer.said()
+    assert trainer.wait(600) == [0, 0], trainer.said()
     both = [torch.load(folder / f'weights{rank}.pth') for rank in (0, 1)]
     assert same(*both)
     (alone := tmp_path / 'one').mkdir()

@@ -140,7 +140,7 @@ def test_worker_processes_and_sigterm(tmp_path):
 
 
 def test_photos_that_vanish_meanwhile(tmp_path):
-    """A folder that goes while a run reads it: a stop that names it, not other photos; back again, the losses of an undisturbed run."""
+    """A folder that goes while a run reads it: a stop that names it; when it is back, the losses of an undisturbed run."""
     photos, gone = save_photos(tmp_path / 'photos', 8), tmp_path / 'gone'
     train_small(tmp_path / 'whole', data=str(photos), epochs=2, dropout=.1, save_every=2)
     task = make_task(tmp_path / 'run', data=str(photos), epochs=2, dropout=.1, save_every=2)
