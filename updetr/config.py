@@ -117,6 +117,7 @@ class TrainConfig:
         "Yield what is wrong between fields; each kind of run has its own."
         yield from ()
 
+# %% ../nbs/14_config.ipynb #3bc66d3e
 @dataclass(frozen=True)
 class PretrainConfig(TrainConfig, DataConfig, LossConfig, ModelConfig):
     "Everything that determines a pre-training run."
