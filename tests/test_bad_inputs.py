@@ -137,6 +137,7 @@ def test_a_batch_loses_no_pixel_and_no_box(sizes, seed):
     images = [torch.randint(1, 256, (3, h, w), dtype=torch.uint8, generator=g) for h, w in sizes]
     samples = [{'image': x, 'index': 7 * i, 'skipped': [f'{i}'] * (i % 2), **{k: torch.rand(s, generator=g) for k, s in kinds.items()}}
                for i, x in enumerate(images)]
+    for s in samples: s['patches'] = (255 * s['patches']).to(torch.uint8)
     batch = collate(samples)
     assert (batch['mask'] is None) == (len(set(sizes)) == 1) and batch['index'].tolist() == [7 * i for i in range(len(sizes))]
     assert batch['skipped'] == [f'{i}' for i in range(len(sizes)) if i % 2]
