@@ -377,6 +377,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                   'updetr/finetune_task.py'),
                                       'updetr.finetune_task.LabelledRun.preview': ( 'finetune_task.html#labelledrun.preview',
                                                                                     'updetr/finetune_task.py'),
+                                      'updetr.finetune_task._packed': ('finetune_task.html#_packed', 'updetr/finetune_task.py'),
+                                      'updetr.finetune_task._unpacked': ('finetune_task.html#_unpacked', 'updetr/finetune_task.py'),
                                       'updetr.finetune_task.build_module': ('finetune_task.html#build_module', 'updetr/finetune_task.py'),
                                       'updetr.finetune_task.cache_views': ('finetune_task.html#cache_views', 'updetr/finetune_task.py'),
                                       'updetr.finetune_task.draw_answer': ('finetune_task.html#draw_answer', 'updetr/finetune_task.py'),

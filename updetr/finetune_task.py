@@ -132,6 +132,16 @@ def open_features(path: str | Path,  # of `fill_part`
     return torch.from_numpy(np.memmap(path, np.float16, 'r+', 64, tuple(shape)))
 
 # %% ../nbs/28a_finetune_task.ipynb #c015
+def _packed(targets):
+    "Lists of dictionaries of small tensors as one flat tensor a key, which is read a thousand times faster: {key: (numbers, shapes)}"
+    flat = {k: [t[k] for t in targets] for k in targets[0]} if targets else {}
+    return {k: (torch.cat([v.reshape(-1) for v in vs]), [list(v.shape) for v in vs]) for k, vs in flat.items()}
+
+def _unpacked(packed):
+    "The list of dictionaries again"
+    parts = [[v.reshape(s) for v, s in zip(flat.split([math.prod(s) for s in shapes]), shapes)] for flat, shapes in packed.values()]
+    return [dict(zip(packed, values)) for values in zip(*parts)]
+
 def cache_views(folder: str | Path,  # to be filled; made if missing
                 backbone: nn.Module,  # frozen `Backbone`
                 views: DetectionViews,  # squashed to squares
@@ -146,7 +156,8 @@ def cache_views(folder: str | Path,  # to be filled; made if missing
         feature, targets[i] = photo_features(backbone, views, i, num_views, processes.device)
         return feature
     shape = fill_part(folder / 'feature.npy', len(views), compute, processes, progress)
-    write_atomic(folder / f'targets{processes.rank}.pth', lambda p: torch.save(targets, p))
+    mine = {'photos': list(targets), 'targets': _packed([t for views in targets.values() for t in views])}
+    write_atomic(folder / f'targets{processes.rank}.pth', lambda p: torch.save(mine, p))
     finish_part(folder, {'shape': shape, 'parts': processes.world}, processes)
 
 # %% ../nbs/28a_finetune_task.ipynb #c016
@@ -159,7 +170,10 @@ class CachedViews:
         about = json.loads((Path(folder) / 'bank.json').read_text())
         self.feature = open_features(Path(folder) / 'feature.npy', about['shape'])
         self.targets, self.num_views = {}, num_views
-        for k in range(about['parts']): self.targets |= torch.load(Path(folder) / f'targets{k}.pth', weights_only=True)
+        for k in range(about['parts']):
+            part = torch.load(Path(folder) / f'targets{k}.pth', weights_only=True)
+            each = iter(_unpacked(part['targets']))
+            self.targets |= {i: [next(each) for _ in range(num_views)] for i in part['photos']}
 
     def batch(self,
               items: list[tuple],  # (epoch, index, ...), as a `BatchPlan` yields them
@@ -228,7 +242,7 @@ def open_bank(task: LabelledRun,  # all processes call this
               phase: str = "the frozen CNN's features",  # what a watcher reads meanwhile
               ) -> Path:  # folder of the bank, beside the run's
     "Features that a frozen CNN computes once, named by everything that determines them; filled first where they are not there yet."
-    key = bank_key(kind=kind, cnn=weights_key(task.cnn), **{k: getattr(task.cfg, k) for k in task.cfg.bank_fields()})
+    key = bank_key(format=2, kind=kind, cnn=weights_key(task.cnn), **{k: getattr(task.cfg, k) for k in task.cfg.bank_fields()})
     folder = task.run_dir.parent / 'banks' / key
     if task.processes.any(not (folder / 'bank.json').exists()):
         fill(folder, progress_writer(task.run_dir, task.processes, phase))

@@ -171,7 +171,8 @@ def train_step(module: nn.Module,  # batch -> (loss, dictionary of logged number
                processes: Processes | None = None,  # all of them do this step; None: there is one
                ) -> tuple[list[str], Tensor]:  # names, their values on the device (no synchronisation unless steps may be skipped)
     "Forward, backward and update for one global batch. If steps may be skipped, no process updates where one has a bad number."
-    params, optimizer, n = [p for p in module.parameters() if p.requires_grad], state.optimizer, state.cfg.accumulate
+    optimizer, n = state.optimizer, state.cfg.accumulate
+    params = [p for group in optimizer.param_groups for p in group['params']]
     for group in optimizer.param_groups: group['lr'] = group['initial_lr'] * factor
     optimizer.zero_grad(set_to_none=True)
     logged = 0.
