@@ -15,7 +15,7 @@ from updetr.photos import builtin_photos
 from updetr.updetr import build_updetr
 
 playwright = pytest.importorskip('playwright.sync_api', reason='the browser tests need playwright: pip install playwright')
-from tools.browser import CHROMIUM, Hand, opened, prepare  # noqa: E402 (needs playwright)
+from tools.browser import CHROMIUM, Hand, chromium, opened, prepare  # noqa: E402 (needs playwright)
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='the browser tests need Chromium: apt install chromium fonts-dejavu, or name it by '
                                                      'the environment variable CHROMIUM')
@@ -42,9 +42,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def lab(folder, tmp_path_factory):
+def browser():
+    "One Chromium for all tests."
+    with chromium() as browser: yield browser
+
+
+@pytest.fixture(scope='module')
+def lab(browser, folder, tmp_path_factory):
     "The notebook in JupyterLab."
-    with opened('jupyterlab', folder, tmp_path_factory.mktemp('jupyter')) as page: yield page
+    with opened(browser, 'jupyterlab', folder, tmp_path_factory.mktemp('jupyter')) as page: yield page
 
 
 @pytest.fixture
@@ -191,11 +197,11 @@ def test_attention_changes_and_weights(hand):
 
 
 @pytest.mark.parametrize('front', ['notebook', 'voila'])
-def test_other_programs(front, folder, tmp_path):
+def test_other_programs(front, browser, folder, tmp_path):
     "The same widget in Jupyter Notebook 7 and in Voilà, where they are installed: a drag, a key, another target, a bad upload."
     if not find_spec(front): pytest.skip(f'needs {front}: pip install {front}')
     (folder / 'state.json').unlink(missing_ok=True)
-    with opened(front, folder, tmp_path) as page:
+    with opened(browser, front, folder, tmp_path) as page:
         hand = Hand(page, folder)
         page.wait_for_timeout(500)
         hand.box(120, 80, 260, 200)

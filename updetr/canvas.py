@@ -117,7 +117,8 @@ const ARROWS = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowD
 
 function keys(s) {
   const boxOf = e => +e.target.closest?.('[data-box]')?.dataset.box;
-  s.svg.onkeydown = e => {
+  s.keydown = e => {  // listens in the window: programs that take a key before the page has it (Notebook 7) come after that
+    if (!s.svg.contains(e.target)) return;
     const i = boxOf(e), arrow = ARROWS[e.key], [width, height] = size(s);
     if (!(i >= 0) || !s.model.get('draws') || !(arrow || ['Delete', 'Backspace', 'Escape'].includes(e.key))) return;
     e.preventDefault(); e.stopPropagation();
@@ -132,6 +133,7 @@ function keys(s) {
     }
     drawBoxes(s);
   };
+  window.addEventListener('keydown', s.keydown, true);
   s.svg.onkeyup = e => send(s, boxOf(e));
   s.boxes.addEventListener('focusout', e => send(s, boxOf(e)));
   s.boxes.addEventListener('focusin', e => { s.model.set('selected', boxOf(e)); s.model.save_changes(); });
@@ -157,7 +159,7 @@ function render({model, el}) {
   for (const names in events) { model.on(names, events[names]); events[names](); }
   pointer(s); keys(s);
   const watcher = new ResizeObserver(draw); watcher.observe(s.svg);
-  return () => { watcher.disconnect();
+  return () => { watcher.disconnect(); window.removeEventListener('keydown', s.keydown, true);
     for (const names in events) model.off(names, events[names]);
     for (const url of Object.values(s.urls)) if (url) URL.revokeObjectURL(url); };
 }

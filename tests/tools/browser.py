@@ -97,10 +97,18 @@ RUN_ALL = """async () => {
 
 
 @contextmanager
-def opened(front, folder, home):
-    "The notebook in a browser, opened and run."
-    with served(front, folder, home) as address, playwright.sync_playwright() as pw:
+def chromium():
+    "A browser without a window; one is open at a time, for as many pages as are wanted."
+    with playwright.sync_playwright() as pw:
         browser = pw.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def opened(browser, front, folder, home):
+    "The notebook in a page of the browser, opened and run."
+    with served(front, folder, home) as address:
         page = browser.new_page(viewport=dict(width=1300, height=1000))
         page.set_default_timeout(300_000)
         page.goto(address, wait_until='commit')
@@ -113,7 +121,7 @@ def opened(front, folder, home):
             assert time.monotonic() < end, f'{front} has not run the last cell'
             page.wait_for_timeout(100)
         yield page
-        browser.close()
+        page.close()
 
 
 class Hand:

@@ -6,7 +6,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from browser import ROOT, Hand, opened, prepare
+from browser import ROOT, Hand, chromium, opened, prepare
 
 # of the photo coffee (CC0, Rachel Michetti), which the demo's pre-training has not seen: cup with saucer, and the cup
 BOXES = (80, 30, 480, 370), (150, 45, 350, 190)
@@ -16,7 +16,7 @@ def take(checkpoint, to):
     "Draw, wait for the answers, and save what is seen of the widget."
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as home:
         prepare(Path(folder), Path(checkpoint).resolve(), photo='coffee')
-        with opened('jupyterlab', Path(folder), Path(home)) as page:
+        with chromium() as browser, opened(browser, 'jupyterlab', Path(folder), Path(home)) as page:
             hand = Hand(page, Path(folder))
             hand.box(*BOXES[0])
             page.keyboard.down('Shift')
