@@ -81,6 +81,8 @@ def test_formulas_and_code_are_told_apart():
     done = finish(page)
     assert done.count('<math') == 1 and '<pre>$y$</pre><code>$z$</code>' in done
     assert 'https://a.b/c.ipynb' in done and 'href="d.html#e"' in done
+    linked = finish('<a href="../../reports/README.md">r</a><a href="https://a.b/README.md">b</a>')
+    assert linked == '<a href="../../reports/index.html">r</a><a href="https://a.b/README.md">b</a>'
 
 
 def test_every_notebook_has_a_chapter():
