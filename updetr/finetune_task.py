@@ -172,8 +172,8 @@ class CachedViews:
         self.targets, self.num_views = {}, num_views
         for k in range(about['parts']):
             part = torch.load(Path(folder) / f'targets{k}.pth', weights_only=True)
-            each = iter(_unpacked(part['targets']))
-            self.targets |= {i: [next(each) for _ in range(num_views)] for i in part['photos']}
+            each, n = _unpacked(part['targets']), len(part['photos'])
+            self.targets |= {i: each[k * len(each) // n:(k + 1) * len(each) // n] for k, i in enumerate(part['photos'])}
 
     def batch(self,
               items: list[tuple],  # (epoch, index, ...), as a `BatchPlan` yields them
