@@ -133,7 +133,7 @@ def open_features(path: str | Path,  # of `fill_part`
 
 # %% ../nbs/28a_finetune_task.ipynb #c015
 def _packed(targets):
-    "Lists of dictionaries of small tensors as one flat tensor a key, which is read a thousand times faster: {key: (numbers, shapes)}"
+    "Dictionaries of small tensors as one flat tensor a key: {key: (numbers, shapes)}. A file of thousands of tensors takes seconds to read"
     flat = {k: [t[k] for t in targets] for k in targets[0]} if targets else {}
     return {k: (torch.cat([v.reshape(-1) for v in vs]), [list(v.shape) for v in vs]) for k, vs in flat.items()}
 
@@ -156,7 +156,8 @@ def cache_views(folder: str | Path,  # to be filled; made if missing
         feature, targets[i] = photo_features(backbone, views, i, num_views, processes.device)
         return feature
     shape = fill_part(folder / 'feature.npy', len(views), compute, processes, progress)
-    mine = {'photos': list(targets), 'targets': _packed([t for views in targets.values() for t in views])}
+    each = [(i, t) for i, views in targets.items() for t in views]
+    mine = {'photos': [i for i, _ in each], 'targets': _packed([t for _, t in each])}
     write_atomic(folder / f'targets{processes.rank}.pth', lambda p: torch.save(mine, p))
     finish_part(folder, {'shape': shape, 'parts': processes.world}, processes)
 
@@ -172,8 +173,7 @@ class CachedViews:
         self.targets, self.num_views = {}, num_views
         for k in range(about['parts']):
             part = torch.load(Path(folder) / f'targets{k}.pth', weights_only=True)
-            each, n = _unpacked(part['targets']), len(part['photos'])
-            self.targets |= {i: each[k * len(each) // n:(k + 1) * len(each) // n] for k, i in enumerate(part['photos'])}
+            for i, target in zip(part['photos'], _unpacked(part['targets']), strict=True): self.targets.setdefault(i, []).append(target)
 
     def batch(self,
               items: list[tuple],  # (epoch, index, ...), as a `BatchPlan` yields them
@@ -242,7 +242,7 @@ def open_bank(task: LabelledRun,  # all processes call this
               phase: str = "the frozen CNN's features",  # what a watcher reads meanwhile
               ) -> Path:  # folder of the bank, beside the run's
     "Features that a frozen CNN computes once, named by everything that determines them; filled first where they are not there yet."
-    key = bank_key(format=2, kind=kind, cnn=weights_key(task.cnn), **{k: getattr(task.cfg, k) for k in task.cfg.bank_fields()})
+    key = bank_key(format=3, kind=kind, cnn=weights_key(task.cnn), **{k: getattr(task.cfg, k) for k in task.cfg.bank_fields()})
     folder = task.run_dir.parent / 'banks' / key
     if task.processes.any(not (folder / 'bank.json').exists()):
         fill(folder, progress_writer(task.run_dir, task.processes, phase))
