@@ -50,6 +50,7 @@ with StopFlag() as stop:
         time.sleep(.05)
     if cfg.get('loader'): next(batches)
     reason = stop.reason
+    (run/'saving').touch()
     time.sleep(cfg.get('save_seconds', 0))       # as the real trainer saves: a second request to stop finds the first one's handler
     if rank == 0:
         last.write_text(str(step))
@@ -191,7 +192,7 @@ def test_launch_waits_while_an_orphan_saves(runs):
     until(lambda: (run/'ready0').exists())
     os.kill(launcher(run), signal.SIGKILL)
     until(lambda: not is_alive(run))
-    time.sleep(.3)                                          # it has seen that its launcher is gone, and saves
+    until(lambda: (run/'saving').exists())                  # it has seen that its launcher is gone
     assert start(run, save_seconds=1).how == 'started' and (run/'why').read_text() == 'launcher gone'
 
 
