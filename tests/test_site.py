@@ -55,15 +55,13 @@ def test_the_search_works_without_a_server(site):
     "Typed into the page as it lies on the disk."
     browser = pytest.importorskip('tools.browser', reason='needs playwright: pip install playwright')
     if not browser.CHROMIUM: pytest.skip('needs Chromium: apt install chromium, or name it by the environment variable CHROMIUM')
-    with browser.playwright.sync_playwright() as pw:
-        chromium = pw.chromium.launch(executable_path=browser.CHROMIUM, headless=True, args=browser.FLAGS)
+    with browser.chromium() as chromium:
         page = chromium.new_page(viewport=dict(width=1300, height=900))
         page.set_default_timeout(120_000)
         page.goto((site / 'nbs/00_first.html').as_uri())
         page.locator('.md-search__input').click()
         page.keyboard.type('zirconium', delay=20)
         assert '01_second.html' in page.locator('.md-search-result__link').first.get_attribute('href')
-        chromium.close()
 
 
 def test_a_dead_link_is_an_error(site, tmp_path):
