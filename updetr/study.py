@@ -26,7 +26,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from .checkpoint import write_atomic
-from .config import TrainConfig, check_names, model_options, plain_variables
+from .config import PretrainConfig, TrainConfig, check_names, find_data, model_options, plain_variables
 from .detr import build_detr
 from .experiments import DESCRIPTIONS, EXPERIMENTS, Claim, Experiment, Scale, experiment
 from .finetune import open_sets
@@ -271,7 +271,8 @@ def open_study(id: str,  # of the experiment
                namespace: Mapping,  # the notebook's globals()
                again: bool = False,  # the cell is run again by hand: other variables have come since
                ) -> Study:
-    "The study that a notebook was started for. Raises ValueError that names an unknown parameter, scale or a wrong value."
+    """The study that a notebook was started for. Raises ValueError that names an unknown parameter, scale or a wrong value,
+    FileNotFoundError for photos that are not there."""
     given = plain_variables(namespace)
     if not again: check_names(given, PARAMETERS)
     given = {k: given.get(k, '') for k in PARAMETERS}
@@ -280,9 +281,12 @@ def open_study(id: str,  # of the experiment
     if id != 'table3_oneshot': data.pop('unseen', None)
     scale = Scale(given['scale'], given['photos'], given['labelled'], tuple((k, str(v)) for k, v in data.items()))
     if scale.name == 'toy' and (scale.photos or scale.labelled): raise ValueError('scale toy has its own data: give -p scale mini with it')
-    if scale.name != 'toy' and not given['plan_only'] and not (scale.photos and scale.labelled):
-        raise ValueError(f'scale {scale.name} needs -p photos FOLDER and -p labelled FOLDER, or -p plan_only True')
-    return Study(experiment(id, scale), scale, list(range(given['seed'], given['seed'] + given['seeds'])),
+    e = experiment(id, scale)
+    if scale.name != 'toy' and not given['plan_only']:
+        if not (scale.photos and scale.labelled):
+            raise ValueError(f'scale {scale.name} needs -p photos FOLDER and -p labelled FOLDER, or -p plan_only True')
+        find_data(PretrainConfig(data=scale.photos))
+    return Study(e, scale, list(range(given['seed'], given['seed'] + given['seeds'])),
                  open_site(given['gpus']), given)
 
 # %% ../nbs/41_study.ipynb #c027
