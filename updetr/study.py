@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGENET', 'VOC', 'COCO', 'PARAMETERS', 'MARKS', 'Seen', 'seen', 'disk_gib', 'plan_rows', 'plan_text', 'table_rows',
            'show_number', 'show_rows', 'decide', 'judge', 'arm_bars', 'curve', 'arm_curves', 'Study', 'open_study',
-           'study_command', 'save_study', 'index_row', 'write_index', 'main']
+           'study_command', 'save_study', 'index_row', 'write_index', 'parse_value', 'hide_folders', 'main']
 
 # %% ../nbs/41_study.ipynb #c002
 import argparse
@@ -221,8 +221,8 @@ def arm_curves(e: Experiment,  # whose arms are drawn
     return fig
 
 # %% ../nbs/41_study.ipynb #c023
-PARAMETERS = ('scale seeds seed photos labelled year year_val split split_val unseen dataset workers gpus plan_only img_s '
-              'finetune_img_s report').split()
+PARAMETERS = dict(scale='toy', seeds=3, seed=42, photos='', labelled='', year='', year_val='', split='', split_val='', unseen='',
+                  dataset='', private=False, workers=0, gpus=-1, plan_only=False, img_s=0., finetune_img_s=0., report='')
 
 # %% ../nbs/41_study.ipynb #c024
 @dataclasses.dataclass
@@ -275,7 +275,7 @@ def open_study(id: str,  # of the experiment
     FileNotFoundError for photos that are not there."""
     given = plain_variables(namespace)
     if not again: check_names(given, PARAMETERS)
-    given = {k: given.get(k, '') for k in PARAMETERS}
+    given = {k: given.get(k, usual) for k, usual in PARAMETERS.items()}
     if given['seeds'] < 1: raise ValueError(f'seeds {given["seeds"]} must be at least 1')
     data = {k: given[k] for k in ('year', 'year_val', 'split', 'split_val', 'unseen') if given[k] != ''}
     if id != 'table3_oneshot': data.pop('unseen', None)
@@ -293,9 +293,8 @@ def open_study(id: str,  # of the experiment
 def study_command(study: Study,  # of the report
                   ) -> str:
     "The line that makes a report again; folders as PATH."
-    usual = dict(scale='toy', seed=42, seeds=3, gpus=-1, workers=0, plan_only=False, img_s=0., finetune_img_s=0., report='')
     hidden = {k: 'PATH' for k in ('photos', 'labelled') if study.given[k]}
-    changed = {k: v for k, v in (study.given | hidden).items() if v != usual.get(k, '')}
+    changed = {k: v for k, v in (study.given | hidden).items() if v != PARAMETERS[k]}
     report = study.folder.relative_to(study.site.root).as_posix() if study.folder.is_relative_to(study.site.root) else 'REPORT'
     words = [f'papermill nbs/experiments/{study.e.id}.ipynb {report}/{study.e.id}.ipynb', *(f'-p {k} {v}' for k, v in changed.items())]
     return ' '.join(words)
@@ -346,6 +345,25 @@ def write_index(folder: str | Path,  # of all reports
     write_atomic(folder / 'README.md', lambda p: Path(p).write_text(f'{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}'))
     return text
 
+# %% ../nbs/41_study.ipynb #e56afa15
+def parse_value(name: str,  # of a parameter
+                text: str,  # as it stands on the command line
+                ) -> object:
+    "The parameter's value; text where the name is unknown. Raises ValueError that names both."
+    usual = PARAMETERS.get(name, '')
+    kind = {'True': True, 'False': False}.__getitem__ if isinstance(usual, bool) else type(usual)
+    try: return kind(text)
+    except (KeyError, ValueError): raise ValueError(f'{name} {text!r} is not like {usual!r}') from None
+
+def hide_folders(path: Path,  # of an executed notebook
+                 study: Study,  # that it was started for
+                 ) -> None:
+    "Write PATH for the folders of the user's photos."
+    text = Path(path).read_text()
+    for folder in sorted({study.given['photos'], study.given['labelled']} - {''}, key=len, reverse=True):
+        text = text.replace(json.dumps(folder)[1:-1], 'PATH')
+    write_atomic(path, lambda p: Path(p).write_text(text))
+
 # %% ../nbs/41_study.ipynb #c031
 def main() -> None:
     "Command line: what `make reports scale=toy` calls."
@@ -356,9 +374,7 @@ def main() -> None:
     parser.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='a parameter of the notebooks')
     args = parser.parse_args()
     names = [n for n in args.only.split(',') if n] or list(EXPERIMENTS)
-    values = {'scale': args.scale, 'seed': 42, 'seeds': 3, 'gpus': -1, 'workers': 0, 'plan_only': args.plan, 'img_s': 0.}
-    values |= {'finetune_img_s': 0.}
-    values |= {k: type(values[k])(v) if k in values and not isinstance(values[k], bool) else v for k, v in args.p}
+    values = PARAMETERS | {'scale': args.scale, 'plan_only': args.plan} | {k: parse_value(k, v) for k, v in args.p}
     studies = [open_study(n, values) for n in names]
     if args.plan: return print(*(s.plan() for s in studies), sep='\n\n')
     wanted = [w for s in studies for w in s.e.wanted(s.seeds)]
@@ -369,6 +385,7 @@ def main() -> None:
         command = [sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', f'nbs/experiments/{s.e.id}.ipynb']
         out = os.path.relpath(s.folder / f'{s.e.id}.ipynb', s.site.root)  # papermill writes it into the notebook
         ran = subprocess.run([*command, out, *given], cwd=s.site.root, capture_output=True, text=True)
+        if not ran.returncode: hide_folders(s.site.root / out, s)
         print(f'\n{s.e.title}: {"done" if not ran.returncode else ran.stderr[-2000:]}', flush=True)
         return ran.returncode
     with ThreadPoolExecutor(2) as pool: failed = sum(map(bool, pool.map(report, studies)))
