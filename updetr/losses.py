@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import box_convert, generalized_box_iou_loss
+from torchvision.ops import box_convert
 
-from .boxes import paired_iou
+from .boxes import paired_giou, paired_iou
 from .detr import DETR
 from .matcher import HungarianMatcher, pad_targets
 
@@ -61,9 +61,8 @@ def loss_boxes(boxes: Tensor,  # (L,B,T,4) cxcywh of the matched queries
     "Box losses of the matched pairs."
     target = target.expand_as(boxes)
     l1 = ((boxes - target).abs().sum(-1) * real).sum((1, 2))
-    corners = (box_convert(b, 'cxcywh', 'xyxy') for b in (boxes, target))
-    giou = (generalized_box_iou_loss(*corners, eps=0) * real).sum((1, 2))
-    return l1 / num_boxes, giou / num_boxes
+    giou = paired_giou(*(box_convert(b, 'cxcywh', 'xyxy') for b in (boxes, target)))
+    return l1 / num_boxes, ((1 - giou) * real).sum((1, 2)) / num_boxes
 
 # %% ../nbs/12_losses.ipynb #c012
 def loss_feature(features: Tensor,  # (L,B,T,C) reconstructed by the matched queries
