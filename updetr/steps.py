@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['ASPECTS', 'plain', 'Clock', 'ByteCounter', 'Counter', 'ceilings', 'imagenet_like', 'batch_sizes', 'real_share',
-           'noise_batch', 'as_floats', 'Way', 'Ours', 'Theirs']
+           'noise_batch', 'as_floats', 'Way', 'Ours', 'Theirs', 'build_way', 'noise_batches', 'peak_gib']
 
 # %% ../nbs/42_steps.ipynb #c002
+import re
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,16 +22,17 @@ from torchvision.ops import box_convert
 
 from .augment import draw_factors
 from .boxes import pad_images
-from .config import PretrainConfig
+from .config import PretrainConfig, loss_options, model_options
 from .graphs import GraphedStep
 from .loader import as_targets, collate, epoch_batches, to_device
-from .losses import SetCriterion, name_layers, stack_layers
+from .losses import SetCriterion, build_criterion, name_layers, stack_layers
 from .matcher import pad_targets
 from .patches import sample_boxes
 from .photos import PRETRAIN_MAX, PRETRAIN_SIZES, resize_shape
 from .pretrain_task import PretrainStep, encode_ahead
 from .reference import as_reference, reference_criterion
 from .train import build_optimizer
+from .updetr import build_updetr
 
 # %% ../nbs/42_steps.ipynb #c005
 def plain(name: str,  # of the piece
@@ -270,3 +273,44 @@ class Theirs(Way):
     def run(self, batches):
         "Pre-train on several batches, one after the other. Yields the losses."
         for batch in batches: yield self.step(batch)
+
+# %% ../nbs/42_steps.ipynb #69ec891a
+def build_way(kind: type[Way],  # `Ours` or `Theirs`
+              cfg: PretrainConfig,  # of the model and the step
+              device: torch.device | str,  # where it runs
+              ) -> Way:
+    "A pre-training step; both kinds start with the same weights."
+    torch.manual_seed(cfg.seed)
+    model = build_updetr(**model_options(cfg))
+    criterion = build_criterion(model, **loss_options(cfg))
+    if kind is Theirs: return Theirs(model, criterion, cfg, device)
+    return Ours(model, criterion, cfg, device, cfg.amp and torch.device(device).type == 'cuda')
+
+# %% ../nbs/42_steps.ipynb #fe4cb6ef
+def noise_batches(kind: type[Way],  # `Ours` or `Theirs`: batches are padded its way
+                  cfg: PretrainConfig,  # of the step
+                  batch_size: int,  # photos
+                  n: int,  # batches
+                  device: torch.device | str = 'cpu',  # where pixels, boxes and masks lie
+                  shrink: int = 1,  # divide all sides, for a trial
+                  ) -> list[dict]:  # what `kind` takes
+    "Batches of noise in ImageNet's sizes."
+    sizes = batch_sizes(imagenet_like(max(2048, 2 * n * batch_size)), batch_size, kind is Ours)[:n]
+    batches = [noise_batch(cfg, [(h // shrink, w // shrink) for h, w in batch], i) for i, batch in enumerate(sizes)]
+    if kind is Theirs: batches = map(as_floats, batches)
+    return [{k: v.to(device) if k in ('images', 'mask', 'patches', 'boxes', 'keep') and v is not None else v for k, v in batch.items()}
+            for batch in batches]
+
+def peak_gib(kind: type[Way],  # `Ours` or `Theirs`
+             cfg: PretrainConfig,  # of the step
+             batch_size: int,  # photos
+             device: torch.device | str,  # where it runs
+             shrink: int = 1,  # divide all sides, for a trial
+             ) -> float | None:  # GiB; None: it does not fit, or the system does not say
+    "Memory that two pre-training steps take, on a GPU or of this process; to be asked in a process of its own."
+    gpu = torch.device(device).type == 'cuda'
+    try: list(build_way(kind, cfg, device).run(noise_batches(kind, cfg, batch_size, 2, device, shrink)))
+    except torch.OutOfMemoryError: return None
+    if gpu: return torch.cuda.max_memory_reserved() / 2**30
+    status = Path('/proc/self/status')  # getrusage counts what the parent process held, too
+    return int(re.search(r'VmHWM:\s*(\d+)', status.read_text())[1]) / 2**20 if status.exists() else None
