@@ -318,10 +318,11 @@ MARKS = '<!-- written by `make reports`: from here -->', '<!-- to here -->'
 def index_row(metrics: Mapping,  # of a report of a study
               link: str,  # its folder, relative to the index
               ) -> dict[str, str]:
-    "A report in one row."
+    "A report in one row: what its first claim compares."
     rows, claims = {r['method']: r for r in metrics['rows']}, metrics['claims']
-    first = next(iter(next(iter(rows.values()))['metrics']))
-    shown = list(rows) if len(rows) < 4 else [list(rows)[0], list(rows)[-1]]
+    asked = experiment(metrics['id'], Scale(metrics['scale'])).claims
+    first = asked[0].metric if asked else next(iter(next(iter(rows.values()))['metrics']))
+    shown = [asked[0].worse, asked[0].better] if asked else list(rows)[:2]
     ours = [f'{m} {show_number(rows[m]["metrics"][first], _digits(first))}' for m in shown if first in rows[m]['metrics']]
     quoted = [f'{m} {rows[m]["paper"][first]:.1f}' for m in shown if (rows[m]['paper'] or {}).get(first) is not None]
     counts = {v: sum(c['verdict'] == v for c in claims) for v in dict.fromkeys(c['verdict'] for c in claims)}
