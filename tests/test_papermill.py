@@ -96,3 +96,19 @@ def test_plan_only_starts_nothing(tmp_path):
     r = papermill(tmp_path / 'out.ipynb', tmp_path, plan_only=True, preset='paper', img_s=178)
     texts = ' '.join(o.get('text', '') for c in nbformat.read(tmp_path / 'out.ipynb', 4).cells for o in c.get('outputs', []))
     assert r.returncode == 0 and '19,164,167 trained' in texts and '300,240' in texts and not (tmp_path / 'runs').exists()
+
+
+def documented_commands():
+    for path in sorted((ROOT / 'nbs').rglob('*.ipynb')):
+        text = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
+        for notebook, out, more in re.findall(r'papermill (nbs/\S+\.ipynb) (\S+\.ipynb)(.*)', text): yield path.stem, notebook, out, more
+
+
+def test_documented_commands_find_their_notebook_parameters_and_output_folder():
+    commands = list(documented_commands())
+    assert len(commands) > 40
+    for where, notebook, out, more in commands:
+        assert (ROOT / notebook).is_file(), f'{where}: {notebook}'
+        assert (ROOT / out).parent.is_dir(), f'{where}: papermill writes {out} only into a folder that is there'
+        unknown = set(re.findall(r'-p (\w+) ', more)) - set(parameter_lines(ROOT / notebook))
+        assert not unknown, f'{where}: {notebook} has no parameters {unknown}'
