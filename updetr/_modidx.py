@@ -173,6 +173,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'updetr.config.model_options': ('config.html#model_options', 'updetr/config.py'),
                                'updetr.config.multiple': ('config.html#multiple', 'updetr/config.py'),
                                'updetr.config.plain_variables': ('config.html#plain_variables', 'updetr/config.py')},
+            'updetr.cut': { 'updetr.cut.cut': ('cut.html#cut', 'updetr/cut.py'),
+                            'updetr.cut.resize_weights': ('cut.html#resize_weights', 'updetr/cut.py')},
             'updetr.datasets': { 'updetr.datasets.DetectionSet': ('datasets.html#detectionset', 'updetr/datasets.py'),
                                  'updetr.datasets.DetectionSet.__getitem__': ( 'datasets.html#detectionset.__getitem__',
                                                                                'updetr/datasets.py'),
