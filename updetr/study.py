@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from statistics import mean
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -191,11 +192,12 @@ def arm_bars(rows: list[dict],  # of `table_rows`
 def curve(logs: list[list[dict]],  # log rows of each seed
           key: str,  # of a logged number
           width: float = .05,  # of the running mean, as a share of the curve
-          ) -> tuple[list[int], np.ndarray]:  # steps that all seeds have logged, (seeds, steps) values
-    "A logged number of several runs."
-    tables = [{r['step']: r[key] for r in rows if key in r} for rows in logs]
-    steps = sorted(set.intersection(*map(set, tables))) if tables else []
-    return steps, np.array([smooth([t[s] for s in steps], width) for t in tables])
+          ) -> tuple[list[int], np.ndarray]:  # mean steps, (seeds, steps) values
+    "A logged number of several runs, row by row as far as all have come: epochs of two seeds may differ by some steps."
+    tables = [[(r['step'], r[key]) for r in rows if key in r] for rows in logs]
+    rows = list(zip(*tables))
+    values = [[value for _, value in row] for row in rows]
+    return [mean(step for step, _ in row) for row in rows], np.array([smooth(v, width) for v in zip(*values)])
 
 def arm_curves(e: Experiment,  # whose arms are drawn
                root: str | Path,  # of all runs
