@@ -91,11 +91,13 @@ def data_mark(paths: list[str],  # files
 def build_dataset(cfg: PretrainConfig,  # of the run
                   photos: PhotoIndex,  # to train on
                   num_patches: int,  # for each photo or view
+                  device: torch.device | str = 'cpu',  # where the model is
                   ) -> SelfDet | Views:
     "Whole photos, or fixed random views of them."
     task = PatchTask(num_patches, cfg.num_queries, cfg.patch_size, cfg.patch_law, cfg.mask_ratio)
     paths = [photos.path(i) for i in range(len(photos))]
-    return Views(paths, task, cfg.views, cfg.seed, cfg.collage) if cfg.views else SelfDet(paths, task, cfg.seed)
+    if cfg.views: return Views(paths, task, cfg.views, cfg.seed, cfg.collage)
+    return SelfDet(paths, task, cfg.seed, whole=cfg.cut_on_gpu and torch.device(device).type == 'cuda')
 
 def photo_sizes(cfg: PretrainConfig,  # of the run
                 photos: PhotoIndex,  # to train on
@@ -257,7 +259,8 @@ class PretrainTask:
         self.cfg, self.run_dir, self.processes, self.bank, self.measure_every, self.notes = cfg, Path(run_dir), processes, None, 0, {}
         self.photos, self.heldout = photo_lists(cfg, self.run_dir, processes)
         if not cfg.cache_features: self.notes = {'data_mark': data_mark([self.photos.path(i) for i in range(len(self.photos))])}
-        self.dataset, (self.sizes, self.sides) = build_dataset(cfg, self.photos, cfg.num_patches), photo_sizes(cfg, self.photos)
+        self.dataset = build_dataset(cfg, self.photos, cfg.num_patches, processes.device)
+        self.sizes, self.sides = photo_sizes(cfg, self.photos)
         self.steps_per_epoch = self.plan(0, 0).steps_per_epoch
         torch.manual_seed(cfg.seed)
         self.model = build_updetr(**model_options(cfg)).to(processes.device)
