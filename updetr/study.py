@@ -331,8 +331,8 @@ def index_row(metrics: Mapping,  # of a report of a study
     status = ', '.join(f'{n} {v}' for v, n in counts.items()) or 'measured'
     return {'table or figure': f'[{metrics["title"]}]({link}/{metrics["id"]}.ipynb)', 'number': first,
             "the paper's, at its scale": '; '.join(quoted),
-            'ours, at the scale beside it': '; '.join(ours), 'scale': metrics['scale'], 'claims': status,
-            'all numbers': f'[metrics.json]({link}/metrics.json)'}
+            'ours, at the scale beside it': '; '.join(ours), 'scale': f'{metrics["scale"]}: {metrics["rows"][0]["dataset"]}',
+            'claims': status, 'all numbers': f'[metrics.json]({link}/metrics.json)'}
 
 def write_index(folder: str | Path,  # of all reports
                 ) -> str:  # what was written between the marks
