@@ -11,6 +11,7 @@ __all__ = ['BASES', 'DESCRIPTIONS', 'AP', 'EXPERIMENTS', 'Scale', 'Claim', 'Expe
 # %% ../nbs/40_experiments.ipynb #c002
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .jobs import Job, configure, job
 from .paper import TABLES
@@ -50,7 +51,7 @@ class Scale:
     photos: str = ''  # folder of photos without labels
     labelled: str = ''  # VOC, COCO or Roboflow folder, or a COCO file
     more: tuple[tuple[str, object], ...] = ()  # further (field, value) pairs of the labelled set: split, year, ...
-    tuned: tuple[tuple[str, object], ...] = ()  # further (field, value) pairs of all jobs that have such a field
+    cnns: tuple[str, ...] = ()  # weights of ResNet-50 to compare: names or files, see `updetr.backbone`
 
     def base(self, kind, start=None, **changes):
         "The job of a kind (a key of `BASES[name]`) with changes. Raises ValueError for what cannot be."
@@ -58,7 +59,7 @@ class Scale:
         task = {'short': 'pretrain', 'live': 'pretrain', 'voc': 'finetune', 'voc300': 'finetune', 'coco': 'finetune', 'coco300': 'finetune'}
         task = task.get(kind, kind)
         data = {'data': self.photos} if task == 'pretrain' else {'data': self.labelled, **dict(self.more)}
-        given = own | {k: v for k, v in data.items() if v != ''} | dict(self.tuned) | changes
+        given = own | {k: v for k, v in data.items() if v != ''} | changes
         return job(task, preset, start, **given)
 
 # %% ../nbs/40_experiments.ipynb #c010
@@ -224,6 +225,7 @@ def ablations_pretext(scale: Scale,  # with its data
         single = {}
     base, metric = scale.base('short'), 'mid_heldout_iou50'
     arms = {'base': base} | {n: scale.base('short', **c) for n, c in (changes | single).items()}
+    arms |= {f'ResNet-50, {Path(w).stem}': scale.base('short', backbone='resnet50', weights=w, features='layer3') for w in scale.cnns}
     arms |= {'small views': scale.base('live'), 'small views, cached features': scale.base('live', **_cached(scale))}
     claims = tuple(Claim(text, 'base', worse, metric) for text, worse in (
         ('matching within the own group is better than free matching', 'free matching'),

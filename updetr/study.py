@@ -26,6 +26,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import t as student
 
+from .backbone import find_weights
 from .checkpoint import write_atomic
 from .config import PretrainConfig, TrainConfig, check_names, find_data, model_options, plain_variables
 from .detr import build_detr
@@ -224,7 +225,7 @@ def arm_curves(e: Experiment,  # whose arms are drawn
 
 # %% ../nbs/41_study.ipynb #c023
 PARAMETERS = dict(scale='toy', seeds=3, seed=42, photos='', labelled='', year='', year_val='', split='', split_val='', unseen='',
-                  dataset='', private=False, workers=0, gpus=-1, plan_only=False, img_s=0., finetune_img_s=0., report='')
+                  cnns='', dataset='', private=False, workers=0, gpus=-1, plan_only=False, img_s=0., finetune_img_s=0., report='')
 
 # %% ../nbs/41_study.ipynb #c024
 @dataclasses.dataclass
@@ -247,6 +248,12 @@ class Study:
     def folder(self):
         "Of the report: reports/<id>, or reports/<id>_<scale>."
         return self.site.root / (self.given['report'] or f'reports/{self.e.id}' + f'_{self.scale.name}' * (self.scale.name != 'toy'))
+
+    @property
+    def places(self):
+        "On the user's machine; reports do not name them. The longest first."
+        found = {self.given['photos'], self.given['labelled'], *(w for w in self.scale.cnns if Path(w).suffix)} - {''}
+        return sorted(found, key=len, reverse=True)
 
     def plan(self):
         "Markdown: every training with its cost."
@@ -274,20 +281,22 @@ def open_study(id: str,  # of the experiment
                again: bool = False,  # the cell is run again by hand: other variables have come since
                ) -> Study:
     """The study that a notebook was started for. Raises ValueError that names an unknown parameter, scale or a wrong value,
-    FileNotFoundError for photos that are not there."""
+    FileNotFoundError for photos or weights that are not there."""
     given = plain_variables(namespace)
     if not again: check_names(given, PARAMETERS)
     given = {k: given.get(k, usual) for k, usual in PARAMETERS.items()}
     if given['seeds'] < 1: raise ValueError(f'seeds {given["seeds"]} must be at least 1')
     data = {k: given[k] for k in ('year', 'year_val', 'split', 'split_val', 'unseen') if given[k] != ''}
     if id != 'table3_oneshot': data.pop('unseen', None)
-    scale = Scale(given['scale'], given['photos'], given['labelled'], tuple((k, str(v)) for k, v in data.items()))
+    scale = Scale(given['scale'], given['photos'], given['labelled'], tuple((k, str(v)) for k, v in data.items()),
+                  tuple(w.strip() for w in given['cnns'].split(',') if w.strip()))
     if scale.name == 'toy' and (scale.photos or scale.labelled): raise ValueError('scale toy has its own data: give -p scale mini with it')
     e = experiment(id, scale)
     if scale.name != 'toy' and not given['plan_only']:
         if not (scale.photos and scale.labelled):
             raise ValueError(f'scale {scale.name} needs -p photos FOLDER and -p labelled FOLDER, or -p plan_only True')
         find_data(PretrainConfig(data=scale.photos))
+    for weights in scale.cnns * (not given['plan_only']): find_weights('resnet50', weights)
     return Study(e, scale, list(range(given['seed'], given['seed'] + given['seeds'])),
                  open_site(given['gpus']), given)
 
@@ -296,6 +305,7 @@ def study_command(study: Study,  # of the report
                   ) -> str:
     "The line that makes a report again; folders as PATH."
     hidden = {k: 'PATH' for k in ('photos', 'labelled') if study.given[k]}
+    hidden['cnns'] = ','.join('PATH' if w in study.places else w for w in study.scale.cnns)
     changed = {k: v for k, v in (study.given | hidden).items() if v != PARAMETERS[k]}
     report = study.folder.relative_to(study.site.root).as_posix() if study.folder.is_relative_to(study.site.root) else 'REPORT'
     words = [f'papermill nbs/experiments/{study.e.id}.ipynb {report}/{study.e.id}.ipynb', *(f'-p {k} {v}' for k, v in changed.items())]
@@ -361,10 +371,9 @@ def parse_value(name: str,  # of a parameter
 def hide_folders(path: Path,  # of an executed notebook
                  study: Study,  # that it was started for
                  ) -> None:
-    "Write PATH for the folders of the user's photos."
+    "Write PATH for the places of the user's photos and weights."
     text = Path(path).read_text()
-    for folder in sorted({study.given['photos'], study.given['labelled']} - {''}, key=len, reverse=True):
-        text = text.replace(json.dumps(folder)[1:-1], 'PATH')
+    for place in study.places: text = text.replace(json.dumps(place)[1:-1], 'PATH')
     write_atomic(path, lambda p: Path(p).write_text(text))
 
 # %% ../nbs/41_study.ipynb #c031
