@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGENET', 'VOC', 'COCO', 'PARAMETERS', 'MARKS', 'Seen', 'seen', 'disk_gib', 'plan_rows', 'plan_text', 'table_rows',
            'show_number', 'show_rows', 'decide', 'judge', 'arm_bars', 'curve', 'arm_curves', 'Study', 'open_study',
-           'study_command', 'save_study', 'index_row', 'write_index', 'parse_value', 'hide_folders', 'main']
+           'places', 'study_command', 'save_study', 'index_row', 'write_index', 'parse_value', 'hide_folders', 'main']
 
 # %% ../nbs/41_study.ipynb #c002
 import argparse
@@ -249,12 +249,6 @@ class Study:
         "Of the report: reports/<id>, or reports/<id>_<scale>."
         return self.site.root / (self.given['report'] or f'reports/{self.e.id}' + f'_{self.scale.name}' * (self.scale.name != 'toy'))
 
-    @property
-    def places(self):
-        "On the user's machine; reports do not name them. The longest first."
-        found = {self.given['photos'], self.given['labelled'], *(w for w in self.scale.cnns if Path(w).suffix)} - {''}
-        return sorted(found, key=len, reverse=True)
-
     def plan(self):
         "Markdown: every training with its cost."
         speeds = {'pretrain': self.given['img_s']} | dict.fromkeys(('finetune', 'oneshot', 'panoptic'), self.given['finetune_img_s'])
@@ -301,11 +295,17 @@ def open_study(id: str,  # of the experiment
                  open_site(given['gpus']), given)
 
 # %% ../nbs/41_study.ipynb #c027
+def places(study: Study,  # of the report
+           ) -> list[str]:  # the longest first
+    "Photos and weights on the user's machine, which a report does not name."
+    found = {study.given['photos'], study.given['labelled'], *(w for w in study.scale.cnns if Path(w).suffix)}
+    return sorted(found - {''}, key=len, reverse=True)
+
 def study_command(study: Study,  # of the report
                   ) -> str:
     "The line that makes a report again; folders as PATH."
     hidden = {k: 'PATH' for k in ('photos', 'labelled') if study.given[k]}
-    hidden['cnns'] = ','.join('PATH' if w in study.places else w for w in study.scale.cnns)
+    hidden['cnns'] = ','.join('PATH' if w in places(study) else w for w in study.scale.cnns)
     changed = {k: v for k, v in (study.given | hidden).items() if v != PARAMETERS[k]}
     report = study.folder.relative_to(study.site.root).as_posix() if study.folder.is_relative_to(study.site.root) else 'REPORT'
     words = [f'papermill nbs/experiments/{study.e.id}.ipynb {report}/{study.e.id}.ipynb', *(f'-p {k} {v}' for k, v in changed.items())]
@@ -373,7 +373,7 @@ def hide_folders(path: Path,  # of an executed notebook
                  ) -> None:
     "Write PATH for the places of the user's photos and weights."
     text = Path(path).read_text()
-    for place in study.places: text = text.replace(json.dumps(place)[1:-1], 'PATH')
+    for place in places(study): text = text.replace(json.dumps(place)[1:-1], 'PATH')
     write_atomic(path, lambda p: Path(p).write_text(text))
 
 # %% ../nbs/41_study.ipynb #c031
