@@ -254,7 +254,8 @@ def ablations_detr(scale: Scale,  # with its data
               Claim('three times the epochs make up for pre-training', 'DETR, three times as long', f'UP-DETR, {few}', 'AP50')]
     if 'DETR, matching start' in arms:
         claims.append(Claim('pre-training is more than its initialisation', f'UP-DETR, {few}', 'DETR, matching start', 'AP50'))
-    single = ('UP-DETR, N=100',) if scale.name == 'toy' else ()
+    asked = {a for c in claims for a in (c.better, c.worse)}
+    single = () if scale.name == 'paper' else tuple(a for a in arms if a not in asked)
     return Experiment('ablations_detr', 'Beyond the paper: fine-tuning', arms, (*AP, 'early_AP50', 'recall50'), tuple(claims),
                       single=single)
 
