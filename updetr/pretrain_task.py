@@ -97,7 +97,7 @@ def build_dataset(cfg: PretrainConfig,  # of the run
     task = PatchTask(num_patches, cfg.num_queries, cfg.patch_size, cfg.patch_law, cfg.mask_ratio)
     paths = [photos.path(i) for i in range(len(photos))]
     if cfg.views: return Views(paths, task, cfg.views, cfg.seed, cfg.collage)
-    return SelfDet(paths, task, cfg.seed, whole=cfg.cut_on_gpu and torch.device(device).type == 'cuda')
+    return SelfDet(paths, task, cfg.seed, whole=cfg.crop_on_gpu and torch.device(device).type == 'cuda')
 
 def photo_sizes(cfg: PretrainConfig,  # of the run
                 photos: PhotoIndex,  # to train on
