@@ -497,6 +497,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'updetr.loader._crop_batch': ('loader.html#_crop_batch', 'updetr/loader.py'),
                                'updetr.loader._join_crops': ('loader.html#_join_crops', 'updetr/loader.py'),
                                'updetr.loader._join_photos': ('loader.html#_join_photos', 'updetr/loader.py'),
+                               'updetr.loader._padding': ('loader.html#_padding', 'updetr/loader.py'),
                                'updetr.loader._part_type': ('loader.html#_part_type', 'updetr/loader.py'),
                                'updetr.loader._pixels': ('loader.html#_pixels', 'updetr/loader.py'),
                                'updetr.loader.as_targets': ('loader.html#as_targets', 'updetr/loader.py'),

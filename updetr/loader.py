@@ -214,14 +214,20 @@ def _blank(*shape):
         count, dtype=torch.uint8)
     return pixels.view(*lead, height, width, channels).movedim(-1, -3)
 
+def _padding(sides):
+    "The mask of photos with these heights and widths in one batch; None if all have one size"
+    height, width = sides.amax(0)
+    mask = (torch.arange(height) >= sides[:, :1])[:, :, None] | (torch.arange(width) >= sides[:, 1:])[:, None]
+    return mask if mask.any() else None
+
 def _pixels(images):
-    "Photos as one batch, zeros at the bottom and right, and its mask (None if all have one size)"
-    height, width = (max(x.shape[d] for x in images) for d in (1, 2))
-    batch, mask = _blank(len(images), len(images[0]), height, width), torch.ones(len(images), height, width, dtype=torch.bool)
-    for pixels, padding, x in zip(batch, mask, images):
+    "Photos as one batch, zeros at the bottom and right, and their heights and widths (B,2)"
+    sides = torch.tensor([x.shape[1:] for x in images])
+    batch = _blank(len(images), len(images[0]), *sides.amax(0).tolist())
+    for pixels, x in zip(batch, images):
         h, w = x.shape[1:]
-        pixels[:, :h, :w], pixels[:, h:], pixels[:, :h, w:], padding[:h, :w] = x, 0, 0, False
-    return batch, mask if mask.any() else None
+        pixels[:, :h, :w], pixels[:, h:], pixels[:, :h, w:] = x, 0, 0
+    return batch, sides
 
 # %% ../nbs/13_loader.ipynb #c024
 WHOLE_PIXELS = 2**20  # a batch with a larger photo is cut where it was read
@@ -237,16 +243,14 @@ def collate(samples: list[dict],  # of `SelfDet` or `Views`
 
 def _join_crops(samples):
     "images uint8 (B,3,H,W) and patches uint8 (B,M,3,s,s)"
-    (images, mask), patches = _pixels([s['image'] for s in samples]), _blank(len(samples), *samples[0]['patches'].shape)
+    (images, sides), patches = _pixels([s['image'] for s in samples]), _blank(len(samples), *samples[0]['patches'].shape)
     for room, s in zip(patches, samples): room.copy_(s['patches'])
-    return {'images': images, 'mask': mask, 'patches': patches}
+    return {'images': images, 'mask': _padding(sides), 'patches': patches}
 
 def _join_photos(samples):
     "photos uint8 (B,3,H,W), sides (B,2) of each, corners (B,M,4) of its patches, shapes (B,2) that it gets"
-    sides, shapes = (torch.tensor(x) for x in zip(*((s['photo'].shape[1:], s['shape']) for s in samples)))
-    height, width = shapes.amax(0)
-    mask = (torch.arange(height) >= shapes[:, :1])[:, :, None] | (torch.arange(width) >= shapes[:, 1:])[:, None]
-    return {'photos': _pixels([s['photo'] for s in samples])[0], 'sides': sides, 'shapes': shapes, 'mask': mask if mask.any() else None,
+    (photos, sides), shapes = _pixels([s['photo'] for s in samples]), torch.tensor([s['shape'] for s in samples])
+    return {'photos': photos, 'sides': sides, 'shapes': shapes, 'mask': _padding(shapes),
             'corners': torch.stack([s['corners'] for s in samples]), 'patch_size': samples[0]['patch_size']}
 
 # %% ../nbs/13_loader.ipynb #8abeb21a
