@@ -225,13 +225,18 @@ def ablations_pretext(scale: Scale,  # with its data
         single = {}
     base, metric = scale.base('short'), 'mid_heldout_iou50'
     arms = {'base': base} | {n: scale.base('short', **c) for n, c in (changes | single).items()}
-    arms |= {f'ResNet-50, {Path(w).stem}': scale.base('short', backbone='resnet50', weights=w, features='layer3') for w in scale.cnns}
-    arms |= {'small views': scale.base('live'), 'small views, cached features': scale.base('live', **_cached(scale))}
+    arms |= _cnn_arms(scale) | {'small views': scale.base('live'), 'small views, cached features': scale.base('live', **_cached(scale))}
     claims = tuple(Claim(text, 'base', worse, metric) for text, worse in (
         ('matching within the own group is better than free matching', 'free matching'),
         ('starting as an appearance matcher is better than the default initialisation', 'default initialisation')) if worse in arms)
     metrics = (metric, 'mid_trained_iou50', 'uniform_heldout_iou50', 'late_loss')
     return Experiment('ablations_pretext', 'Beyond the paper: pre-training', arms, metrics, claims, single=tuple(single))
+
+def _cnn_arms(scale):
+    "The same network with each of the weights to compare"
+    arms = {f'ResNet-50, {Path(w).stem}': scale.base('short', backbone='resnet50', weights=w, features='layer3') for w in scale.cnns}
+    if len(arms) < len(scale.cnns): raise ValueError(f'cnns {", ".join(scale.cnns)}: give every file a name of its own')
+    return arms
 
 def _cached(scale):
     "What it takes to keep features of fixed views"
