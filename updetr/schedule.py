@@ -50,7 +50,6 @@ def write_start(folder: Path,  # of the run
     "Write a run's `cfg.json`; its start must be finished. Raises ValueError for impossible values."
     checkpoint = str((job_folder(folder.parent, step.start, seed) / 'checkpoint.pth').resolve()) if step.start else ''
     cfg = configure(step, seed, checkpoint)
-    if cfg.weights != 'none': fetch_weights(cfg.backbone, cfg.weights)
     prepare(folder, dataclasses.asdict(cfg), (*NEUTRAL, 'pretrain'))
     return dataclasses.asdict(cfg)
 
@@ -110,10 +109,14 @@ def run_jobs(wanted: Sequence[tuple[Job, int]],  # jobs and their seeds
              gpus: int = 0,  # GPUs to use, all of them for each training; 0 = the CPU
              show: Callable = print,  # called with a line whenever it changes
              ) -> dict[tuple[Job, int], dict]:  # (job, seed) -> what `finish` measured
-    """Run what is not finished, and return the numbers of all. Raises RuntimeError that names what failed, after all others are done.
+    """Run what is not finished, and return the numbers of all. Raises FileNotFoundError or ValueError for weights that cannot be had,
+    before anything is trained; RuntimeError that names what failed, after all others are done.
     Interrupted, it lets the running ones save; called again, it goes on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     folders, workers, begun, last = in_order(wanted, root), workers or cores, time.time(), ['']
+    for folder, (step, seed) in folders.items():
+        cfg = configure(step, seed)
+        if cfg.weights != 'none' and not (folder / 'result.json').exists(): fetch_weights(cfg.backbone, cfg.weights)
     def changed(line):
         if line != last[0]: show(line)
         last[0] = line

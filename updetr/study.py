@@ -26,7 +26,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import t as student
 
-from .backbone import find_weights
 from .checkpoint import write_atomic
 from .config import PretrainConfig, TrainConfig, check_names, find_data, model_options, plain_variables
 from .detr import build_detr
@@ -275,7 +274,7 @@ def open_study(id: str,  # of the experiment
                again: bool = False,  # the cell is run again by hand: other variables have come since
                ) -> Study:
     """The study that a notebook was started for. Raises ValueError that names an unknown parameter, scale or a wrong value,
-    FileNotFoundError for photos or weights that are not there."""
+    FileNotFoundError for photos that are not there."""
     given = plain_variables(namespace)
     if not again: check_names(given, PARAMETERS)
     given = {k: given.get(k, usual) for k, usual in PARAMETERS.items()}
@@ -283,14 +282,13 @@ def open_study(id: str,  # of the experiment
     data = {k: given[k] for k in ('year', 'year_val', 'split', 'split_val', 'unseen') if given[k] != ''}
     if id != 'table3_oneshot': data.pop('unseen', None)
     scale = Scale(given['scale'], given['photos'], given['labelled'], tuple((k, str(v)) for k, v in data.items()),
-                  tuple(w.strip() for w in given['cnns'].split(',') if w.strip()))
+                  tuple(w.strip() for w in str(given['cnns']).split(',') if w.strip()))
     if scale.name == 'toy' and (scale.photos or scale.labelled): raise ValueError('scale toy has its own data: give -p scale mini with it')
     e = experiment(id, scale)
     if scale.name != 'toy' and not given['plan_only']:
         if not (scale.photos and scale.labelled):
             raise ValueError(f'scale {scale.name} needs -p photos FOLDER and -p labelled FOLDER, or -p plan_only True')
         find_data(PretrainConfig(data=scale.photos))
-    for weights in scale.cnns * (not given['plan_only']): find_weights('resnet50', weights)
     return Study(e, scale, list(range(given['seed'], given['seed'] + given['seeds'])),
                  open_site(given['gpus']), given)
 
