@@ -214,14 +214,14 @@ def ablations_pretext(scale: Scale,  # with its data
     "One change at a time in pre-training, judged by the patches that are found."
     changes = {'free matching': dict(own_group=False), 'default initialisation': dict(matching_init=False), 'M=10': dict(num_patches=10)}
     single = {'keep mask 0': dict(mask_ratio=0.), 'keep mask 0.3': dict(mask_ratio=.3), 'query shuffle': dict(query_shuffle=True),
-              'M=50': dict(num_patches=50, cached_patches=50), 'features of block 3': dict(features='blocks.3'),
-              'features of blocks 4 and 6': dict(features='blocks.4,blocks.6')}
+              'M=20': dict(num_patches=20, num_queries=40), 'M=50': dict(num_patches=50, cached_patches=50),
+              'features of block 3': dict(features='blocks.3'), 'features of blocks 4 and 6': dict(features='blocks.4,blocks.6')}
     if scale.name == 'paper':
         changes = {'own group only': dict(own_group=True), 'matching initialisation': dict(matching_init=True),
                    'keep mask 0': dict(mask_ratio=0.), 'keep mask 0.3': dict(mask_ratio=.3),
                    'query shuffle': dict(query_shuffle=True),
-                   'M=20': dict(num_patches=20), 'M=50': dict(num_patches=50), 'supervised CNN': dict(weights='supervised'),
-                   'DINO CNN': dict(weights='dino')}
+                   'M=20': dict(num_patches=20), 'M=25': dict(num_patches=25), 'M=50': dict(num_patches=50),
+                   'supervised CNN': dict(weights='supervised'), 'DINO CNN': dict(weights='dino')}
         single = {}
     base, metric = scale.base('short'), 'mid_heldout_iou50'
     arms = {'base': base} | {n: scale.base('short', **c) for n, c in (changes | single).items()}
@@ -247,7 +247,7 @@ def ablations_detr(scale: Scale,  # with its data
                    ) -> Experiment:
     "What a scratch transformer needs: fewer queries, another start, more time."
     start, voc = scale.base('pretrain'), scale.base('voc')
-    numbers = {'toy': (20, 100), 'mini': (10, 20, 50, 100), 'paper': (20, 50, 100)}[scale.name]
+    numbers = (10, 20, 50, 100)
     arms = {f'DETR, N={n}': scale.base('voc', num_queries=n) for n in numbers}
     arms |= {f'UP-DETR, N={n}': scale.base('voc', start, num_queries=n, fresh_queries=True) for n in numbers}
     epochs = configure(voc, 0).epochs
