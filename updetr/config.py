@@ -199,8 +199,9 @@ def check_config(cfg: TrainConfig,  # of any kind; maybe impossible
     found = wrong(POSITIVE, lambda v: 0 < v < math.inf, 'be positive') + wrong(COUNTS, lambda v: 0 <= v < math.inf, 'not be negative')
     found += wrong(SHARES, lambda v: 0 <= v < 1, 'lie in [0, 1)')
     for n, choices in CHOICES.items(): found += wrong([n], choices.__contains__, f'be one of {", ".join(choices)}')
-    found += filter(None, (multiple(cfg, 'hidden_dim', 'nheads'), multiple(cfg, 'batch_size', 'accumulate')))
-    if cfg.hidden_dim % 4: found.append(f'hidden_dim {cfg.hidden_dim} must be a multiple of 4')
+    pairs = (('hidden_dim', 'nheads'), ('batch_size', 'accumulate'))
+    found += filter(None, (multiple(cfg, a, b) for a, b in pairs if hasattr(cfg, a)))
+    if getattr(cfg, 'hidden_dim', 0) % 4: found.append(f'hidden_dim {cfg.hidden_dim} must be a multiple of 4')
     if found := [*found, *cfg.problems()]: raise ValueError('impossible configuration: ' + '; '.join(found))
     return cfg
 

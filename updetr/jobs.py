@@ -12,23 +12,25 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from .cnn_task import CNN_PRESETS, CNNConfig
 from .config import NEUTRAL, PRESETS, DetectorConfig, PretrainConfig, TrainConfig, check_names, make_config
 from .finetune import FINETUNE_PRESETS, FREE, FinetuneConfig
 from .oneshot import ONESHOT_PRESETS, OneShotConfig
 from .panoptic_task import PANOPTIC_PRESETS, PanopticConfig
 
 # %% ../nbs/39_jobs.ipynb #c005
-KINDS = {'pretrain': (PretrainConfig, PRESETS), 'finetune': (FinetuneConfig, FINETUNE_PRESETS), 'oneshot': (OneShotConfig, ONESHOT_PRESETS),
+KINDS = {'cnn': (CNNConfig, CNN_PRESETS), 'pretrain': (PretrainConfig, PRESETS), 'finetune': (FinetuneConfig, FINETUNE_PRESETS),
+         'oneshot': (OneShotConfig, ONESHOT_PRESETS),
          'boxes': (PanopticConfig, {k: v['boxes'] | {'stage': 'boxes'} for k, v in PANOPTIC_PRESETS.items()}),
          'masks': (PanopticConfig, {k: v['masks'] | {'stage': 'masks'} for k, v in PANOPTIC_PRESETS.items()})}
 
 @dataclass(frozen=True)
 class Job:
     "One training: a value that can be compared, hashed and printed. Made by `job`."
-    task: str  # pretrain, finetune, oneshot, boxes or masks
+    task: str  # cnn, pretrain, finetune, oneshot, boxes or masks
     preset: str  # of the task
     changes: tuple[tuple[str, object], ...] = ()  # sorted (field, value) pairs: what differs from the preset
-    start: 'Job | None' = None  # whose weights it starts from; None = a scratch transformer
+    start: 'Job | None' = None  # whose weights it starts from (a pre-training: whose CNN it freezes); None = a scratch transformer
 
     def __str__(self):
         changes = ', '.join(f'{k}={v}' for k, v in self.changes)
@@ -55,10 +57,12 @@ def configure(job: Job,  # to be run
     kind, presets = KINDS[job.task]
     changes = dict(job.changes) | {'seed': seed}
     if not job.start: return make_config(job.preset, kind, presets, **changes)
-    start = configure(job.start, seed)
-    sizes = {f.name: getattr(start, f.name) for f in dataclasses.fields(DetectorConfig) if f.name not in FREE}
+    start, cnn = configure(job.start, seed), job.start.task == 'cnn'
+    names = ('backbone', 'features') if cnn else [f.name for f in dataclasses.fields(DetectorConfig) if f.name not in FREE]
+    sizes = {k: getattr(start, k) for k in names}
     wrong = [f'{k} {changes[k]!r} (it has {v!r})' for k, v in sizes.items() if changes.get(k, v) != v]
     if wrong: raise ValueError(f'{job.start} is of another architecture than {", ".join(wrong)}: leave these out')
+    if cnn: return make_config(job.preset, kind, presets, **changes | sizes | {'weights': checkpoint})
     queries = changes.get('num_queries') or presets[job.preset].get('num_queries') or start.num_queries
     if job.task == 'masks': queries = start.num_queries
     more = {'weights': 'none', 'num_queries': queries, 'pretrain': checkpoint}

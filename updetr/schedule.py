@@ -50,8 +50,10 @@ def write_start(folder: Path,  # of the run
     "Write a run's `cfg.json`; its start must be finished. Raises ValueError for impossible values."
     checkpoint = str((job_folder(folder.parent, step.start, seed) / 'checkpoint.pth').resolve()) if step.start else ''
     cfg = configure(step, seed, checkpoint)
-    prepare(folder, dataclasses.asdict(cfg), (*NEUTRAL, 'pretrain'))
+    prepare(folder, dataclasses.asdict(cfg), _may_change(step))
     return dataclasses.asdict(cfg)
+
+def _may_change(step): return (*NEUTRAL, 'weights' if step.start and step.start.task == 'cnn' else 'pretrain')
 
 def describe(folders: dict,  # folder -> (job, seed)
              busy: dict,  # folder -> process
@@ -97,7 +99,7 @@ def _on_cpu(folders, workers, threads, show, begun):
 def _on_gpus(folders, gpus, show, begun):
     "Run what is not finished, one after the other, each on all GPUs; the folders that failed"
     for f in [f for f in folders if not (f / 'result.json').exists()]:
-        watch(launch(f, write_start(f, *folders[f]), gpus=gpus, may_change=(*NEUTRAL, 'pretrain')))
+        watch(launch(f, write_start(f, *folders[f]), gpus=gpus, may_change=_may_change(folders[f][0])))
         finish(f, 'cuda')
         show(describe(folders, {}, set(), begun))
     return set()
@@ -116,7 +118,8 @@ def run_jobs(wanted: Sequence[tuple[Job, int]],  # jobs and their seeds
     folders, workers, begun, last = in_order(wanted, root), workers or cores, time.time(), ['']
     for folder, (step, seed) in folders.items():
         cfg = configure(step, seed)
-        if cfg.weights != 'none' and not (folder / 'result.json').exists(): fetch_weights(cfg.backbone, cfg.weights)
+        if hasattr(cfg, 'weights') and not step.start and cfg.weights != 'none' and not (folder / 'result.json').exists():
+            fetch_weights(cfg.backbone, cfg.weights)
     def changed(line):
         if line != last[0]: show(line)
         last[0] = line

@@ -454,7 +454,7 @@ def _resume(task, state, run_dir, processes):
         print(' '.join([f'resumed after step {state.step}', *notes]), flush=True)
 
 # %% ../nbs/16_train.ipynb #c047
-TASKS = ('pretrain', 'finetune', 'oneshot', 'panoptic')
+TASKS = ('pretrain', 'finetune', 'oneshot', 'panoptic', 'cnn')
 
 def find_task(name: str,  # one of `TASKS`
               ) -> tuple[type, type]:  # its kind of configuration, and the task
