@@ -9,10 +9,13 @@ import time
 
 import nbformat
 import pytest
+import torch
 
 from conftest import ROOT
+from updetr.checkpoint import load_updetr
 from updetr.experiments import BASES, EXPERIMENTS, Scale, experiment
 from updetr.jobs import configure, job, job_chain, job_folder
+from updetr.schedule import run_jobs
 from updetr.study import plan_rows, plan_text
 
 PAPER, NOTEBOOKS = Scale('paper'), sorted((ROOT / 'nbs/experiments').glob('*.ipynb'))
@@ -107,7 +110,7 @@ def test_toy_scale_has_seeds_for_every_claim():
     for name in EXPERIMENTS:
         e = experiment(name, Scale())
         assert not {a for c in e.claims for a in (c.better, c.worse)} & set(e.single), name
-    assert set(BASES['toy']) == set(BASES['mini']) == set(BASES['paper']) - {'coco300'}
+    assert set(BASES['toy']) == set(BASES['mini']) == set(BASES['paper']) - {'coco300'} | {'cnn'}
 
 
 def papermill(out, name, *words):
@@ -161,3 +164,16 @@ def test_a_killed_runner_leaves_no_process_and_goes_on_to_the_same_numbers(tmp_p
     for f in folders:
         got, want = (json.loads((tmp_path / kind / f.name / 'result.json').read_text()) for kind in ('killed', 'whole'))
         assert {k: v for k, v in got.items() if k != 'train_seconds'} == {k: v for k, v in want.items() if k != 'train_seconds'}
+
+
+def test_a_pretraining_freezes_the_cnn_that_was_trained_for_it(tmp_path):
+    "Three trainings in a row: the CNN's own, a pre-training on it, a detector on that. The CNN is the same to the end."
+    small = dict(scenes=8, scenes_val=4, scene_size=64, batch_size=4, epochs=1, eval_every=1)
+    cnn = job('cnn', 'demo', crop_size=32, **small)
+    start = job('pretrain', 'demo', cnn, **TINY | dict(epochs=1))
+    after = job('finetune', 'demo', start, val_size=64, square=64, cached_views=1, **small)
+    found = run_jobs([(cnn, 1), (after, 1)], tmp_path, workers=1, show=lambda line: None)
+    assert {'neighbours', 'most'} <= found[cnn, 1].keys() and 'AP' in found[after, 1]
+    learnt, tuned = (torch.load(job_folder(tmp_path, j, 1) / 'checkpoint.pth', weights_only=True)['model'] for j in (cnn, after))
+    frozen = load_updetr(job_folder(tmp_path, start, 1) / 'checkpoint.pth')[0].backbone[0].body.state_dict()
+    assert frozen and all(torch.equal(v, learnt[f'body.{k}']) and torch.equal(v, tuned[f'backbone.0.body.{k}']) for k, v in frozen.items())

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BASES', 'DESCRIPTIONS', 'AP', 'EXPERIMENTS', 'Scale', 'Claim', 'Experiment', 'both_arms', 'table1_voc', 'table2_coco',
            'fig1_fig4_curves', 'fig8_finetuned', 'table3_oneshot', 'table4_panoptic', 'table5_multiquery',
-           'table6_frozen_recon', 'fig6_attention_mask', 'fig7_localization', 'ablations_pretext', 'ablations_detr',
-           'label_fraction', 'experiment']
+           'table6_frozen_recon', 'fig6_attention_mask', 'fig7_localization', 'ablations_pretext', 'ablations_patches',
+           'ablations_cnn', 'ablations_detr', 'label_fraction', 'experiment']
 
 # %% ../nbs/40_experiments.ipynb #c002
 from collections.abc import Callable
@@ -22,6 +22,7 @@ _SCENES = dict(scene_size=192, val_size=192, square=192, scenes=200, scenes_val=
 _MINI = dict(view_size=192, patch_size=48, views=3000, epochs=4, cached_patches=25)
 _FEW = dict(scenes=0, scenes_val=0, val_size=192, square=192, photos=1200, cached_views=2, epochs=10, eval_every=2)
 _ABLATION = dict(epochs=15, lr_drop=10)  # Section 4.5
+_CNN = dict(scenes=0, scenes_val=0, epochs=10, eval_every=10)
 
 BASES = {
     'toy': {
@@ -29,13 +30,15 @@ BASES = {
         'live': ('demo', _TOY | dict(view_size=128, patch_size=32, views=100, cached_patches=0, cache_features=False, num_patches=5,
                                      num_queries=10)),
         'coco': ('demo', _SCENES | dict(scenes=400, epochs=5, eval_every=1)), 'oneshot': ('demo', _SCENES | dict(epochs=16, eval_every=8)),
-        'boxes': ('demo', _SCENES), 'masks': ('demo', _SCENES | dict(cached_views=0, epochs=2, eval_every=2))},
+        'boxes': ('demo', _SCENES), 'masks': ('demo', _SCENES | dict(cached_views=0, epochs=2, eval_every=2)),
+        'cnn': ('demo', dict(scene_size=192, scenes=200, epochs=20, eval_every=20, log_every=5))},
     'mini': {
         'pretrain': ('demo', _MINI), 'short': ('demo', _MINI | dict(epochs=2)), 'voc': ('demo', _FEW),
         'voc300': ('demo', _FEW | dict(epochs=20)),
         'live': ('demo', _MINI | dict(epochs=2, cached_patches=0, cache_features=False, num_patches=10)),
         'coco': ('demo', _FEW | dict(photos=0)), 'oneshot': ('demo', _FEW | dict(epochs=16, eval_every=8)),
-        'boxes': ('demo', _FEW | dict(photos=0)), 'masks': ('demo', _FEW | dict(photos=0, cached_views=0, epochs=5))},
+        'boxes': ('demo', _FEW | dict(photos=0)), 'masks': ('demo', _FEW | dict(photos=0, cached_views=0, epochs=5)),
+        'cnn': ('demo', _CNN)},
     'paper': {
         'pretrain': ('paper', {}), 'short': ('paper', _ABLATION), 'live': ('paper', _ABLATION), 'voc': ('voc150', {}),
         'voc300': ('voc300', {}), 'coco': ('coco150', {}), 'coco300': ('coco300', {}), 'oneshot': ('voc', {}),
@@ -214,33 +217,57 @@ def ablations_pretext(scale: Scale,  # with its data
     "One change at a time in pre-training, judged by the patches that are found."
     changes = {'free matching': dict(own_group=False), 'default initialisation': dict(matching_init=False), 'M=10': dict(num_patches=10)}
     single = {'keep mask 0': dict(mask_ratio=0.), 'keep mask 0.3': dict(mask_ratio=.3), 'query shuffle': dict(query_shuffle=True),
-              'M=20': dict(num_patches=20, num_queries=40), 'M=50': dict(num_patches=50, cached_patches=50),
-              'features of block 3': dict(features='blocks.3'), 'features of blocks 4 and 6': dict(features='blocks.4,blocks.6')}
+              'M=50': dict(num_patches=50, cached_patches=50), 'features of block 3': dict(features='blocks.3'),
+              'features of blocks 4 and 6': dict(features='blocks.4,blocks.6')}
     if scale.name == 'paper':
         changes = {'own group only': dict(own_group=True), 'matching initialisation': dict(matching_init=True),
                    'keep mask 0': dict(mask_ratio=0.), 'keep mask 0.3': dict(mask_ratio=.3),
-                   'query shuffle': dict(query_shuffle=True),
-                   'M=20': dict(num_patches=20), 'M=25': dict(num_patches=25), 'M=50': dict(num_patches=50),
-                   'supervised CNN': dict(weights='supervised'), 'DINO CNN': dict(weights='dino')}
+                   'query shuffle': dict(query_shuffle=True)}
         single = {}
     base, metric = scale.base('short'), 'mid_heldout_iou50'
     arms = {'base': base} | {n: scale.base('short', **c) for n, c in (changes | single).items()}
-    arms |= _cnn_arms(scale) | {'small views': scale.base('live'), 'small views, cached features': scale.base('live', **_cached(scale))}
+    arms |= {'small views': scale.base('live'), 'small views, cached features': scale.base('live', **_cached(scale))}
     claims = tuple(Claim(text, 'base', worse, metric) for text, worse in (
         ('matching within the own group is better than free matching', 'free matching'),
         ('starting as an appearance matcher is better than the default initialisation', 'default initialisation')) if worse in arms)
     metrics = (metric, 'mid_trained_iou50', 'uniform_heldout_iou50', 'late_loss')
     return Experiment('ablations_pretext', 'Beyond the paper: pre-training', arms, metrics, claims, single=tuple(single))
 
-def _cnn_arms(scale):
-    "The same network with each of the weights to compare"
-    arms = {f'ResNet-50, {Path(w).stem}': scale.base('short', backbone='resnet50', weights=w, features='layer3') for w in scale.cnns}
-    if len(arms) < len(scale.cnns): raise ValueError(f'cnns {", ".join(scale.cnns)}: give every file a name of its own')
-    return arms
-
 def _cached(scale):
     "What it takes to keep features of fixed views"
     return dict(cache_features=True) if scale.name != 'paper' else dict(cache_features=True, views=1_281_167, view_size=480)
+
+# %% ../nbs/40_experiments.ipynb #c020a
+def ablations_patches(scale: Scale,  # with its data
+                      ) -> Experiment:
+    "How many patches at once; at small scale with two queries for each, at the paper's with a hundred in all."
+    changes = {'M=20, N=40': dict(num_patches=20, num_queries=40), 'M=25, N=50': {},
+               'M=50, N=100': dict(num_patches=50, num_queries=100, cached_patches=50)}
+    if scale.name == 'paper': changes = {f'M={m}, N=100': dict(num_patches=m) for m in (10, 20, 25, 50)}
+    arms, metric = {n: scale.base('short', **c) for n, c in changes.items()}, 'mid_heldout_iou50'
+    metrics = (metric, 'mid_trained_iou50', 'uniform_heldout_iou50')
+    few, most = (next(n for n in arms if n.startswith(m)) for m in ('M=20', 'M=50'))
+    claims = (Claim('fifty patches at a time are better than twenty', most, few, metric),)
+    more = dict(single=(few, most)) if scale.name == 'toy' else dict(claims=claims)
+    return Experiment('ablations_patches', 'Beyond the paper: patches at a time', arms, metrics, **more)
+
+def ablations_cnn(scale: Scale,  # with its data
+                  ) -> Experiment:
+    "What the frozen CNN has learnt from: labels, photos alone, or nothing."
+    arms, metric = {'SwAV CNN': scale.base('short')}, 'mid_heldout_iou50'
+    if scale.name == 'paper': arms |= {f'{n} CNN': scale.base('short', weights=n.lower()) for n in ('supervised', 'DINO')}
+    else:
+        arms = {'ImageNet, with labels': scale.base('short')}
+        arms |= {f'own photos, {how} labels': scale.base('short', scale.base('cnn', labels=how == 'with')) for how in ('with', 'without')}
+        arms['not trained'] = scale.base('short', weights='none')
+    named = {f'ResNet-50, {Path(w).stem}': scale.base('short', backbone='resnet50', weights=w, features='layer3') for w in scale.cnns}
+    if len(named) < len(scale.cnns): raise ValueError(f'cnns {", ".join(scale.cnns)}: give every file a name of its own')
+    pairs = (('labels help a CNN to localise', 'with'), ('training a CNN without labels helps it to localise', 'without'))
+    worse = {'with': 'own photos, without labels', 'without': 'not trained'}
+    claims = tuple(Claim(text, f'own photos, {how} labels', worse[how], metric) for text, how in pairs if scale.name == 'mini')
+    single = tuple([*arms, *named])[1:] if scale.name == 'toy' else tuple(named)
+    metrics = (metric, 'mid_trained_iou50', 'uniform_heldout_iou50')
+    return Experiment('ablations_cnn', 'Beyond the paper: the CNN', arms | named, metrics, claims, single=single)
 
 # %% ../nbs/40_experiments.ipynb #c021
 def ablations_detr(scale: Scale,  # with its data
@@ -286,8 +313,8 @@ def label_fraction(scale: Scale,  # with its data
 
 # %% ../nbs/40_experiments.ipynb #c024
 EXPERIMENTS: dict[str, Callable] = {f.__name__: f for f in (
-    table1_voc, table2_coco, table3_oneshot, table4_panoptic, table5_multiquery, table6_frozen_recon, fig1_fig4_curves,
-    fig6_attention_mask, fig7_localization, fig8_finetuned, ablations_pretext, ablations_detr, label_fraction)}
+    table1_voc, table2_coco, table3_oneshot, table4_panoptic, table5_multiquery, table6_frozen_recon, fig1_fig4_curves, fig6_attention_mask,
+    fig7_localization, fig8_finetuned, ablations_pretext, ablations_patches, ablations_cnn, ablations_detr, label_fraction)}
 
 def experiment(id: str,  # a key of `EXPERIMENTS`
                scale: Scale,  # with its data

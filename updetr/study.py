@@ -27,6 +27,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from .checkpoint import write_atomic
+from .cnn_task import CNN
 from .config import PretrainConfig, TrainConfig, check_names, find_data, model_options, plain_variables
 from .detr import build_detr
 from .experiments import DESCRIPTIONS, EXPERIMENTS, Claim, Experiment, Scale, experiment
@@ -71,11 +72,15 @@ def _numbers(pretrain, options):
     model = build_updetr(**options | {'matching_init': False}) if pretrain else build_detr(20, **options)
     return tuple(sum(p.numel() for p in model.parameters() if p.requires_grad == trained) for trained in (True, False))
 
+@lru_cache(16)
+def _cnn_numbers(backbone, features): return sum(p.numel() for p in CNN(backbone, features.split(','), 1, labels=True).parameters())
+
 def disk_gib(cfg: TrainConfig,  # of a job
              n_train: int,  # photos or views
              ) -> float:  # GiB
     "Two last states, the checkpoints that are kept, and features that are computed once (half precision)."
-    trained, frozen = _numbers(cfg.task in ('pretrain', 'oneshot'), json.dumps({k: v for k, v in model_options(cfg).items()}))
+    if cfg.task == 'cnn': trained, frozen = _cnn_numbers(cfg.backbone, cfg.features), 0
+    else: trained, frozen = _numbers(cfg.task in ('pretrain', 'oneshot'), json.dumps({k: v for k, v in model_options(cfg).items()}))
     state, kept = 12 * trained + 4 * frozen, cfg.epochs // cfg.keep_every if cfg.keep_every else 0
     side = (cfg.view_size if cfg.task == 'pretrain' else cfg.square) // 16
     cached = getattr(cfg, 'cached_views', 0) or int(getattr(cfg, 'cache_features', False))
