@@ -1163,6 +1163,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'updetr.study._numbers': ('study.html#_numbers', 'updetr/study.py'),
                               'updetr.study.arm_bars': ('study.html#arm_bars', 'updetr/study.py'),
                               'updetr.study.arm_curves': ('study.html#arm_curves', 'updetr/study.py'),
+                              'updetr.study.catch_up': ('study.html#catch_up', 'updetr/study.py'),
                               'updetr.study.curve': ('study.html#curve', 'updetr/study.py'),
                               'updetr.study.decide': ('study.html#decide', 'updetr/study.py'),
                               'updetr.study.disk_gib': ('study.html#disk_gib', 'updetr/study.py'),

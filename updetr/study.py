@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGENET', 'VOC', 'COCO', 'PARAMETERS', 'MARKS', 'Seen', 'seen', 'disk_gib', 'plan_rows', 'plan_text', 'table_rows',
-           'show_number', 'show_rows', 'decide', 'judge', 'arm_bars', 'curve', 'arm_curves', 'Study', 'open_study',
-           'places', 'study_command', 'save_study', 'index_row', 'write_index', 'parse_value', 'hide_folders', 'main']
+           'show_number', 'show_rows', 'decide', 'judge', 'arm_bars', 'curve', 'arm_curves', 'catch_up', 'Study',
+           'open_study', 'places', 'study_command', 'save_study', 'index_row', 'write_index', 'parse_value',
+           'hide_folders', 'main']
 
 # %% ../nbs/41_study.ipynb #c002
 import argparse
@@ -226,6 +227,15 @@ def arm_curves(e: Experiment,  # whose arms are drawn
     axes[0, 0].legend(fontsize=7)
     fig.tight_layout()
     return fig
+
+# %% ../nbs/41_study.ipynb #c021b
+def catch_up(slow: list[dict],  # log rows of the run that takes longer
+             fast: list[dict],  # log rows of the run to be caught up with
+             key: str,  # a number that is measured now and then
+             ) -> float | None:  # of `fast`'s steps; None: never
+    "After how many times the steps of one run another one first measures what that one had at its end."
+    end = next(r for r in reversed(fast) if key in r)
+    return next((r['step'] / end['step'] for r in slow if r.get(key, -math.inf) >= end[key]), None)
 
 # %% ../nbs/41_study.ipynb #c023
 PARAMETERS = dict(scale='toy', seeds=3, seed=42, photos='', labelled='', year='', year_val='', split='', split_val='', unseen='',
