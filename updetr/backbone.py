@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'RESNETS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'STEM', 'WEIGHTS', 'PREFIXES', 'HEADS', 'cut', 'make_body',
-           'join_features', 'fold_norms', 'Backbone', 'open_levels', 'pyramid', 'WeightSource', 'weight_source',
-           'weights_path', 'fetch_weights', 'read_state_dict', 'load_weights', 'build_backbone']
+           'join_features', 'fold_pairs', 'fold_norms', 'TrainedFold', 'Backbone', 'open_levels', 'pyramid',
+           'WeightSource', 'weight_source', 'weights_path', 'fetch_weights', 'read_state_dict', 'load_weights',
+           'build_backbone']
 
 # %% ../nbs/05_backbone.ipynb #c002
 import copy
@@ -20,6 +21,7 @@ import torchvision
 from safetensors.torch import load_file
 from timm.layers.norm_act import FrozenBatchNormAct2d, freeze_batch_norm_2d
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -65,21 +67,67 @@ def join_features(maps: dict[str, Tensor] | list[Tensor],  # (B,C_i,h_i,w_i) eac
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m, name): return isinstance(m, (nn.Conv2d, *NORMS)) or super().is_leaf_module(m, name)
 
-def fold_norms(body: nn.Module,  # a network with frozen norms
-               ) -> nn.Module:  # a copy for inference, in channels_last
-    "Fold every frozen norm that follows a convolution into that convolution (exact up to rounding)."
-    body = copy.deepcopy(body).eval().requires_grad_(False)
-    try: graph = _Tracer().trace(body)
-    except (fx.proxy.TraceError, TypeError): return body  # a network with data-dependent control flow runs unfolded
-    modules = dict(body.named_modules())
+def _norm_pairs(graph, modules):
+    "Name of each norm that follows a convolution -> that convolution's"
+    pairs = {}
     for node in graph.nodes:
-        norm, before = modules.get(node.target), node.args[0] if node.args else None
-        conv = modules.get(getattr(before, 'target', None)) if isinstance(norm, NORMS) and before.op == 'call_module' else None
-        if not isinstance(conv, nn.Conv2d) or len(before.users) > 1: continue
+        before = node.args[0] if node.args and isinstance(modules.get(node.target), NORMS) else None
+        if before is None or before.op != 'call_module' or len(before.users) > 1: continue
+        if isinstance(modules[before.target], nn.Conv2d): pairs[node.target] = before.target
+    return pairs
+
+def fold_pairs(body: nn.Module,  # a network with frozen norms
+               ) -> tuple[nn.Module, dict[str, str]]:  # a copy for inference, in channels_last; name of each folded norm -> its convolution's
+    "Fold every frozen norm that follows a convolution into that convolution (exact up to rounding)."
+    plain, body = (copy.deepcopy(body).eval().requires_grad_(False) for _ in range(2))  # tracing may leave something behind
+    try: graph = _Tracer().trace(body)
+    except Exception: return plain, {}  # control flow that depends on data, or what else fx cannot follow, runs unfolded
+    if not graph.output_node().all_input_nodes: return plain, {}  # maps that hooks catch
+    pairs = _norm_pairs(graph, dict(body.named_modules()))
+    for name, before in pairs.items():
+        norm, conv = body.get_submodule(name), body.get_submodule(before)
         statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-        body.set_submodule(node.target, getattr(norm, 'act', nn.Identity()))
-    return fx.GraphModule(body, graph).to(memory_format=torch.channels_last)
+        body.set_submodule(name, getattr(norm, 'act', nn.Identity()))
+    return fx.GraphModule(body, graph).to(memory_format=torch.channels_last), pairs
+
+def fold_norms(body: nn.Module,  # a network with frozen norms
+               ) -> nn.Module:  # a copy for inference, in channels_last
+    "The network without the norms that can be folded."
+    return fold_pairs(body)[0]
+
+# %% ../nbs/05_backbone.ipynb #b7f0a1c3
+class TrainedFold:
+    "A network whose norms are folded into its present weights at every call, and what is frozen once; if there are none, it runs as it is."
+    def __init__(self,
+                 body: nn.Module,  # some of its parameters are trained
+                 ):
+        self.folded, pairs = fold_pairs(body)
+        self.trained, self.scales, self.shifts = [k for k, p in body.named_parameters() if p.requires_grad], {}, {}
+        for name, before in pairs.items():
+            norm = body.get_submodule(name)
+            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            self.scales[f'{before}.weight'] = scale[:, None]
+            self.shifts[f'{before}.bias'] = scale, norm.bias - norm.running_mean * scale
+        for k, p in self.folded.named_parameters():
+            if k in self.trained: p.data = p.new_empty(0)  # the present weight takes its place
+
+    def present(self, name, p):
+        "What takes the place of a trained parameter."
+        if name in self.shifts: return torch.addcmul(self.shifts[name][1], p, self.shifts[name][0])
+        if name not in self.scales: return p
+        kind = torch.get_autocast_dtype(p.device.type) if torch.is_autocast_enabled(p.device.type) else p.dtype
+        scaled = (p.flatten(1) * self.scales[name]).view_as(p)  # as a matrix, so that gradients come in the weight's own layout
+        return scaled.to(kind, memory_format=torch.channels_last)
+
+    def __call__(self,
+                 body: nn.Module,  # the same network; gradients go to its parameters
+                 x: Tensor,  # (B,3,H,W)
+                 ):  # what the network returns
+        "Run the network without its norms."
+        if not self.scales: return body(x)
+        weights = {k: self.present(k, body.get_parameter(k)) for k in self.trained}
+        return functional_call(self.folded, weights, (x.contiguous(memory_format=torch.channels_last),), tie_weights=False)
 
 # %% ../nbs/05_backbone.ipynb #c017
 STEM = ('conv1', 'bn1', 'layer1.', 'conv_stem', 'stem', 'patch_embed', 'blocks.0.', 'stages.0.', 'stages_0.')
@@ -90,10 +138,10 @@ class Backbone(nn.Module):
                  name: str = 'resnet50',  # torchvision ResNet or any timm model
                  features: Iterable[str] | None = None,  # layers to cut after, joined; None: the last feature map
                  dilation: bool = False,  # dilated C5
-                 frozen: bool = True,  # no gradients, norms folded (paper Section 3.1.1); False: trained but for stem and norms
+                 frozen: bool = True,  # no gradients (paper Section 3.1.1); False: trained but for stem and norms
                  ):
         super().__init__()
-        self.name, self.frozen, self.dilation, self._fold = name, frozen, dilation, (None, None)
+        self.name, self.frozen, self.dilation, self._fold, self._live = name, frozen, dilation, (None, None), (None, None)
         self.features, self.levels = list(features or (['layer4'] if name in RESNETS else [])), []
         self.body = make_body(name, features, dilation)
         for key, p in self.body.named_parameters(): p.requires_grad_(not frozen and not key.startswith(STEM))
@@ -108,6 +156,14 @@ class Backbone(nn.Module):
         if self._fold[0] != key: self._fold = key, fold_norms(self.body)
         return self._fold[1]
 
+    def live(self) -> TrainedFold:
+        "The body with norms folded into weights that are trained, made anew when something that is frozen has changed."
+        key = tuple((t.device, t.dtype) if t.requires_grad else (t.data_ptr(), t._version, t.dtype)
+                    for t in chain(self.body.parameters(), self.body.buffers()))
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may be trained with later
+            if self._live[0] != key: self._live = key, TrainedFold(self.body)
+        return self._live[1]
+
     def train(self, mode=True):
         "Dropout and running statistics of the body never switch on."
         super().train(mode)
@@ -116,7 +172,8 @@ class Backbone(nn.Module):
 
     def maps(self, x):
         "Feature maps of all layers that the body is cut after, without gradients if the CNN is frozen."
-        if not self.frozen: return self.body(x)
+        if not self.frozen and torch.compiler.is_compiling(): return self.body(x)  # which cannot look at data pointers
+        if not self.frozen and (self.training or torch.is_grad_enabled()): return self.live()(self.body, x)
         with torch.no_grad(): return self.folded()(x.contiguous(memory_format=torch.channels_last))
 
     def forward(self, x):

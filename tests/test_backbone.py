@@ -1,0 +1,110 @@
+"A CNN that is trained with its norms folded, where a notebook cannot show it: in DDP, pickled, after inference mode, compiled."
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from updetr.backbone import NORMS, Backbone, TrainedFold, join_features
+
+
+@pytest.fixture
+def cnn():
+    torch.manual_seed(0)
+    cnn = Backbone('resnet18', frozen=False).double()
+    for m in cnn.modules():
+        if isinstance(m, NORMS): m.running_mean.normal_(0, .1), m.running_var.uniform_(.5, 1.5), m.weight.uniform_(.5, 1.5)
+    return cnn
+
+
+@pytest.fixture
+def x(): return torch.randn(2, 3, 64, 64, dtype=torch.double)
+
+
+def gradients(run, cnn, x):
+    cnn.zero_grad()
+    run(x).square().mean().backward()
+    return {k: p.grad.clone() for k, p in cnn.named_parameters() if p.grad is not None}
+
+
+def plain(cnn): return lambda x: join_features(cnn.body(x))
+
+
+@pytest.mark.filterwarnings('error:Grad strides')
+def test_ddp_reduces_the_gradients_of_a_folded_cnn(cnn, x, tmp_path):
+    want = gradients(plain(cnn), cnn, x)
+    dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path / 'meet'), 1), rank=0, world_size=1)
+    try:
+        module, buckets = DistributedDataParallel(cnn, broadcast_buffers=False, gradient_as_bucket_view=True), []
+
+        def doubled(state, bucket):
+            buckets.append(bucket.buffer().numel())
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer().mul_(2))
+            return done
+        module.register_comm_hook(None, doubled)
+        got = gradients(module, cnn, x)
+    finally: dist.destroy_process_group()
+    assert sum(buckets) == sum(p.numel() for p in cnn.parameters() if p.requires_grad)
+    torch.testing.assert_close(got, {k: 2 * g for k, g in want.items()})
+
+
+def test_copies_and_pickles_go_on_by_themselves(cnn, x):
+    cnn(x)
+    for twin in (copy.deepcopy(cnn), pickle.loads(pickle.dumps(cnn))):
+        with torch.no_grad(): twin.body.get_parameter('layer4.0.conv1.weight').mul_(2)
+        torch.testing.assert_close(twin(x), plain(twin)(x))
+        assert not torch.allclose(twin(x), cnn(x)) and gradients(twin, twin, x).keys() == gradients(plain(cnn), cnn, x).keys()
+
+
+def test_what_was_first_asked_in_inference_mode_can_be_trained(cnn, x):
+    with torch.inference_mode(): cnn.train()(x)
+    torch.testing.assert_close(gradients(cnn, cnn, x), gradients(plain(cnn), cnn, x))
+
+
+def test_a_photo_gets_its_gradient(cnn, x):
+    a, b = (torch.autograd.grad(run(p := x.clone().requires_grad_()).sum(), p)[0] for run in (cnn, plain(cnn)))
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_frozen_may_change_at_any_time(cnn, x, frozen):
+    cnn(x)
+    cnn.frozen = frozen
+    assert cnn(x).requires_grad == (not frozen)
+    torch.testing.assert_close(cnn(x), plain(cnn)(x).detach() if frozen else plain(cnn)(x))
+
+
+def test_the_copy_for_evaluation_follows_training(cnn, x):
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(cnn.eval()(x), plain(cnn)(x))
+            for p in cnn.parameters(): p.mul_(1.1)
+    assert cnn.live() is cnn.live() and cnn.folded() is cnn.folded()
+
+
+def test_gradients_have_the_layout_of_their_weights(cnn, x):
+    with torch.autocast('cpu', torch.bfloat16): gradients(cnn.float(), cnn, x.float())
+    assert all(p.grad.stride() == p.stride() and p.grad.dtype == p.dtype for p in cnn.parameters() if p.requires_grad)
+
+
+def test_a_network_that_cannot_be_traced_runs_as_it_is(cnn, x):
+    class Asks(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = cnn.body
+
+        def forward(self, x):
+            if x.sum() > 1e9: return self.body(-x)
+            return self.body(x)
+    body = Asks()
+    fold = TrainedFold(body)
+    assert not fold.scales and torch.equal(join_features(fold(body, x)), plain(cnn)(x))
+
+
+def test_a_compiler_gets_the_network_as_it_is(cnn, x):
+    module = torch.export.export(cnn, (x,)).module()
+    torch.testing.assert_close(module(x), plain(cnn)(x))
+    assert cnn._live == (None, None)
