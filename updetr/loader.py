@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WHOLE_PIXELS', 'PatchTask', 'draw_sample', 'make_sample', 'read_or_next', 'SelfDet', 'crop_sample', 'random_crop',
            'random_view', 'Views', 'epoch_batches', 'BatchPlan', 'collate', 'to_device', 'as_targets', 'photo_loader',
-           'bank_key', 'bank_chunk', 'build_bank', 'open_part', 'finish_bank', 'FeatureBank']
+           'bank_key', 'bank_chunk', 'build_bank', 'open_part', 'finish_bank', 'bank_home', 'send', 'take_rows',
+           'FeatureBank']
 
 # %% ../nbs/13_loader.ipynb #c002
 import hashlib
@@ -360,6 +361,33 @@ def finish_bank(folder: str | Path,  # of the bank
     aside.write_text(json.dumps(shapes))
     os.replace(aside, Path(folder) / 'bank.json')
 
+# %% ../nbs/13_loader.ipynb #d13b0002
+def bank_home(nbytes: int,  # of a bank
+              device: torch.device | str,  # where batches go
+              ) -> torch.device:  # that device, or the CPU
+    "Where a bank lies: on a GPU at most half of what is free, the rest is for the training."
+    device = torch.device(device)
+    if device.type != 'cuda': return torch.device('cpu')
+    torch.cuda.empty_cache()  # what making the bank has left behind is free, too
+    return device if 2 * nbytes <= torch.cuda.mem_get_info(device)[0] else torch.device('cpu')
+
+def send(x: Tensor,  # on the CPU
+         device: torch.device,  # where it goes
+         ) -> Tensor:
+    "Move a tensor without waiting for it."
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
+
+def take_rows(part: Tensor,  # (n,...), here or on the device
+              rows: Tensor,  # (B,...) numbers of rows, on the CPU
+              device: torch.device,  # where they go
+              ) -> Tensor:  # (B,...,...)
+    "Some rows of an array, on the device."
+    if part.device.type == device.type: taken = part.index_select(0, send(rows.flatten(), device))
+    else:
+        pinned = torch.empty(rows.numel(), *part.shape[1:], dtype=part.dtype, pin_memory=device.type == 'cuda')
+        taken = torch.index_select(part, 0, rows.flatten(), out=pinned).to(device, non_blocking=True)
+    return taken.view(*rows.shape, *part.shape[1:])
+
 # %% ../nbs/13_loader.ipynb #c035
 class FeatureBank:
     "Cached features; `bank.batch(items)` is what a loader's batch is, behind the CNN."
@@ -367,22 +395,31 @@ class FeatureBank:
                  folder: str | Path,  # with a finished bank
                  task: PatchTask,  # its M may be smaller than the number of cached patches
                  seed: int = 42,  # of all draws
+                 device: torch.device | str = 'cpu',  # where batches go
                  ):
         shapes = json.loads((Path(folder) / 'bank.json').read_text())
         files = {k: np.memmap(Path(folder) / f'{k}.npy', _part_type(k), 'r+', 64, tuple(s)) for k, s in shapes.items()}
-        self.parts, self.task, self.seed = {k: torch.from_numpy(f) for k, f in files.items()}, task, seed
+        self.task, self.seed, self.device = task, seed, torch.device(device)
+        home = bank_home(sum(f.nbytes for f in files.values()), device)
+        self.parts = {k: torch.from_numpy(f).to(home) for k, f in files.items()}
 
     def __len__(self): return len(self.parts['boxes'])
 
-    def batch(self,
-              items: list[tuple],  # (epoch, index, size), as a `BatchPlan` yields them
-              ) -> dict:  # on the CPU
-        "feature, patch_feature, boxes, keep of `(epoch, index, size)` items; M of the cached patches are drawn."
-        index = torch.tensor([i for _, i, _ in items])
+    def draw(self,
+             items: list[tuple],  # (epoch, index, size)
+             ) -> tuple[Tensor, Tensor]:  # which M of the cached patches (n,M), keep (n,N); on the CPU
+        "What is drawn for each item, by a generator of its own."
         rngs = [np.random.default_rng((self.seed, epoch, i, 1)) for epoch, i, _ in items]
         cached, M = self.parts['boxes'].shape[1], self.task.num_patches
         chosen = torch.from_numpy(np.stack([r.permutation(cached)[:M] if M < cached else np.arange(M) for r in rngs]))
-        keep = torch.from_numpy(np.stack([r.random(self.task.num_queries) >= self.task.mask_ratio for r in rngs]))
-        feature, patch_feature = self.parts['feature'][index], self.parts['patch_feature'][index[:, None], chosen]
-        return {'feature': feature.float(), 'patch_feature': patch_feature.float(), 'boxes': self.parts['boxes'][index[:, None], chosen],
-                'keep': keep, 'index': index, 'mask': None, 'skipped': []}
+        return chosen, torch.from_numpy(np.stack([r.random(self.task.num_queries) >= self.task.mask_ratio for r in rngs]))
+
+    def batch(self,
+              items: list[tuple],  # (epoch, index, size), as a `BatchPlan` yields them
+              ) -> dict:  # on the device, but for index
+        "feature, patch_feature, boxes, keep of `(epoch, index, size)` items; M of the cached patches are drawn."
+        index, (chosen, keep) = torch.tensor([i for _, i, _ in items]), self.draw(items)
+        patches = index[:, None] * self.parts['boxes'].shape[1] + chosen
+        taken = {k: take_rows(v if k == 'feature' else v.flatten(0, 1), index if k == 'feature' else patches, self.device)
+                 for k, v in self.parts.items()}
+        return {k: v.float() for k, v in taken.items()} | {'keep': send(keep, self.device), 'index': index, 'mask': None, 'skipped': []}

@@ -151,7 +151,7 @@ def open_bank(cfg: PretrainConfig,  # of the run
         p.barrier()
         if p.rank == 0: finish_bank(folder, model, dataset, cfg.view_size)
         p.barrier()
-    return FeatureBank(folder, dataclasses.replace(dataset.task, num_patches=cfg.num_patches), cfg.seed)
+    return FeatureBank(folder, dataclasses.replace(dataset.task, num_patches=cfg.num_patches), cfg.seed, p.device)
 
 # %% ../nbs/16a_pretrain_task.ipynb #c013
 def fit_statistics(model: UPDETR,  # with option `standardize`
@@ -209,7 +209,7 @@ def draw_preview(model: UPDETR,  # any state of it
 
 # %% ../nbs/16a_pretrain_task.ipynb #c015b
 def encode_ahead(model: UPDETR,  # with a frozen CNN
-                 batches: Iterable[dict],  # of `to_device`; on a GPU, moving and augmenting runs ahead, too
+                 batches: Iterable[dict],  # of `to_device` or a bank; on a GPU, moving and augmenting runs ahead, too
                  amp: bool = False,  # bf16 autocast
                  ) -> Iterator[dict]:  # the same, with feature and patch_feature in place of images and patches
     "What the frozen CNN makes of each batch, computed one batch before it is asked for."
@@ -225,6 +225,7 @@ def encode_ahead(model: UPDETR,  # with a frozen CNN
         waiting = following
 
 def _encoded(model, batch):
+    if 'feature' in batch: return batch
     feature, mask = model.backbone(batch['images'], batch['mask'])
     rest = {k: v for k, v in batch.items() if k not in ('images', 'patches')}
     return rest | {'feature': feature, 'mask': mask, 'patch_feature': model.encode_patches(batch['patches'])}
@@ -280,11 +281,9 @@ class PretrainTask:
 
     def batches(self, start: int, total: int):
         "Yield this process's micro-batches between two steps, on its device."
-        plan, device, live = self.plan(start, total), self.processes.device, live_batches(self, start, total)
-        if self.bank:
-            for items in plan: yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.bank.batch(items).items()}
-        elif self.model.backbone[0].frozen: yield from encode_ahead(self.model, live, self.cfg.amp and device.type == 'cuda')
-        else: yield from live
+        source = map(self.bank.batch, self.plan(start, total)) if self.bank else live_batches(self, start, total)
+        if not self.model.backbone[0].frozen: yield from source
+        else: yield from encode_ahead(self.model, source, self.cfg.amp and self.processes.device.type == 'cuda')
 
     def preview(self, path):
         "Draw what the model answers now, on a held-out photo if there is one."
