@@ -77,7 +77,7 @@ def _norm_pairs(graph, modules):
     return pairs
 
 def fold_pairs(body: nn.Module,  # a network with frozen norms
-               ) -> tuple[nn.Module, dict[str, str]]:  # a copy for inference, in channels_last; name of each folded norm -> its convolution's
+               ) -> tuple[nn.Module, dict[str, str]]:  # a copy for inference, in channels_last; folded norm -> its convolution
     "Fold every frozen norm that follows a convolution into that convolution (exact up to rounding)."
     plain, body = (copy.deepcopy(body).eval().requires_grad_(False) for _ in range(2))  # tracing may leave something behind
     try: graph = _Tracer().trace(body)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRETRAINING', 'GROWTH', 'TINY', 'SIZES', 'in_turn', 'compared', 'bench_step', 'bench_memory', 'phase_rows',
-           'detection_batch', 'bench_finetune', 'bench_inference', 'grow', 'bench_growth', 'bench_processes',
-           'growth_figure', 'bench_cached', 'bench_curves', 'curve_gap', 'curves_figure', 'imagenet_hours',
-           'bench_parts', 'run_bench', 'main', 'phases_figure', 'save_pictures']
+           'detection_shapes', 'detection_batch', 'bench_finetune', 'counted_as_on_gpu', 'bench_inference', 'grow',
+           'bench_growth', 'bench_processes', 'growth_figure', 'noise_bank', 'bench_cached', 'bench_curves',
+           'curve_gap', 'curves_figure', 'imagenet_hours', 'bench_parts', 'run_bench', 'main', 'phases_figure',
+           'save_pictures']
 
 # %% ../nbs/43_bench.ipynb #c002
 import argparse
@@ -30,17 +31,19 @@ from torch import Tensor
 from .backbone import fetch_weights
 from .bench_data import bench_evaluation, bench_loader, imagenet_sized, plot_evaluation, plot_loader
 from .boxes import pad_images
+from .checkpoint import write_json
 from .config import PretrainConfig, make_config, model_options
 from .detr import build_detr
+from .graphs import GraphedStep
 from .launch import launch, read_log
-from .loader import photo_loader
+from .loader import FeatureBank, PatchTask, open_part, photo_loader
 from .losses import build_criterion
 from .photos import resize_shape
-from .pretrain_task import PretrainTask
+from .pretrain_task import PretrainStep, PretrainTask, encode_ahead
 from .reference import as_reference
 from .report import provenance, save_figure, save_metrics, smooth
-from .steps import (Clock, Counter, Ours, Theirs, Way, batch_sizes, build_way, ceilings, imagenet_like, noise_batch, noise_batches,
-                          peak_gib, real_share)
+from .steps import (Clock, Counter, Ours, Theirs, batch_sizes, build_way, ceilings, count_detection, imagenet_like, noise_batch,
+                          noise_batches, peak_gib, real_share)
 from .train import Processes
 from .watch import watch
 
@@ -83,7 +86,8 @@ def bench_step(cfg: PretrainConfig,  # of the step
     step = compared(seconds, batch_size * steps) | {'batch_size': batch_size, 'rounds': rounds, 'steps': steps, 'seconds': seconds}
     step['real_pixels'] = {k: real_share(batch_sizes(imagenet_like(20_000), batch_size, k == 'ours')) for k in ways}
     limits = ceilings(device, torch.bfloat16 if ways['ours'].amp else torch.float32)
-    return {'step': step, 'phases': phase_rows(ways, batches, rounds, device, limits), 'ceilings': limits}
+    pieces = {k: lambda r, piece, k=k: ways[k].step(batches[k][r + 1], piece) for k in ways}
+    return {'step': step, 'phases': phase_rows(pieces, rounds, device, limits), 'ceilings': limits}
 
 def bench_memory(cfg: PretrainConfig,  # of the step
                  batch_sizes: tuple[int, ...],  # photos
@@ -100,21 +104,20 @@ def bench_memory(cfg: PretrainConfig,  # of the step
 def _amp(cfg, device): return cfg.amp and torch.device(device).type == 'cuda'
 
 # %% ../nbs/43_bench.ipynb #c010
-def phase_rows(ways: Mapping[str, Way],  # ours and reference
-               batches: Mapping[str, list[dict]],  # of `noise_batches`
+def phase_rows(steps: Mapping[str, Callable],  # ours and reference: (number of the round, what is done with a piece) -> a step
                rounds: int,  # that count
                device: torch.device | str,  # where they run
                limits: Mapping[str, float],  # of `ceilings`
                ) -> list[dict]:  # name, ours_ms, reference_ms, ratio, ours_gflop, ours_gb, ours_of_matmul, ours_of_bandwidth, ...
     "Every piece of a step: time, arithmetic, bytes, and shares of what the machine can do."
-    clocks, counters = {k: [Clock(device) for _ in range(rounds)] for k in ways}, {k: Counter() for k in ways}
+    clocks, counters = {k: [Clock(device) for _ in range(rounds)] for k in steps}, {k: Counter() for k in steps}
     for r in range(rounds):
-        for k, way in ways.items(): way.step(batches[k][r + 1], clocks[k][r])
-    for k, way in ways.items(): way.step(batches[k][1], counters[k])
+        for k, step in steps.items(): step(r, clocks[k][r])
+    for k, step in steps.items(): step(0, counters[k])
     rows = []
     for name in clocks['ours'][0].seconds:
         row = {'name': name}
-        for k in ways:
+        for k in steps:
             s = statistics.median(c.seconds[name] for c in clocks[k])
             gflop, gb = counters[k].gflop[name], counters[k].gb[name]
             row |= {f'{k}_ms': 1000 * s, f'{k}_gflop': gflop, f'{k}_gb': gb}
@@ -123,32 +126,59 @@ def phase_rows(ways: Mapping[str, Way],  # ours and reference
     return rows
 
 # %% ../nbs/43_bench.ipynb #c014
+def detection_shapes(size: int,  # short side, px
+                     batch_size: int,  # photos
+                     ) -> list[tuple[int, int]]:  # height and width of each photo, px
+    "ImageNet's sizes, resized as for detection."
+    return [resize_shape(*map(int, s), size, size * 5 // 3) for s in imagenet_like(batch_size)]
+
 def detection_batch(size: int,  # short side, px
                     batch_size: int,  # photos
                     device: torch.device | str,  # where it goes
                     ) -> tuple[Tensor, Tensor | None, list[dict]]:  # images, mask, targets
     "Noise in ImageNet's sizes, and seven boxes a photo."
     g = torch.Generator().manual_seed(0)
-    images = [torch.randn(3, *resize_shape(*map(int, s), size, size * 5 // 3), generator=g) for s in imagenet_like(batch_size)]
+    images = [torch.randn(3, *s, generator=g) for s in detection_shapes(size, batch_size)]
     images, mask = (torch.stack(images), None) if len({i.shape for i in images}) == 1 else pad_images(images)
     def target(): return {'labels': torch.randint(20, (7,), generator=g), 'boxes': torch.rand(7, 4, generator=g) * .4 + .3}
     targets = [{k: v.to(device) for k, v in target().items()} for _ in range(batch_size)]
     return images.to(device), None if mask is None else mask.to(device), targets
 
+# %% ../nbs/43_bench.ipynb #d43b0001
 def bench_finetune(cfg: PretrainConfig,  # of the transformer
                    size: int = 800,  # short side, px
                    batch_size: int = 16,  # photos
                    rounds: int = 3,  # that count
                    device: torch.device | str = 'cpu',  # where it runs
-                   ) -> dict:  # ours_img_s, reference_img_s, ratio, ...
-    "A fine-tuning step, both ways."
+                   counted: tuple[int, int] = (800, 16),  # short side (px) and photos of the step that is only counted
+                   ) -> dict:  # ours_img_s, reference_img_s, ratio, ..., phases, counted_as_on_gpu
+    "A fine-tuning step, both ways, whole and in pieces."
+    model, criterion = _detector_and_criterion(cfg)
+    ways = {'reference': Theirs(model, criterion, cfg, device), 'ours': Ours(model, criterion, cfg, device, _amp(cfg, device))}
+    batch, limits = detection_batch(size, batch_size, device), ceilings(device, torch.bfloat16 if ways['ours'].amp else torch.float32)
+    seconds = in_turn({k: lambda r, k=k: ways[k].detect(*batch) for k in ('ours', 'reference')}, rounds, device)
+    pieces = {k: lambda r, piece, k=k: ways[k].detect(*batch, piece) for k in ('ours', 'reference')}
+    phases = phase_rows(pieces, rounds if torch.device(device).type == 'cuda' else 1, device, limits)  # on a CPU a round takes long
+    return compared(seconds, batch_size) | {'size': size, 'batch_size': batch_size, 'rounds': rounds, 'seconds': seconds, 'phases': phases,
+                                            'counted_as_on_gpu': counted_as_on_gpu(cfg, *counted)}
+
+def counted_as_on_gpu(cfg: PretrainConfig,  # of the transformer
+                      size: int,  # short side, px
+                      batch_size: int,  # photos
+                      ) -> dict:  # timed (False), size, batch_size, phases: name, ours_gflop, ours_gb, reference_gflop, reference_gb
+    "Arithmetic and bytes of a fine-tuning step, ours in bf16 and the reference's in fp32; nothing runs, no GPU is needed."
+    model, criterion = _detector_and_criterion(dataclasses.replace(cfg, dropout=0.))  # else attention takes another way on a CPU
+    ways = {'reference': Theirs(model, criterion, cfg), 'ours': Ours(model, criterion, cfg, amp=True)}
+    shape = batch_size, *np.max(detection_shapes(size, batch_size), 0).tolist()
+    counters = {k: count_detection(ways[k], shape) for k in ('ours', 'reference')}
+    rows = [{'name': name} | {f'{k}_{unit}': getattr(c, unit)[name] for k, c in counters.items() for unit in ('gflop', 'gb')}
+            for name in counters['ours'].gb]
+    return {'timed': False, 'size': size, 'batch_size': batch_size, 'phases': rows}
+
+def _detector_and_criterion(cfg):
     torch.manual_seed(cfg.seed)
     model = _detector(cfg, frozen=False)
-    criterion = build_criterion(model)
-    ways = {'reference': Theirs(model, criterion, cfg, device), 'ours': Ours(model, criterion, cfg, device, _amp(cfg, device))}
-    batch = detection_batch(size, batch_size, device)
-    seconds = in_turn({k: lambda r, k=k: ways[k].detect(*batch) for k in ('ours', 'reference')}, rounds, device)
-    return compared(seconds, batch_size) | {'size': size, 'batch_size': batch_size, 'rounds': rounds, 'seconds': seconds}
+    return model, build_criterion(model)
 
 def _detector(cfg, frozen):
     options = {k: v for k, v in model_options(cfg).items() if k not in PRETRAINING}
@@ -260,24 +290,44 @@ def growth_figure(growth: dict,  # of `bench_growth`
     return fig
 
 # %% ../nbs/43_bench.ipynb #c023
+def noise_bank(folder: str | Path,  # made here
+               cfg: PretrainConfig,  # num_patches, num_queries and mask_ratio are read
+               shape: tuple[int, int, int],  # (C,h,w) of a feature map
+               views: int,  # in the bank
+               device: torch.device | str,  # where batches go
+               ) -> FeatureBank:
+    "A feature bank without photos."
+    shapes, rng = {'feature': shape, 'patch_feature': (cfg.num_patches, shape[0]), 'boxes': (cfg.num_patches, 4)}, np.random.default_rng(0)
+    for k, s in shapes.items():
+        part = open_part(Path(folder) / f'{k}.npy', (views, *s), np.float32 if k == 'boxes' else np.float16)
+        for row in part: row[:] = rng.random(s, np.float32) * .4 + .3
+        part.flush()
+    write_json(Path(folder) / 'bank.json', {k: [views, *s] for k, s in shapes.items()})
+    return FeatureBank(folder, PatchTask(cfg.num_patches, cfg.num_queries, mask_ratio=cfg.mask_ratio), cfg.seed, device)
+
 def bench_cached(cfg: PretrainConfig,  # of the step
                  batch_size: int,  # photos
                  rounds: int = 3,  # that count
                  device: torch.device | str = 'cpu',  # where it runs
                  side: int = 320,  # px, of the photos
-                 ) -> dict[str, float]:  # live_img_s, cached_img_s, ratio
-    "A step from pixels against one from features."
-    way, batch = build_way(Ours, cfg, device), noise_batch(cfg, [(side, side)] * batch_size)
-    ready = way.prepare(batch)
-    with torch.no_grad(): feature, patch = way.model.backbone(ready['images'])[0], way.model.encode_patches(ready['patches'])
-
-    def cached(r):
-        with torch.autocast(way.device.type, torch.bfloat16, enabled=way.amp):
-            outputs = way.model.forward_features(feature, patch, None, ready['keep'])
-        return way.learn(outputs, way.targets(ready['boxes']))
-    seconds = in_turn({'ours': cached, 'reference': lambda r: way.step(batch)}, rounds, device)
-    speeds = compared(seconds, batch_size)
-    return {'cached_img_s': speeds['ours_img_s'], 'live_img_s': speeds['reference_img_s'], 'ratio': speeds['ratio']}
+                 steps: int = 1,  # a round
+                 ) -> dict:  # batch_size, bank_on, live_img_s, cached_img_s, ratio; on a GPU launched_img_s: cached without graphs
+    "Steps from pixels against steps from a feature bank."
+    way, photos = build_way(Ours, cfg, device), noise_batch(cfg, [(side, side)] * batch_size)
+    with torch.no_grad(): shape = tuple(way.model.backbone[0](torch.zeros(1, 3, side, side, device=device)).shape[1:])
+    kinds = {'ours': GraphedStep, 'launched': PretrainStep} if torch.device(device).type == 'cuda' else {'ours': PretrainStep}
+    modules = {k: kind(way.model, way.criterion) for k, kind in kinds.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        bank = noise_bank(folder, cfg, shape, 2 * batch_size, device)
+        def cached(r, module):
+            plan = [[(r * steps + s, i, side) for i in range(batch_size)] for s in range(steps)]
+            for ready in encode_ahead(way.model, map(bank.batch, plan), way.amp): way.follow(ready, module)
+        contenders = {k: lambda r, m=m: cached(r, m) for k, m in modules.items()}
+        seconds = in_turn(contenders | {'reference': lambda r: list(way.run([photos] * steps))}, rounds, device)
+    speeds = compared(seconds, batch_size * steps)
+    named = {'cached_img_s': speeds['ours_img_s'], 'live_img_s': speeds['reference_img_s'], 'ratio': speeds['ratio']}
+    return {'batch_size': batch_size, 'bank_on': bank.parts['feature'].device.type} | named | {
+        k: v for k, v in speeds.items() if k == 'launched_img_s'}
 
 # %% ../nbs/43_bench.ipynb #c026
 def bench_curves(steps: int = 500,  # of each training
@@ -342,11 +392,11 @@ def imagenet_hours(img_s: float,  # photos a second on one GPU
 # %% ../nbs/43_bench.ipynb #c034
 TINY = dict(weights='none', backbone='resnet18', hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=32,
             num_queries=10, num_patches=5, patch_size=32)
-_LARGE = dict(cfg=dict(weights='none'), shrink=1, detect=800, steps=500, seeds=(42, 43, 44), photos=32, loader=dict(workers=2),
-              evaluation=dict(images=5000, detections=100))
+_LARGE = dict(cfg=dict(weights='none'), shrink=1, detect=800, counted=(800, 16), steps=500, seeds=(42, 43, 44), photos=32,
+              loader=dict(workers=2), evaluation=dict(images=5000, detections=100))
 SIZES = {
-    'tiny': dict(cfg=TINY, batch=2, rounds=1, detect=96, detect_batch=2, infer=(1, 2), compiled=False, steps=10, seeds=(42, 43),
-                 photos=8, loader=dict(repeats=1, workers=0),
+    'tiny': dict(cfg=TINY, batch=2, rounds=1, detect=96, counted=(96, 2), detect_batch=2, infer=(1, 2), compiled=False, steps=10,
+                 seeds=(42, 43), photos=8, loader=dict(repeats=1, workers=0),
                  evaluation=dict(images=60, detections=20, classes=10), processes=(1,), steps_a_round=1, shrink=4, memory=(2,),
                  growth={'batch_size': (1, 2), 'short side': (64, 96), 'num_queries': (10, 20), 'num_patches': (1, 5)}),
     'cpu': dict(_LARGE, batch=4, rounds=3, detect_batch=1, infer=(1, 4), compiled=False, processes=(1, 2), growth=GROWTH, steps_a_round=1,
@@ -365,13 +415,13 @@ def bench_parts(size: str,  # a key of `SIZES`
     cfg, r = make_config('paper', **s['cfg']), s['rounds']
     return {'step': lambda: bench_step(cfg, s['batch'], r, device, s['steps_a_round'], s['shrink']),
             'memory': lambda: {'memory': bench_memory(cfg, s['memory'], device, s['shrink'])},
-            'finetune': lambda: {'finetune': bench_finetune(cfg, s['detect'], s['detect_batch'], r, device)},
+            'finetune': lambda: {'finetune': bench_finetune(cfg, s['detect'], s['detect_batch'], r, device, s['counted'])},
             'inference': lambda: {'inference': bench_inference(cfg, s['detect'], s['infer'], s['compiled'], r, device)},
             'loader': lambda: {'loader': _in_folder(lambda f: bench_loader(imagenet_sized(f, s['photos']), **s['loader']))},
             'evaluation': lambda: {'evaluation': _in_folder(lambda f: bench_evaluation(f, **s['evaluation']))},
             'growth': lambda: {'growth': bench_growth(cfg, s['batch'], r, device, s['growth'], 320 // s['shrink'])},
             'processes': lambda: {'processes': bench_processes(s['processes'], gpu)},
-            'cached': lambda: {'cached': bench_cached(cfg, s['batch'], r, device, 320 // s['shrink'])},
+            'cached': lambda: {'cached': bench_cached(cfg, max(s['memory']), r, device, 320 // s['shrink'], s['steps_a_round'])},
             'curves': lambda: {'curves': bench_curves(s['steps'], s['seeds'], device)}}
 
 # %% ../nbs/43_bench.ipynb #c035
