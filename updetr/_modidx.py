@@ -454,6 +454,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'updetr.graphs._Part.__init__': ('graphs.html#_part.__init__', 'updetr/graphs.py'),
                                'updetr.graphs._Part.forward': ('graphs.html#_part.forward', 'updetr/graphs.py'),
                                'updetr.graphs.judge': ('graphs.html#judge', 'updetr/graphs.py'),
+                               'updetr.graphs.leave_default_stream': ('graphs.html#leave_default_stream', 'updetr/graphs.py'),
                                'updetr.graphs.named': ('graphs.html#named', 'updetr/graphs.py'),
                                'updetr.graphs.predict': ('graphs.html#predict', 'updetr/graphs.py'),
                                'updetr.graphs.record_graphs': ('graphs.html#record_graphs', 'updetr/graphs.py')},

@@ -215,6 +215,7 @@ def encode_ahead(model: UPDETR,  # with a frozen CNN
     "What the frozen CNN makes of each batch, computed one batch before it is asked for."
     device, source, waiting = next(model.parameters()).device, iter(batches), None
     stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
+    if stream: stream.wait_stream(torch.cuda.current_stream(device))  # weights may still be on their way
     while True:
         aside = torch.cuda.stream(stream) if stream else nullcontext()
         with aside, torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=amp):

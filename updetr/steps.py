@@ -245,7 +245,7 @@ class Ours(Way):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp): loss, _ = module(ready)
         loss.backward()
         self.update()
-        return loss.detach()
+        return loss.detach().clone()  # a recording writes to the same place again
 
 # %% ../nbs/42_steps.ipynb #c022
 class Theirs(Way):
