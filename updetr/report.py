@@ -64,7 +64,8 @@ def provenance(command: str,  # that makes the numbers again
 def markdown_table(rows: list[Mapping],  # one a row; missing entries stay empty
                    digits: int = 2,  # of numbers with a fraction
                    ) -> str:
-    "Rows as a markdown table; the columns in the order in which they first appear."
+    "Rows as a markdown table, '' if there are none; the columns in the order in which they first appear."
+    if not rows: return ''
     columns = list(dict.fromkeys(k for r in rows for k in r))
     def show(v): return '' if v is None else f'{v:.{digits}f}' if isinstance(v, float) else str(v)
     lines = [columns, ['---'] * len(columns), *[[show(r.get(c)) for c in columns] for r in rows]]
