@@ -82,7 +82,7 @@ def test_the_copy_for_evaluation_follows_training(cnn, x):
         with torch.no_grad():
             torch.testing.assert_close(cnn.eval()(x), plain(cnn)(x))
             for p in cnn.parameters(): p.mul_(1.1)
-    assert cnn.live() is cnn.live() and cnn.folded() is cnn.folded()
+    assert cnn._live(cnn.body) is cnn._live(cnn.body) and cnn.folded() is cnn.folded()
 
 
 def test_gradients_have_the_layout_of_their_weights(cnn, x):
@@ -107,4 +107,4 @@ def test_a_network_that_cannot_be_traced_runs_as_it_is(cnn, x):
 def test_a_compiler_gets_the_network_as_it_is(cnn, x):
     module = torch.export.export(cnn, (x,)).module()
     torch.testing.assert_close(module(x), plain(cnn)(x))
-    assert cnn._live == (None, None)
+    assert cnn._live.made is None

@@ -129,9 +129,21 @@ class TrainedFold:
         weights = {k: self.present(k, body.get_parameter(k)) for k in self.trained}
         return functional_call(self.folded, weights, (x.contiguous(memory_format=torch.channels_last),), tie_weights=False)
 
-# %% ../nbs/05_backbone.ipynb #c017
+# %% ../nbs/05_backbone.ipynb #b7f0a1c9
 STEM = ('conv1', 'bn1', 'layer1.', 'conv_stem', 'stem', 'patch_embed', 'blocks.0.', 'stages.0.', 'stages_0.')
 
+class _Kept:
+    "What is made of a network, made anew when something it was made of has changed; trained weights do not count if `live`"
+    def __init__(self, make, live=False): self.make, self.live, self.key, self.made = make, live, None, None
+
+    def __call__(self, body):
+        key = tuple((t.device, t.dtype) if self.live and t.requires_grad else (t.data_ptr(), t._version, t.dtype)
+                    for t in chain(body.parameters(), body.buffers()))
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may be trained with later
+            if self.key != key: self.key, self.made = key, self.make(body)
+        return self.made
+
+# %% ../nbs/05_backbone.ipynb #c017
 class Backbone(nn.Module):
     "A CNN `(B,3,H,W) -> (B,num_channels,H/stride,W/stride)`; `.mean` and `.std` are the normalisation its weights expect."
     def __init__(self,
@@ -141,7 +153,8 @@ class Backbone(nn.Module):
                  frozen: bool = True,  # no gradients (paper Section 3.1.1); False: trained but for stem and norms
                  ):
         super().__init__()
-        self.name, self.frozen, self.dilation, self._fold, self._live = name, frozen, dilation, (None, None), (None, None)
+        self.name, self.frozen, self.dilation = name, frozen, dilation
+        self._fold, self._live = _Kept(fold_norms), _Kept(TrainedFold, live=True)
         self.features, self.levels = list(features or (['layer4'] if name in RESNETS else [])), []
         self.body = make_body(name, features, dilation)
         for key, p in self.body.named_parameters(): p.requires_grad_(not frozen and not key.startswith(STEM))
@@ -152,17 +165,7 @@ class Backbone(nn.Module):
 
     def folded(self) -> nn.Module:
         "The folded copy of the body, made anew when a weight has changed."
-        key = tuple((t.data_ptr(), t._version, t.dtype) for t in chain(self.body.parameters(), self.body.buffers()))
-        if self._fold[0] != key: self._fold = key, fold_norms(self.body)
-        return self._fold[1]
-
-    def live(self) -> TrainedFold:
-        "The body with norms folded into weights that are trained, made anew when something that is frozen has changed."
-        key = tuple((t.device, t.dtype) if t.requires_grad else (t.data_ptr(), t._version, t.dtype)
-                    for t in chain(self.body.parameters(), self.body.buffers()))
-        with torch.inference_mode(False), torch.no_grad():  # what is kept may be trained with later
-            if self._live[0] != key: self._live = key, TrainedFold(self.body)
-        return self._live[1]
+        return self._fold(self.body)
 
     def train(self, mode=True):
         "Dropout and running statistics of the body never switch on."
@@ -173,7 +176,7 @@ class Backbone(nn.Module):
     def maps(self, x):
         "Feature maps of all layers that the body is cut after, without gradients if the CNN is frozen."
         if not self.frozen and torch.compiler.is_compiling(): return self.body(x)  # which cannot look at data pointers
-        if not self.frozen and (self.training or torch.is_grad_enabled()): return self.live()(self.body, x)
+        if not self.frozen and (self.training or torch.is_grad_enabled()): return self._live(self.body)(self.body, x)
         with torch.no_grad(): return self.folded()(x.contiguous(memory_format=torch.channels_last))
 
     def forward(self, x):

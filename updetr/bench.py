@@ -158,22 +158,9 @@ def bench_finetune(cfg: PretrainConfig,  # of the transformer
     batch, limits = detection_batch(size, batch_size, device), ceilings(device, torch.bfloat16 if ways['ours'].amp else torch.float32)
     seconds = in_turn({k: lambda r, k=k: ways[k].detect(*batch) for k in ('ours', 'reference')}, rounds, device)
     pieces = {k: lambda r, piece, k=k: ways[k].detect(*batch, piece) for k in ('ours', 'reference')}
-    phases = phase_rows(pieces, rounds if torch.device(device).type == 'cuda' else 1, device, limits)  # on a CPU a round takes long
+    phases = phase_rows(pieces, rounds, device, limits)
     return compared(seconds, batch_size) | {'size': size, 'batch_size': batch_size, 'rounds': rounds, 'seconds': seconds, 'phases': phases,
                                             'counted_as_on_gpu': counted_as_on_gpu(cfg, *counted)}
-
-def counted_as_on_gpu(cfg: PretrainConfig,  # of the transformer
-                      size: int,  # short side, px
-                      batch_size: int,  # photos
-                      ) -> dict:  # timed (False), size, batch_size, phases: name, ours_gflop, ours_gb, reference_gflop, reference_gb
-    "Arithmetic and bytes of a fine-tuning step, ours in bf16 and the reference's in fp32; nothing runs, no GPU is needed."
-    model, criterion = _detector_and_criterion(dataclasses.replace(cfg, dropout=0.))  # else attention takes another way on a CPU
-    ways = {'reference': Theirs(model, criterion, cfg), 'ours': Ours(model, criterion, cfg, amp=True)}
-    shape = batch_size, *np.max(detection_shapes(size, batch_size), 0).tolist()
-    counters = {k: count_detection(ways[k], shape) for k in ('ours', 'reference')}
-    rows = [{'name': name} | {f'{k}_{unit}': getattr(c, unit)[name] for k, c in counters.items() for unit in ('gflop', 'gb')}
-            for name in counters['ours'].gb]
-    return {'timed': False, 'size': size, 'batch_size': batch_size, 'phases': rows}
 
 def _detector_and_criterion(cfg):
     torch.manual_seed(cfg.seed)
@@ -186,6 +173,20 @@ def _detector(cfg, frozen):
 
 PRETRAINING = {f.name for f in dataclasses.fields(PretrainConfig)} & set(
     'num_patches feature_recon mask_ratio query_shuffle attention_mask matching_init'.split())
+
+# %% ../nbs/43_bench.ipynb #d43b0002
+def counted_as_on_gpu(cfg: PretrainConfig,  # of the transformer
+                      size: int,  # short side, px
+                      batch_size: int,  # photos
+                      ) -> dict:  # timed (False), size, batch_size, phases: name, ours_gflop, ours_gb, reference_gflop, reference_gb
+    "Arithmetic and bytes of a fine-tuning step, ours in bf16 and the reference's in fp32; nothing runs, no GPU is needed."
+    model, criterion = _detector_and_criterion(dataclasses.replace(cfg, dropout=0.))  # else attention takes another way on a CPU
+    ways = {'reference': Theirs(model, criterion, cfg), 'ours': Ours(model, criterion, cfg, amp=True)}
+    shape = batch_size, *np.max(detection_shapes(size, batch_size), 0).tolist()
+    counters = {k: count_detection(ways[k], shape) for k in ('ours', 'reference')}
+    rows = [{'name': name} | {f'{k}_{unit}': getattr(c, unit)[name] for k, c in counters.items() for unit in ('gflop', 'gb')}
+            for name in counters['ours'].gb]
+    return {'timed': False, 'size': size, 'batch_size': batch_size, 'phases': rows}
 
 # %% ../nbs/43_bench.ipynb #c015
 @torch.no_grad()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMULAS', 'ASPECTS', 'plain', 'Clock', 'ByteCounter', 'Counter', 'ceilings', 'imagenet_like', 'batch_sizes',
-           'real_share', 'noise_batch', 'as_floats', 'Way', 'Ours', 'Theirs', 'build_way', 'noise_batches', 'peak_gib',
-           'count_detection']
+           'real_share', 'noise_batch', 'as_floats', 'Way', 'detections', 'Ours', 'Theirs', 'build_way',
+           'noise_batches', 'peak_gib', 'count_detection']
 
 # %% ../nbs/42_steps.ipynb #c002
 import re
@@ -187,13 +187,7 @@ class Way:
 
     def detect(self, images, mask, targets, piece=plain):
         "Fine-tune on normalised images (B,3,H,W), their padding (B,H,W) or None, and one dictionary a photo."
-        return self.learn(self.outputs(images, mask, piece), targets, piece)
-
-    def outputs(self, images, mask, piece=plain):
-        "What a detector says of normalised images (B,3,H,W) and their padding (B,H,W) or None."
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            feature, mask = piece('CNN, photos', lambda: self.model.backbone(images, mask))
-            return piece('transformer', lambda: self.model.forward_features(feature, mask))
+        return self.learn(detections(self, images, mask, piece), targets, piece)
 
     def learn(self, outputs, targets, piece=plain):
         "From outputs to new weights; returns the loss."
@@ -207,6 +201,17 @@ class Way:
         "Clip, step, clear."
         nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_max_norm)
         self.optimizer.step(), self.optimizer.zero_grad()
+
+# %% ../nbs/42_steps.ipynb #d42b0005
+def detections(way: Way,  # of a detector
+               images: Tensor,  # (B,3,H,W), normalised
+               mask: Tensor | None,  # (B,H,W), True = padding
+               piece: Callable = plain,  # what is done with a piece
+               ) -> dict:  # outputs of the detector
+    "The first two pieces of a fine-tuning step."
+    with torch.autocast(way.device.type, torch.bfloat16, enabled=way.amp):
+        feature, mask = piece('CNN, photos', lambda: way.model.backbone(images, mask))
+        return piece('transformer', lambda: way.model.forward_features(feature, mask))
 
 # %% ../nbs/42_steps.ipynb #c020
 class Ours(Way):
@@ -333,9 +338,9 @@ def count_detection(way: Way,  # on the CPU; not to be used any more afterwards
                     shape: tuple[int, int, int],  # photos, height, width (px) of the batch
                     ) -> Counter:  # of CNN, transformer, backward
     "Count a fine-tuning step without computing it."
-    way.outputs(torch.zeros(1, 3, 64, 64), None)  # what is made once
+    detections(way, torch.zeros(1, 3, 64, 64), None)  # what is made once
     n, *sides = shape
     with FakeTensorMode(allow_non_fake_inputs=True):
-        outputs = way.outputs(torch.empty(n, 3, *sides), torch.zeros(n, *sides, dtype=torch.bool), counter := Counter())
+        outputs = detections(way, torch.empty(n, 3, *sides), torch.zeros(n, *sides, dtype=torch.bool), counter := Counter())
         counter('backward', sum(v.float().square().sum() for v in stack_layers(outputs).values()).backward)
     return counter
