@@ -1,7 +1,6 @@
 "`nbs/localize.ipynb` in real programs and a real browser: drags, keys, uploads, as a person does them; screenshots in tests/artifacts."
 import dataclasses
 import re
-import time
 from importlib.util import find_spec
 
 import pytest
@@ -119,32 +118,18 @@ def test_two_patches_moved_and_resized(hand):
     hand.shot('3_two_patches')
 
 
-OPPOSITE = dict(Right='Left', Left='Right', Up='Down', Down='Up')
-
-
-def press(hand, target, key, boxes):
-    "A key, until the kernel has these boxes: a change made while it answers the one before is sometimes not sent, so there and back again."
-    turn = key[key.index('Arrow') + 5:]
-    for _ in range(4):
-        target.press(key)
-        end = time.monotonic() + 10
-        while hand.state()['boxes'] != boxes and time.monotonic() < end: hand.page.wait_for_timeout(50)
-        if hand.state()['boxes'] == boxes: return
-        target.press(key.replace(turn, OPPOSITE[turn]))
-        hand.page.wait_for_timeout(1000)
-    raise AssertionError(f'{key}: {boxes} wanted, the kernel has {hand.state()["boxes"]}')
-
-
 def test_keyboard(hand):
     box = hand.photo().locator('[data-box="0"]')
     box.focus()
     step = 5  # a hundredth of 451 px
-    for key, x2, y, y2 in (('ArrowRight', 140 + step, 50, 150), ('ArrowUp', 140 + step, 50 - step, 150 - step),
-                           ('Shift+ArrowDown', 140 + step, 50 - step, 150), ('Shift+ArrowLeft', 140, 50 - step, 150)):
-        press(hand, box, key, [[40 + step, y, x2, y2]])
+    box.press('ArrowRight'), box.press('ArrowUp')
+    hand.wait(lambda s: s['boxes'] == [[40 + step, 50 - step, 140 + step, 150 - step]])
+    box.press('Shift+ArrowDown'), box.press('Shift+ArrowLeft')
+    hand.wait(lambda s: s['boxes'] == [[40 + step, 50 - step, 140, 150]])
     slider = hand.control('.widget-hslider', 'x')
     playwright.expect(slider.locator('.widget-readout')).to_have_text(re.compile(f'^{40 + step}\\D+140$'))  # it follows the box
-    press(hand, slider.locator('.noUi-handle').first, 'ArrowRight', [[41 + step, 50 - step, 140, 150]])
+    slider.locator('.noUi-handle').first.press('ArrowRight')
+    hand.wait(lambda s: s['boxes'] == [[41 + step, 50 - step, 140, 150]])
     box.focus()
     box.press('Delete')
     state = hand.wait(lambda s: s['boxes'] == [])

@@ -34,7 +34,7 @@ def probe(*_):
 
 widget.c.canvas.observe(lambda e: sent.append(e.new), 'boxes')
 widget.c.message.observe(probe, 'value')
-widget.c.canvas.observe(probe, 'overlay')
+widget.c.canvas.observe(probe, ['boxes', 'overlay'])  # two boxes may be answered in the same words and milliseconds
 probe()'''
 
 
