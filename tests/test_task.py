@@ -14,8 +14,8 @@ from updetr.checkpoint import load_checkpoint, load_updetr
 from updetr.config import make_config
 from updetr.loader import PatchTask, Views, epoch_batches
 from updetr.photos import BadPhoto, builtin_photos
-from updetr.pretrain_task import PretrainTask
-from updetr.train import Processes, train
+from updetr.pretrain_task import PretrainTask, encode_ahead, live_batches
+from updetr.train import Processes, TrainState, train, train_step
 
 SMALL = dict(backbone='resnet18', weights='none', hidden_dim=16, nheads=2, enc_layers=1, dec_layers=2, dim_feedforward=16, num_queries=4,
              num_patches=2, batch_size=2, epochs=1, patch_size=32, num_workers=0, dropout=0., lr=1e-3, log_every=1)
@@ -213,3 +213,38 @@ def test_a_loss_that_is_no_number_is_never_saved(tmp_path):
 def test_configuration_that_is_saved_is_the_one_that_ran(tmp_path):
     task, _ = train_small(tmp_path / 'run', data=str(save_photos(tmp_path / 'photos', 2)))
     assert load_checkpoint(tmp_path / 'run' / 'checkpoint.pth')['args'] == dataclasses.asdict(task.cfg)
+
+
+def test_half_precision_reaches_the_network_only(tmp_path):
+    "As a GPU trains (bf16 autocast, here on the CPU): photos and patches come in full precision, the CNN ahead of the step works in half."
+    task = make_task(tmp_path / 'run', **VIEWS)
+    full, half = (list(encode_ahead(task.model, live_batches(task, 0, 2), amp)) for amp in (False, True))
+    assert len(half) == 2 and half[0]['feature'].dtype == half[0]['patch_feature'].dtype == torch.bfloat16
+    for a, b in zip(full, half):
+        for k in ('feature', 'patch_feature'): assert (a[k] - b[k]).norm() < .02 * a[k].norm()
+        assert torch.equal(a['boxes'], b['boxes'])
+    with torch.autocast('cpu', torch.bfloat16): ready = next(live_batches(task, 0, 2))
+    assert all(torch.equal(ready[k], v) for k, v in next(live_batches(task, 0, 2)).items() if isinstance(v, torch.Tensor))
+
+
+def test_gradients_have_the_precision_of_their_operation():
+    "The backward pass leaves autocast: what was computed in full precision on the way there is so on the way back."
+    class Boxes(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(8, 4)
+
+        def forward(self, x):
+            with torch.autocast('cpu', enabled=False): return self.head(x).square().mean(), {}
+    torch.manual_seed(0)
+    module, x = Boxes(), torch.randn(16, 8)
+    want = torch.autograd.grad(module(x)[0], module.head.weight)[0]
+    train_step(module, iter([x]), TrainState(module, make_config(lr=1e-9, clip_max_norm=1e9)), 1., amp=True)
+    assert torch.equal(module.head.weight.grad, want)
+
+
+def test_compile_is_handed_to_the_cnn(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr('updetr.backbone.Backbone.compile', lambda cnn: compiled.append(cnn))
+    task, state = train_small(tmp_path / 'run', **VIEWS, compile=True)
+    assert compiled == [task.model.backbone[0]] and state.step == 3

@@ -61,7 +61,7 @@ def _hue(x, shift):
     chroma = top - bottom
     inverse = 1 / chroma.clamp(min=1e-12)
     sixth = torch.where(r == top, (g - b) * inverse, torch.where(g == top, 2 + (b - r) * inverse, 4 + (r - g) * inverse))
-    k = ((sixth + 6 * shift[:, 0])[:, None] + x.new_tensor([5., 3., 1.]).view(3, 1, 1)).remainder_(6)
+    k = ((sixth + 6 * shift[:, 0])[:, None] + torch.arange(5., 0., -2., device=x.device).view(3, 1, 1)).remainder_(6)
     return top[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 # %% ../nbs/04_augment.ipynb #c021
@@ -96,11 +96,12 @@ def augment(
         raise ValueError(f'wanted patches (n, 3, h, w) and factors (n, {len(FACTORS)}), got {tuple(patches.shape)}, {tuple(factors.shape)}')
     if patches.dtype != torch.uint8: raise ValueError(f'patches must be uint8, got {patches.dtype}')
     x, f = patches.to(torch.float32, memory_format=torch.contiguous_format).div_(255), factors.cpu()
-    for step in f[:, 4:8].T:
-        for i, change in enumerate((_brightness, _contrast, _saturation, _hue)):
-            _apply(x, change, f[:, i], (step == i) & (f[:, i] != NEUTRAL[i]))
-    _apply(x, lambda x, _: _gray(x).expand_as(x), f[:, 8], f[:, 8] > 0)
-    _apply(x, _blur, f[:, 9], f[:, 9] > 0)
+    with torch.autocast(x.device.type, enabled=False):  # pixels stay in float32
+        for step in f[:, 4:8].T:
+            for i, change in enumerate((_brightness, _contrast, _saturation, _hue)):
+                _apply(x, change, f[:, i], (step == i) & (f[:, i] != NEUTRAL[i]))
+        _apply(x, lambda x, _: _gray(x).expand_as(x), f[:, 8], f[:, 8] > 0)
+        _apply(x, _blur, f[:, 9], f[:, 9] > 0)
     return x
 
 # %% ../nbs/04_augment.ipynb #c042
@@ -111,5 +112,5 @@ def normalize(
 )->torch.Tensor:    # like `x`
     "Subtract the mean and divide by the spread, channel by channel. Raises ValueError for whole-number images."
     if not x.is_floating_point(): raise ValueError(f'normalize wants float images in 0..1, got {x.dtype}: divide by 255 first')
-    mean, std = (torch.as_tensor(v, dtype=x.dtype, device=x.device).view(-1, 1, 1) for v in (mean, std))
+    mean, std = (torch.as_tensor(v, dtype=x.dtype).to(x.device, non_blocking=True).view(-1, 1, 1) for v in (mean, std))
     return (x - mean).div_(std)

@@ -71,7 +71,7 @@ def loss_feature(features: Tensor,  # (L,B,T,C) reconstructed by the matched que
                  num_boxes: Tensor,  # number to divide by
                  ) -> Tensor:  # (L,), 0..4
     "Squared distance of L2-normalised features (Eq. 2)."
-    distance = (F.normalize(features, dim=-1) - F.normalize(target.detach(), dim=-1)).square().sum(-1)
+    distance = (F.normalize(features.float(), dim=-1) - F.normalize(target.detach().float(), dim=-1)).square().sum(-1)
     return (distance * real).sum((1, 2)) / num_boxes
 
 # %% ../nbs/12_losses.ipynb #c015
@@ -106,8 +106,7 @@ class SetCriterion(nn.Module):
                  num_layers: int = 6,  # decoder layers with a loss
                  ):
         super().__init__()
-        if not eos_coef > 0:
-            raise ValueError(f'eos_coef {eos_coef} must be positive: without it nothing teaches a query to say "no object"')
+        if not eos_coef > 0: raise ValueError(f'eos_coef {eos_coef} must be positive: else nothing teaches a query to say "no object"')
         self.num_classes, self.matcher, self.weights = num_classes, matcher, weights
         self.register_buffer('empty_weight', torch.cat((torch.ones(num_classes), torch.tensor([eos_coef]))))
         self.weight_dict = {k + s: w for s in ('', *(f'_{i}' for i in range(num_layers - 1))) for k, w in weights.items()}
@@ -123,14 +122,14 @@ class SetCriterion(nn.Module):
         "Predictions of `stack_layers` and targets of `pad_targets` to the query of each target (L,B,T), -1 where there is none."
         return self.matcher.match(stacked['pred_logits'], stacked['pred_boxes'], *padded)
 
-    def losses(self, stacked, padded, match, gt_feature=None, num_boxes=None):
-        "All losses of matched predictions, and what is only watched: (L,) or () each. `num_boxes`: where it is known on all processes."
+    def losses(self, stacked, padded, match, gt_feature=None, num_boxes=None, recon=None):
+        "All losses of matched predictions and what is only watched, (L,) or () each; `recon` (L,B,T,C): if only matched queries have it."
         (labels, boxes, counts), real, losses = padded, match >= 0, {}
         if num_boxes is None: num_boxes = average_over_processes(torch.as_tensor(counts, device=boxes.device).sum().float()).clamp(min=1)
         losses['loss_ce'], target_class = loss_labels(stacked['pred_logits'], match, labels, self.empty_weight)
         losses['loss_bbox'], losses['loss_giou'] = loss_boxes(pick(stacked['pred_boxes'], match), boxes, real, num_boxes)
-        if 'loss_feature' in self.weights and 'pred_feature' in stacked:
-            losses['loss_feature'] = loss_feature(pick(stacked['pred_feature'], match), gt_feature.float(), real, num_boxes)
+        if recon is None and 'pred_feature' in stacked: recon = pick(stacked['pred_feature'], match)
+        if 'loss_feature' in self.weights and recon is not None: losses['loss_feature'] = loss_feature(recon, gt_feature, real, num_boxes)
         return losses | watch_predictions(stacked, match, target_class, boxes, counts)
 
     def total(self, losses):

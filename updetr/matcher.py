@@ -6,6 +6,7 @@
 __all__ = ['pad_targets', 'match_cost', 'check_finite', 'assign', 'assign_own_group', 'HungarianMatcher']
 
 # %% ../nbs/11_matcher.ipynb #c002
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
@@ -54,12 +55,12 @@ def assign(cost: Tensor,  # (L,B,N,T) on any device
     "The cheapest one-to-one assignment for every layer and photo. Raises FloatingPointError for a cost that is not finite."
     host = cost.detach().cpu()
     check_finite(host)
-    match = torch.full((*host.shape[:2], host.shape[3]), -1)
+    match = np.full((*host.shape[:2], host.shape[3]), -1)
     for layer, per_layer in enumerate(host.numpy()):
         for image, (c, n) in enumerate(zip(per_layer, counts)):
             queries, objects = linear_sum_assignment(c[:, :n])
-            match[layer, image, torch.from_numpy(objects)] = torch.from_numpy(queries)
-    return match.to(cost.device)
+            match[layer, image, objects] = queries
+    return torch.from_numpy(match).to(cost.device)
 
 # %% ../nbs/11_matcher.ipynb #c016
 def assign_own_group(cost: Tensor,  # (L,B,N,M): the targets are the M patches in order

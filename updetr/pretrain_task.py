@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BANK_FIELDS', 'PREVIEW_BOXES', 'PREVIEW_COLORS', 'TASK', 'is_heldout', 'choose', 'builtin_index', 'find_photos',
-           'photo_lists', 'data_mark', 'build_dataset', 'photo_sizes', 'PretrainStep', 'note_skipped', 'open_bank',
-           'fit_statistics', 'preview_photo', 'preview_answer', 'draw_preview', 'encode_ahead', 'live_batches',
-           'PretrainTask']
+           'photo_lists', 'data_mark', 'build_dataset', 'photo_sizes', 'PretrainStep', 'encode', 'note_skipped',
+           'open_bank', 'fit_statistics', 'preview_photo', 'preview_answer', 'draw_preview', 'encode_ahead',
+           'live_batches', 'PretrainTask']
 
 # %% ../nbs/16a_pretrain_task.ipynb #c002
 import dataclasses
@@ -26,8 +26,8 @@ from torchvision.utils import draw_bounding_boxes
 from .augment import normalize
 from .checkpoint import write_atomic
 from .config import PretrainConfig, find_data, loss_options, model_options
-from .graphs import GraphedStep
-from .loader import (BatchPlan, FeatureBank, PatchTask, SelfDet, Views, as_targets, bank_chunk, bank_key, build_bank, finish_bank,
+from .graphs import GraphedStep, judge, match, predict, stream_for
+from .loader import (BatchPlan, FeatureBank, PatchTask, SelfDet, Views, bank_chunk, bank_key, build_bank, finish_bank,
                            photo_loader, read_or_next, to_device)
 from .losses import build_criterion
 from .patches import crop_patches
@@ -116,10 +116,19 @@ class PretrainStep(nn.Module):
         self.model, self.criterion = model, criterion
 
     def forward(self, batch):
-        if 'feature' in batch: outputs = self.model.forward_features(batch['feature'], batch['patch_feature'], batch['mask'], batch['keep'])
-        else: outputs = self.model(batch['images'], batch['patches'], batch['mask'], batch['keep'])
-        losses = self.criterion(outputs, as_targets(batch['boxes']))
-        return self.criterion.total(losses), losses
+        batch, boxes = encode(self.model, batch), batch['boxes']
+        predictions = predict(self.model, *(batch[k] for k in ('feature', 'patch_feature', 'keep', 'mask')))
+        losses, total = judge(self.model, self.criterion, *predictions, match(self.criterion, predictions, boxes), boxes)
+        return total, losses
+
+def encode(model: UPDETR,  # whose CNN is used
+           batch: dict,  # of `to_device` or a bank
+           ) -> dict:  # with feature, patch_feature and the mask of tokens in place of images and patches
+    "What the CNN makes of photos and patches, unless they are features already."
+    if 'feature' in batch: return batch
+    feature, mask = model.backbone(batch['images'], batch['mask'])
+    rest = {k: v for k, v in batch.items() if k not in ('images', 'patches')}
+    return rest | {'feature': feature, 'mask': mask, 'patch_feature': model.encode_patches(batch['patches'])}
 
 # %% ../nbs/16a_pretrain_task.ipynb #c012
 BANK_FIELDS = 'seed backbone weights features dilation patch_size patch_law views view_size collage'.split()
@@ -214,22 +223,17 @@ def encode_ahead(model: UPDETR,  # with a frozen CNN
                  ) -> Iterator[dict]:  # the same, with feature and patch_feature in place of images and patches
     "What the frozen CNN makes of each batch, computed one batch before it is asked for."
     device, source, waiting = next(model.parameters()).device, iter(batches), None
-    stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
+    stream = stream_for('encode', device) if device.type == 'cuda' else None
     if stream: stream.wait_stream(torch.cuda.current_stream(device))  # weights may still be on their way
     while True:
         aside = torch.cuda.stream(stream) if stream else nullcontext()
-        with aside, torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        with aside, torch.no_grad():
             batch = next(source, None)
-            following = None if batch is None else _encoded(model, batch), stream and stream.record_event()
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp): ready = None if batch is None else encode(model, batch)
+            following = ready, stream and stream.record_event()
         if waiting and waiting[0]: yield _arrived(*waiting)
         if batch is None: return
         waiting = following
-
-def _encoded(model, batch):
-    if 'feature' in batch: return batch
-    feature, mask = model.backbone(batch['images'], batch['mask'])
-    rest = {k: v for k, v in batch.items() if k not in ('images', 'patches')}
-    return rest | {'feature': feature, 'mask': mask, 'patch_feature': model.encode_patches(batch['patches'])}
 
 def _arrived(batch, event):
     "The batch, once the stream that computes it has got there; its memory is not reused before this stream is done with it"

@@ -180,8 +180,8 @@ def train_step(module: nn.Module,  # batch -> (loss, dictionary of logged number
         batch = next(batches)
         wait = module.no_sync() if micro < n - 1 and hasattr(module, 'no_sync') else nullcontext()
         try:
-            with wait, torch.autocast(params[0].device.type, torch.bfloat16, enabled=amp):
-                loss, values = module(batch)
+            with wait:
+                with torch.autocast(params[0].device.type, torch.bfloat16, enabled=amp): loss, values = module(batch)
                 (loss / n).backward()
         except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(memory_advice(batch, state)) from e
         values = {'loss': loss.detach()} | values
@@ -349,8 +349,7 @@ def train(task,  # an object as described above
     module = task.module.train()
     for part in module.modules():
         if hasattr(part, 'strict'): part.strict = not cfg.max_skips  # else it would end one process, and leave the others waiting
-    if cfg.compile:
-        for part in (task.model.transformer.encoder, task.model.transformer.decoder): part.compile()
+    if cfg.compile: task.model.backbone[0].compile()
     if processes.world > 1:
         devices = [processes.device] if processes.device.type == 'cuda' else None
         module = DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -76,12 +76,16 @@ class UPDETR(PatchQueries):
         feature, mask = self.backbone(*as_batch(images, mask))
         return self.forward_features(feature, self.encode_patches(patches), mask, keep)
 
-    def forward_features(self, feature, patch_feature, mask=None, keep=None, maps=None):
-        "The part behind the CNN: feature (B,C,h,w), patch_feature (B,m,C) -> DETR's dictionary."
+    def states(self, feature, patch_feature, mask=None, keep=None, maps=None):
+        "Feature (B,C,h,w) and patch_feature (B,m,C) -> decoder states (layers,B,n,d), and the patches' features as they were added."
         patch_feature = self.patch_norm(patch_feature)
         queries, tgt_mask = self.queries(patch_feature, keep), self.attention_mask(patch_feature.shape[1])
-        outputs = self.by_layer(self.heads(self.decode(self.encode(feature, mask), queries, tgt_mask, maps)))
-        return outputs | {'gt_feature': patch_feature}
+        return self.decode(self.encode(feature, mask), queries, tgt_mask, maps), patch_feature
+
+    def forward_features(self, feature, patch_feature, mask=None, keep=None, maps=None):
+        "The part behind the CNN: feature (B,C,h,w), patch_feature (B,m,C) -> DETR's dictionary."
+        hs, patch_feature = self.states(feature, patch_feature, mask, keep, maps)
+        return self.by_layer(self.heads(hs)) | {'gt_feature': patch_feature}
 
     def heads(self, hs):
         "DETR's two heads and the reconstructed patch feature."
