@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from updetr.backbone import NORMS, Backbone, TrainedFold, join_features
+from updetr.backbone import NORMS, Backbone, TrainedFold, fold_norms, join_features
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_the_copy_for_evaluation_follows_training(cnn, x):
         with torch.no_grad():
             torch.testing.assert_close(cnn.eval()(x), plain(cnn)(x))
             for p in cnn.parameters(): p.mul_(1.1)
-    assert cnn._live(cnn.body) is cnn._live(cnn.body) and cnn.folded() is cnn.folded()
+    assert cnn._folds.live(cnn.body) is cnn._folds.live(cnn.body) and cnn.folded() is cnn.folded()
 
 
 def test_gradients_have_the_layout_of_their_weights(cnn, x):
@@ -104,7 +104,43 @@ def test_a_network_that_cannot_be_traced_runs_as_it_is(cnn, x):
     assert not fold.scales and torch.equal(join_features(fold(body, x)), plain(cnn)(x))
 
 
-def test_a_compiler_gets_the_network_as_it_is(cnn, x):
+@pytest.mark.parametrize('frozen', [False, True])
+def test_a_compiler_of_the_whole_gets_the_network_as_it_is(cnn, x, frozen):
+    cnn.frozen = frozen
     module = torch.export.export(cnn, (x,)).module()
     torch.testing.assert_close(module(x), plain(cnn)(x))
-    assert cnn._live.made is None
+    assert cnn._folds.live.made is None and not cnn._folds.frozen
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_compiled_by_itself_it_gives_the_same_for_all_sizes(cnn, x, frozen):
+    graphs = []
+
+    def note(graph, inputs):
+        graphs.append(graph)
+        return graph
+    cnn.frozen = frozen
+    cnn.compile(backend=note)
+    other = [torch.randn(2, 3, *size, dtype=torch.double) for size in ((64, 96), (81, 99))]
+    for photos in (x, x[:1], torch.cat((x, x)), *other):
+        torch.testing.assert_close(cnn(photos), plain(cnn)(photos).detach() if frozen else plain(cnn)(photos))
+    assert 1 <= len(graphs) <= 4, 'a compilation for every size'
+    if not frozen: torch.testing.assert_close(gradients(cnn, cnn, x), gradients(plain(cnn), cnn, x))
+    twin = copy.deepcopy(cnn)
+    with torch.no_grad():
+        for p in cnn.parameters(): p.mul_(1.1)
+    for one in (cnn, twin): torch.testing.assert_close(one(x), plain(one)(x).detach() if frozen else plain(one)(x))
+    assert not torch.allclose(cnn(x), twin(x))
+
+
+def test_half_precision_is_autocasts(cnn, x):
+    "A copy in bf16 under autocast, bit for bit what autocast makes of the folded network; each precision keeps its own."
+    cnn, x = cnn.float().requires_grad_(False), x.float()
+    cnn.frozen = True
+    with torch.autocast('cpu', torch.bfloat16):
+        with torch.no_grad(): want = join_features(fold_norms(cnn.body)(x.contiguous(memory_format=torch.channels_last)))
+        for _ in range(2):
+            got, kept = cnn(x), cnn.folded()
+            assert got.dtype == torch.bfloat16 and torch.equal(got, want) and cnn.folded() is kept
+            with torch.autocast('cpu', enabled=False): torch.testing.assert_close(cnn(x), plain(cnn)(x), rtol=1e-3, atol=1e-3)
+    assert {m.weight.dtype for m in kept.modules() if isinstance(m, torch.nn.Conv2d)} == {torch.bfloat16}

@@ -11,7 +11,9 @@ __all__ = ['NORMS', 'RESNETS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'STEM', 'WEIGHTS
 # %% ../nbs/05_backbone.ipynb #c002
 import copy
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -60,7 +62,7 @@ def join_features(maps: dict[str, Tensor] | list[Tensor],  # (B,C_i,h_i,w_i) eac
                   ) -> Tensor:  # (B,sum C_i,h,w) at the coarsest resolution
     "Average-pool all feature maps to the smallest and join their channels."
     maps = list(maps.values()) if isinstance(maps, dict) else list(maps)
-    size = min((m.shape[-2:] for m in maps), key=lambda s: s[0] * s[1])
+    size = sorted((m.shape[-2:] for m in maps), key=lambda s: s[0] * s[1])[0]
     return torch.cat([m if m.shape[-2:] == size else F.adaptive_avg_pool2d(m, size) for m in maps], 1)
 
 # %% ../nbs/05_backbone.ipynb #c014
@@ -92,17 +94,24 @@ def fold_pairs(body: nn.Module,  # a network with frozen norms
     return fx.GraphModule(body, graph).to(memory_format=torch.channels_last), pairs
 
 def fold_norms(body: nn.Module,  # a network with frozen norms
+               kind: torch.dtype | None = None,  # autocast's: folded fp32 weights are cast once, not at every call
+               options: dict | None = None,  # of `torch.compile`; None: not compiled
                ) -> nn.Module:  # a copy for inference, in channels_last
     "The network without the norms that can be folded."
-    return fold_pairs(body)[0]
+    folded, pairs = fold_pairs(body)
+    for conv in map(folded.get_submodule, pairs.values() if kind else ()):
+        if conv.weight.dtype == torch.float32: conv.to(kind)
+    return folded if options is None else torch.compile(folded, **options)
 
 # %% ../nbs/05_backbone.ipynb #b7f0a1c3
 class TrainedFold:
     "A network whose norms are folded into its present weights at every call, and what is frozen once; if there are none, it runs as it is."
     def __init__(self,
                  body: nn.Module,  # some of its parameters are trained
+                 options: dict | None = None,  # of `torch.compile`; None: not compiled
                  ):
         self.folded, pairs = fold_pairs(body)
+        self.run = self._network if options is None else torch.compile(self._network, **options)
         self.trained, self.scales, self.shifts = [k for k, p in body.named_parameters() if p.requires_grad], {}, {}
         for name, before in pairs.items():
             norm = body.get_submodule(name)
@@ -120,6 +129,8 @@ class TrainedFold:
         scaled = (p.flatten(1) * self.scales[name]).view_as(p)  # as a matrix, so that gradients come in the weight's own layout
         return scaled.to(kind, memory_format=torch.channels_last)
 
+    def _network(self, weights, x): return functional_call(self.folded, weights, (x,), tie_weights=False)
+
     def __call__(self,
                  body: nn.Module,  # the same network; gradients go to its parameters
                  x: Tensor,  # (B,3,H,W)
@@ -127,7 +138,7 @@ class TrainedFold:
         "Run the network without its norms."
         if not self.scales: return body(x)
         weights = {k: self.present(k, body.get_parameter(k)) for k in self.trained}
-        return functional_call(self.folded, weights, (x.contiguous(memory_format=torch.channels_last),), tie_weights=False)
+        return self.run(weights, x.contiguous(memory_format=torch.channels_last))
 
 # %% ../nbs/05_backbone.ipynb #b7f0a1c9
 STEM = ('conv1', 'bn1', 'layer1.', 'conv_stem', 'stem', 'patch_embed', 'blocks.0.', 'stages.0.', 'stages_0.')
@@ -135,6 +146,7 @@ STEM = ('conv1', 'bn1', 'layer1.', 'conv_stem', 'stem', 'patch_embed', 'blocks.0
 class _Kept:
     "What is made of a network, made anew when something it was made of has changed; trained weights do not count if `live`"
     def __init__(self, make, live=False): self.make, self.live, self.key, self.made = make, live, None, None
+    def __getstate__(self): return self.__dict__ | {'key': None, 'made': None}  # a copy of the network makes its own
 
     def __call__(self, body):
         key = tuple((t.device, t.dtype) if self.live and t.requires_grad else (t.data_ptr(), t._version, t.dtype)
@@ -142,6 +154,20 @@ class _Kept:
         with torch.inference_mode(False), torch.no_grad():  # what is kept may be trained with later
             if self.key != key: self.key, self.made = key, self.make(body)
         return self.made
+
+class _Folds:
+    "Folded copies of a network: of what is frozen one for each precision, of what is trained one; compiled if there are options"
+    def __init__(self, options=None):
+        self.options, self.frozen, self.live = options, {}, _Kept(partial(TrainedFold, options=options), live=True)
+
+    def __call__(self, body):
+        device = next(body.parameters()).device.type
+        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return self.frozen.setdefault(kind, _Kept(partial(fold_norms, kind=kind, options=self.options)))(body)
+
+    def run(self, body, x, trained):
+        if torch.compiler.is_compiling(): return body(x)  # a compiler of the whole model cannot look at data pointers
+        return self.live(body)(body, x) if trained else self(body)(x.contiguous(memory_format=torch.channels_last))
 
 # %% ../nbs/05_backbone.ipynb #c017
 class Backbone(nn.Module):
@@ -153,8 +179,7 @@ class Backbone(nn.Module):
                  frozen: bool = True,  # no gradients (paper Section 3.1.1); False: trained but for stem and norms
                  ):
         super().__init__()
-        self.name, self.frozen, self.dilation = name, frozen, dilation
-        self._fold, self._live = _Kept(fold_norms), _Kept(TrainedFold, live=True)
+        self.name, self.frozen, self.dilation, self._folds = name, frozen, dilation, _Folds()
         self.features, self.levels = list(features or (['layer4'] if name in RESNETS else [])), []
         self.body = make_body(name, features, dilation)
         for key, p in self.body.named_parameters(): p.requires_grad_(not frozen and not key.startswith(STEM))
@@ -164,20 +189,22 @@ class Backbone(nn.Module):
         self.num_channels, self.stride = probe.shape[1], 64 // probe.shape[3]
 
     def folded(self) -> nn.Module:
-        "The folded copy of the body, made anew when a weight has changed."
-        return self._fold(self.body)
+        "The folded copy of the body, made anew when a weight has changed; under autocast there is one in its precision."
+        return self._folds(self.body)
+
+    def compile(self, **options):
+        "From now on the folded network runs through `torch.compile` (its options), for all sizes of photos alike."
+        self._folds = _Folds({'dynamic': True} | options)
 
     def train(self, mode=True):
         "Dropout and running statistics of the body never switch on."
-        super().train(mode)
-        self.body.eval()
+        super().train(mode).body.eval()
         return self
 
     def maps(self, x):
         "Feature maps of all layers that the body is cut after, without gradients if the CNN is frozen."
-        if not self.frozen and torch.compiler.is_compiling(): return self.body(x)  # which cannot look at data pointers
-        if not self.frozen and (self.training or torch.is_grad_enabled()): return self._live(self.body)(self.body, x)
-        with torch.no_grad(): return self.folded()(x.contiguous(memory_format=torch.channels_last))
+        trained = not self.frozen and (self.training or torch.is_grad_enabled())
+        with nullcontext() if trained else torch.no_grad(): return self._folds.run(self.body, x, trained)
 
     def forward(self, x):
         maps = self.maps(x)

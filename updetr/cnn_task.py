@@ -51,7 +51,7 @@ class CNNConfig(TrainConfig, LabelledConfig):
         if self.crop_size < 32: yield f'crop_size {self.crop_size} must be at least 32'
         if self.projection < 1 or self.temperature <= 0: yield 'projection and temperature must be positive'
         if self.compile or self.gradient_checkpointing or self.accumulate > 1:
-            yield 'compile, gradient_checkpointing and accumulate are for transformers'
+            yield 'compile, gradient_checkpointing and accumulate are for detectors'
 
 # %% ../nbs/28b_cnn_task.ipynb #c007
 CNN_PRESETS = {'demo': dict(scenes=400, scenes_val=100, scene_size=256, lr=2e-3, clip_max_norm=1., schedule='cosine', warmup=.05,

@@ -106,7 +106,7 @@ class TrainConfig:
     ema: float = 0.0  # decay of the averaged weights, e.g. 0.999; 0 = none
     amp: bool = True  # bf16 autocast on GPU; boxes, matcher and losses stay fp32
     gradient_checkpointing: bool = False  # recompute transformer layers in the backward pass
-    compile: bool = False  # torch.compile of the transformer
+    compile: bool = False  # torch.compile of the CNN
     num_workers: int = 0  # decoding processes for each training process
     log_every: int = 10  # steps between log lines
     save_every: int = 500  # steps between saves of the last state
