@@ -5,21 +5,24 @@
 # %% auto #0
 __all__ = ['PRETRAINING', 'GROWTH', 'TINY', 'SIZES', 'in_turn', 'compared', 'bench_step', 'bench_memory', 'phase_rows',
            'detection_shapes', 'detection_batch', 'bench_finetune', 'counted_as_on_gpu', 'bench_inference', 'grow',
-           'bench_growth', 'bench_processes', 'growth_figure', 'noise_bank', 'bench_cached', 'bench_curves',
-           'curve_gap', 'curves_figure', 'imagenet_hours', 'bench_parts', 'run_bench', 'main', 'phases_figure',
-           'save_pictures']
+           'bench_growth', 'bench_processes', 'growth_figure', 'noise_bank', 'bench_cached', 'pace', 'bench_end_to_end',
+           'bench_curves', 'curve_gap', 'curves_figure', 'imagenet_hours', 'bench_parts', 'run_bench', 'main',
+           'phases_figure', 'save_pictures']
 
 # %% ../nbs/43_bench.ipynb #c002
 import argparse
 import copy
 import dataclasses
+import gc
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -36,14 +39,14 @@ from .config import PretrainConfig, make_config, model_options
 from .detr import build_detr
 from .graphs import GraphedStep
 from .launch import launch, read_log
-from .loader import FeatureBank, PatchTask, open_part, photo_loader
+from .loader import BatchPlan, FeatureBank, PatchTask, SelfDet, open_part, photo_loader
 from .losses import build_criterion
-from .photos import resize_shape
+from .photos import read_photo, resize_shape
 from .pretrain_task import PretrainStep, PretrainTask, encode_ahead
 from .reference import as_reference
 from .report import provenance, save_figure, save_metrics, smooth
 from .steps import (Clock, Counter, Ours, Theirs, batch_sizes, build_way, ceilings, count_detection, imagenet_like, noise_batch,
-                          noise_batches, peak_gib, real_share)
+                          noise_batches, on_device, peak_gib, real_share)
 from .train import Processes
 from .watch import watch
 
@@ -193,7 +196,7 @@ def counted_as_on_gpu(cfg: PretrainConfig,  # of the transformer
 def bench_inference(cfg: PretrainConfig,  # of the transformer
                     size: int = 800,  # short side, px
                     batch_sizes: tuple[int, ...] = (1, 16),  # photos at a time
-                    compiled: bool = False,  # with torch.compile, too
+                    compiled: bool = False,  # with the CNN compiled, too
                     rounds: int = 5,  # that count
                     device: torch.device | str = 'cpu',  # where it runs
                     ) -> list[dict]:  # way, batch_size, ms, img_s
@@ -201,7 +204,9 @@ def bench_inference(cfg: PretrainConfig,  # of the transformer
     torch.manual_seed(cfg.seed)
     model = _detector(cfg, frozen=True).to(device).eval()
     models, rows = {'reference': as_reference(model), 'ours': model}, []
-    if compiled: models['ours, compiled'] = torch.compile(copy.deepcopy(model))
+    if compiled:
+        models['ours, compiled'] = copy.deepcopy(model)
+        models['ours, compiled'].backbone[0].compile()
     def answer(name, batch):
         amp = _amp(cfg, device) and name != 'reference'
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp): return models[name](*batch)
@@ -222,7 +227,7 @@ def grow(cfg: PretrainConfig,  # of the step in the middle
          ) -> dict[str, float]:  # ms, gflop
     "Time and arithmetic of one kind of step."
     way = build_way(Ours, cfg, device)
-    batch, counter = noise_batch(cfg, [size] * batch_size), Counter()
+    batch, counter = on_device(noise_batch(cfg, [size] * batch_size), device), Counter()
     seconds = in_turn({'ours': lambda r: way.step(batch)}, rounds, device)['ours']
     way.step(batch, counter)
     return {'ms': 1000 * statistics.median(seconds), 'gflop': sum(counter.gflop.values())}
@@ -276,7 +281,7 @@ def growth_figure(growth: dict,  # of `bench_growth`
         x, ms, model = zip(*[(p['value'], p['ms'], p['model_ms']) for p in growth['points'] if p['axis'] == axis])
         ax.plot(x, ms, 'o', label='measured')
         ax.plot(x, model, '-', lw=1, label='fixed + arithmetic')
-        ax.set(title=axis, ylim=(0, None))
+        ax.set(title=axis, ylim=(0, 1.1 * max(ms + model)))
         ax.title.set_fontsize(9)
     panels[0, 0].set_ylabel('ms a step', fontsize=8)
     panels[0, 0].legend(fontsize=7)
@@ -330,6 +335,43 @@ def bench_cached(cfg: PretrainConfig,  # of the step
     return {'batch_size': batch_size, 'bank_on': bank.parts['feature'].device.type} | named | {
         k: v for k, v in speeds.items() if k == 'launched_img_s'}
 
+# %% ../nbs/43_bench.ipynb #d43e0002
+def pace(way: Ours,  # of a pre-training step
+         batches,  # of the loader, of one batch size
+         passed: int,  # steps before the clock starts, at least 1
+         ) -> float:  # steps a second
+    "The speed of a training, once it runs."
+    clock = Clock(way.device)
+    for i, _ in enumerate(way.run(batches), 1):
+        if i == passed:
+            clock.wait()
+            begun = time.perf_counter()
+    clock.wait()
+    return (i - passed) / (time.perf_counter() - begun)
+
+def bench_end_to_end(cfg: PretrainConfig,  # of the step
+                     paths: list[str],  # photo files, each read several times
+                     batch_size: int,  # photos
+                     steps: int,  # that count
+                     rounds: int = 3,  # that count
+                     device: torch.device | str = 'cpu',  # where the step runs
+                     workers: int = 0,  # processes that read photos
+                     ) -> dict:  # batch_size, steps, workers, img_s, synthetic_img_s, ratio
+    "Steps fed by a loader against the same steps from memory."
+    way, passed = build_way(Ours, cfg, device), 1 + 4 * workers
+    paths = (paths * (batch_size * (steps + passed) // len(paths) + 1))[:batch_size * (steps + passed)]
+    dataset = SelfDet(paths, PatchTask(cfg.num_patches, cfg.num_queries, cfg.patch_size, mask_ratio=cfg.mask_ratio), cfg.seed)
+    sizes = {p: read_photo(p).shape[1:] for p in set(paths)}
+    plan = BatchPlan(np.array([sizes[p] for p in paths]), batch_size, steps + passed, cfg.seed)
+    def load(): return photo_loader(dataset, plan, workers)
+    in_memory, speeds = list(load()), {'img_s': [], 'synthetic_img_s': []}
+    for _ in range(rounds + 1):
+        for name, batches in (('synthetic_img_s', in_memory), ('img_s', load())):
+            speeds[name].append(batch_size * pace(way, batches, passed))
+    medians = {k: statistics.median(v[1:]) for k, v in speeds.items()}  # the first round chooses kernels and makes recordings
+    ratio = statistics.median(a / b for a, b in zip(speeds['img_s'][1:], speeds['synthetic_img_s'][1:]))
+    return {'batch_size': batch_size, 'steps': steps, 'workers': workers, **medians, 'ratio': ratio}
+
 # %% ../nbs/43_bench.ipynb #c026
 def bench_curves(steps: int = 500,  # of each training
                  seeds: tuple[int, ...] = (42, 43, 44),  # of weights, views and dropout
@@ -347,10 +389,11 @@ def bench_curves(steps: int = 500,  # of each training
             task.begin(resumed=False)
             model, criterion = task.model, task.module.criterion
             ways = {'reference': Theirs(model, criterion, cfg, device), 'ours': Ours(model, criterion, cfg, device, _amp(cfg, device))}
+            batches = list(photo_loader(task.dataset, task.plan(0, steps)))
             for k, way in ways.items():
                 way.prepare = ways['ours'].prepare
                 torch.manual_seed(seed)
-                curves[k].append([loss.item() for loss in way.run(photo_loader(task.dataset, task.plan(0, steps)))])
+                curves[k].append([loss.item() for loss in way.run(batches)])
     return {'steps': steps, 'seeds': list(seeds), 'curves': curves} | curve_gap(curves)
 
 # %% ../nbs/43_bench.ipynb #c027
@@ -394,17 +437,19 @@ def imagenet_hours(img_s: float,  # photos a second on one GPU
 TINY = dict(weights='none', backbone='resnet18', hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=32,
             num_queries=10, num_patches=5, patch_size=32)
 _LARGE = dict(cfg=dict(weights='none'), shrink=1, detect=800, counted=(800, 16), steps=500, seeds=(42, 43, 44), photos=32,
-              loader=dict(workers=2), evaluation=dict(images=5000, detections=100))
+              loader=dict(workers=2), evaluation=dict(images=5000, detections=100), compiled=False)
 SIZES = {
     'tiny': dict(cfg=TINY, batch=2, rounds=1, detect=96, counted=(96, 2), detect_batch=2, infer=(1, 2), compiled=False, steps=10,
-                 seeds=(42, 43), photos=8, loader=dict(repeats=1, workers=0),
+                 seeds=(42, 43), photos=8, loader=dict(repeats=1, workers=0), fed=dict(steps=2, rounds=1, workers=1),
                  evaluation=dict(images=60, detections=20, classes=10), processes=(1,), steps_a_round=1, shrink=4, memory=(2,),
                  growth={'batch_size': (1, 2), 'short side': (64, 96), 'num_queries': (10, 20), 'num_patches': (1, 5)}),
-    'cpu': dict(_LARGE, batch=4, rounds=3, detect_batch=1, infer=(1, 4), compiled=False, processes=(1, 2), growth=GROWTH, steps_a_round=1,
-                memory=(4,)),
-    'gpu': dict(_LARGE, batch=64, rounds=20, detect_batch=16, infer=(1, 16), compiled=True, processes=(1,), steps_a_round=8,
-                memory=(64, 256), growth=GROWTH | {'batch_size': (32, 64, 128, 256)})}
+    'cpu': dict(_LARGE, batch=4, rounds=3, detect_batch=1, infer=(1, 4), processes=(1, 2), growth=GROWTH, steps_a_round=1,
+                memory=(4,), fed=dict(steps=2, rounds=1, workers=1)),
+    'gpu': dict(_LARGE, batch=64, rounds=8, detect_batch=16, infer=(1, 16), compiled=True, processes=(1,), steps_a_round=8,
+                memory=(64, 256), growth=GROWTH | {'batch_size': (32, 64, 128, 256)},
+                fed=dict(steps=128, rounds=1, workers=os.cpu_count()))}
 
+# %% ../nbs/43_bench.ipynb #d43e0004
 def _in_folder(f):
     with tempfile.TemporaryDirectory() as folder: return f(folder)
 
@@ -414,16 +459,20 @@ def bench_parts(size: str,  # a key of `SIZES`
     "All parts of the benchmark at a size."
     s, gpu = SIZES[size], torch.device(device).type == 'cuda'
     cfg, r = make_config('paper', **s['cfg']), s['rounds']
-    return {'step': lambda: bench_step(cfg, s['batch'], r, device, s['steps_a_round'], s['shrink']),
-            'memory': lambda: {'memory': bench_memory(cfg, s['memory'], device, s['shrink'])},
+    step = partial(bench_step, batch_size=s['batch'], rounds=r, device=device, steps=s['steps_a_round'], shrink=s['shrink'])
+    compiled = {'compiled': lambda: {'compiled': step(dataclasses.replace(cfg, compile=True))['step']}} if s['compiled'] else {}
+    return {'step': lambda: step(cfg), **compiled,
             'finetune': lambda: {'finetune': bench_finetune(cfg, s['detect'], s['detect_batch'], r, device, s['counted'])},
-            'inference': lambda: {'inference': bench_inference(cfg, s['detect'], s['infer'], s['compiled'], r, device)},
-            'loader': lambda: {'loader': _in_folder(lambda f: bench_loader(imagenet_sized(f, s['photos']), **s['loader']))},
-            'evaluation': lambda: {'evaluation': _in_folder(lambda f: bench_evaluation(f, **s['evaluation']))},
-            'growth': lambda: {'growth': bench_growth(cfg, s['batch'], r, device, s['growth'], 320 // s['shrink'])},
-            'processes': lambda: {'processes': bench_processes(s['processes'], gpu)},
             'cached': lambda: {'cached': bench_cached(cfg, max(s['memory']), r, device, 320 // s['shrink'], s['steps_a_round'])},
-            'curves': lambda: {'curves': bench_curves(s['steps'], s['seeds'], device)}}
+            'end_to_end': lambda: {'end_to_end': _in_folder(lambda f: bench_end_to_end(
+                cfg, imagenet_sized(f, s['photos']), s['batch'], device=device, **s['fed']))},
+            'memory': lambda: {'memory': bench_memory(cfg, s['memory'], device, s['shrink'])},
+            'inference': lambda: {'inference': bench_inference(cfg, s['detect'], s['infer'], s['compiled'], r, device)},
+            'growth': lambda: {'growth': bench_growth(cfg, s['batch'], r, device, s['growth'], 320 // s['shrink'])},
+            'curves': lambda: {'curves': bench_curves(s['steps'], s['seeds'], device)},
+            'processes': lambda: {'processes': bench_processes(s['processes'], gpu)},
+            'loader': lambda: {'loader': _in_folder(lambda f: bench_loader(imagenet_sized(f, s['photos']), **s['loader']))},
+            'evaluation': lambda: {'evaluation': _in_folder(lambda f: bench_evaluation(f, **s['evaluation']))}}
 
 # %% ../nbs/43_bench.ipynb #c035
 def run_bench(size: str,  # a key of `SIZES`
@@ -434,9 +483,7 @@ def run_bench(size: str,  # a key of `SIZES`
               show: Callable = print,  # called with a line
               ) -> dict:  # metrics.json
     "Measure what is not there yet, and write it part by part. Raises ValueError for an unknown size or part."
-    if size not in SIZES: raise ValueError(f'size {size!r} is unknown: choose {", ".join(SIZES)}')
-    device = 'cuda' if size == 'gpu' else 'cpu'
-    if device == 'cuda' and not torch.cuda.is_available(): raise ValueError('size gpu needs a CUDA GPU, and none was found: take size cpu')
+    device = _device_of(size)
     known = bench_parts(size, device)
     names = [p for p in parts.split(',') if p] or list(known)
     if unknown := [p for p in names if p not in known]: raise ValueError(f'parts {unknown} are unknown: choose {", ".join(known)}')
@@ -446,23 +493,36 @@ def run_bench(size: str,  # a key of `SIZES`
     if metrics.get('size', size) != size: raise ValueError(f'{file} is of size {metrics["size"]}: give another folder')
     metrics = {'id': 'benchmark', 'size': size, 'device': _device_name(device), 'seconds': {}} | metrics
     for name in names:
-        if name in metrics['seconds'] and not again: continue
+        if name in metrics['seconds'] and not again:
+            show(f'{name}: in {file} already; --again measures it anew')
+            continue
         begun = time.time()
         metrics = metrics | known[name]() | {'seconds': metrics['seconds'] | {name: round(time.time() - begun, 1)}}
         about = provenance(f'python -m updetr.bench --size {size} --out {out}', f'{size}: noise in ImageNet\'s sizes', [42],
                            sum(metrics['seconds'].values()), threads=torch.get_num_threads())
         save_metrics(out, metrics | {'provenance': about})
         show(f'{name}: {metrics["seconds"][name]} s')
+        _let_go(device)
     return json.loads(file.read_text())
+
+# %% ../nbs/43_bench.ipynb #d43e0005
+def _device_of(size):
+    if size not in SIZES: raise ValueError(f'size {size!r} is unknown: choose {", ".join(SIZES)}')
+    if size == 'gpu' and not torch.cuda.is_available(): raise ValueError('size gpu needs a CUDA GPU, and none was found: take size cpu')
+    return 'cuda' if size == 'gpu' else 'cpu'
+
+def _let_go(device):
+    gc.collect()  # a recorded step is a cycle; what comes next needs its memory
+    if device == 'cuda': torch.cuda.empty_cache()
 
 def _device_name(device): return torch.cuda.get_device_name() if device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
 
 def main() -> None:
-    "Command line: `python -m updetr.bench --size cpu --out reports/benchmark`."
+    "Command line: `python -m updetr.bench`."
     parser = argparse.ArgumentParser('python -m updetr.bench', description='Measure ours and the reference\'s way in one run.')
     parser.add_argument('--size', default='gpu' if torch.cuda.is_available() else 'cpu', choices=SIZES)
-    parser.add_argument('--out', default='reports/benchmark', help='folder for metrics.json and pictures')
-    parser.add_argument('--parts', default='', help='step,memory,finetune,inference,loader,evaluation,growth,processes,cached,curves; all')
+    parser.add_argument('--out', default='runs/benchmark', help='folder for metrics.json and pictures')
+    parser.add_argument('--parts', default='', help='names, comma-separated (a wrong one is answered with all there are); all')
     parser.add_argument('--again', action='store_true', help='measure also what is there already')
     args = parser.parse_args()
     save_pictures(run_bench(args.size, args.out, args.parts, args.again), args.out)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMULAS', 'ASPECTS', 'plain', 'Clock', 'ByteCounter', 'Counter', 'ceilings', 'imagenet_like', 'batch_sizes',
-           'real_share', 'noise_batch', 'as_floats', 'Way', 'detections', 'Ours', 'Theirs', 'build_way',
+           'real_share', 'noise_batch', 'as_floats', 'Way', 'detections', 'Ours', 'Theirs', 'build_way', 'on_device',
            'noise_batches', 'peak_gib', 'count_detection']
 
 # %% ../nbs/42_steps.ipynb #c002
@@ -25,7 +25,7 @@ from torchvision.ops import box_convert
 from .augment import draw_factors
 from .boxes import pad_images
 from .config import PretrainConfig, loss_options, model_options
-from .graphs import GraphedStep
+from .graphs import GraphedStep, judge, match, predict
 from .loader import as_targets, collate, epoch_batches, to_device
 from .losses import SetCriterion, build_criterion, name_layers, stack_layers
 from .matcher import pad_targets
@@ -75,7 +75,10 @@ class ByteCounter(TorchDispatchMode):
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         known = {t.untyped_storage()._cdata for t in read}  # which tensors without numbers have, too
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.untyped_storage()._cdata not in known]
-        if made or schema.is_mutable: self.bytes += sum(t.numel() * t.element_size() for t in read + made)
+        given = dict(zip((a.name for a in schema.arguments), args)) | (kwargs or {})
+        changed = tree_leaves([given.get(a.name) for a in schema.arguments if a.alias_info and a.alias_info.is_write])
+        written = made + [t for t in changed if isinstance(t, Tensor)]
+        if written: self.bytes += sum(t.numel() * t.element_size() for t in read + written)
         return out
 
 FORMULAS = {  # of the CPU's attention, which PyTorch counts on a GPU only
@@ -174,7 +177,7 @@ class Way:
                  amp: bool = False,  # bf16 autocast
                  ):
         self.model, self.criterion, self.cfg = model.to(device).train(), criterion.to(device), cfg
-        self.device, self.amp, self.optimizer = torch.device(device), amp, self.make_optimizer()
+        self.device, self.amp, self.optimizer = torch.device(device), amp, self._new_optimizer()
 
     def step(self, batch, piece=plain):
         "Pre-train on a batch."
@@ -182,8 +185,10 @@ class Way:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             feature, mask = piece('CNN, photos', lambda: model.backbone(ready['images'], ready['mask']))
             patch = piece('CNN, patches', lambda: model.encode_patches(ready['patches']))
-            outputs = piece('transformer', lambda: model.forward_features(feature, patch, mask, ready['keep']))
-        return self.learn(outputs, self.targets(ready['boxes']), piece)
+            outputs = piece('transformer', lambda: self._predict(feature, patch, ready['keep'], mask))
+        return self.learn(outputs, self._targets(ready['boxes']), piece)
+
+    def _predict(self, feature, patch, keep, mask): return self.model.forward_features(feature, patch, mask, keep)
 
     def detect(self, images, mask, targets, piece=plain):
         "Fine-tune on normalised images (B,3,H,W), their padding (B,H,W) or None, and one dictionary a photo."
@@ -218,29 +223,31 @@ class Ours(Way):
     "A training step in our way, in pieces; and several as the training loop does them."
     name = 'ours'
 
-    def make_optimizer(self):
-        "Fused AdamW."
+    def _new_optimizer(self):
+        if self.cfg.compile: self.model.backbone[0].compile()
         return build_optimizer(self.model, self.cfg)
 
     def prepare(self, batch):
         "A batch of the loader, on the device and ready for the CNN."
         return to_device(batch, self.device, self.model.backbone[0].mean, self.model.backbone[0].std)
 
-    def targets(self, boxes):
-        "(B,M,4) to what the criterion takes."
-        return as_targets(boxes)
+    def _targets(self, boxes): return as_targets(boxes)
+
+    def _predict(self, *inputs): return predict(self.model, *inputs)
 
     def match(self, outputs, targets):
         "All layers at once."
-        self.stacked, self.padded = stack_layers(outputs), targets if isinstance(targets, tuple) else pad_targets(targets)
+        if isinstance(outputs, tuple): return match(self.criterion, outputs, targets[1])
+        self.stacked, self.padded = stack_layers(outputs), pad_targets(targets)
         return self.criterion.match(self.stacked, self.padded)
 
     def losses(self, outputs, targets, pairs):
-        "All layers at once."
-        return name_layers(self.criterion.losses(self.stacked, self.padded, pairs, outputs.get('gt_feature')))
+        "All layers at once; of pre-training, the second half."
+        if isinstance(outputs, tuple): return judge(self.model, self.criterion, *outputs, pairs, targets[1])[0]
+        return name_layers(self.criterion.losses(self.stacked, self.padded, pairs))
 
     def run(self, batches):
-        "Pre-train on several batches as the training loop does: encoded one ahead, on a GPU as graphs. Yields the losses."
+        "Pre-train on several batches as the training loop does, on a GPU with `cuda_graphs`: encoded one ahead. Yields the losses."
         module = (GraphedStep if self.device.type == 'cuda' else PretrainStep)(self.model, self.criterion)
         self.module = getattr(self, 'module', module)
         for ready in encode_ahead(self.model, map(self.prepare, batches), self.amp): yield self.follow(ready, self.module)
@@ -265,8 +272,7 @@ class Theirs(Way):
                  ):
         super().__init__(as_reference(model), reference_criterion(criterion), cfg, device)
 
-    def make_optimizer(self):
-        "AdamW as PyTorch makes it by default."
+    def _new_optimizer(self):
         groups = build_optimizer(self.model, self.cfg).param_groups
         return torch.optim.AdamW([{'params': g['params'], 'lr': g['lr']} for g in groups], weight_decay=self.cfg.weight_decay)
 
@@ -274,8 +280,7 @@ class Theirs(Way):
         "A batch of `as_floats`, on the device."
         return {k: v if v is None else v.to(self.device) for k, v in batch.items()}
 
-    def targets(self, boxes):
-        "(B,M,4) to one dictionary a photo."
+    def _targets(self, boxes):
         return [{'labels': torch.ones(len(b), dtype=torch.long, device=b.device), 'boxes': b} for b in boxes]
 
     def match(self, outputs, targets):
@@ -305,6 +310,12 @@ def build_way(kind: type[Way],  # `Ours` or `Theirs`
     return Ours(model, criterion, cfg, device, cfg.amp and torch.device(device).type == 'cuda')
 
 # %% ../nbs/42_steps.ipynb #fe4cb6ef
+def on_device(batch: dict,  # of `noise_batch` or `as_floats`
+              device: torch.device | str,  # where pixels, boxes and masks go
+              ) -> dict:
+    "A batch that the step need not wait for."
+    return {k: v.to(device) if k in ('images', 'mask', 'patches', 'boxes', 'keep') and v is not None else v for k, v in batch.items()}
+
 def noise_batches(kind: type[Way],  # `Ours` or `Theirs`: batches are padded its way
                   cfg: PretrainConfig,  # of the step
                   batch_size: int,  # photos
@@ -316,8 +327,7 @@ def noise_batches(kind: type[Way],  # `Ours` or `Theirs`: batches are padded its
     sizes = batch_sizes(imagenet_like(max(2048, 2 * n * batch_size)), batch_size, kind is Ours)[:n]
     batches = [noise_batch(cfg, [(h // shrink, w // shrink) for h, w in batch], i) for i, batch in enumerate(sizes)]
     if kind is Theirs: batches = map(as_floats, batches)
-    return [{k: v.to(device) if k in ('images', 'mask', 'patches', 'boxes', 'keep') and v is not None else v for k, v in batch.items()}
-            for batch in batches]
+    return [on_device(batch, device) for batch in batches]
 
 def peak_gib(kind: type[Way],  # `Ours` or `Theirs`
              cfg: PretrainConfig,  # of the step
