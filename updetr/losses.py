@@ -156,7 +156,9 @@ def build_criterion(model: DETR,  # a DETR or UPDETR
                     set_cost_giou: float = 2,  # weight of GIoU in the matching
                     own_group: bool = False,  # match patches within their own group of queries
                     ) -> SetCriterion:
-    "The criterion that fits a model, with DETR's weights."
+    "The criterion that fits a model, with DETR's weights. Raises ValueError for an `eos_coef` that this model cannot have."
+    if eos_coef is None and not hasattr(model, 'num_patches'):
+        raise ValueError("eos_coef None (0 in a configuration) is the paper's M/N, and a detector has no patches: give a number, DETR's is .1")
     if eos_coef is None: eos_coef = model.num_patches / model.num_queries
     weights = {'loss_ce': 1, 'loss_bbox': bbox_loss_coef, 'loss_giou': giou_loss_coef}
     if getattr(model, 'feature_align', None) is not None: weights['loss_feature'] = feature_loss_coef

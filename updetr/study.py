@@ -351,7 +351,8 @@ def index_row(metrics: Mapping,  # of a report of a study
     ours = [f'{m} {show_number(rows[m]["metrics"][first], _digits(first))}' for m in shown if first in rows[m]['metrics']]
     quoted = [f'{m} {rows[m]["paper"][first]:.1f}' for m in shown if (rows[m]['paper'] or {}).get(first) is not None]
     counts = {v: sum(c['verdict'] == v for c in claims) for v in dict.fromkeys(c['verdict'] for c in claims)}
-    status = ', '.join(f'{n} {v}' for v, n in counts.items()) or 'measured'
+    several = {'holds': 'hold', 'does not hold': 'do not hold'}
+    status = ', '.join(f'{n} {several.get(v, v) if n > 1 else v}' for v, n in counts.items()) or 'measured'
     return {'table or figure': f'[{metrics["title"]}]({link}/{metrics["id"]}.ipynb)', 'number': first,
             "the paper's, at its scale": '; '.join(quoted),
             'ours, at the scale beside it': '; '.join(ours), 'scale': f'{metrics["scale"]}: {metrics["rows"][0]["dataset"]}',
