@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ONESHOT_PRESETS', 'ONESHOT_DESCRIPTIONS', 'build_oneshot', 'OneShotConfig', 'oneshot_config', 'OneShotViews',
            'OneShotEvaluator', 'round_table', 'oneshot_table', 'oneshot_summary', 'oneshot_answers', 'ask', 'windows',
-           'window_means', 'match_features', 'random_answer']
+           'window_means', 'match_features', 'random_answer', 'with_query']
 
 # %% ../nbs/32_oneshot.ipynb #c002
 import math
@@ -20,6 +20,7 @@ from torchvision.ops import box_convert, nms
 from .augment import augment, draw_factors
 from .evaluate import CocoEvaluator, voc_ap
 from .finetune import LONG, SMALL, VOC, TransferConfig, transfer_config
+from .photos import resize
 from .queries import SAMPLING, SHAPES, UNSEEN_PHOTOS, Asker, QueryPool, answer_to, protocol_queries
 from .transforms import DetectionViews
 from .updetr import UPDETR, build_updetr
@@ -233,3 +234,15 @@ def random_answer(rng: np.random.Generator,  # of this question
     corner = place * (1 - side)
     boxes = np.concatenate([corner, corner + side], 1) * np.tile([float(orig_size[1]), float(orig_size[0])], 2)
     return {'scores': torch.from_numpy(rng.random(num)).float(), 'boxes': torch.from_numpy(boxes).float()}
+
+# %% ../nbs/32_oneshot.ipynb #c037b
+def with_query(photo: Tensor,  # (3,H,W) uint8, maybe with boxes in it
+               query: Tensor,  # (3,s,s) uint8, what is asked for
+               share: float = .25,  # side of the query, of the photo's width
+               ) -> Tensor:  # (3,H+gap+side,W) uint8
+    "The photo, and below it on white the query."
+    H, W = photo.shape[1:]
+    side, gap = max(1, round(share * W)), max(2, W // 80)
+    below = torch.full((3, gap + side, W), 255, dtype=torch.uint8)
+    below[:, gap:, :side] = resize(query, side, side)
+    return torch.cat((photo, below), 1)

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torchvision.ops import nms
-from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from .augment import normalize
 from .checkpoint import read_weights
 from .detector import Detections, as_image
 from .finetune import view_sizes
 from .handover import hand_over, open_pretrained
-from .oneshot import OneShotConfig, ask, build_oneshot
+from .oneshot import OneShotConfig, ask, build_oneshot, with_query
 from .photos import resize
 from .queries import query_picture
 from .transforms import Sizes, whole_view
@@ -32,12 +32,8 @@ class Matches(Detections):
     query: Tensor = None  # (3,s,s) uint8, what was asked for
 
     def plot(self):
-        "The photo with boxes and scores, the query in its corner, as a PIL image."
-        picture, side = super().plot(), max(self.image.shape) // 5
-        corner = torch.full((3, side + 4, side + 4), 255, dtype=torch.uint8)
-        corner[:, 2:-2, 2:-2] = resize(self.query, side, side)
-        picture.paste(to_pil_image(corner), (0, 0))
-        return picture
+        "The photo with boxes and scores, the query below it, as a PIL image."
+        return to_pil_image(with_query(pil_to_tensor(super().plot()), self.query))
 
 # %% ../nbs/33_oneshot_detector.ipynb #c007
 def load_oneshot(path: str | Path,  # checkpoint.pth or .safetensors of a one-shot run, or of a pre-training, ours or a published one

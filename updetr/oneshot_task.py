@@ -27,8 +27,7 @@ from .finetune import Subset, batch_to_device, open_sets, some_photos, train_pla
 from .finetune_task import LabelledRun, fill_part, finish_part, open_bank, open_features
 from .losses import build_criterion
 from .oneshot import (OneShotConfig, OneShotEvaluator, OneShotViews, ask, build_oneshot, match_features, oneshot_summary,
-                            oneshot_table, random_answer)
-from .photos import resize
+                            oneshot_table, random_answer, with_query)
 from .queries import Asker, QueryPool, answer_to, training_photos, unseen_classes
 from .scenes import Scenes
 from .train import Processes
@@ -243,15 +242,14 @@ def draw_oneshot(image: Tensor,  # (3,H,W) uint8
                  truth: Tensor,  # (t,4) xyxy px, what is to be found: white
                  boxes: Tensor,  # (k,4) xyxy px, what is found: red
                  scores: Tensor,  # (k,) 0..1
-                 ) -> Tensor:  # (3,H,W) uint8
-    "A photo with the query in its corner, the true boxes and the answers."
-    side = max(image.shape[1:]) // 4
-    drawn = image.clone()
+                 most: int = 3,  # answers that are drawn, the surest
+                 ) -> Tensor:  # (3,h,W) uint8
+    "The photo with the true boxes and the surest answers, the query below it."
+    drawn, best = image.clone(), scores.argsort(descending=True)[:most]
     if len(truth): drawn = draw_bounding_boxes(drawn, truth, colors='white', width=3)
-    if len(boxes): drawn = draw_bounding_boxes(drawn, boxes.clamp(min=0), [f'{s:.2f}' for s in scores.tolist()], 'red', width=2)
-    drawn[:, :side + 4, :side + 4] = 255
-    drawn[:, 2:side + 2, 2:side + 2] = resize(picture, side, side)
-    return drawn
+    words, look = [f'{s:.2f}' for s in scores[best].tolist()], dict(label_colors='white', label_background_colors='red', fill_labels=True)
+    if len(best): drawn = draw_bounding_boxes(drawn, boxes[best].clamp(min=0), words, 'red', width=2, **look)
+    return with_query(drawn, picture)
 
 @torch.no_grad()
 def answer_one(task: OneShotRun,  # begun

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import PretrainConfig, loss_options, model_options
-from .loader import as_targets
 from .losses import build_criterion
+from .pretrain_task import PretrainStep
 from .updetr import UPDETR, build_updetr
 
 # %% ../nbs/21_plan.ipynb #c005
@@ -36,8 +36,14 @@ def photo_gflops(model: UPDETR,  # on the CPU
     image, patches = torch.zeros(1, 3, *size), torch.zeros(1, model.num_patches, 3, patch_size, patch_size)
     backbone, cnn = model.backbone[0], 0 if cached else 1 if model.backbone[0].frozen else 3
     feature, pooled = backbone(image).detach(), model.encode_patches(patches).detach()
+    step, ready = PretrainStep(model, build_criterion(model)), _batch(model, feature=feature, patch_feature=pooled)
     return {'CNN, photo': cnn * count_flops(backbone, image), 'CNN, patches': cnn * count_flops(model.encode_patches, patches),
-            'transformer': 3 * count_flops(model.forward_features, feature, pooled)}
+            'transformer': 3 * count_flops(step, ready)}
+
+def _batch(model, **inputs):
+    "One photo with its patches, ready for a `PretrainStep`"
+    keep, boxes = torch.ones(1, model.num_queries, dtype=torch.bool), torch.full((1, model.num_patches, 4), .5)
+    return inputs | {'mask': None, 'keep': keep, 'boxes': boxes}
 
 # %% ../nbs/21_plan.ipynb #c007
 def saved_bytes(f,  # to be called, without arguments
@@ -56,10 +62,9 @@ def photo_memory(model: UPDETR,  # in training mode, on the CPU
                  size: tuple[int, int] = TYPICAL,  # height, width of the photo, px
                  ) -> int:  # bytes
     "What one photo adds to the memory of a training step (transformer and losses; the frozen CNN keeps nothing)."
-    criterion = build_criterion(model, **loss_options(cfg))
+    step = PretrainStep(model, build_criterion(model, **loss_options(cfg)))
     image, patches = torch.zeros(1, 3, *size), torch.rand(1, model.num_patches, 3, cfg.patch_size, cfg.patch_size)
-    targets = as_targets(torch.full((1, model.num_patches, 4), .5))
-    return saved_bytes(lambda: criterion.total(criterion(model(image, patches), targets)))
+    return saved_bytes(lambda: step(_batch(model, images=image, patches=patches))[0])
 
 # %% ../nbs/21_plan.ipynb #c008
 @dataclass(frozen=True)

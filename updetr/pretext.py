@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['MEASURED_LAWS', 'DISTORTIONS', 'PretextSet', 'pretext_set', 'measure', 'make_predict', 'random_predict',
            'best_center', 'constant_predict', 'ncc_maps', 'look_closer', 'match_template', 'template_predict',
-           'read_stereo', 'stereo_set', 'baselines', 'compare', 'markdown_table', 'pretext_metrics',
+           'read_stereo', 'stereo_set', 'baselines', 'compare', 'markdown_table', 'pretext_metrics', 'apart',
            'draw_localization', 'draw_photo']
 
 # %% ../nbs/19_pretext.ipynb #c002
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.ops import box_convert, roi_align
 
@@ -25,7 +27,7 @@ from .detr import as_batch
 from .loader import random_crop
 from .patches import crop_patches, sample_boxes
 from .photos import BadPhoto, builtin_photos, read_photo, resize
-from .pictures import show_patches
+from .pictures import PATCH_COLORS, show_patches
 from .updetr import UPDETR, best_of_group
 
 # %% ../nbs/19_pretext.ipynb #c006
@@ -311,6 +313,20 @@ def pretext_metrics(predict: Callable,  # the trained model's, of `make_predict`
     return model | {name: measure(p, heldout) for name, p in baselines(heldout, seed).items()}
 
 # %% ../nbs/19_pretext.ipynb #c059
+def apart(boxes: Tensor,  # (n,4) cxcywh, candidates
+          count: int,  # P, at most n
+          ) -> Tensor:  # (P,) int
+    "Boxes to be drawn together: the first, and each time the one that shares least with those chosen (of the smaller one's area)."
+    x1, y1, x2, y2 = box_convert(boxes, 'cxcywh', 'xyxy').unbind(1)
+    def overlap(low, high): return (torch.minimum(high[:, None], high) - torch.maximum(low[:, None], low)).clamp(min=0)
+    area = (x2 - x1) * (y2 - y1)
+    shared, chosen = overlap(x1, x2) * overlap(y1, y2) / torch.minimum(area[:, None], area), [0]
+    while len(chosen) < count:
+        worst = shared[:, chosen].max(1).values
+        worst[chosen] = torch.inf
+        chosen.append(worst.argmin().item())
+    return torch.tensor(chosen)
+
 def draw_localization(view: Tensor,  # (3,H,W) uint8
                       patches: Tensor,  # (P,3,s,s) uint8, or float 0..1
                       boxes: Tensor,  # (P,4) cxcywh in 0..1, the answers
@@ -318,24 +334,36 @@ def draw_localization(view: Tensor,  # (3,H,W) uint8
                       truth: Tensor | None = None,  # (P,4) cxcywh in 0..1
                       threshold: float | None = None,  # draw boxes with at least this score (the paper: 0.9); None: all
                       size: float = 4.,  # width of the figure, inches
+                      title: str = '',  # of the figure
                       ):  # the figure
     "Photo, answers and patches (Fig. 7). Raises ValueError for wrong numbers."
     H, W = view.shape[1:]
-    def place(b): return None if b is None else box_convert(b, 'cxcywh', 'xyxy') * b.new_tensor([W, H, W, H])
+    def place(b): return box_convert(b, 'cxcywh', 'xyxy') * b.new_tensor([W, H, W, H])
     sure = torch.ones_like(scores, dtype=torch.bool) if threshold is None else scores >= threshold
     labels = [f'{s:.2f}' if ok else None for s, ok in zip(scores.tolist(), sure.tolist())]
-    return show_patches(view, place(boxes.where(sure[:, None], torch.nan)), patches, labels, truth=place(truth), size=size)
+    fig = show_patches(view, place(boxes.where(sure[:, None], torch.nan)), patches, labels, size=size)
+    for (x1, y1, x2, y2), color in zip(() if truth is None else place(truth).tolist(), itertools.cycle(PATCH_COLORS)):
+        for look in (dict(color='w', lw=1.8), dict(color=color, lw=1.8, ls=(0, (4, 2)))):
+            fig.axes[0].add_patch(Rectangle((x1 - .5, y1 - .5), x2 - x1, y2 - y1, fill=False, **look))
+    words = ': '.join(w for w in (title, 'answers solid, truth dashed' if truth is not None else '') if w)
+    fig.axes[0].set_title(words, fontsize=8, pad=3)
+    fig.subplots_adjust(top=1 - .22 / fig.get_figheight())
+    return fig
 
+# %% ../nbs/19_pretext.ipynb #c059a
 def draw_photo(predict: Callable,  # of `make_predict`, or a baseline
                path: str,  # of a photo
                num_patches: int = 5,  # P
                seed: int = 0,  # of the boxes
                threshold: float | None = None,  # as for `draw_localization`
+               title: str = '',  # of the figure
                **options,  # size, patch_size, law of `pretext_set`
                ):  # the figure
-    "Ask for some patches of a whole photo and draw the answers on it. Raises BadPhoto."
-    asked = pretext_set([path], 1, num_patches, seed, whole=True, **options)
-    boxes, scores = predict(asked.views, asked.patches / 255)
+    "Ask for some patches of a whole photo, as far apart as can be had, and draw the answers on it. Raises BadPhoto."
+    asked = pretext_set([path], 1, 20 * num_patches, seed, whole=True, **options)
+    chosen = apart(asked.boxes[0], num_patches)
+    patches, truth = asked.patches[0, chosen], asked.boxes[0, chosen]
+    boxes, scores = predict(asked.views, patches[None] / 255)
     photo = read_photo(path)
     height = round(400 * photo.shape[1] / photo.shape[2])
-    return draw_localization(resize(photo, height, 400), asked.patches[0], boxes[0], scores[0], asked.boxes[0], threshold)
+    return draw_localization(resize(photo, height, 400), patches, boxes[0], scores[0], truth, threshold, title=title)
