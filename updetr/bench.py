@@ -154,16 +154,20 @@ def bench_finetune(cfg: PretrainConfig,  # of the transformer
                    rounds: int = 3,  # that count
                    device: torch.device | str = 'cpu',  # where it runs
                    counted: tuple[int, int] = (800, 16),  # short side (px) and photos of the step that is only counted
+                   compiled: bool = False,  # ours with the CNN compiled, too
                    ) -> dict:  # ours_img_s, reference_img_s, ratio, ..., phases, counted_as_on_gpu
     "A fine-tuning step, both ways, whole and in pieces."
     model, criterion = _detector_and_criterion(cfg)
-    ways = {'reference': Theirs(model, criterion, cfg, device), 'ours': Ours(model, criterion, cfg, device, _amp(cfg, device))}
-    batch, limits = detection_batch(size, batch_size, device), ceilings(device, torch.bfloat16 if ways['ours'].amp else torch.float32)
-    seconds = in_turn({k: lambda r, k=k: ways[k].detect(*batch) for k in ('ours', 'reference')}, rounds, device)
+    amp, compiling = _amp(cfg, device), dataclasses.replace(cfg, compile=True)
+    ways = {'compiled': Ours(copy.deepcopy(model), criterion, compiling, device, amp)} if compiled else {}
+    ways |= {'reference': Theirs(model, criterion, cfg, device), 'ours': Ours(model, criterion, cfg, device, amp)}
+    batch, limits = detection_batch(size, batch_size, device), ceilings(device, torch.bfloat16 if amp else torch.float32)
+    seconds = in_turn({k: lambda r, way=way: way.detect(*batch) for k, way in ways.items()}, rounds, device)
     pieces = {k: lambda r, piece, k=k: ways[k].detect(*batch, piece) for k in ('ours', 'reference')}
     phases = phase_rows(pieces, rounds, device, limits)
-    return compared(seconds, batch_size) | {'size': size, 'batch_size': batch_size, 'rounds': rounds, 'seconds': seconds, 'phases': phases,
-                                            'counted_as_on_gpu': counted_as_on_gpu(cfg, *counted)}
+    ratio = {'ratio_compiled': statistics.median(b / a for a, b in zip(seconds['compiled'], seconds['reference']))} if compiled else {}
+    about = {'size': size, 'batch_size': batch_size, 'rounds': rounds, 'seconds': seconds, 'phases': phases}
+    return compared(seconds, batch_size) | ratio | about | {'counted_as_on_gpu': counted_as_on_gpu(cfg, *counted)}
 
 def _detector_and_criterion(cfg):
     torch.manual_seed(cfg.seed)
@@ -462,7 +466,8 @@ def bench_parts(size: str,  # a key of `SIZES`
     step = partial(bench_step, batch_size=s['batch'], rounds=r, device=device, steps=s['steps_a_round'], shrink=s['shrink'])
     compiled = {'compiled': lambda: {'compiled': step(dataclasses.replace(cfg, compile=True))['step']}} if s['compiled'] else {}
     return {'step': lambda: step(cfg), **compiled,
-            'finetune': lambda: {'finetune': bench_finetune(cfg, s['detect'], s['detect_batch'], r, device, s['counted'])},
+            'finetune': lambda: {'finetune': bench_finetune(
+                cfg, s['detect'], s['detect_batch'], r, device, s['counted'], s['compiled'])},
             'cached': lambda: {'cached': bench_cached(cfg, max(s['memory']), r, device, 320 // s['shrink'], s['steps_a_round'])},
             'end_to_end': lambda: {'end_to_end': _in_folder(lambda f: bench_end_to_end(
                 cfg, imagenet_sized(f, s['photos']), s['batch'], device=device, **s['fed']))},
