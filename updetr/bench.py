@@ -505,7 +505,8 @@ def run_bench(size: str,  # a key of `SIZES`
         metrics = metrics | known[name]() | {'seconds': metrics['seconds'] | {name: round(time.time() - begun, 1)}}
         about = provenance(f'python -m updetr.bench --size {size} --out {out}', f'{size}: noise in ImageNet\'s sizes', [42],
                            sum(metrics['seconds'].values()), threads=torch.get_num_threads())
-        save_metrics(out, metrics | {'provenance': about})
+        metrics |= {'provenance': about, 'commits': metrics.get('commits', {}) | {name: about['commit']}}
+        save_metrics(out, metrics)
         show(f'{name}: {metrics["seconds"][name]} s')
         _let_go(device)
     return json.loads(file.read_text())
