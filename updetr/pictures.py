@@ -26,14 +26,14 @@ PATCH_COLORS = ('#e6194b', '#3cb44b', '#4363d8', '#f58231', '#911eb4', '#00a5b5'
 
 def _colors(n): return [PATCH_COLORS[i % len(PATCH_COLORS)] for i in range(n)]
 
-def _draw_boxes(ax, boxes, colors, labels, width):
+def _draw_boxes(ax, boxes, colors, labels, width, style='-'):
     boxes = torch.as_tensor(boxes).detach().cpu().reshape(-1, 4).tolist()
     colors = colors or _colors(len(boxes))
     labels = [None] * len(boxes) if labels is None else labels
     if not len(boxes) == len(colors) == len(labels):
         raise ValueError(f'{len(boxes)} boxes, {len(colors)} colors and {len(labels)} labels: the numbers must agree')
     for (x1, y1, x2, y2), color, label in zip(boxes, colors, labels):
-        ax.add_patch(Rectangle((x1 - .5, y1 - .5), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width))
+        ax.add_patch(Rectangle((x1 - .5, y1 - .5), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width, linestyle=style))
         if label is None: continue
         text = label if isinstance(label, str) else f'{float(label):.2f}'
         ax.text(x1, y1, text, color='white', fontsize=8, va='top', clip_on=True, bbox=dict(facecolor=color, edgecolor='none', pad=1))
@@ -87,8 +87,9 @@ def show_patches(
     patches=None, # (k, 3, s, s): the queries, drawn below; cut out of the photo without
     scores=None,  # one number a box, drawn in its corner
     titles=None,  # one text a patch
-    truth=None,   # (k, 4) xyxy px: the true boxes, drawn as thin lines in the same colours
+    truth=None,   # (k, 4) xyxy px: the true boxes, dashed on white in the same colours
     size=4.,      # width of the figure, inches
+    title='',     # above the photo
 ):                # the figure
     "Photo on top, one coloured box a patch, the patches below in frames of that colour (Fig. 7). Raises ValueError for wrong numbers."
     boxes = torch.as_tensor(boxes).detach().cpu().reshape(-1, 4)
@@ -100,7 +101,11 @@ def show_patches(
     grid = fig.add_gridspec(2, columns, height_ratios=[tall, size / columns], wspace=.1, hspace=.06)
     fig.subplots_adjust(.02, .02, .98, .98)
     top = show_image(image, fig.add_subplot(grid[0, :]), boxes, colors, scores)
-    if truth is not None: _draw_boxes(top, truth, colors, None, .8)
+    if truth is not None:
+        for look, style in ((['w'] * len(colors), '-'), (colors, (0, (4, 2)))): _draw_boxes(top, truth, look, None, 1.8, style)
+    if title:
+        top.set_title(title, fontsize=8, pad=3)
+        fig.subplots_adjust(top=1 - .22 / fig.get_figheight())
     for i, (patch, color) in enumerate(zip(patches, colors)):
         _frame(show_image(patch, fig.add_subplot(grid[1, i]), title=titles[i] if titles else None), color)
     return fig

@@ -9,7 +9,6 @@ __all__ = ['MEASURED_LAWS', 'DISTORTIONS', 'PretextSet', 'pretext_set', 'measure
            'draw_localization', 'draw_photo']
 
 # %% ../nbs/19_pretext.ipynb #c002
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.ops import box_convert, roi_align
 
@@ -27,7 +25,7 @@ from .detr import as_batch
 from .loader import random_crop
 from .patches import crop_patches, sample_boxes
 from .photos import BadPhoto, builtin_photos, read_photo, resize
-from .pictures import PATCH_COLORS, show_patches
+from .pictures import show_patches
 from .updetr import UPDETR, best_of_group
 
 # %% ../nbs/19_pretext.ipynb #c006
@@ -338,17 +336,12 @@ def draw_localization(view: Tensor,  # (3,H,W) uint8
                       ):  # the figure
     "Photo, answers and patches (Fig. 7). Raises ValueError for wrong numbers."
     H, W = view.shape[1:]
-    def place(b): return box_convert(b, 'cxcywh', 'xyxy') * b.new_tensor([W, H, W, H])
+    def place(b): return None if b is None else box_convert(b, 'cxcywh', 'xyxy') * b.new_tensor([W, H, W, H])
     sure = torch.ones_like(scores, dtype=torch.bool) if threshold is None else scores >= threshold
     labels = [f'{s:.2f}' if ok else None for s, ok in zip(scores.tolist(), sure.tolist())]
-    fig = show_patches(view, place(boxes.where(sure[:, None], torch.nan)), patches, labels, size=size)
-    for (x1, y1, x2, y2), color in zip(() if truth is None else place(truth).tolist(), itertools.cycle(PATCH_COLORS)):
-        for look in (dict(color='w', lw=1.8), dict(color=color, lw=1.8, ls=(0, (4, 2)))):
-            fig.axes[0].add_patch(Rectangle((x1 - .5, y1 - .5), x2 - x1, y2 - y1, fill=False, **look))
     words = ': '.join(w for w in (title, 'answers solid, truth dashed' if truth is not None else '') if w)
-    fig.axes[0].set_title(words, fontsize=8, pad=3)
-    fig.subplots_adjust(top=1 - .22 / fig.get_figheight())
-    return fig
+    shown = place(boxes.where(sure[:, None], torch.nan))
+    return show_patches(view, shown, patches, labels, truth=place(truth), size=size, title=words)
 
 # %% ../nbs/19_pretext.ipynb #c059a
 def draw_photo(predict: Callable,  # of `make_predict`, or a baseline
