@@ -8,16 +8,15 @@ import pytest
 import torch
 
 from conftest import NOTEBOOKS
-from test_task import SMALL, VIEWS, save_photos
+from test_task import SMALL, VIEWS, make_task, save_photos, small_photos, train_small  # noqa: F401 (a fixture)
 from updetr.bench import TINY, detection_batch
 from updetr.config import make_config, model_options
 from updetr.detr import build_detr
 from updetr.launch import launch, read_log
 from updetr.loader import photo_loader, to_device
 from updetr.losses import build_criterion
-from updetr.pretrain_task import PretrainTask, encode
+from updetr.pretrain_task import encode
 from updetr.steps import Ours
-from updetr.train import Processes, train
 from updetr.watch import watch
 
 pytestmark = pytest.mark.cuda
@@ -37,20 +36,9 @@ def test_marked_cells(path, monkeypatch):
     for i, cell in enumerate(code(path)): exec(compile(cell, f'{path.name}, code cell {i}', 'exec'), names)
 
 
-@pytest.fixture(autouse=True)
-def small_photos(monkeypatch):
-    monkeypatch.setattr('updetr.pretrain_task.PRETRAIN_SIZES', (64, 80))
-
-
-def make_task(folder, **changes):
-    folder.mkdir()
-    return PretrainTask(make_config('paper', **SMALL | changes), folder, Processes(device=DEVICE))
-
-
 def losses(folder, **changes):
     "The loss of each step."
-    task = make_task(folder, **changes)
-    train(task, task.cfg, folder, task.processes)
+    train_small(folder, device=DEVICE, **changes)
     return np.array([r['train_loss'] for r in read_log(folder)])
 
 
@@ -69,7 +57,7 @@ def test_photos_are_cut_on_the_gpu_as_by_the_workers(tmp_path):
 
 
 def test_nothing_ahead_of_the_step_waits_for_the_gpu(tmp_path):
-    task = make_task(tmp_path / 'run', **VIEWS)
+    task = make_task(tmp_path / 'run', device=DEVICE, **VIEWS)
     cnn, batches = task.model.backbone[0], list(photo_loader(task.dataset, task.plan(0, 3)))
     mode = torch.cuda.set_sync_debug_mode if DEVICE.type == 'cuda' else lambda mode: None
     try:
@@ -82,12 +70,13 @@ def test_nothing_ahead_of_the_step_waits_for_the_gpu(tmp_path):
 
 @pytest.mark.parametrize('compiled', [False, True])
 def test_fine_tuning_in_half_precision(compiled):
-    configs = [make_config('paper', **TINY, dropout=0., lr=1e-3, compile=c) for c in (False, compiled)]
+    cfg = make_config('paper', **TINY, dropout=0., lr=1e-3)
     torch.manual_seed(0)
-    options = {k: v for k, v in model_options(configs[0]).items() if k in DETECTOR}
+    options = {k: v for k, v in model_options(cfg).items() if k in DETECTOR}
     model, curves = build_detr(20, **options, frozen_backbone=False), []
-    for cfg, device, amp in zip(configs, ('cpu', DEVICE), (False, DEVICE.type == 'cuda')):
+    for device, amp in (('cpu', False), (DEVICE, DEVICE.type == 'cuda')):
         way, batch = Ours(copy.deepcopy(model), build_criterion(model), cfg, device, amp), detection_batch(96, 2, device)
+        if compiled and device == DEVICE: way.model.backbone[0].compile()
         curves.append([way.detect(*batch).item() for _ in range(3)])
     assert np.allclose(*curves, rtol=.03), curves
 

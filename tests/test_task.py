@@ -32,14 +32,14 @@ def save_photos(folder, n=4, size=(90, 60), broken=(), start=0):
     return folder
 
 
-def make_task(folder, preset='paper', **changes):
+def make_task(folder, preset='paper', device='cpu', **changes):
     folder.mkdir(parents=True, exist_ok=True)
-    return PretrainTask(make_config(preset, **SMALL | changes), folder, Processes())
+    return PretrainTask(make_config(preset, **SMALL | changes), folder, Processes(device=torch.device(device)))
 
 
 def train_small(folder, preset='paper', **changes):
     task = make_task(folder, preset, **changes)
-    return task, train(task, task.cfg, folder, Processes())
+    return task, train(task, task.cfg, folder, task.processes)
 
 
 def rows(folder): return [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]

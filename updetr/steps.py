@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMULAS', 'ASPECTS', 'plain', 'Clock', 'ByteCounter', 'Counter', 'ceilings', 'imagenet_like', 'batch_sizes',
-           'real_share', 'noise_batch', 'as_floats', 'Way', 'detections', 'Ours', 'Theirs', 'build_way', 'on_device',
+           'real_share', 'noise_batch', 'as_floats', 'on_device', 'Way', 'detections', 'Ours', 'Theirs', 'build_way',
            'noise_batches', 'peak_gib', 'count_detection']
 
 # %% ../nbs/42_steps.ipynb #c002
@@ -166,6 +166,12 @@ def _real_sizes(batch):
     if batch['mask'] is None: return [batch['images'].shape[2:]] * len(batch['images'])
     return [((~m).any(1).sum(), (~m).any(0).sum()) for m in batch['mask']]
 
+def on_device(batch: dict,  # of `noise_batch` or `as_floats`
+              device: torch.device | str,  # where pixels, boxes and masks go
+              ) -> dict:
+    "A batch that the step need not wait for."
+    return {k: v.to(device) if k in ('images', 'mask', 'patches', 'boxes', 'keep') and v is not None else v for k, v in batch.items()}
+
 # %% ../nbs/42_steps.ipynb #c018
 class Way:
     "A training step in pieces."
@@ -223,9 +229,7 @@ class Ours(Way):
     "A training step in our way, in pieces; and several as the training loop does them."
     name = 'ours'
 
-    def _new_optimizer(self):
-        if self.cfg.compile: self.model.backbone[0].compile()
-        return build_optimizer(self.model, self.cfg)
+    def _new_optimizer(self): return build_optimizer(self.model, self.cfg)
 
     def prepare(self, batch):
         "A batch of the loader, on the device and ready for the CNN."
@@ -278,7 +282,7 @@ class Theirs(Way):
 
     def prepare(self, batch):
         "A batch of `as_floats`, on the device."
-        return {k: v if v is None else v.to(self.device) for k, v in batch.items()}
+        return on_device(batch, self.device)
 
     def _targets(self, boxes):
         return [{'labels': torch.ones(len(b), dtype=torch.long, device=b.device), 'boxes': b} for b in boxes]
@@ -302,20 +306,15 @@ def build_way(kind: type[Way],  # `Ours` or `Theirs`
               cfg: PretrainConfig,  # of the model and the step
               device: torch.device | str,  # where it runs
               ) -> Way:
-    "A pre-training step; both kinds start with the same weights."
+    "A pre-training step; both kinds start with the same weights. Ours has its CNN compiled if the configuration says so."
     torch.manual_seed(cfg.seed)
     model = build_updetr(**model_options(cfg))
     criterion = build_criterion(model, **loss_options(cfg))
     if kind is Theirs: return Theirs(model, criterion, cfg, device)
+    if cfg.compile: model.backbone[0].compile()
     return Ours(model, criterion, cfg, device, cfg.amp and torch.device(device).type == 'cuda')
 
 # %% ../nbs/42_steps.ipynb #fe4cb6ef
-def on_device(batch: dict,  # of `noise_batch` or `as_floats`
-              device: torch.device | str,  # where pixels, boxes and masks go
-              ) -> dict:
-    "A batch that the step need not wait for."
-    return {k: v.to(device) if k in ('images', 'mask', 'patches', 'boxes', 'keep') and v is not None else v for k, v in batch.items()}
-
 def noise_batches(kind: type[Way],  # `Ours` or `Theirs`: batches are padded its way
                   cfg: PretrainConfig,  # of the step
                   batch_size: int,  # photos
