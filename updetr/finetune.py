@@ -65,9 +65,12 @@ class TransferConfig(TrainConfig, LabelledConfig, SetLossConfig, DetectorConfig)
     eval_every: int = 1  # epochs between evaluations; 0 = none
     eval_backend: str = 'pycocotools'  # or hotcoco: fast, the same numbers, needs updetr[fast]
     keep_every: int = 100  # epochs between checkpoints that are kept
+    with_patches = False  # whether the object queries carry pictures, as in pre-training
 
     def problems(self):
         "Yield what is wrong between fields."
+        if not (self.eos_coef or self.with_patches):
+            yield "eos_coef 0 is pre-training's M/N, and a detector has no patches: give a number such as 0.1"
         if self.cached_views and not (self.frozen_backbone and self.square):
             yield 'cached_views needs frozen_backbone=True and square > 0: features of fixed views by a fixed CNN'
         if bool(self.scenes) != bool(self.scenes_val): yield 'scenes and scenes_val belong together: give both or none'

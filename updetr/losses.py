@@ -158,7 +158,7 @@ def build_criterion(model: DETR,  # a DETR or UPDETR
                     ) -> SetCriterion:
     "The criterion that fits a model, with DETR's weights. Raises ValueError for an `eos_coef` that this model cannot have."
     if eos_coef is None and not hasattr(model, 'num_patches'):
-        raise ValueError("eos_coef None (0 in a configuration) is the paper's M/N, and a detector has no patches: give a number as .1")
+        raise ValueError("eos_coef None (0 in a configuration) is the paper's M/N, which a detector has not: give a number such as .1")
     if eos_coef is None: eos_coef = model.num_patches / model.num_queries
     weights = {'loss_ce': 1, 'loss_bbox': bbox_loss_coef, 'loss_giou': giou_loss_coef}
     if getattr(model, 'feature_align', None) is not None: weights['loss_feature'] = feature_loss_coef

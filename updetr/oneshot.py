@@ -53,6 +53,7 @@ class OneShotConfig(TransferConfig):
     binary: bool = False  # two logits (the paper's words) instead of the reference's three
     matching_init: bool = False  # small-scale option: a scratch transformer starts as an appearance matcher
     eval_queries: int = 5  # query pictures for each class in a photo to evaluate on (Section 4.3)
+    with_patches = True  # the query pictures
 
     def problems(self):
         "Yield what is wrong between fields."
