@@ -449,7 +449,7 @@ SIZES = {
                  seeds=(42, 43), photos=8, loader=dict(repeats=1, workers=0), fed=dict(steps=2, rounds=1, workers=1),
                  evaluation=dict(images=60, detections=20, classes=10), processes=(1,), steps_a_round=1, shrink=4, memory=(2,),
                  growth={'batch_size': (1, 2), 'short side': (64, 96), 'num_queries': (10, 20), 'num_patches': (1, 5)}),
-    'cpu': dict(_LARGE, batch=4, rounds=3, detect_batch=1, infer=(1, 4), processes=(1, 2), growth=GROWTH, steps_a_round=1,
+    'cpu': dict(_LARGE, batch=4, rounds=3, detect_batch=2, infer=(1, 4), processes=(1, 2), growth=GROWTH, steps_a_round=1,
                 memory=(4,), fed=dict(steps=2, rounds=2, workers=0)),
     'gpu': dict(_LARGE, batch=64, rounds=8, detect_batch=16, infer=(1, 16), compiled=True, processes=(1,), steps_a_round=8,
                 memory=(64, 256), growth=GROWTH | {'batch_size': (32, 64, 128, 256)},
