@@ -135,8 +135,8 @@ def test_a_batch_loses_no_pixel_and_no_box(sizes, seed):
     """Photos of any sizes: each is found again in its corner, everything else is padding, and what belongs to it stays with it."""
     g, kinds = torch.Generator().manual_seed(seed), {'patches': (2, 3, 4, 4), 'factors': (2, 5), 'boxes': (2, 4), 'keep': (6,)}
     images = [torch.randint(1, 256, (3, h, w), dtype=torch.uint8, generator=g) for h, w in sizes]
-    samples = [{'image': x, 'index': 7 * i, 'skipped': [f'{i}'] * (i % 2), **{k: torch.rand(s, generator=g) for k, s in kinds.items()}}
-               for i, x in enumerate(images)]
+    samples = [{'image': x, 'shape': x.shape[1:], 'patch_size': 4, 'index': 7 * i, 'skipped': [f'{i}'] * (i % 2),
+                **{k: torch.rand(s, generator=g) for k, s in kinds.items()}} for i, x in enumerate(images)]
     for s in samples: s['patches'] = (255 * s['patches']).to(torch.uint8)
     batch = collate(samples)
     assert (batch['mask'] is None) == (len(set(sizes)) == 1) and batch['index'].tolist() == [7 * i for i in range(len(sizes))]
@@ -165,4 +165,4 @@ def test_batches_do_not_depend_on_workers(kind):
     for other in others:
         for a, b in zip(alone, other, strict=True):
             assert all(torch.equal(a[k], b[k]) for k in ('images', 'patches', 'boxes', 'keep', 'factors', 'index'))
-    assert collate is photo_loader(data, BatchPlan(np.full((4, 2), 64), 2, 4)).collate_fn
+    assert collate is photo_loader(data, BatchPlan(np.full((4, 2), 64), 2, 4)).collate_fn.func

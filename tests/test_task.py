@@ -117,7 +117,7 @@ def test_live_views_are_the_cached_ones(tmp_path):
 
 def test_views_can_be_sent_to_workers():
     views = Views([p.path for p in builtin_photos('train')], PatchTask(num_patches=2, patch_size=32), 4)
-    assert torch.equal(pickle.loads(pickle.dumps(views))[0, 1, 64]['image'], views[0, 1, 64]['image'])
+    assert torch.equal(pickle.loads(pickle.dumps(views))[0, 1, 64]['photo'], views[0, 1, 64]['photo'])
 
 
 def test_worker_processes_and_sigterm(tmp_path):

@@ -10,6 +10,7 @@ import io
 import os
 import random
 from contextlib import redirect_stdout
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from .evaluate import CocoEvaluator
 from .loader import PatchTask, SelfDet, collate, epoch_batches, make_sample
+from .patches import crop_patches
 from .photos import PRETRAIN_MAX, PRETRAIN_SIZES, builtin_photos, read_photo, resize, resize_shape
 from .reference_loader import ReferencePhotos, reference_collate
 
@@ -47,59 +49,50 @@ def imagenet_sized(
     return paths
 
 # %% ../nbs/41c_bench_data.ipynb #c008
-def _clocked(*steps):
-    "Milliseconds of this thread's processor time for each step: functions of the result before"
-    ms, value = [], None
-    for step in steps:
-        start = thread_time()
-        value = step(value)
-        ms.append((thread_time() - start) * 1e3)
-    return ms
+def _clocked(step, *inputs):
+    "Milliseconds of this thread's processor time, and what a function of some inputs returns"
+    start = thread_time()
+    value = step(*inputs)
+    return (thread_time() - start) * 1e3, value
 
-def _parts_ours(dataset, i, size):
-    rng = np.random.default_rng(i)
-    def small(image): return resize(image, *resize_shape(*image.shape[1:], size, PRETRAIN_MAX))
-    decode, = _clocked(lambda _: read_photo(dataset.paths[i]))
-    image = read_photo(dataset.paths[i])
-    patches, resized = _clocked(lambda _: make_sample(rng, image, dataset.task), lambda _: small(image))
-    return [decode, patches, resized, *_clocked(lambda _: dataset[0, i, size])]
+def _each(step, *inputs): return _clocked(lambda: [step(*x) for x in zip(*inputs)])[0]
 
-def _parts_whole(dataset, i, size):
-    decode, = _clocked(lambda _: read_photo(dataset.paths[i]))
-    return [decode, 0., 0., *_clocked(lambda _: dataset[0, i, size])]
+def _parts_ours(dataset, numbers, size):
+    rng, paths = np.random.default_rng(0), [dataset.paths[i] for i in numbers]
+    def cut(photo): return crop_patches(photo, make_sample(rng, photo, dataset.task, (size, size))['corners'], dataset.task.patch_size)
+    def small(photo): return resize(photo, *resize_shape(*photo.shape[1:], size, PRETRAIN_MAX))
+    photos = [read_photo(p) for p in paths]
+    return _each(read_photo, paths), _each(cut, photos), _each(small, photos)
 
-def _parts_reference(dataset, i, size):
-    image = dataset.read(i)
-    parts = _clocked(lambda _: dataset.read(i), lambda _: dataset.patches(image), lambda _: dataset.resized(image, size))
-    return parts + _clocked(lambda _: dataset[i])
+def _parts_reference(dataset, numbers, sizes):
+    photos = [dataset.read(i) for i in numbers]
+    return _each(dataset.read, numbers), _each(dataset.patches, photos), _each(dataset.resized, photos, sizes)
 
 # %% ../nbs/41c_bench_data.ipynb #c009
 def _bytes(batch):
     values = batch.values() if isinstance(batch, dict) else batch
     return sum(x.numel() * x.element_size() for x in values if isinstance(x, torch.Tensor))
 
-def _loader_row(parts, batches, collate_ms):
-    "Of (n, 4) milliseconds a photo: medians by part, photos a second and core, bytes a photo"
-    decode, patches, image, whole = np.median(parts, 0).tolist()
-    total = whole + median(collate_ms)
-    ms = dict(decode=decode, patches=patches, image=image, rest=max(0., total - decode - patches - image), total=total)
-    return dict(ms=ms, img_s_core=1000 / total, bytes_image=median(batches))
+def _load(dataset, items, join): return join([dataset[i] for i in items])
 
-def _compare(ours, whole, reference, batches, seed):
-    "Rows of the three pipelines, photo by photo in turns"
-    rng, batch = random.Random(seed), len(batches[0][1])
-    parts, size, ms = ([], [], []), ([], [], []), ([], [], [])
+def _loader_row(measured):
+    "Of (n, 5) parts, whole and bytes a photo: medians, photos a second and core"
+    decode, patches, image, total, size = np.median(measured, 0).tolist()
+    ms = dict(decode=decode, patches=patches, image=image, rest=max(0., total - decode - patches - image), total=total)
+    return dict(ms=ms, img_s_core=1000 / total, bytes_image=size)
+
+def _compare(dataset, reference, batches, seed):
+    "Rows of the three pipelines, batch by batch in turns"
+    rng, rows = random.Random(seed), {}
     for short, numbers in batches:
-        for i in numbers:
-            parts[0].append(_parts_ours(ours, i, short))
-            parts[1].append(_parts_whole(whole, i, short))
-            parts[2].append(_parts_reference(reference, i, rng.choice(PRETRAIN_SIZES)))
-        pairs = [([data[0, i, short] for i in numbers], collate) for data in (ours, whole)]
-        pairs.append(([reference[i] for i in numbers], reference_collate))
-        for joined, took, (samples, join) in zip(size, ms, pairs):
-            took.append(_clocked(lambda _, join=join, samples=samples, joined=joined: joined.append(_bytes(join(samples))))[0] / batch)
-            joined[-1] /= batch
-    return [_loader_row(*row) for row in zip(parts, size, ms)]
+        ours, items = _parts_ours(dataset, numbers, short), [(0, i, short) for i in numbers]
+        theirs = _parts_reference(reference, numbers, [rng.choice(PRETRAIN_SIZES) for _ in numbers])
+        ways = {'ours': (ours, dataset, items, collate), 'whole': ((ours[0], 0., 0.), dataset, items, partial(collate, whole=True)),
+                'reference': (theirs, reference, numbers, reference_collate)}
+        for name, (parts, *load) in ways.items():
+            whole, batch = _clocked(_load, *load)
+            rows.setdefault(name, []).append([x / len(numbers) for x in (*parts, whole, _bytes(batch))])
+    return {name: _loader_row(measured) for name, measured in rows.items()}
 
 # %% ../nbs/41c_bench_data.ipynb #c011
 class _Noted:
@@ -132,21 +125,22 @@ def bench_loader(
     "Our loader against the reference's, in one run and one thread. Raises ValueError for fewer photos than a batch."
     if len(paths) < batch: raise ValueError(f'{len(paths)} photos are fewer than a batch of {batch}')
     torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
-    ours, whole = (SelfDet(paths, PatchTask(num_patches=patches), seed, whole=w) for w in (False, True))
-    reference = ReferencePhotos(paths, patches)
+    dataset, reference = SelfDet(paths, PatchTask(num_patches=patches), seed), ReferencePhotos(paths, patches)
     sizes = np.array([Image.open(p).size[::-1] for p in paths])
     def plan(rounds): return [(short, numbers.tolist()) for k in range(rounds) for short, numbers in epoch_batches(sizes, batch, seed, k)]
-    rows = _compare(ours, whole, reference, plan(repeats), seed)
-    found = dict(photos=dict(count=len(paths), pixels=float(np.median(sizes.prod(1))), bytes=median(os.path.getsize(p) for p in paths)),
-                 ours=rows[0], whole=rows[1], reference=rows[2], ratio=rows[0]['img_s_core'] / rows[2]['img_s_core'],
-                 ratio_whole=rows[1]['img_s_core'] / rows[2]['img_s_core'])
+    rows = _compare(dataset, reference, plan(repeats), seed)
+    photos = dict(count=len(paths), pixels=float(np.median(sizes.prod(1))), bytes=median(os.path.getsize(p) for p in paths))
+    speed = {name: row['img_s_core'] for name, row in rows.items()}
+    found = dict(photos=photos, **rows, ratio=speed['ours'] / speed['reference'], ratio_whole=speed['whole'] / speed['reference'])
     if not workers: return found
     mine, theirs = [[(0, i, short) for i in numbers] for short, numbers in plan(epochs)], [numbers for _, numbers in plan(epochs)]
-    for row, data, batches, join in zip(rows, (ours, whole, reference), (mine, mine, theirs), (collate, collate, reference_collate)):
+    ways = {'ours': (dataset, mine, collate), 'whole': (dataset, mine, partial(collate, whole=True)),
+            'reference': (reference, theirs, reference_collate)}
+    for name, (data, batches, join) in ways.items():
         ms, rate = _through_workers(data, batches, workers, join)
-        row['workers'] = dict(count=workers, ms_core=ms, img_s_core=1000 / ms, img_s_wall=rate)
-    ratios = [rows[2]['workers']['ms_core'] / row['workers']['ms_core'] for row in rows]
-    return found | dict(workers_ratio=ratios[0], workers_ratio_whole=ratios[1])
+        found[name]['workers'] = dict(count=workers, ms_core=ms, img_s_core=1000 / ms, img_s_wall=rate)
+    ms = {name: found[name]['workers']['ms_core'] for name in ways}
+    return found | dict(workers_ratio=ms['reference'] / ms['ours'], workers_ratio_whole=ms['reference'] / ms['whole'])
 
 # %% ../nbs/41c_bench_data.ipynb #c016
 def plot_loader(

@@ -122,7 +122,7 @@ class TrainConfig:
 class PretrainConfig(TrainConfig, DataConfig, LossConfig, ModelConfig):
     "Everything that determines a pre-training run."
     cuda_graphs: bool = False  # on GPU, play what follows the CNN as CUDA graphs
-    crop_on_gpu: bool = False  # on GPU, cut and resize live photos there; who reads them only decodes
+    crop_on_gpu: bool = False  # on GPU, cut live photos and views there; who reads them only decodes
     task: str = 'pretrain'  # which `updetr.train` task reads it
 
     def problems(self):

@@ -77,15 +77,17 @@ def sample_boxes(
 
 # %% ../nbs/03_patches.ipynb #c027
 def crop_patches(
-    image:torch.Tensor, # photo (3, H, W) uint8, at its original resolution
-    boxes:torch.Tensor, # (M, 4) int xyxy px
-    size:int=128,       # side of a patch, px
-)->torch.Tensor:        # (M, 3, size, size) uint8; channels side by side in memory
+    image:torch.Tensor,    # photo (3, H, W) uint8, at its original resolution
+    boxes:torch.Tensor,    # (M, 4) int xyxy px
+    size:int=128,          # side of a patch, px
+    out:torch.Tensor=None, # where they go, like the result; None: new memory, channels side by side
+)->torch.Tensor:           # (M, 3, size, size) uint8
     "Cut boxes out of a photo and squash each to a square (Section 4). Raises ValueError for a box without area or outside the photo."
     height, width = image.shape[-2:]
-    pixels, patches = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2), []            # strides as in `updetr.photos.resize`
-    for x1, y1, x2, y2 in boxes.tolist():
+    pixels = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)                         # strides as in `updetr.photos.resize`
+    if out is None: out = image.new_empty(len(boxes), size, size, len(image)).permute(0, 3, 1, 2)
+    for patch, (x1, y1, x2, y2) in zip(out, boxes.tolist()):
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
             raise ValueError(f'box {(x1, y1, x2, y2)} is empty or outside the photo of {width}x{height} px')
-        patches.append(interpolate(pixels[:, :, y1:y2, x1:x2], (size, size), mode='bilinear', antialias=True))
-    return torch.cat(patches)
+        patch.copy_(interpolate(pixels[:, :, y1:y2, x1:x2], (size, size), mode='bilinear', antialias=True)[0])
+    return out

@@ -91,13 +91,12 @@ def data_mark(paths: list[str],  # files
 def build_dataset(cfg: PretrainConfig,  # of the run
                   photos: PhotoIndex,  # to train on
                   num_patches: int,  # for each photo or view
-                  device: torch.device | str = 'cpu',  # where the model is
                   ) -> SelfDet | Views:
     "Whole photos, or fixed random views of them."
     task = PatchTask(num_patches, cfg.num_queries, cfg.patch_size, cfg.patch_law, cfg.mask_ratio)
     paths = [photos.path(i) for i in range(len(photos))]
     if cfg.views: return Views(paths, task, cfg.views, cfg.seed, cfg.collage)
-    return SelfDet(paths, task, cfg.seed, whole=cfg.crop_on_gpu and torch.device(device).type == 'cuda')
+    return SelfDet(paths, task, cfg.seed)
 
 def photo_sizes(cfg: PretrainConfig,  # of the run
                 photos: PhotoIndex,  # to train on
@@ -249,10 +248,11 @@ def live_batches(task: 'PretrainTask',  # whose photos or views are read
                  total: int,  # of the whole training
                  ) -> Iterator[dict]:  # of `to_device`
     "The batches of a run that caches nothing; what is wrong with photos goes into skipped.txt."
-    backbone, known = task.model.backbone[0], set()
-    for batch in photo_loader(task.dataset, task.plan(start, total), task.cfg.num_workers):
+    backbone, device, known = task.model.backbone[0], task.processes.device, set()
+    whole = task.cfg.crop_on_gpu and device.type == 'cuda'
+    for batch in photo_loader(task.dataset, task.plan(start, total), task.cfg.num_workers, whole):
         note_skipped(task.run_dir, batch['skipped'], known)
-        yield to_device(batch, task.processes.device, backbone.mean, backbone.std)
+        yield to_device(batch, device, backbone.mean, backbone.std)
 
 # %% ../nbs/16a_pretrain_task.ipynb #c017
 class PretrainTask:
@@ -265,7 +265,7 @@ class PretrainTask:
         self.cfg, self.run_dir, self.processes, self.bank, self.measure_every, self.notes = cfg, Path(run_dir), processes, None, 0, {}
         self.photos, self.heldout = photo_lists(cfg, self.run_dir, processes)
         if not cfg.cache_features: self.notes = {'data_mark': data_mark([self.photos.path(i) for i in range(len(self.photos))])}
-        self.dataset = build_dataset(cfg, self.photos, cfg.num_patches, processes.device)
+        self.dataset = build_dataset(cfg, self.photos, cfg.num_patches)
         self.sizes, self.sides = photo_sizes(cfg, self.photos)
         self.steps_per_epoch = self.plan(0, 0).steps_per_epoch
         torch.manual_seed(cfg.seed)

@@ -151,6 +151,7 @@ def noise_batch(cfg: PretrainConfig,  # num_patches, num_queries, patch_size and
     for i, (h, w) in enumerate(sizes):
         boxes = sample_boxes(rng, h, w, M) / torch.tensor([w, h, w, h])
         samples.append({'image': pixels(3, h, w), 'patches': pixels(M, 3, s, s), 'factors': draw_factors(rng, M), 'index': i, 'skipped': [],
+                        'shape': (h, w), 'patch_size': s,
                         'boxes': box_convert(boxes, 'xyxy', 'cxcywh').float(),
                         'keep': torch.from_numpy(rng.random(cfg.num_queries) >= cfg.mask_ratio)})
     return collate(samples)
