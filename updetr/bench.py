@@ -381,11 +381,11 @@ def bench_end_to_end(cfg: PretrainConfig,  # of the step
 # %% ../nbs/43_bench.ipynb #c026
 def bench_curves(steps: int = 500,  # of each training
                  seeds: tuple[int, ...] = (42, 43, 44),  # of weights, views and dropout
-                 device: torch.device | str = 'cpu',  # where both run
+                 device: torch.device | str = 'cpu',  # where all run
                  **changes,  # of the small configuration
                  ) -> dict:  # steps, curves: way -> one list of losses a seed
-    "Loss curves of both ways on the same batches; ours on a GPU as it is used there, in bf16 and with recorded graphs."
-    curves = {'ours': [], 'reference': []}
+    "Loss curves on the same batches: the reference's way, ours in fp32 and in bf16, on a GPU with recorded graphs."
+    curves = {'reference': [], 'ours, fp32': [], 'ours, bf16': []}
     for seed in seeds:
         small = dict(views=4 * steps, view_size=96, patch_size=32, num_queries=20, num_patches=5, cache_features=False, own_group=False,
                      dropout=.1, cached_patches=0, seed=seed, batch_size=4, epochs=1, schedule='step', lr_drop=10, clip_max_norm=1.)
@@ -394,30 +394,34 @@ def bench_curves(steps: int = 500,  # of each training
             task = PretrainTask(cfg, folder, Processes())
             task.begin(resumed=False)
             model, criterion = task.model, task.module.criterion
-            ways = {'reference': Theirs(model, criterion, cfg, device), 'ours': Ours(model, criterion, cfg, device, _amp(cfg, device))}
+            ours = (Ours(copy.deepcopy(model), criterion, cfg, device, amp) for amp in (False, True))
+            ways = [Theirs(model, criterion, cfg, device), *ours]
             batches = list(photo_loader(task.dataset, task.plan(0, steps)))
-            for k, way in ways.items():
-                way.prepare = ways['ours'].prepare
+            for curve, way in zip(curves.values(), ways):
+                way.prepare = ways[1].prepare
                 torch.manual_seed(seed)
-                curves[k].append([loss.item() for loss in way.run(batches)])
+                curve.append([loss.item() for loss in way.run(batches)])
     return {'steps': steps, 'seeds': list(seeds), 'curves': curves} | curve_gap(curves)
 
 # %% ../nbs/43_bench.ipynb #c027
-def curve_gap(curves: Mapping[str, list[list[float]]],  # way -> one list of losses a seed
+def curve_gap(curves: Mapping[str, list[list[float]]],  # reference and others -> one list of losses a seed
               share: float = .1,  # width of the running mean
-              ) -> dict[str, float]:  # gap, seed_spread: means over the training
+              ) -> dict:  # gap: way -> distance to the reference; seed_spread; both means over the training
     "How far apart the ways are, and the seeds."
-    a, b = (np.array([smooth(c, share) for c in curves[k]]) for k in ('ours', 'reference'))
-    spread = np.sqrt((a.var(0, ddof=1) + b.var(0, ddof=1)) / 2) if len(a) > 1 else np.full(a.shape[1], np.nan)
-    return {'gap': float(np.abs(a.mean(0) - b.mean(0)).mean()), 'seed_spread': float(spread.mean())}
+    smoothed = {k: np.array([smooth(c, share) for c in seeds]) for k, seeds in curves.items()}
+    mean = {k: c.mean(0) for k, c in smoothed.items()}
+    gap = {k: float(np.abs(m - mean['reference']).mean()) for k, m in mean.items() if k != 'reference'}
+    if len(smoothed['reference']) == 1: return {'gap': gap, 'seed_spread': None}
+    variance = np.mean([c.var(0, ddof=1) for c in smoothed.values()], 0)
+    return {'gap': gap, 'seed_spread': float(np.sqrt(variance).mean())}
 
 def curves_figure(result: dict,  # of `bench_curves`
                   ):  # matplotlib figure
-    "All seeds of both ways."
+    "All seeds of all ways."
     fig, ax = plt.subplots(figsize=(4.5, 2.6), dpi=72)
-    for k, color in (('reference', 'C1'), ('ours', 'C0')):
-        style = dict(color=color, lw=1, ls='-' if k == 'ours' else '--')
-        for i, c in enumerate(result['curves'][k]): ax.plot(smooth(c, .1), label=None if i else k, **style)
+    for color, (way, seeds) in zip(('C1', 'C0', 'C2'), result['curves'].items()):
+        style = dict(color=color, lw=1, ls='--' if way == 'reference' else '-')
+        for i, c in enumerate(seeds): ax.plot(smooth(c, .1), label=None if i else way, **style)
     ax.set_xlabel('step', fontsize=8)
     ax.set_title('loss, all layers', fontsize=9)
     ax.legend(fontsize=7)
