@@ -411,17 +411,15 @@ def curve_gap(curves: Mapping[str, list[list[float]]],  # reference and others -
     smoothed = {k: np.array([smooth(c, share) for c in seeds]) for k, seeds in curves.items()}
     mean = {k: c.mean(0) for k, c in smoothed.items()}
     gap = {k: float(np.abs(m - mean['reference']).mean()) for k, m in mean.items() if k != 'reference'}
-    if len(smoothed['reference']) == 1: return {'gap': gap, 'seed_spread': None}
-    variance = np.mean([c.var(0, ddof=1) for c in smoothed.values()], 0)
-    return {'gap': gap, 'seed_spread': float(np.sqrt(variance).mean())}
+    spread = np.sqrt(np.mean([c.var(0, ddof=1) for c in smoothed.values()], 0)).mean() if len(smoothed['reference']) > 1 else np.nan
+    return {'gap': gap, 'seed_spread': float(spread)}
 
 def curves_figure(result: dict,  # of `bench_curves`
                   ):  # matplotlib figure
     "All seeds of all ways."
     fig, ax = plt.subplots(figsize=(4.5, 2.6), dpi=72)
     for color, (way, seeds) in zip(('C1', 'C0', 'C2'), result['curves'].items()):
-        style = dict(color=color, lw=1, ls='--' if way == 'reference' else '-')
-        for i, c in enumerate(seeds): ax.plot(smooth(c, .1), label=None if i else way, **style)
+        for i, c in enumerate(seeds): ax.plot(smooth(c, .1), '--' if way == 'reference' else '-', c=color, lw=1, label=None if i else way)
     ax.set_xlabel('step', fontsize=8)
     ax.set_title('loss, all layers', fontsize=9)
     ax.legend(fontsize=7)
