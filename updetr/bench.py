@@ -382,10 +382,11 @@ def bench_end_to_end(cfg: PretrainConfig,  # of the step
 def bench_curves(steps: int = 500,  # of each training
                  seeds: tuple[int, ...] = (42, 43, 44),  # of weights, views and dropout
                  device: torch.device | str = 'cpu',  # where all run
+                 kinds: tuple[str, ...] = ('fp32', 'bf16'),  # precisions of ours
                  **changes,  # of the small configuration
                  ) -> dict:  # steps, curves: way -> one list of losses a seed
     "Loss curves on the same batches: the reference's way, ours in fp32 and in bf16, on a GPU with recorded graphs."
-    curves = {'reference': [], 'ours, fp32': [], 'ours, bf16': []}
+    curves = {'reference': []} | {f'ours, {kind}': [] for kind in kinds}
     for seed in seeds:
         small = dict(views=4 * steps, view_size=96, patch_size=32, num_queries=20, num_patches=5, cache_features=False, own_group=False,
                      dropout=.1, cached_patches=0, seed=seed, batch_size=4, epochs=1, schedule='step', lr_drop=10, clip_max_norm=1.)
@@ -394,7 +395,7 @@ def bench_curves(steps: int = 500,  # of each training
             task = PretrainTask(cfg, folder, Processes())
             task.begin(resumed=False)
             model, criterion = task.model, task.module.criterion
-            ours = (Ours(copy.deepcopy(model), criterion, cfg, device, amp) for amp in (False, True))
+            ours = (Ours(copy.deepcopy(model), criterion, cfg, device, kind == 'bf16') for kind in kinds)
             ways = [Theirs(model, criterion, cfg, device), *ours]
             batches = list(photo_loader(task.dataset, task.plan(0, steps)))
             for curve, way in zip(curves.values(), ways):
@@ -478,7 +479,7 @@ def bench_parts(size: str,  # a key of `SIZES`
             'memory': lambda: {'memory': bench_memory(cfg, s['memory'], device, s['shrink'])},
             'inference': lambda: {'inference': bench_inference(cfg, s['detect'], s['infer'], s['compiled'], r, device)},
             'growth': lambda: {'growth': bench_growth(cfg, s['batch'], r, device, s['growth'], 320 // s['shrink'])},
-            'curves': lambda: {'curves': bench_curves(s['steps'], s['seeds'], device)},
+            'curves': lambda: {'curves': bench_curves(s['steps'], s['seeds'], device, ('fp32', 'bf16') if gpu else ('fp32',))},
             'processes': lambda: {'processes': bench_processes(s['processes'], gpu)},
             'loader': lambda: {'loader': _in_folder(lambda f: bench_loader(imagenet_sized(f, s['photos']), **s['loader']))},
             'evaluation': lambda: {'evaluation': _in_folder(lambda f: bench_evaluation(f, **s['evaluation']))}}
