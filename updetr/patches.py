@@ -86,6 +86,7 @@ def crop_patches(
     height, width = image.shape[-2:]
     pixels = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)                         # strides as in `updetr.photos.resize`
     if out is None: out = image.new_empty(len(boxes), size, size, len(image)).permute(0, 3, 1, 2)
+    if len(out) != len(boxes): raise ValueError(f'{len(boxes)} boxes do not fit into {len(out)} places')
     for patch, (x1, y1, x2, y2) in zip(out, boxes.tolist()):
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
             raise ValueError(f'box {(x1, y1, x2, y2)} is empty or outside the photo of {width}x{height} px')
