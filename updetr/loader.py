@@ -58,7 +58,8 @@ def crop_sample(sample: dict,  # of `make_sample`
     return rest | {'image': _image(sample), 'patches': crop_patches(sample['photo'], sample['corners'], sample['patch_size'])}
 
 def _image(sample):
-    "What the model sees; a view has its size already"
+    "What the model sees: what is cut already, or the photo, unless it has its size already as a view has"
+    if 'image' in sample: return sample['image']
     photo, shape = sample['photo'], sample['shape']
     return photo if photo.shape[1:] == shape else resize(photo, *shape)
 
@@ -240,7 +241,7 @@ def collate(samples: list[dict],  # of `SelfDet` or `Views`
 def _join_crops(samples):
     "images uint8 (B,3,H,W) and patches uint8 (B,M,3,s,s); what is still to be cut is cut right into its place"
     shapes = torch.tensor([s['shape'] for s in samples])
-    images = _pixels((s['image'] if 'image' in s else _image(s) for s in samples), shapes)
+    images = _pixels(map(_image, samples), shapes)
     M, size = len(samples[0]['boxes']), samples[0]['patch_size']
     patches = _blank(len(samples), M, 3, size, size)
     for room, s in zip(patches, samples):
