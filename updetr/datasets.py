@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torchvision.utils import draw_bounding_boxes
 
+from .fingerprint import SetRows, column_rows, set_rows
 from .photos import MAX_PIXELS, _header, _printable, read_photo
 
 # %% ../nbs/23_datasets.ipynb #c006
@@ -466,3 +467,12 @@ def draw_sample(
     if not len(sample['boxes']): return image
     colors = ['gray' if crowd else class_color(label) for label, crowd in zip(sample['labels'].tolist(), sample['iscrowd'].tolist())]
     return draw_bounding_boxes(image, sample['boxes'], colors=colors, width=width or max(2, max(image.shape) // 100))
+
+# %% ../nbs/23_datasets.ipynb #e26c1925
+@set_rows.register
+def _(dataset: DetectionSet):
+    table = dataset.table
+    columns = dataset.columns | {'file': table.boxes[dataset.rows], 'file area': dataset.area}
+    paths = [dataset.path(i) for i in range(len(dataset))]
+    labels = column_rows(columns, dataset.starts)
+    return SetRows(table.files, paths, dataset.classes, list(map(str, table.image_ids)), labels, len(dataset.rows))

@@ -25,6 +25,7 @@ from .baselines import BASELINES
 from .boxes import pad_images
 from .config import DetectorConfig, SetLossConfig, TrainConfig, make_config
 from .datasets import DetectionSet, open_dataset
+from .fingerprint import SetRows, set_rows
 from .handover import Pretrained, open_pretrained
 from .loader import BatchPlan
 from .scenes import Scenes
@@ -183,6 +184,15 @@ class Subset:
         full, mine = self.dataset.coco(), set(self.image_ids)
         return full | {'images': [p for p in full['images'] if p['id'] in mine],
                        'annotations': [a for a in full['annotations'] if a['image_id'] in mine]}
+
+# %% ../nbs/28_finetune.ipynb #d33759e2
+@set_rows.register
+def _(dataset: Subset):
+    whole, chosen = set_rows(dataset.dataset), dataset.chosen.tolist()
+    def some(x): return x and [x[i] for i in chosen]
+    labels = some(whole.labels)
+    # how many objects are left nobody needs to count: their bytes tell
+    return SetRows(some(whole.names), some(whole.paths), whole.classes, some(whole.ids), labels, 0, whole.rule)
 
 # %% ../nbs/28_finetune.ipynb #c020
 def draw_evenly(labels: list[list[int]],  # of each photo's objects, 0..C-1

@@ -6,6 +6,7 @@
 __all__ = ['SEEN', 'UNSEEN', 'CLASSES', 'STUFF', 'Cutout', 'cutouts', 'Scene', 'compose', 'Scenes']
 
 # %% ../nbs/22_scenes.ipynb #c002
+import json
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,6 +18,7 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import find_objects
 from torch import Tensor
 
+from .fingerprint import SetRows, set_rows
 from .photos import builtin_photos
 
 # %% ../nbs/22_scenes.ipynb #c006
@@ -362,3 +364,9 @@ def _coco(ds):
         categories=[dict(id=k, name=name) for k, name in enumerate(ds.classes)],
         annotations=[dict(id=j, image_id=i, category_id=k, bbox=[x1, y1, x2 - x1, y2 - y1], area=area, iscrowd=0, segmentation=runs)
                      for j, (i, k, (x1, y1, x2, y2), area, runs) in enumerate(found, 1)])
+
+# %% ../nbs/22_scenes.ipynb #b9834955
+@set_rows.register
+def _(dataset: Scenes):
+    rule = [dataset.split, dataset.seed, dataset.height, dataset.width, dataset.names, dataset.settings]
+    return SetRows(list(map(str, dataset.image_ids)), None, dataset.classes, dataset.image_ids, rule=json.dumps(rule))
