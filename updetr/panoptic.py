@@ -22,7 +22,6 @@ from torchvision.io import write_png
 from .checkpoint import write_atomic, write_json
 from .datasets import _check_names, _load_json, _require, _unique, class_color, size_trouble
 from .evaluate import _from_all, _world, postprocess
-from .fingerprint import SetRows, photo_contents, set_rows
 from .masks import DETRsegm
 from .photos import _printable, read_photo
 from .scenes import Scenes
@@ -279,19 +278,6 @@ def write_panoptic(file: str | Path,  # panoptic_NAME.json to be made; the PNGs 
     sizes = zip(ds.image_ids, ds.sizes)
     images = [{'id': k, 'file_name': names[k], 'height': int(h), 'width': int(w)} for k, (h, w) in sizes]
     write_json(file, {'images': images, 'categories': categories, 'annotations': rows})
-
-# %% ../nbs/35_panoptic.ipynb #5d911dd0
-@set_rows.register
-def _(dataset: PanopticSet):
-    sizes, contents = photo_contents([dataset.pngs / png for _, png, _ in dataset.rows]) if dataset.masks else ([], {})
-    pictures = [[size, contents.get(i, '')] for i, size in enumerate(sizes)] or [None] * len(dataset)
-    labels = [json.dumps([info, picture]).encode() for (_, _, info), picture in zip(dataset.rows, pictures)]
-    roles = [f'{name} ({"thing" if thing else "stuff"})' for name, thing in zip(dataset.classes, dataset.isthing)]
-    return SetRows(dataset.files, [dataset.photos / f for f in dataset.files], roles, list(map(str, dataset.image_ids)), labels,
-                   sum(len(info) for _, _, info in dataset.rows))
-
-@set_rows.register
-def _(dataset: PanopticScenes): return set_rows(dataset.scenes)
 
 # %% ../nbs/35_panoptic.ipynb #c028
 def resize_ids(ids: Tensor,  # (H,W), any type

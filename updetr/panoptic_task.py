@@ -8,6 +8,7 @@ __all__ = ['PANOPTIC_PRESETS', 'PANOPTIC_DESCRIPTIONS', 'NO_PANOPTIC', 'TASK', '
            'draw_panoptic', 'PanopticTask']
 
 # %% ../nbs/35a_panoptic_task.ipynb #c002
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 
 from .config import loss_options, model_options
 from .detr import build_detr
+from .fingerprint import SetRows, photo_contents, set_rows
 from .finetune import COCO, SMALL, TransferConfig, batch_to_device, collate_targets, some_photos, transfer_config
 from .finetune_task import DetectStep, LabelledRun, draw_answer, evaluate, measurement, train_batches, val_batches
 from .handover import _own, hand_over, load_official, open_pretrained
 from .losses import build_criterion
 from .masks import DETRsegm, MaskStep
-from .panoptic import (COCO_CLASSES, PanopticEvaluator, PanopticScenes, draw_segments, open_panoptic, panoptic_segments)
+from .panoptic import (COCO_CLASSES, PanopticEvaluator, PanopticScenes, PanopticSet, draw_segments, open_panoptic, panoptic_segments)
 from .scenes import Scenes
 
 # %% ../nbs/35a_panoptic_task.ipynb #c006
@@ -134,6 +136,20 @@ def open_panoptic_sets(cfg: PanopticConfig,  # of the run
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(f'{train.source} and {val.source} have other categories: {", ".join(odd[:5]) or "the same names in other roles"}')
     return (some_photos(train, cfg.photos, cfg.seed) if cfg.photos else train), val
+
+# %% ../nbs/35a_panoptic_task.ipynb #12ec4b26
+@set_rows.register
+def _(dataset: PanopticSet):
+    sizes, contents = photo_contents([dataset.pngs / png for _, png, _ in dataset.rows]) if dataset.masks else ([], {})
+    pictures = [[size, contents.get(i, '')] for i, size in enumerate(sizes)] or [None] * len(dataset)
+    labels = [json.dumps([info, picture]).encode() for (_, _, info), picture in zip(dataset.rows, pictures)]
+    roles = [f'{name} ({"thing" if thing else "stuff"})' for name, thing in zip(dataset.classes, dataset.isthing)]
+    photos = [dataset.photos / file for file in dataset.files]
+    number = sum(len(info) for _, _, info in dataset.rows)
+    return SetRows(dataset.files, photos, roles, list(map(str, dataset.image_ids)), labels, number)
+
+@set_rows.register
+def _(dataset: PanopticScenes): return set_rows(dataset.scenes)
 
 # %% ../nbs/35a_panoptic_task.ipynb #c016
 def build_panoptic(cfg: PanopticConfig,  # of the run
