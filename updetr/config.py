@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'DESCRIPTIONS', 'CHOICES', 'POSITIVE', 'SHARES', 'COUNTS', 'TREE', 'NEUTRAL', 'DetectorConfig',
            'ModelConfig', 'SetLossConfig', 'LossConfig', 'DataConfig', 'multiple', 'TrainConfig', 'PretrainConfig',
-           'check_names', 'make_config', 'check_config', 'plain_variables', 'find_data', 'check_devices',
-           'model_options', 'loss_options', 'cfg_changes']
+           'check_names', 'make_config', 'check_config', 'plain_variables', 'check_parameters', 'find_data',
+           'check_devices', 'model_options', 'loss_options', 'cfg_changes']
 
 # %% ../nbs/14_config.ipynb #c002
 import dataclasses
@@ -211,6 +211,16 @@ def plain_variables(namespace: Mapping,  # a notebook's globals()
     "The variables of a notebook that could be parameters."
     plain = {k: v for k, v in namespace.items() if not k.startswith('_') and k not in ('In', 'Out')}
     return {k: v for k, v in plain.items() if v is None or type(v) in (int, float, str, bool, list, dict)}
+
+def check_parameters(namespace: dict,  # a notebook's globals(); a private note of its names is kept in it
+                     known: list[str],  # names of parameters
+                     ) -> dict:  # the plain variables that were there from the start
+    """What a notebook was started with. Raises ValueError that names every unknown parameter with the closest known one.
+    What its own cells have made since the first call are no parameters: cells may be run again, also after an error."""
+    at_start = namespace.setdefault('_at_start', frozenset(plain_variables(namespace)))
+    given = {k: v for k, v in plain_variables(namespace).items() if k in at_start or k in known}
+    check_names(given, known)
+    return given
 
 # %% ../nbs/14_config.ipynb #c020
 TREE = """expected one of

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .backbone import fetch_weights
-from .config import NEUTRAL, check_devices, check_names, make_config, plain_variables
+from .config import NEUTRAL, check_devices, check_parameters, make_config, plain_variables
 from .launch import launch
 from .report import mean_and_spread
 from .watch import watch
@@ -71,7 +71,7 @@ def given_parameters(namespace: Mapping,  # the notebook's globals()
     "What a notebook was started with. Raises ValueError that names an unknown parameter and the closest known one."
     given, fields = plain_variables(namespace), {f.name for f in dataclasses.fields(kind)} - {'task'}
     known = fields | set(options.split())
-    if not again: check_names(given, sorted(known))
+    if not again: check_parameters(namespace, sorted(known))
     return {k: v for k, v in given.items() if k in known}, {k: v for k, v in given.items() if k in fields}
 
 def parameter_lines(kind: type,  # of configuration

@@ -29,7 +29,7 @@ from scipy.stats import t as student
 
 from .checkpoint import write_atomic
 from .cnn_task import CNN
-from .config import PretrainConfig, TrainConfig, check_names, find_data, model_options, plain_variables
+from .config import PretrainConfig, TrainConfig, check_parameters, find_data, model_options, plain_variables
 from .detr import build_detr
 from .experiments import DESCRIPTIONS, EXPERIMENTS, Claim, Experiment, Scale, experiment
 from .finetune import open_sets
@@ -291,7 +291,7 @@ def open_study(id: str,  # of the experiment
     """The study that a notebook was started for. Raises ValueError that names an unknown parameter, scale or a wrong value,
     FileNotFoundError for photos that are not there."""
     given = plain_variables(namespace)
-    if not again: check_names(given, PARAMETERS)
+    if not again: check_parameters(namespace, list(PARAMETERS))
     given = {k: given.get(k, usual) for k, usual in PARAMETERS.items()}
     if given['seeds'] < 1: raise ValueError(f'seeds {given["seeds"]} must be at least 1')
     data = {k: given[k] for k in ('year', 'year_val', 'split', 'split_val', 'unseen') if given[k] != ''}
