@@ -3,6 +3,8 @@
 #
 #   make pretrain ARGS="-p seed 1"     parameters of nbs/pretrain.ipynb
 #   make test ARGS="-k boxes"          options of pytest
+#   make pretrain REPORT=reports/pretrain
+#                                      where the report goes; runs/ is ignored by git, reports/ is what the repository keeps
 #   make PYTHON=python3.12 ...         the Python that .venv is made with (3.10 or newer)
 
 PYTHON ?= python3
@@ -14,7 +16,8 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 RUN    := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY)
 PIP    := $(PY) -m pip --disable-pip-version-check --no-input
-REPORT := reports/pretrain
+REPORT  := runs/reports/pretrain
+REPORTS := runs/reports
 
 # Nothing from the caller's shell may change what runs: neither another Python's packages and kernels
 # (jupyter would look in JUPYTER_PATH and in ~/.local first) nor a matplotlib backend that draws no pictures
@@ -31,7 +34,7 @@ export GIT_PAGER := cat
 help:
 	@echo 'make pretrain   pre-train on the built-in photos, report in $(REPORT)/   (ARGS="-p seed 1": parameters)'
 	@echo 'make test       every test                                              (ARGS="-k boxes": pytest options)'
-	@echo 'make reports    every table and figure, at scale=toy, mini or paper         (ARGS="--only table1_voc -p seeds 1")'
+	@echo 'make reports    every table and figure, at scale=toy, mini or paper, in $(REPORTS)/ (ARGS="--only table1_voc -p seeds 1")'
 	@echo 'make readme     README.md from nbs/index.ipynb'
 	@echo 'make docs       every notebook and report as a site with search, in _docs/site/'
 	@echo 'make setup      only the set-up of $(VENV), which the others do by themselves'
@@ -40,13 +43,16 @@ setup: $(STAMP)
 
 pretrain: $(STAMP)
 	@mkdir -p $(REPORT)
-	$(RUN) -m papermill --log-output -k python3 nbs/pretrain.ipynb $(REPORT)/pretrain.ipynb $(ARGS)
+	@echo 'updetr: pre-training on photos that come with the packages; executed notebook, figures and numbers in $(REPORT)/'
+	$(RUN) -m papermill --log-output -k python3 nbs/pretrain.ipynb $(REPORT)/pretrain.ipynb -p report $(REPORT) $(ARGS)
+	@echo 'updetr: pre-trained; look at $(REPORT)/pretrain.ipynb, or drag patches in nbs/localize.ipynb'
 
 test: $(STAMP)
+	@echo 'updetr: every notebook and every test; what needs a GPU, a browser or UPDETR_DATA is skipped where there is none'
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
 
 reports: $(STAMP)
-	$(RUN) -c 'from updetr.study import main; main()' --scale $(scale) $(ARGS)
+	$(RUN) -c 'from updetr.study import main; main()' --scale $(scale) --to $(REPORTS) $(ARGS)
 
 readme: $(STAMP)
 	$(RUN) tests/tools/readme.py

@@ -1,5 +1,8 @@
 "Shared by every test: where the project is, and what a test may need that is not everywhere."
 import os
+import shutil
+import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 
 import matplotlib
@@ -10,6 +13,27 @@ NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] i
 
 os.environ.pop('MPLBACKEND', None)  # so that kernels started by tests draw into their notebook...
 matplotlib.use('agg')  # ... and the tests themselves need no display
+
+
+def files(root=ROOT):
+    "The project's own files: what git tracks or would add, or, without git, all but what .gitignore names."
+    command = ['git', 'ls-files', '-coz', '--exclude-standard']
+    git = shutil.which('git') and subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if git and git.stdout: return sorted(root/f for f in set(git.stdout.split('\0')) if f and (root/f).is_file())
+    ignored = ['.git'] + [s.strip('/') for s in (root/'.gitignore').read_text().split('\n') if s and s[0] != '#']
+
+    def mine(path): return path.is_file() and not any(fnmatch(part, name) for part in path.relative_to(root).parts for name in ignored)
+    return sorted(filter(mine, root.rglob('*')))
+
+
+def copy_project(folder):
+    "Copy the project's own files into `folder`; which they are."
+    mine = files()
+    for f in mine:
+        to = Path(folder)/f.relative_to(ROOT)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(f, to)
+    return mine
 
 
 def _lack(mark):

@@ -265,7 +265,7 @@ def test_a_small_run_ends_in_a_report(tmp_path):
                         eval_every=1, gpus=0)
     r = papermill(tmp_path / 'out.ipynb', tmp_path, FINETUNE, **tiny)
     assert r.returncode == 0, r.stderr[-3000:]
-    metrics, run = json.loads((tmp_path / 'reports/finetune/metrics.json').read_text()), tmp_path / 'runs/finetune-demo-detr-42'
+    metrics, run = json.loads((tmp_path / 'runs/reports/finetune-demo/metrics.json').read_text()), tmp_path / 'runs/finetune-demo-detr-42'
     assert metrics['detection'].keys() == {'detr'} and {'AP', 'AP50', 'VOC 11', 'VOC all'} <= metrics['detection']['detr'].keys()
     assert {'command', 'commit', 'versions', 'hardware', 'seeds', 'scale', 'wall_s'} <= metrics['provenance'].keys()
     assert '-p scenes 8' in metrics['provenance']['command'] and 'small scale' in metrics['provenance']['scale']

@@ -3,11 +3,9 @@ import ast
 import io
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tokenize
-from fnmatch import fnmatch
 from pathlib import Path
 
 import nbformat
@@ -15,7 +13,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from conftest import NOTEBOOKS, ROOT
+from conftest import NOTEBOOKS, ROOT, copy_project, files
 from tools.readme import readme
 
 if sys.version_info >= (3, 11):
@@ -33,17 +31,6 @@ TOOLS = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'ipywidgets', 'a
 
 each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 each_numbered = pytest.mark.parametrize('path', NUMBERED, ids=lambda p: p.stem)
-
-
-def files(root=ROOT):
-    "The project's own files: what git tracks or would add, or, without git, all but what .gitignore names."
-    command = ['git', 'ls-files', '-coz', '--exclude-standard']
-    git = shutil.which('git') and subprocess.run(command, cwd=root, capture_output=True, text=True)
-    if git and git.stdout: return sorted(root/f for f in set(git.stdout.split('\0')) if f and (root/f).is_file())
-    ignored = ['.git'] + [s.strip('/') for s in (root/'.gitignore').read_text().split('\n') if s and s[0] != '#']
-
-    def mine(path): return path.is_file() and not any(fnmatch(part, name) for part in path.relative_to(root).parts for name in ignored)
-    return sorted(filter(mine, root.rglob('*')))
 
 
 def code_cells(path): return [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
@@ -83,11 +70,7 @@ def names_imported(tree):
 
 def test_clean_and_export_change_nothing(tmp_path):
     "`nbdev_clean` and `nbdev_export`, run in a copy, leave every file as it was."
-    mine = files()
-    for f in mine:
-        to = tmp_path/f.relative_to(ROOT)
-        to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(f, to)
+    mine = copy_project(tmp_path)
     code = 'from nbdev.clean import nbdev_clean; from nbdev.doclinks import nbdev_export; nbdev_clean(); nbdev_export()'
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)
     before = {f.relative_to(ROOT): f.read_bytes() for f in mine}

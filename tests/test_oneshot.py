@@ -364,7 +364,7 @@ def test_a_small_run_ends_in_a_report(tmp_path):
     changes = {k: v for k, v in (TINY | dict(methods='detr', epochs=2, eval_every=1, gpus=0)).items()}
     r = papermill(tmp_path / 'out.ipynb', tmp_path, ONESHOT, **changes)
     assert r.returncode == 0, r.stderr[-3000:]
-    metrics, run = json.loads((tmp_path / 'reports/oneshot/metrics.json').read_text()), tmp_path / 'runs/oneshot-demo-detr-42'
+    metrics, run = json.loads((tmp_path / 'runs/reports/oneshot-demo/metrics.json').read_text()), tmp_path / 'runs/oneshot-demo-detr-42'
     assert metrics['oneshot'].keys() == {'detr', 'detr, wrong picture', 'feature matching', 'chance'}
     assert '-p scenes 8' in metrics['provenance']['command'] and 'small scale' in metrics['provenance']['scale']
     last = rows(run)[-1]

@@ -330,14 +330,15 @@ def test_a_small_run_ends_in_a_report(tmp_path):
                         mask_epochs=1, threshold=.1, gpus=0)
     r = papermill(tmp_path / 'out.ipynb', tmp_path, PANOPTIC, **tiny)
     assert r.returncode == 0, r.stderr[-3000:]
-    metrics, run = json.loads((tmp_path / 'reports/panoptic/metrics.json').read_text()), tmp_path / 'runs/panoptic-demo-detr-masks-42'
+    metrics = json.loads((tmp_path / 'runs/reports/panoptic-demo/metrics.json').read_text())
+    run = tmp_path / 'runs/panoptic-demo-detr-masks-42'
     assert metrics['panoptic'].keys() == {'detr'} and {'PQ', 'SQ', 'RQ', 'PQth', 'PQst', 'APseg'} <= metrics['panoptic']['detr'].keys()
     assert {'command', 'commit', 'versions', 'hardware', 'seeds', 'scale', 'wall_s'} <= metrics['provenance'].keys()
     assert '-p mask_epochs 1' in metrics['provenance']['command'] and 'small scale' in metrics['provenance']['scale']
     assert metrics['panoptic']['detr']['PQ']['mean'] == pytest.approx(measured(run)[-1]['test_PQ'], abs=1e-3)
     assert len(json.loads((run / 'panoptic_val.json').read_text())['annotations']) == len(list((run / 'panoptic_val').iterdir())) == 4
     shared = PanopticSegmenter.from_checkpoint(run / 'segmenter.safetensors')
-    assert shared.isthing == [True] * 8 + [False] * 4 and (tmp_path / 'reports/panoptic/segments.png').exists()
+    assert shared.isthing == [True] * 8 + [False] * 4 and (tmp_path / 'runs/reports/panoptic-demo/segments.png').exists()
 
 
 # ---- COCO -----------------------------------------------------------------------------------------------------------

@@ -3,13 +3,15 @@ import dataclasses
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 
 import nbformat
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, copy_project
 from updetr.config import PretrainConfig
 from updetr.finetune import FinetuneConfig
 from updetr.oneshot import OneShotConfig
@@ -19,12 +21,24 @@ TINY = dict(views=24, view_size=64, patch_size=32, hidden_dim=32, nheads=4, dim_
             batch_size=4, epochs=1, gpus=0)
 
 
+READERS = ['guides/own_photos', 'guides/what_it_bought', 'localize']  # notebooks that read reports, or look for finished runs
+
+
+def words(parameters): return [w for k, v in parameters.items() for w in ('-p', k, str(v))]
+
+
+def quiet(**more):
+    "The environment without GPUs, photos and settings of the machine's own."
+    env = os.environ | {'CUDA_VISIBLE_DEVICES': '', 'JUPYTER_PREFER_ENV_PATH': '1', 'OMP_NUM_THREADS': '1', 'UPDETR_DATA': '', **more}
+    return {k: v for k, v in env.items() if k not in ('MPLBACKEND', 'MAKEFLAGS', 'MAKELEVEL', 'MFLAGS', 'ARGS', 'REPORT')}
+
+
 def papermill(out, cwd=ROOT, notebook=NOTEBOOK, **parameters):
-    words = [w for k, v in parameters.items() for w in ('-p', k, str(v))]
-    env = os.environ | {'CUDA_VISIBLE_DEVICES': '', 'JUPYTER_PREFER_ENV_PATH': '1', 'OMP_NUM_THREADS': '1', 'UPDETR_DATA': ''}
-    env.pop('MPLBACKEND', None)
-    return subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', str(notebook), str(out), *words],
-                          cwd=cwd, env=env, capture_output=True, text=True, timeout=400)
+    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', str(notebook), str(out), *words(parameters)]
+    return subprocess.run(command, cwd=cwd, env=quiet(), capture_output=True, text=True, timeout=400)
+
+
+def git(folder, *command): return subprocess.run(['git', *command], cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
 def parameter_lines(notebook=NOTEBOOK):
@@ -52,29 +66,48 @@ def test_the_help_lists_every_parameter(notebook):
 
 @pytest.fixture(scope='module')
 def report(tmp_path_factory):
-    """A small run in a folder of its own (a copy of settings.ini makes it the root)."""
-    root = tmp_path_factory.mktemp('root')
-    (root / 'settings.ini').write_text((ROOT / 'settings.ini').read_text())
-    r = papermill(root / 'out.ipynb', root, **TINY)
+    """A fresh clone in which `make pretrain` was run, for a few steps. Its Python is the one of this process."""
+    if not (shutil.which('make') and shutil.which('git')): pytest.skip('needs make and git')
+    root = tmp_path_factory.mktemp('clone')
+    copy_project(root)
+    git(root, 'init', '-q')
+    git(root, 'add', '-Af')
+    git(root, '-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-qm', 'all')
+    (root / '.venv/bin').mkdir(parents=True)
+    (root / '.venv/bin/python').write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (root / '.venv/bin/python').chmod(0o755)
+    (root / '.venv/.installed').touch()
+    command = ['make', 'pretrain', 'ARGS=' + ' '.join(words(TINY))]
+    r = subprocess.run(command, cwd=root, env=quiet(), capture_output=True, text=True, timeout=400)
     assert r.returncode == 0, r.stderr[-3000:]
     return root
 
 
+def test_the_tests_do_not_care_whether_something_was_run(report):
+    "After `make pretrain` git sees nothing, and what reads reports or looks for runs passes as it does in a fresh clone."
+    assert git(report, 'status', '--porcelain') == ''
+    chosen = ['tests/test_form.py::test_readme_is_in_step', *(f'tests/test_notebooks.py::test_notebook[{n}]' for n in READERS)]
+    r = subprocess.run([sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', *chosen],
+                       cwd=report, env=quiet(PYTHONPATH=str(report)), capture_output=True, text=True, timeout=400)
+    assert r.returncode == 0 and f'{len(chosen)} passed' in r.stdout, r.stdout[-3000:]
+    assert git(report, 'status', '--porcelain') == ''
+
+
 def test_a_small_run_ends_in_a_report(report):
-    metrics = json.loads((report / 'reports/pretrain/metrics.json').read_text())
+    metrics = json.loads((report / 'runs/reports/pretrain/metrics.json').read_text())
     assert set(metrics['pretext']) == {'heldout', 'trained', 'random', 'center', 'template'}
     assert all({'mean_iou', 'iou50', 'n'} <= set(m) for m in metrics['pretext'].values())
     assert metrics['pretext']['template']['mean_iou'] > .5 > metrics['pretext']['random']['mean_iou']
     assert {'command', 'commit', 'versions', 'hardware', 'seeds', 'scale', 'wall_s'} <= set(metrics['provenance'])
     assert "not the paper's setting" in metrics['provenance']['scale'] and '-p views 24' in metrics['provenance']['command']
-    assert {'curves.png', 'curves.svg', 'localization_0.png'} <= set(os.listdir(report / 'reports/pretrain'))
+    assert {'curves.png', 'curves.svg', 'localization_0.png'} <= set(os.listdir(report / 'runs/reports/pretrain'))
     assert (report / 'runs/demo-42/updetr.safetensors').exists()
 
 
 def test_the_executed_notebook_is_small_and_drawn(report):
-    cells = nbformat.read(report / 'out.ipynb', 4).cells
+    cells = nbformat.read(report / 'runs/reports/pretrain/pretrain.ipynb', 4).cells
     kinds = [k for c in cells for o in c.get('outputs', []) for k in o.get('data', {})]
-    assert any(k.startswith('image/') for k in kinds) and (report / 'out.ipynb').stat().st_size < 1_000_000
+    assert any(k.startswith('image/') for k in kinds) and (report / 'runs/reports/pretrain/pretrain.ipynb').stat().st_size < 1_000_000
 
 
 def test_running_it_again_finds_it_finished(report):

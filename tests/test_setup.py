@@ -79,7 +79,10 @@ def test_failed_update_is_not_taken_for_done(project):
 
 def test_arguments_reach_papermill(project):
     rc, _, calls = project('pretrain', 'ARGS=-p seed 1')
-    assert rc == 0 and 'nbs/pretrain.ipynb reports/pretrain/pretrain.ipynb -p seed 1' in calls
+    assert rc == 0 and 'nbs/pretrain.ipynb runs/reports/pretrain/pretrain.ipynb -p report runs/reports/pretrain -p seed 1' in calls
+    rc, out, calls = project('pretrain', 'REPORT=reports/pretrain')  # on purpose only
+    assert rc == 0 and 'nbs/pretrain.ipynb reports/pretrain/pretrain.ipynb -p report reports/pretrain' in calls
+    assert 'numbers in reports/pretrain/' in out
 
 
 @pytest.mark.parametrize('lack,says', [('too-old', 'Python 3.10 or newer is needed'), ('no-venv', 'python3-venv')])
