@@ -1239,6 +1239,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'updetr.study.places': ('study.html#places', 'updetr/study.py'),
                               'updetr.study.plan_rows': ('study.html#plan_rows', 'updetr/study.py'),
                               'updetr.study.plan_text': ('study.html#plan_text', 'updetr/study.py'),
+                              'updetr.study.report_folder': ('study.html#report_folder', 'updetr/study.py'),
                               'updetr.study.save_study': ('study.html#save_study', 'updetr/study.py'),
                               'updetr.study.seen': ('study.html#seen', 'updetr/study.py'),
                               'updetr.study.show_number': ('study.html#show_number', 'updetr/study.py'),

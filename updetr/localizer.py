@@ -354,7 +354,7 @@ def latency_rows(rounds: int = 100,  # drags of each row
     return [{'model': name, 'patches': m} | latency(localizer, picture, m, rounds) | {'limit': limit}
             for (name, limit), localizer in zip(LIMITS.items(), models) for m in (1, 10)]
 
-def latency_report(folder: str | Path = 'reports/widget',  # for metrics.json
+def latency_report(folder: str | Path = 'runs/reports/widget',  # for metrics.json
                    rounds: int = 100,  # drags of each row
                    threads: int = 2,  # of torch
                    ) -> str:  # markdown
