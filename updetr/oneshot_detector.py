@@ -16,11 +16,11 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from .augment import normalize
 from .checkpoint import read_weights
-from .detector import Detections, as_image
+from .detector import Detections
 from .finetune import view_sizes
 from .handover import hand_over, open_pretrained
 from .oneshot import OneShotConfig, ask, build_oneshot, with_query
-from .photos import resize
+from .photos import as_image, resize
 from .queries import query_picture
 from .transforms import Sizes, whole_view
 from .updetr import UPDETR

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SUFFIXES', 'MAX_PIXELS', 'MIN_SIDE', 'PRETRAIN_SIZES', 'PRETRAIN_MAX', 'BuiltinPhoto', 'builtin_photos',
-           'BadPhoto', 'read_photo', 'PhotoIndex', 'index_photos', 'resize_shape', 'resize']
+           'BadPhoto', 'read_photo', 'as_image', 'PhotoIndex', 'index_photos', 'resize_shape', 'resize']
 
 # %% ../nbs/02_photos.ipynb #c002
 import io
 import json
+import math
 import os
 import stat
 import struct
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -73,10 +75,24 @@ def builtin_photos(
     return [p for p in photos if split in (None, p.split)]
 
 # %% ../nbs/02_photos.ipynb #c012
-Image.init()                                             # without it PIL knows only some of its formats
-FORMATS = tuple(f for f in 'JPEG MPO PNG WEBP AVIF BMP GIF TIFF PPM'.split() if f in Image.OPEN)
-SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .mpo .png .apng .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm'.split())
-MAX_PIXELS = 80_000_000                                  # 240 MB as RGB
+def _learn_formats():
+    "Let PIL know all of its formats, and HEIC where pillow-heif is installed"
+    Image.init()
+    if not find_spec('pillow_heif'): return
+    try: import_module('pillow_heif').register_heif_opener()
+    except Exception: pass                               # a broken package is as good as none
+
+def _most_pixels():
+    "The limit of UPDETR_MAX_PIXELS, or 240 MB as RGB"
+    said = os.environ.get('UPDETR_MAX_PIXELS', '80000000')
+    if said.isdecimal() and int(said): return int(said)
+    raise ValueError(f'UPDETR_MAX_PIXELS is {said!r}, but must be a number of pixels, such as 300000000')
+
+_learn_formats()
+FORMATS = tuple(f for f in 'JPEG MPO PNG WEBP AVIF HEIF BMP GIF TIFF PPM'.split() if f in Image.OPEN)
+SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .mpo .png .apng .webp .avif .heic .heif '
+                     '.bmp .gif .tif .tiff .ppm .pgm .pbm .pnm'.split())
+MAX_PIXELS = _most_pixels()
 MIN_SIDE = 17                                            # photos with a side of 16 px or less are skipped (reference code)
 
 def _printable(path): return os.fsencode(path).decode(errors='backslashreplace')    # names need not be UTF-8
@@ -101,15 +117,35 @@ def _check_file(path):
     if not stat.S_ISREG(info.st_mode): raise BadPhoto(path, 'not a regular file')
     if info.st_size == 0: raise BadPhoto(path, 'empty file')
 
+_HEIC = frozenset(b'heic heix heim heis hevc hevx mif1 msf1'.split())
+
+def _other_kind(file):
+    "What a file that PIL does not know is by its first bytes, with the way on; else None"
+    file.seek(0)
+    head = file.read(1000)
+    if head[4:8] == b'ftyp' and head[8:12] in _HEIC and 'HEIF' not in FORMATS:
+        return 'HEIC photo (pip install pillow-heif and start anew, or save it as JPEG)'
+    if head[:2] == b'\xff\x0a' or head[4:12] == b'JXL \r\n\x87\n':
+        return 'JPEG XL photo (save it as JPEG or PNG)'
+    if b'<svg' in head: return 'not an image: an SVG drawing has no pixels, save it as PNG'
+
+def _raise_limit(max_pixels):
+    "Lift PIL's own limit where more is asked for: beyond it PIL warns, beyond twice it refuses"
+    if max_pixels > (Image.MAX_IMAGE_PIXELS or math.inf): Image.MAX_IMAGE_PIXELS = max_pixels
+
 def _open(path, file, max_pixels):
     "PIL image of an open file, header only; BadPhoto if it is none or too large"
+    way = 'Set UPDETR_MAX_PIXELS=NUMBER before the start to raise it, or cut the photo into tiles'
+    _raise_limit(max_pixels)
     try: im = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as e:
         known = os.path.splitext(path)[1].lower() in SUFFIXES
-        raise BadPhoto(path, 'broken image: header not understood' if known else 'not an image') from e
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e: raise BadPhoto(path, f'too many pixels: {e}') from e
+        plain = 'broken image: header not understood' if known else 'not an image'
+        raise BadPhoto(path, _other_kind(file) or plain) from e
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e: raise BadPhoto(path, f'too many pixels: {e}. {way}') from e
     except Exception as e: raise BadPhoto(path, f'broken image: {_words(e)}') from e    # anything from struct.error to SyntaxError
-    if im.width * im.height > max_pixels: raise BadPhoto(path, f'too many pixels: {im.width}x{im.height}, limit {max_pixels:,}')
+    if im.width * im.height > max_pixels:
+        raise BadPhoto(path, f'too many pixels: {im.width}x{im.height}, limit {max_pixels:,}. {way}')
     return im
 
 # %% ../nbs/02_photos.ipynb #c015
@@ -182,6 +218,60 @@ def read_photo(
         turn = _orientation(im)
         try: return _upright(_decode(im, data), turn)
         except Exception as e: raise BadPhoto(path, f'cannot be decoded: {_words(e)}') from e
+
+# %% ../nbs/02_photos.ipynb #c030b
+def _from_pil(im):
+    "A PIL image as `read_photo` gives its file"
+    turn = _orientation(im)
+    try: return _upright(_rgb(im), turn)
+    except ValueError: raise
+    except Exception as e:
+        file = getattr(im, 'filename', '') or 'PIL image'
+        raise BadPhoto(file, f'cannot be decoded: {_words(e)}') from e
+
+def _channels_last(x, first):
+    "An array (H,W) or (H,W,C) of one whose channels may come first; ValueError if it is no picture"
+    if x.ndim == 2 and x.size: return x
+    places = [d for d in ((0, 2) if first else (2, 0)) if x.ndim == 3 and x.size and x.shape[d] in (1, 2, 3, 4)]
+    if places:
+        x = np.moveaxis(x, places[0], -1)
+        return x[..., 0] if x.shape[-1] == 1 else x
+    one = ': give the pictures of a batch one by one, or as a list' if x.ndim == 4 else ''
+    raise ValueError('a picture must have the shape (H,W), (H,W,3) or (3,H,W), with alpha (H,W,4), '
+                     f'not {x.shape}{one}')
+
+def _eight_bits(x):
+    "The numbers of a picture as uint8; ValueError if it is not known which is white"
+    if x.dtype == np.uint8: return x
+    if x.dtype == bool: return x * np.uint8(255)
+    if x.dtype == np.uint16:
+        return ((x.astype(np.int64) + 128) // 257 if x.ndim == 2 else x >> 8).astype(np.uint8)
+    if x.dtype.kind not in 'fiu': raise ValueError(f'the numbers of a picture cannot be {x.dtype}')
+    low, high = x.min(), x.max()
+    if x.dtype.kind == 'f' and 0 <= low <= high <= 1:
+        return np.rint(x.astype(np.float64) * 255).astype(np.uint8)
+    raise ValueError('the numbers of a picture must be uint8, uint16, or floats in 0..1; these are '
+                     f'{x.dtype}, {low:.3g} to {high:.3g}. If white is 255, say x.astype(np.uint8)')
+
+# %% ../nbs/02_photos.ipynb #c030c
+def as_image(
+    picture,      # path, PIL image, array or tensor, as described above
+)->torch.Tensor:  # (3, H, W) uint8
+    "Any usual picture as a tensor. Raises BadPhoto (files), or ValueError that says what was expected."
+    if isinstance(picture, (str, os.PathLike)): return read_photo(picture)
+    if isinstance(picture, Image.Image): return _from_pil(picture)
+    first = isinstance(picture, torch.Tensor)
+    if first:
+        done = picture.dtype == torch.uint8 and picture.ndim == 3 and len(picture) == 3
+        if done and picture.numel(): return picture.cpu()
+        picture = (picture.float() if picture.is_floating_point() else picture).detach().cpu().numpy()
+    if not isinstance(picture, np.ndarray):
+        raise ValueError('a picture must be a path, a PIL image, an array (H,W,3) or a tensor (3,H,W), '
+                         f'not {type(picture).__name__}')
+    pixels = np.require(_eight_bits(_channels_last(picture, first)), requirements='CW')
+    if pixels.ndim == 2: return torch.from_numpy(pixels).expand(3, -1, -1)
+    if pixels.shape[-1] == 3: return torch.from_numpy(pixels).permute(2, 0, 1)
+    return _rgb(Image.fromarray(pixels))
 
 # %% ../nbs/02_photos.ipynb #c032
 def _by_reason(skipped, examples):

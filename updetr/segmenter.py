@@ -22,14 +22,13 @@ from torchvision.transforms.v2 import functional as F
 
 from .augment import normalize
 from .checkpoint import read_weights
-from .detector import as_image
 from .detr import build_detr
 from .finetune import view_sizes
 from .handover import load_official, open_pretrained
 from .masks import DETRsegm
 from .panoptic import draw_segments, instance_masks, panoptic_segments
 from .panoptic_task import PanopticConfig, build_panoptic
-from .photos import resize
+from .photos import as_image, resize
 from .transforms import DETR_SIZES, Sizes, whole_view
 
 # %% ../nbs/36_segmenter.ipynb #c005
