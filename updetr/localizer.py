@@ -25,13 +25,13 @@ from torchvision.transforms.v2 import functional as F
 from .augment import BLUR_RADIUS, augment, draw_factors, normalize
 from .checkpoint import read_weights
 from .config import make_config, model_options
-from .detector import Detections, as_image
+from .detector import Detections
 from .finetune import view_sizes
 from .groups import group_mask, group_of
 from .handover import open_pretrained
 from .oneshot import OneShotConfig
 from .oneshot_detector import load_oneshot
-from .photos import builtin_photos, read_photo, resize
+from .photos import as_image, builtin_photos, read_photo, resize
 from .queries import query_picture
 from .report import markdown_table, provenance, save_metrics
 from .transforms import Sizes, whole_view
