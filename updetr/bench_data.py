@@ -23,10 +23,9 @@ import torch.multiprocessing as mp
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch.utils.data import DataLoader
 
 from .evaluate import CocoEvaluator
-from .loader import PatchTask, SelfDet, collate, epoch_batches, make_sample
+from .loader import PatchTask, SelfDet, collate, data_loader, epoch_batches, make_sample
 from .patches import crop_patches
 from .photos import PRETRAIN_MAX, PRETRAIN_SIZES, builtin_photos, read_photo, resize, resize_shape
 from .reference_loader import ReferencePhotos, reference_collate
@@ -105,8 +104,7 @@ def _one_thread(worker): torch.set_num_threads(1)
 def _through_workers(dataset, batches, workers, join):
     "(ms of processor time a photo, photos a second by the clock on the wall)"
     notes, start = {}, perf_counter()
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=_Noted(join), num_workers=workers, worker_init_fn=_one_thread,
-                        generator=torch.Generator().manual_seed(0))
+    loader = data_loader(dataset, batches, _Noted(join), workers, _one_thread)
     for _, (who, used, count) in loader: notes.setdefault(who, []).append((used, count))
     wall = perf_counter() - start
     used = sum(n[-1][0] - n[0][0] for n in notes.values())

@@ -27,8 +27,7 @@ from .backbone import RESNETS, Backbone, join_features
 from .config import TrainConfig
 from .finetune import LabelledConfig, open_sets
 from .finetune_task import save_preview
-from .loader import BatchPlan, random_crop
-from .stop import ignore_stop
+from .loader import BatchPlan, data_loader, random_crop
 from .train import Processes
 
 # %% ../nbs/28b_cnn_task.ipynb #c006
@@ -97,9 +96,8 @@ def object_loader(views: ObjectViews,  # to be read
                   plan: BatchPlan,  # which photos make which batch
                   num_workers: int = 0,  # processes that decode; 0 = this one
                   ) -> DataLoader:  # of CPU batches
-    "A loader with a generator of its own, so that it draws nothing from the training's."
-    return DataLoader(views, batch_sampler=plan, num_workers=num_workers, worker_init_fn=ignore_stop, generator=torch.Generator(),
-                      prefetch_factor=4 if num_workers else None, pin_memory=torch.cuda.is_available())
+    "A loader that draws nothing from the training's generator."
+    return data_loader(views, plan, num_workers=num_workers)
 
 def views_to_device(batch: dict,  # views uint8 (B,2,3,s,s), factors (B,2,F), label (B,), index (B,)
                     device: torch.device | str,  # where the CNN is

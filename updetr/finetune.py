@@ -27,9 +27,8 @@ from .config import DetectorConfig, SetLossConfig, TrainConfig, make_config
 from .datasets import DetectionSet, open_dataset
 from .fingerprint import SetRows, set_rows
 from .handover import Pretrained, open_pretrained
-from .loader import BatchPlan
+from .loader import BatchPlan, data_loader
 from .scenes import Scenes
-from .stop import ignore_stop
 from .transforms import DetectionViews, Sizes
 
 # %% ../nbs/28_finetune.ipynb #c006
@@ -277,9 +276,8 @@ def view_loader(views: DetectionViews,  # random views, or those for evaluation
                 items,  # a `BatchPlan`, or lists of (epoch, index)
                 num_workers: int = 0,  # processes that decode; 0 = this one
                 ) -> DataLoader:  # of CPU batches
-    "A loader with a generator of its own, so that it draws nothing from the training's."
-    return DataLoader(views, batch_sampler=items, collate_fn=collate_targets, num_workers=num_workers, pin_memory=torch.cuda.is_available(),
-                      worker_init_fn=ignore_stop, prefetch_factor=4 if num_workers else None, generator=torch.Generator())
+    "A loader that draws nothing from the training's generator."
+    return data_loader(views, items, collate_targets, num_workers)
 
 def val_items(sizes,  # (n,2) height and width of the photos, px
               batch_size: int,  # photos a batch and process

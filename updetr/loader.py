@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['WHOLE_PIXELS', 'PatchTask', 'make_sample', 'crop_sample', 'read_or_next', 'SelfDet', 'random_crop', 'random_view',
-           'Views', 'epoch_batches', 'BatchPlan', 'collate', 'to_device', 'as_targets', 'photo_loader', 'bank_key',
-           'bank_chunk', 'build_bank', 'open_part', 'finish_bank', 'bank_home', 'send', 'take_rows', 'FeatureBank']
+           'Views', 'epoch_batches', 'BatchPlan', 'collate', 'to_device', 'as_targets', 'data_loader', 'photo_loader',
+           'bank_key', 'bank_chunk', 'build_bank', 'open_part', 'finish_bank', 'bank_home', 'send', 'take_rows',
+           'FeatureBank']
 
 # %% ../nbs/13_loader.ipynb #c002
 import hashlib
 import json
 import math
 import os
+import re
+import shutil
+import tempfile
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from torchvision.ops import box_convert
 
 from .augment import augment, draw_factors, normalize
@@ -281,17 +285,77 @@ def as_targets(boxes: Tensor,  # (B,M,4) cxcywh, 0..1
     "The targets of the pretext task, as `pad_targets` returns them: every photo has M, so nothing is padded."
     return torch.ones(boxes.shape[:2], dtype=torch.long, device=boxes.device), boxes, [boxes.shape[1]] * len(boxes)
 
+# %% ../nbs/13_loader.ipynb #c024q
+def _tensors(x):
+    "All tensors of a batch, however they are nested"
+    if isinstance(x, Tensor): yield x
+    elif isinstance(x, dict): yield from _tensors(list(x.values()))
+    elif isinstance(x, (list, tuple)):
+        for part in x: yield from _tensors(part)
+
+_FULL = 'no room for a batch in the shared memory of the loader workers'
+
+def _shm_advice():
+    "What to say when shared memory is full"
+    place = '/dev/shm' if os.path.isdir('/dev/shm') else tempfile.gettempdir()
+    room = shutil.disk_usage(place)
+    return (f'{_FULL}, {place} ({room.total / 2**20:.0f} MB, {room.free / 2**20:.0f} MB free). '
+            'Give it more (docker run --shm-size=2g, or --ipc=host), or use fewer workers: '
+            '-p num_workers 0 needs none')
+
+class _Handing:
+    "A collate function that puts the batch into shared memory itself if it runs in a worker"
+    def __init__(self, join): self.join = join
+
+    def __call__(self, samples):
+        if get_worker_info() is None: return self.join(samples)
+        try:
+            batch = self.join(samples)
+            for x in _tensors(batch): x.share_memory_()
+            return batch
+        except RuntimeError as e:
+            if not re.search('shared memory|shm|No space left|/torch_', str(e)): raise
+            raise RuntimeError(f'{_shm_advice()}. It said: {str(e).splitlines()[0]}') from e
+
+# %% ../nbs/13_loader.ipynb #c024r
+def _or_named(batches):
+    "The same batches; a worker that died is named with the way on"
+    try: yield from batches
+    except RuntimeError as e:
+        said = str(e).splitlines()[0]
+        if _FULL in str(e): raise RuntimeError(_FULL + str(e).split(_FULL)[-1].strip()) from e
+        if not re.match(r'DataLoader worker \(pid.*(killed by signal|exited unexpectedly)', str(e)): raise
+        way = ('a worker of the data loader died, most often because memory ran out: use fewer '
+               '(-p num_workers 0 needs none)')
+        if 'Bus error' in str(e): way = _shm_advice()
+        raise RuntimeError(f'{way}. It said: {said}') from e
+
+class _Loader(DataLoader):
+    "A `DataLoader` whose dead workers are named"
+    def __iter__(self): return _or_named(super().__iter__())
+
+def data_loader(
+    dataset: Dataset,  # what is read
+    batches,  # batch sampler: which items make which batch
+    join=None,  # samples -> batch on the CPU; None: torch's own way
+    num_workers: int = 0,  # processes that decode; 0 = this one
+    init=ignore_stop,  # called in each of them with its number
+) -> DataLoader:  # of CPU batches
+    """A loader whose workers leave signals to the main process and never hang without a word.
+    With a generator of its own: else it draws from the process's, and a resumed run would have other dropout masks."""
+    return _Loader(dataset, batch_sampler=batches, collate_fn=_Handing(join or default_collate),
+                   num_workers=num_workers, prefetch_factor=4 if num_workers else None,
+                   pin_memory=torch.cuda.is_available(), worker_init_fn=init,
+                   generator=torch.Generator())
+
 # %% ../nbs/13_loader.ipynb #c025
 def photo_loader(dataset: Dataset,  # `SelfDet` or `Views`
                  plan: BatchPlan,  # which items make which batch
                  num_workers: int = 0,  # processes that decode; 0 = this one
                  whole: bool = False,  # leave cutting to `to_device`
                  ) -> DataLoader:  # of CPU batches
-    """A loader over the rest of the training; workers leave signals to the main process.
-    With a generator of its own: else it draws from the process's, and a resumed run would have other dropout masks."""
-    return DataLoader(dataset, batch_sampler=plan, collate_fn=partial(collate, whole=whole), num_workers=num_workers,
-                      prefetch_factor=4 if num_workers else None, pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_stop,
-                      generator=torch.Generator())
+    "A loader over the rest of the training."
+    return data_loader(dataset, plan, partial(collate, whole=whole), num_workers)
 
 # %% ../nbs/13_loader.ipynb #c032
 def bank_key(**content,  # name -> anything that JSON can hold

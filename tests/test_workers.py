@@ -1,0 +1,76 @@
+"Worker processes of the loaders that cannot go on: a named error in seconds, never a hang."
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from updetr.cnn_task import object_loader
+from updetr.finetune import view_loader
+from updetr.loader import PatchTask, data_loader, make_sample, photo_loader
+
+ITEMS = [[0, 1]] * 8
+
+
+class Large(Dataset):
+    "Batches of each loader, of 6 MB"
+    def __init__(self, kind): self.kind = kind
+    def __len__(self): return 2
+
+    def __getitem__(self, i):
+        pixels = torch.zeros(3, 1000, 1000, dtype=torch.uint8)
+        if self.kind == 'view': return pixels, {'image_id': torch.tensor(i)}
+        if self.kind == 'object': return {'views': pixels, 'index': i}
+        task = PatchTask(2, 4, 16)
+        return make_sample(np.random.default_rng(i), pixels, task, (900, 900)) | {'index': i, 'skipped': []}
+
+
+class Dying(Dataset):
+    "The second item costs the worker its life"
+    def __len__(self): return 2
+
+    def __getitem__(self, i):
+        if i: os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(3)
+
+
+LOADERS = {'photo': photo_loader, 'whole': lambda *args: photo_loader(*args, whole=True), 'view': view_loader, 'object': object_loader}
+
+
+def load(kind):
+    return list(LOADERS[kind](Large(kind), ITEMS, 2))
+
+
+@pytest.mark.parametrize('kind', LOADERS)
+def test_shared_memory_that_is_too_small_is_named(kind):
+    "A limit on the size of files stands for a full /dev/shm: both refuse the room for a batch"
+    script = (f'import sys, resource; sys.path.insert(0, {str(Path(__file__).parent)!r})\n'
+              'from test_workers import load\n'
+              'resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))\n'
+              f'load({kind!r})')
+    told = subprocess.run([sys.executable, '-W', 'ignore', '-c', script], text=True, capture_output=True, timeout=60)
+    last = told.stderr.strip().splitlines()[-1]
+    assert last.startswith('RuntimeError: no room for a batch') and '--shm-size' in last and 'num_workers 0' in last
+
+
+@pytest.mark.parametrize('kind', LOADERS)
+def test_where_there_is_room_workers_change_nothing(kind):
+    def flat(x): return list(x.values()) if isinstance(x, dict) else x
+    alone = LOADERS[kind](Large(kind), ITEMS[:1], 0)
+    for a, b in zip(flat(next(iter(alone))), flat(load(kind)[0]), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else str(a) == str(b)
+
+
+def test_a_worker_that_is_killed_is_named():
+    loader = data_loader(Dying(), [[0], [0], [1], [0]], num_workers=1)
+    with pytest.raises(RuntimeError, match='memory ran out.*num_workers 0'): list(loader)
+
+
+def test_no_other_loader_is_made_anywhere():
+    made = [p.name for p in Path(__file__).parents[1].glob('updetr/*.py') if ' DataLoader(' in p.read_text()]
+    assert made == []
