@@ -155,6 +155,7 @@ def test_two_agents_on_loopback_are_one_process(one, runs):
 
 def test_a_batch_that_cannot_be_divided_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Processes, 'barrier', lambda self: None)
+    monkeypatch.setattr(Processes, 'gather', lambda self, x: [x])
     (tmp_path / 'run').mkdir()
     with pytest.raises(ValueError, match='batch_size 3 cannot be divided among 2 processes'):
         PretrainTask(make_config('demo', **TINY | {'batch_size': 3}), tmp_path / 'run', Processes(0, 2))

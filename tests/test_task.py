@@ -154,7 +154,7 @@ def test_photos_that_vanish_meanwhile(tmp_path):
     task.batches = hide_after_five
     with pytest.raises(BadPhoto, match='8 photos in a row cannot be read, the first: .*photos/'):
         train(task, task.cfg, tmp_path / 'run', Processes())
-    with pytest.raises(ValueError, match='the photos of .* are not those it began with'):
+    with pytest.raises(FileNotFoundError, match='no folder .*photos'):
         train_small(tmp_path / 'run', data=str(photos), epochs=2, dropout=.1, save_every=2)
     gone.rename(photos)
     train_small(tmp_path / 'run', data=str(photos), epochs=2, dropout=.1, save_every=2)

@@ -9,7 +9,7 @@ __all__ = ['CNN_PRESETS', 'TASK', 'CNNConfig', 'object_region', 'count_objects',
 
 # %% ../nbs/28b_cnn_task.ipynb #c002
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +25,10 @@ from torchvision.utils import make_grid
 from .augment import augment, draw_factors, normalize
 from .backbone import RESNETS, Backbone, join_features
 from .config import TrainConfig
-from .finetune import LabelledConfig, open_sets
+from .finetune import LabelledConfig, labelled_marks, open_sets
 from .finetune_task import save_preview
 from .loader import BatchPlan, data_loader, random_crop
+from .resume import check_data
 from .train import Processes
 
 # %% ../nbs/28b_cnn_task.ipynb #c006
@@ -224,6 +225,10 @@ class CNNTask:
                  ):
         self.cfg, self.run_dir, self.processes, self.measure_every = cfg, Path(run_dir), processes, cfg.eval_every
         self.train_set, self.val_set = open_sets(cfg)
+        # one process reads the photos; all refuse alike
+        marks = labelled_marks(cfg, self.train_set, self.val_set) if processes.rank == 0 else None
+        self.marks = processes.gather(marks)[0]
+        check_data(run_dir, self.marks, asdict(cfg))
         self.views, self.notes = ObjectViews(self.train_set, cfg.seed), {'class_names': list(self.train_set.classes)}
         self.steps_per_epoch = self.plan(0, 0).steps_per_epoch
         torch.manual_seed(cfg.seed)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VOC', 'COCO', 'LONG', 'SMALL', 'FINETUNE_PRESETS', 'FINETUNE_DESCRIPTIONS', 'FREE', 'NO_DATA', 'LabelledConfig',
            'TransferConfig', 'FinetuneConfig', 'transfer_config', 'finetune_config', 'checkpoint_sizes', 'open_sets',
-           'Subset', 'draw_evenly', 'some_photos', 'view_sizes', 'train_views', 'val_views', 'train_plan',
-           'collate_targets', 'batch_to_device', 'view_loader', 'val_items']
+           'Subset', 'labelled_marks', 'draw_evenly', 'some_photos', 'view_sizes', 'train_views', 'val_views',
+           'train_plan', 'collate_targets', 'batch_to_device', 'view_loader', 'val_items']
 
 # %% ../nbs/28_finetune.ipynb #c002
 import dataclasses
@@ -25,9 +25,10 @@ from .baselines import BASELINES
 from .boxes import pad_images
 from .config import DetectorConfig, SetLossConfig, TrainConfig, make_config
 from .datasets import DetectionSet, open_dataset
-from .fingerprint import SetRows, set_rows
+from .fingerprint import SetRows, mark_set, set_rows
 from .handover import Pretrained, open_pretrained
 from .loader import BatchPlan, data_loader
+from .resume import file_marks
 from .scenes import Scenes
 from .transforms import DetectionViews, Sizes
 
@@ -192,6 +193,13 @@ def _(dataset: Subset):
     labels = some(whole.labels)
     # how many objects are left nobody needs to count: their bytes tell
     return SetRows(some(whole.names), some(whole.paths), whole.classes, some(whole.ids), labels, 0, whole.rule)
+
+def labelled_marks(cfg: LabelledConfig,  # of the run
+                   train_set,  # data set to train on
+                   val_set,  # data set to evaluate on
+                   ) -> dict:  # part -> fingerprint, and 'files': digests of what it starts from
+    "Return what a run on labelled photos is begun with, see notebook 15b."
+    return {'train': mark_set(train_set), 'val': mark_set(val_set), 'files': file_marks(dataclasses.asdict(cfg))}
 
 # %% ../nbs/28_finetune.ipynb #c020
 def draw_evenly(labels: list[list[int]],  # of each photo's objects, 0..C-1

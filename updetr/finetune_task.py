@@ -8,6 +8,7 @@ __all__ = ['TASK', 'DetectStep', 'build_module', 'with_model', 'weights_key', 'p
            'fit_statistics', 'train_batches', 'val_batches', 'evaluate', 'measurement', 'draw_answer', 'FinetuneTask']
 
 # %% ../nbs/28a_finetune_task.ipynb #c002
+import dataclasses
 import hashlib
 import json
 import math
@@ -26,12 +27,13 @@ from .config import loss_options, model_options
 from .datasets import draw_sample
 from .detr import Standardize, build_detr
 from .evaluate import CocoEvaluator, diagnose, postprocess
-from .finetune import (FinetuneConfig, TransferConfig, batch_to_device, collate_targets, open_sets, train_plan, train_views,
-                             val_items, val_views, view_loader)
+from .finetune import (FinetuneConfig, TransferConfig, batch_to_device, collate_targets, labelled_marks, open_sets, train_plan,
+                             train_views, val_items, val_views, view_loader)
 from .handover import hand_over, open_pretrained
 from .loader import bank_key, open_part
 from .losses import build_criterion
 from .photos import resize
+from .resume import check_data
 from .train import Processes, progress_writer
 from .transforms import DetectionViews
 
@@ -203,6 +205,10 @@ class LabelledRun:
                  ):
         self.cfg, self.run_dir, self.processes, self.cached, self.measure_every = cfg, Path(run_dir), processes, None, cfg.eval_every
         self.train_set, self.val_set = self.open_sets()
+        # one process reads the photos; all refuse alike
+        marks = labelled_marks(cfg, self.train_set, self.val_set) if processes.rank == 0 else None
+        self.marks = processes.gather(marks)[0]
+        check_data(run_dir, self.marks, dataclasses.asdict(cfg))
         self.views, self.val_views = train_views(cfg, self.train_set), val_views(cfg, self.val_set)
         self.notes, self.truth = {'class_names': list(self.train_set.classes)}, None
         self.steps_per_epoch = train_plan(cfg, self.train_set, 0, 0, processes.rank, processes.world).steps_per_epoch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'BUDGET', 'OPENING', 'SAMPLE', 'LISTED', 'file_digest', 'photo_contents', 'SetRows',
            'set_rows', 'column_rows', 'mark_rows', 'mark_set', 'mark_photos', 'short_mark', 'mark_digest', 'same_data',
-           'data_changes']
+           'class_changes', 'data_changes']
 
 # %% ../nbs/02a_fingerprint.ipynb #c002
 import hashlib
@@ -173,10 +173,13 @@ def _photos(names, what):
     "'3 photos fewer (a, b, c)', [] if there are none"
     return [f'{len(names):,} photo{"s" if len(names) > 1 else ""} {what}{_some(names)}'] if names else []
 
-def _class_changes(old, new):
-    "Sentences on names of classes"
+def class_changes(
+    old: list[str] | None,  # names in order
+    new: list[str] | None,  # the same of what is there now
+) -> list[str]:  # sentences without an end; empty: nothing has changed
+    "Say how two lists of classes differ."
+    old, new = list(old or []), list(new or [])
     if old == new: return []
-    old, new = old or [], new or []
     found = [f'class {c!r} is new' for c in new if c not in old] + [f'class {c!r} is gone' for c in old if c not in new]
     return found or [f'the classes are in another order ({", ".join(old[:5])} -> {", ".join(new[:5])})']
 
@@ -195,7 +198,7 @@ def _listed_changes(old, new, relabelled):
 def _counted_changes(old, new, relabelled):
     "Sentences on photos, where only the whole is known"
     more = new['photos'] - old['photos']
-    if more: return [f'{abs(more):,} photos {"more" if more > 0 else "fewer"}']
+    if more: return [f'{abs(more):,} photo{"s" if abs(more) > 1 else ""} {"more" if more > 0 else "fewer"}']
     kinds = {'names': 'other names of photos', 'content': 'photos with another size or content',
              'labels': 'other boxes or flags'}
     return [text for k, text in kinds.items() if old[k] != new[k] and not (relabelled and k == 'labels')]
@@ -207,7 +210,7 @@ def data_changes(
 ) -> list[str]:  # sentences without an end; empty: nothing has changed
     "Say what has changed between two fingerprints."
     if same_data(old, new): return []
-    found = _class_changes(old['classes'], new['classes'])
+    found = class_changes(old['classes'], new['classes'])
     relabelled, listed = bool(found), 'each' in old and 'each' in new
     if old['rule'] != new['rule']: found.append(f'painted by another rule ({old["rule"]} -> {new["rule"]})')
     found += _listed_changes(old['each'], new['each'], relabelled) if listed else _counted_changes(old, new, relabelled)

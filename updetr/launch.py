@@ -24,6 +24,7 @@ from pathlib import Path
 import psutil
 
 from .config import cfg_changes
+from .resume import check_data, refuse_changes
 
 # %% ../nbs/17_launch.ipynb #c006
 def _write_json(path, content):
@@ -146,14 +147,14 @@ def _goes_on(run):
 def prepare(
     run_dir: str | Path,  # folder of the run; made if missing
     cfg: dict,  # configuration; what JSON can hold, and paths
-    may_change: tuple = (),  # keys that may differ from those the folder was started with
+    may_change: tuple = (),  # keys that may differ from those the folder was started with, besides notebook 15b's
 ) -> Path:  # the configuration file
     "Write `cfg.json`, unless the run goes on. Raises ValueError that names what differs from the configuration that is there."
     run = Path(run_dir)
     run.mkdir(parents=True, exist_ok=True)
-    changed = cfg_changes(_read_json(run/'cfg.json') or cfg, cfg)
-    if refused := [f'{k}: {v}' for k, v in changed.items() if k not in may_change]:
-        raise ValueError(f'{run} was started with another configuration ({"; ".join(refused)}): give the run a new name')
+    old = _read_json(run/'cfg.json') or cfg
+    refuse_changes(run, old, cfg, may_change)
+    changed = cfg_changes(old, cfg)
     if not _goes_on(run):
         if changed: (run/'done.json').unlink(missing_ok=True)
         _write_json(run/'cfg.json', cfg)
@@ -168,16 +169,18 @@ def launch(
     module: str = 'updetr',  # module that each process runs
     nnodes: int = 1,  # machines; the others run `torchrun_command` themselves
     rdzv_endpoint: str | None = None,  # 'host:port' where several machines meet
-    may_change: tuple = (),  # configuration keys that may differ from those the folder was started with
+    may_change: tuple = (),  # keys that may differ from those the folder was started with, besides notebook 15b's
+    data: dict | None = None,  # fingerprints of what is to be trained on now; None: the run itself compares, unless it is finished
 ) -> Run:  # the run: started, attached or finished
     """Start a run that outlives this process, or attach to it if it lives, or find it finished.
-    Raises ValueError if the folder was started with another configuration."""
+    Raises ValueError if the folder was started with another configuration or with other data."""
     run = Path(run_dir)
     command = torchrun_command(run, gpus or processes, module, nnodes, rdzv_endpoint)
     run.mkdir(parents=True, exist_ok=True)
     with open(run/'lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         goes_on = _goes_on(run)
+        if data is not None: check_data(run, data, cfg)
         prepare(run, cfg, may_change)
         if (run/'done.json').exists(): return Run(run, 'finished')
         if goes_on: return Run(run, 'attached')

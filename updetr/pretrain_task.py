@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BANK_FIELDS', 'PREVIEW_BOXES', 'PREVIEW_COLORS', 'TASK', 'is_heldout', 'choose', 'builtin_index', 'find_photos',
-           'photo_lists', 'data_mark', 'build_dataset', 'photo_sizes', 'PretrainStep', 'encode', 'note_skipped',
+           'photo_lists', 'pretrain_marks', 'build_dataset', 'photo_sizes', 'PretrainStep', 'encode', 'note_skipped',
            'open_bank', 'fit_statistics', 'preview_photo', 'preview_answer', 'draw_preview', 'encode_ahead',
            'live_batches', 'PretrainTask']
 
@@ -26,12 +26,14 @@ from torchvision.utils import draw_bounding_boxes
 from .augment import normalize
 from .checkpoint import write_atomic
 from .config import PretrainConfig, find_data, loss_options, model_options
+from .fingerprint import mark_photos
 from .graphs import GraphedStep, judge, match, predict, stream_for
 from .loader import (BatchPlan, FeatureBank, PatchTask, SelfDet, Views, bank_chunk, bank_key, build_bank, finish_bank,
                            photo_loader, read_or_next, to_device)
 from .losses import build_criterion
 from .patches import crop_patches
-from .photos import PRETRAIN_SIZES, PhotoIndex, builtin_photos, index_photos, read_photo, resize
+from .photos import MAX_PIXELS, MIN_SIDE, PRETRAIN_SIZES, PhotoIndex, _header, _walk, builtin_photos, index_photos, read_photo, resize
+from .resume import check_data, file_marks
 from .train import Processes, progress_writer
 from .updetr import UPDETR, best_of_group, build_updetr
 
@@ -69,25 +71,55 @@ def photo_lists(cfg: PretrainConfig,  # of the run
                 run_dir: Path,  # folder of the run
                 processes: Processes,  # all of them call this
                 ) -> list[PhotoIndex]:  # to train on, to measure on
-    "The photos of a run: the first process looks once, all read the same list, and a resumed run keeps the list it began with."
+    """Return the photos of a run: the first process looks once, all read the same list, and a resumed run keeps the list it began
+    with, wherever its photos lie now."""
     files = [run_dir / f'photos_{k}.json' for k in ('train', 'heldout')]
-    if processes.rank == 0 and not files[1].exists():
-        found = find_photos(cfg)
-        if not len(found[0]): raise ValueError(f'no photo is left to train on with heldout={cfg.heldout}: lower it')
-        for index, file in zip(found, files): index.save(file)
-        print(f'{len(found[0])} photos to train on, {len(found[1])} held out', flush=True)
-        for index in found[:1 + (found[0].root != found[1].root)]:
-            if index.skipped: print(dataclasses.replace(index, root=Path(index.root).name).summary(), flush=True)
+    if processes.rank == 0:
+        if files[1].exists(): _follow(cfg, files)
+        else: _look(cfg, files)
     processes.barrier()
     return [PhotoIndex.load(f) for f in files]
 
-def data_mark(paths: list[str],  # files
-              limit: int = 1000,  # so many are looked at
-              ) -> str:  # 12 hexadecimal digits
-    "A short text that changes when files go, come, or get another size."
-    looked = [os.path.getsize(p) if os.path.exists(p) else -1 for p in paths[::max(1, len(paths) // limit)]]
-    return hashlib.sha256(repr((len(paths), looked)).encode()).hexdigest()[:12]
+def _look(cfg, files):
+    "Find the photos of a new run, write them down, and tell what was skipped"
+    found = find_photos(cfg)
+    if not len(found[0]): raise ValueError(f'no photo is left to train on with heldout={cfg.heldout}: lower it')
+    for index, file in zip(found, files): index.save(file)
+    print(f'{len(found[0])} photos to train on, {len(found[1])} held out', flush=True)
+    for index in found[:1 + (found[0].root != found[1].root)]:
+        if index.skipped: print(dataclasses.replace(index, root=Path(index.root).name).summary(), flush=True)
 
+def _follow(cfg, files):
+    "The same photos where they are now: folders and installed packages may have moved"
+    root, val = find_data(cfg, builtin=cfg.data == '' and cfg.views > 0)
+    if root:
+        places = [os.path.abspath(place) for place in (root, val or root)]
+        found = [dataclasses.replace(PhotoIndex.load(file), root=place) for file, place in zip(files, places)]
+    else: found = find_photos(cfg)
+    for index, file in zip(found, files): index.save(file)
+
+# %% ../nbs/16a_pretrain_task.ipynb #e7e6b337
+def pretrain_marks(cfg: PretrainConfig,  # of the run
+                   train: PhotoIndex,  # photos to train on
+                   heldout: PhotoIndex,  # photos to measure on
+                   ) -> dict:  # part -> fingerprint, and 'files': digests of what it starts from
+    "Return what a pre-training is begun with, see notebook 15b. Photos that have come since a list was made are counted to it."
+    marks = {'files': file_marks(dataclasses.asdict(cfg))}
+    for part, index, other in (('train', train, heldout), ('heldout', heldout, train)):
+        known = {*index.paths, *(name for name, _ in index.skipped), *(other.paths if other.root == index.root else ())}
+        # where both parts share a folder, a photo that came is told once
+        looked = index.root and not (part == 'heldout' and other.root == index.root)
+        paths = [*index.paths, *(_newcomers(index.root, known) if looked else ())]
+        names = paths if index.root else [os.path.basename(path) for path in paths]
+        marks[part] = mark_photos(names, [os.path.join(index.root, path) for path in paths])
+    return marks
+
+def _newcomers(root, known):
+    "Usable photos below a folder that a list does not know"
+    new = [name for name in _walk(root)[0] if name not in known]
+    return [name for name in new if not isinstance(_header(os.path.join(root, name), MIN_SIDE, MAX_PIXELS), str)]
+
+# %% ../nbs/16a_pretrain_task.ipynb #6b5bb0d5
 def build_dataset(cfg: PretrainConfig,  # of the run
                   photos: PhotoIndex,  # to train on
                   num_patches: int,  # for each photo or view
@@ -264,7 +296,9 @@ class PretrainTask:
                  ):
         self.cfg, self.run_dir, self.processes, self.bank, self.measure_every, self.notes = cfg, Path(run_dir), processes, None, 0, {}
         self.photos, self.heldout = photo_lists(cfg, self.run_dir, processes)
-        if not cfg.cache_features: self.notes = {'data_mark': data_mark([self.photos.path(i) for i in range(len(self.photos))])}
+        # one process reads the photos; all refuse alike
+        self.marks = processes.gather(pretrain_marks(cfg, self.photos, self.heldout) if processes.rank == 0 else None)[0]
+        check_data(run_dir, self.marks, dataclasses.asdict(cfg))
         self.dataset = build_dataset(cfg, self.photos, cfg.num_patches)
         self.sizes, self.sides = photo_sizes(cfg, self.photos)
         self.steps_per_epoch = self.plan(0, 0).steps_per_epoch

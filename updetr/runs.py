@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from .backbone import fetch_weights
-from .config import NEUTRAL, check_devices, check_parameters, make_config, plain_variables
+from .config import check_devices, check_parameters, make_config, plain_variables
 from .launch import launch
+from .pretrain_task import find_photos, pretrain_marks
 from .report import mean_and_spread
 from .watch import watch
 
@@ -38,11 +39,12 @@ class Site:
         "Where a notebook itself computes."
         return 'cuda' if self.gpus else 'cpu'
 
-    def start(self, name, cfg, steps):
-        "Launch `runs/<name>` (or attach to it, or find it finished), watch it to its end, and return its folder."
+    def start(self, name, cfg, steps, data=None):
+        """Launch `runs/<name>` (or attach to it, or find it finished), watch it to its end, and return its folder. `data` is the
+        fingerprint of what it is to be trained on: a run of other data is refused, a finished one, too."""
         if cfg.weights != 'none': fetch_weights(cfg.backbone, cfg.weights)
         folder, where = self.root / 'runs' / name, {'nnodes': self.nnodes, 'rdzv_endpoint': self.rdzv_endpoint or None}
-        run = launch(folder, dataclasses.asdict(cfg), self.processes, self.gpus, may_change=NEUTRAL, **where)
+        run = launch(folder, dataclasses.asdict(cfg), self.processes, self.gpus, data=data, **where)
         print(f'{run.how}: runs/{name}')
         watch(run, steps=steps)
         return folder
@@ -50,7 +52,8 @@ class Site:
     def demo_checkpoint(self, seed):
         "The checkpoint of the demo's pre-training, the run of `make pretrain`; trained first if it is not there."
         cfg = make_config('demo', seed=seed)
-        return str(self.start(f'demo-{seed}', cfg, cfg.epochs * (cfg.views // cfg.batch_size)) / 'checkpoint.pth')
+        data = pretrain_marks(cfg, *find_photos(cfg))
+        return str(self.start(f'demo-{seed}', cfg, cfg.epochs * (cfg.views // cfg.batch_size), data) / 'checkpoint.pth')
 
 # %% ../nbs/30a_runs.ipynb #c006
 def open_site(gpus: int = -1,  # GPUs to use; -1 = all there are, 0 = the CPU

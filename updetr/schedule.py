@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .backbone import fetch_weights
-from .config import NEUTRAL
 from .jobs import Job, configure, job_chain, job_folder
 from .launch import launch, prepare, read_log, tail
 from .results import finish, train_here
@@ -53,7 +52,7 @@ def write_start(folder: Path,  # of the run
     prepare(folder, dataclasses.asdict(cfg), _may_change(step))
     return dataclasses.asdict(cfg)
 
-def _may_change(step): return (*NEUTRAL, 'weights' if step.start and step.start.task == 'cnn' else 'pretrain')
+def _may_change(step): return ('weights',) if step.start and step.start.task == 'cnn' else ()
 
 def describe(folders: dict,  # folder -> (job, seed)
              busy: dict,  # folder -> process
