@@ -28,7 +28,7 @@ from .config import TrainConfig
 from .finetune import LabelledConfig, labelled_marks, open_sets
 from .finetune_task import save_preview
 from .loader import BatchPlan, data_loader, random_crop
-from .resume import check_data
+from .resume import agree_on_data
 from .train import Processes
 
 # %% ../nbs/28b_cnn_task.ipynb #c006
@@ -225,10 +225,7 @@ class CNNTask:
                  ):
         self.cfg, self.run_dir, self.processes, self.measure_every = cfg, Path(run_dir), processes, cfg.eval_every
         self.train_set, self.val_set = open_sets(cfg)
-        # one process reads the photos; all refuse alike
-        marks = labelled_marks(cfg, self.train_set, self.val_set) if processes.rank == 0 else None
-        self.marks = processes.gather(marks)[0]
-        check_data(run_dir, self.marks, asdict(cfg))
+        self.marks = agree_on_data(lambda: labelled_marks(cfg, self.train_set, self.val_set), run_dir, asdict(cfg), processes)
         self.views, self.notes = ObjectViews(self.train_set, cfg.seed), {'class_names': list(self.train_set.classes)}
         self.steps_per_epoch = self.plan(0, 0).steps_per_epoch
         torch.manual_seed(cfg.seed)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TASK', 'DetectStep', 'build_module', 'with_model', 'weights_key', 'photo_features', 'fill_part', 'finish_part',
-           'open_features', 'cache_views', 'CachedViews', 'save_preview', 'LabelledRun', 'open_bank', 'open_cache',
-           'fit_statistics', 'train_batches', 'val_batches', 'evaluate', 'measurement', 'draw_answer', 'FinetuneTask']
+           'open_features', 'cache_views', 'CachedViews', 'save_preview', 'open_checked', 'LabelledRun', 'open_bank',
+           'open_cache', 'fit_statistics', 'train_batches', 'val_batches', 'evaluate', 'measurement', 'draw_answer',
+           'FinetuneTask']
 
 # %% ../nbs/28a_finetune_task.ipynb #c002
 import dataclasses
@@ -33,7 +34,7 @@ from .handover import hand_over, open_pretrained
 from .loader import bank_key, open_part
 from .losses import build_criterion
 from .photos import resize
-from .resume import check_data
+from .resume import agree_on_data
 from .train import Processes, progress_writer
 from .transforms import DetectionViews
 
@@ -195,6 +196,14 @@ def save_preview(path: str | Path,  # PNG file
     picture = resize(picture, height, round(picture.shape[2] * height / picture.shape[1]))
     write_atomic(path, lambda p: write_png(picture, str(p)))
 
+# %% ../nbs/28a_finetune_task.ipynb #15a3abdb
+def open_checked(task: 'LabelledRun',  # that begins
+                 ) -> tuple:  # set to train on, set to evaluate on, fingerprints of both
+    "Open the sets of a run. Raises ValueError, on all processes, if the run has learnt from other ones."
+    train_set, val_set = task.open_sets()
+    def find(): return labelled_marks(task.cfg, train_set, val_set)
+    return train_set, val_set, agree_on_data(find, task.run_dir, dataclasses.asdict(task.cfg), task.processes)
+
 # %% ../nbs/28a_finetune_task.ipynb #c021
 class LabelledRun:
     "What every run on labelled photos is made of. A task adds `build` (the module to train), `draw`, `batches`, `measure`."
@@ -204,11 +213,7 @@ class LabelledRun:
                  processes: Processes,  # of `join_processes`
                  ):
         self.cfg, self.run_dir, self.processes, self.cached, self.measure_every = cfg, Path(run_dir), processes, None, cfg.eval_every
-        self.train_set, self.val_set = self.open_sets()
-        # one process reads the photos; all refuse alike
-        marks = labelled_marks(cfg, self.train_set, self.val_set) if processes.rank == 0 else None
-        self.marks = processes.gather(marks)[0]
-        check_data(run_dir, self.marks, dataclasses.asdict(cfg))
+        self.train_set, self.val_set, self.marks = open_checked(self)
         self.views, self.val_views = train_views(cfg, self.train_set), val_views(cfg, self.val_set)
         self.notes, self.truth = {'class_names': list(self.train_set.classes)}, None
         self.steps_per_epoch = train_plan(cfg, self.train_set, 0, 0, processes.rank, processes.world).steps_per_epoch

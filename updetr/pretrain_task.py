@@ -33,7 +33,7 @@ from .loader import (BatchPlan, FeatureBank, PatchTask, SelfDet, Views, bank_chu
 from .losses import build_criterion
 from .patches import crop_patches
 from .photos import MAX_PIXELS, MIN_SIDE, PRETRAIN_SIZES, PhotoIndex, _header, _walk, builtin_photos, index_photos, read_photo, resize
-from .resume import check_data, file_marks
+from .resume import agree_on_data, file_marks
 from .train import Processes, progress_writer
 from .updetr import UPDETR, best_of_group, build_updetr
 
@@ -296,9 +296,8 @@ class PretrainTask:
                  ):
         self.cfg, self.run_dir, self.processes, self.bank, self.measure_every, self.notes = cfg, Path(run_dir), processes, None, 0, {}
         self.photos, self.heldout = photo_lists(cfg, self.run_dir, processes)
-        # one process reads the photos; all refuse alike
-        self.marks = processes.gather(pretrain_marks(cfg, self.photos, self.heldout) if processes.rank == 0 else None)[0]
-        check_data(run_dir, self.marks, dataclasses.asdict(cfg))
+        def find(): return pretrain_marks(cfg, self.photos, self.heldout)
+        self.marks = agree_on_data(find, run_dir, dataclasses.asdict(cfg), processes)
         self.dataset = build_dataset(cfg, self.photos, cfg.num_patches)
         self.sizes, self.sides = photo_sizes(cfg, self.photos)
         self.steps_per_epoch = self.plan(0, 0).steps_per_epoch

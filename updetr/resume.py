@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'SAVED', 'PARTS', 'FILES', 'free_keys', 'way_out', 'refuse_changes', 'has_learnt', 'file_marks',
-           'run_changes', 'saved_marks', 'short_marks', 'refuse_data', 'check_data', 'keep_data', 'last_saved',
-           'put_away', 'last_logged']
+           'run_changes', 'saved_marks', 'short_marks', 'refuse_data', 'check_data', 'agree_on_data', 'keep_data',
+           'last_saved', 'put_away', 'last_logged']
 
 # %% ../nbs/15b_resume.ipynb #c002
 import os
@@ -116,6 +116,17 @@ def check_data(
     "Raise ValueError if a run has learnt from other data than what is there now."
     file = Path(run_dir) / 'data.json'
     if has_learnt(run_dir) and file.exists(): refuse_data(run_dir, read_json(file), marks, cfg)
+
+def agree_on_data(
+    find,  # () -> fingerprints of the data that is there now
+    run_dir: str | Path,  # folder of the run, maybe new
+    cfg: Mapping,  # configuration asked for now
+    processes,  # of `join_processes`; all of them call this
+) -> dict:  # the fingerprints
+    "Let one process read the data and all refuse alike, see `check_data`; return what was found."
+    marks = processes.gather(find() if processes.rank == 0 else None)[0]
+    check_data(run_dir, marks, cfg)
+    return marks
 
 def keep_data(
     run_dir: str | Path,  # folder of the run
