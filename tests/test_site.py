@@ -1,13 +1,16 @@
 "The site of `make docs`: built from a small project, its formulas, links and search."
+import html
 import json
 import re
 import shutil
+from html.parser import HTMLParser
 
 import nbformat
 import pytest
 
 from conftest import ROOT
 from tools.site import CHAPTERS, Links, dead_links, finish, make
+from updetr.report import markdown_table
 
 CELLS = {'00_first': ['# First\n\n> one\n\nThe queries $N/M$ and <b>$a_1$</b>; see [the other](01_second.ipynb) and '
                       '[a part of it](01_second.ipynb#here).',
@@ -15,11 +18,45 @@ CELLS = {'00_first': ['# First\n\n> one\n\nThe queries $N/M$ and <b>$a_1$</b>; s
          '01_second': ['# Second\n\n> two\n\n$$\\frac{x}{y}$$\n\n## Here\n\nzirconium']}
 
 
+EVIL = '<img src=x onerror=alert(1)>'  # a folder, a class, a run: names that others have given
+ACTIVE = f'<script>alert(1)</script> {EVIL} [a](javascript:alert(1)) [b]: data:text/html,x'
+
+
+def hostile_report():
+    "An executed notebook whose outputs hold names that would run in a page: one of our tables, and what somebody else's code printed."
+    outputs = [nbformat.v4.new_output('stream', text=ACTIVE),
+               *(nbformat.v4.new_output('display_data', {'text/plain': ACTIVE} | more)
+                 for more in ({'text/markdown': markdown_table([{'class': ACTIVE, ACTIVE: 1}])}, {'text/markdown': ACTIVE},
+                              {'text/html': ACTIVE}, {'application/javascript': 'alert(1)'}, {'image/svg+xml': f'<svg>{ACTIVE}</svg>'}))]
+    head = nbformat.v4.new_markdown_cell('# Report')
+    return nbformat.v4.new_notebook(cells=[head, nbformat.v4.new_code_cell('1', outputs=outputs)])
+
+
+class Running(HTMLParser):
+    "What of a page would run `alert`."
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.script = [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.script = tag == 'script'
+        evil = re.compile(r'\s*(javascript|vbscript|data:text)', re.I)
+        self.found += [(tag, k, v) for k, v in attrs if k.startswith('on') or evil.match(v or '')]
+
+    def handle_data(self, data):
+        if self.script and 'alert' in data: self.found.append(('script', data))
+
+    def handle_endtag(self, tag): self.script = False
+
+
 def write_project(root, cells):
     for folder in ('nbs', 'reports'): (root / folder).mkdir(parents=True)
     (root / 'README.md').write_text('# small\n\n[first](nbs/00_first.ipynb)')
     (root / 'LICENSE').write_text('free')
     (root / 'reports' / 'README.md').write_text('# Reports')
+    (root / 'reports' / EVIL).mkdir()
+    nbformat.write(hostile_report(), root / 'reports' / EVIL / 'first.ipynb')
     for name, (head, *code) in cells.items():
         nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(head), *map(nbformat.v4.new_code_cell, code)])
         nbformat.write(nb, root / 'nbs' / f'{name}.ipynb')
@@ -38,6 +75,14 @@ def test_pages_show_what_a_reader_wants(site):
     assert 'secret' not in first and 'default_exp' not in first and '#| export' not in first and 'price' in first
     assert first.count('<math') == 2 and '$5 and $6' in first and 'display="block"' in second and 'mfrac' in second
     assert 'href="01_second.html"' in first and 'href="01_second.html#here"' in first and 'here' in Links(second).places
+
+
+def test_names_do_not_run_in_the_pages(site):
+    page, = site.glob('reports/*/first.html')
+    text = page.read_text()
+    assert Running(text).found == [] and Running((site / 'index.html').read_text()).found == []
+    assert html.unescape(re.sub(r'<[^>]*>', '', text)).count('<script>alert(1)</script>') >= 3          # it can still be read
+    assert Running('<p onclick="alert(1)">').found and Running('<script>alert(1)</script>').found       # the test sees
 
 
 def test_the_search_finds_words(site):

@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import gc
 import itertools
-import json
 import os
 import statistics
 import tempfile
@@ -34,7 +33,7 @@ from torch import Tensor
 from .backbone import fetch_weights
 from .bench_data import bench_evaluation, bench_loader, imagenet_sized, plot_evaluation, plot_loader
 from .boxes import pad_images
-from .checkpoint import write_json
+from .checkpoint import read_json, write_json
 from .config import PretrainConfig, make_config, model_options
 from .detr import build_detr
 from .graphs import GraphedStep
@@ -499,7 +498,7 @@ def run_bench(size: str,  # a key of `SIZES`
     if unknown := [p for p in names if p not in known]: raise ValueError(f'parts {unknown} are unknown: choose {", ".join(known)}')
     if threads: torch.set_num_threads(threads)
     file = Path(out) / 'metrics.json'
-    metrics = json.loads(file.read_text()) if file.exists() else {}
+    metrics = read_json(file) if file.exists() else {}
     if metrics.get('size', size) != size: raise ValueError(f'{file} is of size {metrics["size"]}: give another folder')
     metrics = {'id': 'benchmark', 'size': size, 'device': _device_name(device), 'seconds': {}} | metrics
     for name in names:
@@ -514,7 +513,7 @@ def run_bench(size: str,  # a key of `SIZES`
         save_metrics(out, metrics)
         show(f'{name}: {metrics["seconds"][name]} s')
         _let_go(device)
-    return json.loads(file.read_text())
+    return read_json(file)
 
 # %% ../nbs/43_bench.ipynb #d43e0005
 def _device_of(size):

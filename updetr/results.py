@@ -8,7 +8,6 @@ __all__ = ['share_mean', 'log_result', 'pretrain_result', 'masks_result', 'finis
 # %% ../nbs/39a_results.ipynb #c002
 import dataclasses
 import fcntl
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,9 +15,9 @@ from pathlib import Path
 import torch
 
 from . import train
-from .checkpoint import load_updetr, write_json
+from .checkpoint import load_updetr, read_json, write_json
 from .evaluate import CocoEvaluator
-from .launch import read_log
+from .launch import is_done, read_log, read_record
 from .panoptic import coco_truth, instance_truth
 from .panoptic_task import PanopticConfig, open_panoptic_sets
 from .photos import PhotoIndex
@@ -69,7 +68,7 @@ def masks_result(run_dir: str | Path,  # folder of a finished run of stage masks
                  device: str = 'cpu',  # where it is measured
                  ) -> dict[str, float]:  # PQ, SQ, ..., APseg
     "The last evaluation of a log, and AP of the things' masks."
-    content = json.loads((Path(run_dir) / 'cfg.json').read_text())
+    content = read_json(Path(run_dir) / 'cfg.json')
     cfg = PanopticConfig(**{f.name: content[f.name] for f in dataclasses.fields(PanopticConfig) if f.name in content})
     val, segmenter = open_panoptic_sets(cfg)[1], PanopticSegmenter.from_checkpoint(Path(run_dir) / 'checkpoint.pth', device)
     evaluator = CocoEvaluator(instance_truth(val, cfg.instances) if cfg.instances else coco_truth(val, masks=True), 'segm')
@@ -81,11 +80,11 @@ def finish(run_dir: str | Path,  # folder of a finished run
            ) -> dict[str, float]:  # the same again, once it is there
     "Measure a finished run and keep the numbers in `result.json`."
     file = Path(run_dir) / 'result.json'
-    if file.exists(): return json.loads(file.read_text())
-    cfg = json.loads((Path(run_dir) / 'cfg.json').read_text())
+    if found := read_record(file): return found
+    cfg = read_json(Path(run_dir) / 'cfg.json')
     if cfg['task'] == 'pretrain': result = pretrain_result(run_dir)
     else: result = masks_result(run_dir, device) if cfg.get('stage') == 'masks' else log_result(read_log(run_dir))
-    seconds = json.loads((Path(run_dir) / 'done.json').read_text())['seconds']
+    seconds = read_json(Path(run_dir) / 'done.json')['seconds']
     write_json(file, result | {'train_seconds': round(seconds, 1)})
     return finish(run_dir)
 
@@ -100,5 +99,5 @@ def train_here(run_dir: str | Path,  # folder with cfg.json
         stream.flush()
         os.dup2(out, number)
     with open(Path(run_dir) / 'training.lock', 'a+') as lock: fcntl.lockf(lock, fcntl.LOCK_EX)  # of whoever trains it already: wait
-    if not (Path(run_dir) / 'done.json').exists(): train.run(Path(run_dir) / 'cfg.json')
-    if (Path(run_dir) / 'done.json').exists(): finish(run_dir)
+    if not is_done(run_dir): train.run(Path(run_dir) / 'cfg.json')
+    if is_done(run_dir): finish(run_dir)

@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import t as student
 
-from .checkpoint import write_atomic
+from .checkpoint import read_json, write_atomic
 from .cnn_task import CNN
 from .config import PretrainConfig, TrainConfig, check_parameters, find_data, model_options, plain_variables
 from .detr import build_detr
@@ -36,7 +36,8 @@ from .finetune import open_sets
 from .jobs import Job, configure, job_folder
 from .launch import read_log
 from .panoptic_task import open_panoptic_sets
-from .report import markdown_table, mean_and_spread, provenance, save_metrics, smooth
+from .pictures import plain_label
+from .report import Markup, escape, markdown_table, mean_and_spread, provenance, save_metrics, smooth
 from .results import finish
 from .runs import Site, open_site
 from .schedule import in_order, run_jobs
@@ -187,7 +188,7 @@ def arm_bars(rows: list[dict],  # of `table_rows`
         for y, r in enumerate(r for r in rows if key in r['metrics']):
             ax.barh(y, r['metrics'][key]['mean'], color='#9bb7d4', height=.7)
             ax.plot(r['metrics'][key]['per_seed'], [y] * len(r['seeds']), 'k.', ms=4)
-        ax.set_yticks(range(len(rows)), [r['method'] for r in rows], fontsize=8)
+        ax.set_yticks(range(len(rows)), [plain_label(r['method']) for r in rows], fontsize=8)
         ax.set_title(title, fontsize=9)
         ax.tick_params(labelsize=8)
     axes[0, 0].invert_yaxis()
@@ -218,7 +219,7 @@ def arm_curves(e: Experiment,  # whose arms are drawn
         for arm, j in e.arms.items():
             steps, values = curve([read_log(job_folder(root, j, s)) for s in seeds if job_folder(root, j, s).exists()], key, width)
             if not steps: continue
-            line, = ax.plot(steps, values.mean(0), 'o-' if len(steps) < 30 else '-', ms=2.5, lw=1.2, label=arm)
+            line, = ax.plot(steps, values.mean(0), 'o-' if len(steps) < 30 else '-', ms=2.5, lw=1.2, label=plain_label(arm))
             ax.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=.2, lw=0)
         if logy: ax.set_yscale('log')
         ax.set_title(title, fontsize=9)
@@ -234,7 +235,8 @@ def catch_up(slow: list[dict],  # log rows of the run that takes longer
              key: str,  # a number that is measured now and then
              ) -> float | None:  # of `fast`'s steps; None: never
     "After how many times the steps of one run another one first measures what that one had at its end."
-    end = next(r for r in reversed(fast) if key in r)
+    end = next((r for r in reversed(fast) if key in r), None)
+    if end is None: return None
     return next((r['step'] / end['step'] for r in slow if r.get(key, -math.inf) >= end[key]), None)
 
 # %% ../nbs/41_study.ipynb #c023
@@ -361,16 +363,16 @@ def index_row(metrics: Mapping,  # of a report of a study
     counts = {v: sum(c['verdict'] == v for c in claims) for v in dict.fromkeys(c['verdict'] for c in claims)}
     several = {'holds': 'hold', 'does not hold': 'do not hold'}
     status = ', '.join(f'{n} {several.get(v, v) if n > 1 else v}' for v, n in counts.items()) or 'measured'
-    return {'table or figure': f'[{metrics["title"]}]({link}/{metrics["id"]}.ipynb)', 'number': first,
+    return {'table or figure': Markup(f'[{escape(metrics["title"])}]({link}/{metrics["id"]}.ipynb)'), 'number': first,
             "the paper's, at its scale": '; '.join(quoted),
             'ours, at the scale beside it': '; '.join(ours), 'scale': f'{metrics["scale"]}: {metrics["rows"][0]["dataset"]}',
-            'claims': status, 'all numbers': f'[metrics.json]({link}/metrics.json)'}
+            'claims': status, 'all numbers': Markup(f'[metrics.json]({link}/metrics.json)')}
 
 def write_index(folder: str | Path,  # of all reports
                 ) -> str:  # what was written between the marks
     "Write the index into README.md, which is begun if it is not there. Raises ValueError if its marks are gone."
     folder, place = Path(folder), {k: i for i, k in enumerate(EXPERIMENTS)}
-    found = [(p.parent.name, json.loads(p.read_text())) for p in folder.glob('*/metrics.json')]
+    found = [(p.parent.name, read_json(p)) for p in folder.glob('*/metrics.json')]
     found = sorted([(n, m) for n, m in found if m.get('id') in place], key=lambda x: (place[x[1]['id']], x[0]))
     claims = [{'claim': c['text'], 'scale': m['scale']} | {k: c[k] for k in ('verdict', 'evidence')} for _, m in found for c in m['claims']]
     text = '\n\n'.join(['## Tables and figures', markdown_table([index_row(m, n) for n, m in found]), '## Claims', markdown_table(claims)])

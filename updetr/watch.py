@@ -8,7 +8,6 @@ __all__ = ['seconds_left', 'status_line', 'starting_line', 'draw_curves', 'Scree
 # %% ../nbs/18_watch.ipynb #c003
 import base64
 import io
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -17,7 +16,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from .launch import follow, stop
+from .launch import follow, is_number, read_record, stop
+from .pictures import plain_label
 
 # %% ../nbs/18_watch.ipynb #c008
 def seconds_left(
@@ -26,7 +26,7 @@ def seconds_left(
     last: int = 20,  # rows to look back
 ) -> float | None:  # seconds, None if it cannot be known yet
     "Time to the end, by the median duration of a step over the last rows."
-    rows = rows[-last - 1:]
+    rows = [r for r in rows if 'time' in r][-last - 1:]
     if not steps or len(rows) < 2: return None
     pace = statistics.median((b['time'] - a['time']) / (b['step'] - a['step']) for a, b in zip(rows, rows[1:]))
     return pace * max(0, steps - rows[-1]['step'])
@@ -47,6 +47,7 @@ def status_line(
     parts = [f"step {row['step']}" + (f'/{steps}' if steps else ''), f"epoch {row['epoch']}" if 'epoch' in row else '']
     parts += [form.format(row[k]) for k, form in _FORMS.items() if k in row]
     if left is not None: parts.append(f'{_duration(left)} left')
+    if damaged := getattr(rows, 'damaged', 0): parts.append(f'{damaged} damaged lines of log.txt left out')
     return ' · '.join(p for p in parts if p)
 
 _FORMS = {'train_loss': 'loss {:.3g}', 'train_matched_iou': 'IoU {:.2f}', 'img_s': '{:.0f} img/s'}
@@ -58,9 +59,11 @@ def starting_line(
     "What a run does before its first step, by the `progress.json` that a slow preparation keeps up to date."
     path = Path(run_dir)/'progress.json'
     if not path.exists(): return status_line([])
-    p = json.loads(path.read_text())
+    p = read_record(path) or {}
+    if not all(is_number(p.get(k)) and p[k] >= 0 for k in ('done', 'total', 'seconds')):
+        return f'{status_line([])} (progress.json is damaged)'
     left = p['seconds']/p['done']*(p['total'] - p['done']) if p['done'] else None
-    return f"before the first step: {p['phase']} {p['done']}/{p['total']}" + (f' · {_duration(left)} left' if left is not None else '')
+    return f"before the first step: {p.get('phase')} {p['done']}/{p['total']}" + (f' · {_duration(left)} left' if left is not None else '')
 
 # %% ../nbs/18_watch.ipynb #c017
 def _smooth(values):
@@ -68,12 +71,17 @@ def _smooth(values):
     n = max(1, len(values)//50)
     return np.convolve(values, np.ones(n)/n, mode='valid')
 
+def _picture(file):
+    "The picture in a file, None if there is none, or no whole one."
+    try: return imread(file)
+    except (OSError, SyntaxError, ValueError): return None
+
 def _curves(ax, rows, keys, loc):
     "One curve a key, over the rows that hold it."
     for k in keys:
         step, value = np.array([(r['step'], r[k]) for r in rows if k in r], float).T
         value = _smooth(value)
-        ax.plot(step[len(step) - len(value):], value, label=k.removeprefix('train_').replace('test_', 'held-out '), lw=1.2)
+        ax.plot(step[len(step) - len(value):], value, label=plain_label(k.removeprefix('train_').replace('test_', 'held-out ')), lw=1.2)
     ax.set_xlabel('step')
     if keys: ax.legend(fontsize=7, loc=loc, framealpha=.6)
 
@@ -86,7 +94,8 @@ def draw_curves(
     "Draw the loss parts, the matched IoU, and the trainer's last picture."
     keys = list(dict.fromkeys(k for r in rows for k in r))
     losses = [k for k in keys if k.startswith('train_loss') and not k[-1].isdigit()]
-    has_picture = preview is not None and Path(preview).exists()
+    picture = _picture(preview) if preview is not None else None
+    has_picture = picture is not None
     fig = Figure(figsize=(10, 2.8) if has_picture else (7, 2.8), dpi=72)
     axes = fig.subplots(1, 2 + has_picture, gridspec_kw=dict(left=.07, right=.98, bottom=.17, top=.9))
     _curves(axes[0], rows, losses, 'upper right')
@@ -94,7 +103,7 @@ def draw_curves(
     _curves(axes[1], rows, [k for k in shares if k in keys], 'upper left')
     axes[1].set_ylim(0, 1)
     if has_picture:
-        axes[2].imshow(imread(preview))
+        axes[2].imshow(picture)
         axes[2].axis('off')
     return fig
 
@@ -126,8 +135,8 @@ def _bundle(line, fig):
 # %% ../nbs/18_watch.ipynb #c026
 def _steps(run_dir):
     "The step at which the run ends, if its configuration says so."
-    cfg = Path(run_dir)/'cfg.json'
-    return json.loads(cfg.read_text()).get('steps') if cfg.exists() else None
+    steps = (read_record(Path(run_dir)/'cfg.json') or {}).get('steps')
+    return steps if is_number(steps) and steps > 0 else None
 
 def watch(
     run_dir: str | Path,  # folder of the run, or the Run that `launch` returned

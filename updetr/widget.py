@@ -9,7 +9,6 @@ __all__ = ['LONGEST', 'CHANGES', 'SAME', 'read_upload', 'PhotoShelf', 'newest_ru
 # %% ../nbs/38_widget.ipynb #c002
 import functools
 import html
-import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from .canvas import heat_picture, patch_strip, photo_canvas, picture_bytes, show_on, tidy_box
+from .launch import is_done, read_record
 from .localizer import Found, OpenPhoto, QueryPatchLocalizer
 from .photos import BadPhoto, builtin_photos, read_photo, resize
 
@@ -69,8 +69,9 @@ def newest_runs(root: str | Path,  # folder of the project; runs are in root/run
     "Checkpoints of the newest finished runs that can be asked with patches."
     found = {}
     for path in sorted(Path(root).glob('runs/*/checkpoint.pth'), key=lambda p: p.stat().st_mtime):
-        if not (path.with_name('done.json').is_file() and path.with_name('cfg.json').is_file()): continue
-        task = json.loads(path.with_name('cfg.json').read_text()).get('task', 'pretrain')
+        cfg = read_record(path.with_name('cfg.json'))
+        if cfg is None or not is_done(path.parent): continue
+        task = cfg.get('task', 'pretrain')
         if task in ('pretrain', 'oneshot'): found[task] = path
     return found
 

@@ -49,14 +49,28 @@ if (location.protocol === 'file:') window.Worker = class extends EventTarget {
 """
 
 
+SHOWN = {'text/plain', 'text/markdown', 'image/png', 'image/jpeg'}  # kinds of output; none that a page would run
+
+
+def harmless(output):
+    "The output without what a page would run: names of classes, files and runs are others' words, and a report may be of any data."
+    if 'data' not in output: return output
+    output.data = {kind: content for kind, content in output.data.items() if kind in SHOWN}
+    if 'text/markdown' in output.data:
+        text = re.sub(r'<(?=[a-zA-Z/!?])', '&lt;', output.data['text/markdown'])
+        output.data['text/markdown'] = re.sub(r'\](?=(\(|:)\s*(javascript|vbscript|data):)', '&#93;', text, flags=re.I)
+    return output
+
+
 def shown(path):
-    "The notebook at `path` as a reader wants it: no hidden cells, no directives, silent inputs empty."
+    "The notebook at `path` as a reader wants it: no hidden cells, no directives, silent inputs empty, outputs that do nothing."
     nb = nbformat.read(path, 4)
     nb.cells = [c for c in nb.cells if not re.search(r'^#\|\s*(hide|default_exp)\b', c.source, re.M)]
     for cell in nb.cells:
         if cell.cell_type != 'code': continue
         silent = re.search(r'^#\|\s*echo:\s*false', cell.source, re.M)
         cell.source = '' if silent else re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
+        cell.outputs = [harmless(o) for o in cell.outputs]
     return nb
 
 
@@ -87,7 +101,7 @@ def collect(root, source):
         mine = [{f'{place[p]} {title(p)}': f'nbs/{p.name}'} for p in notebooks if place[p] and first <= place[p] <= last]
         if mine: nav.append({chapter: mine})
     executed = sorted(p.relative_to(source).as_posix() for p in (source / 'reports').rglob('*.ipynb'))
-    return [*nav, {'Reports': ['reports/README.md', *({Path(p).parent.name: p} for p in executed)]}]
+    return [*nav, {'Reports': ['reports/README.md', *({html.escape(Path(p).parent.name): p} for p in executed)]}]
 
 
 def finish(page, base='.'):
@@ -95,6 +109,7 @@ def finish(page, base='.'):
     def formula(m):
         text = re.sub(r'\\[lr]Vert\b', '‖', html.unescape(m[2]))  # latex2mathml does not know them after \Big
         return convert(text, display='block' if m[1] == '$$' else 'inline')
+    page = re.sub(r'(?<=<title>).*(?=</title>)', lambda m: html.escape(html.unescape(m[0])), page)
     page = re.sub(r'src="https://unpkg\.com/iframe-worker/shim"', f'src="{base}/worker.js"', page)
     page = re.sub(r'(href="(?![a-z]+:)[^"#]*)\.ipynb(["#])', r'\1.html\2', page)
     page = re.sub(r'(href="(?![a-z]+:)(?:[^"#]*/)?)README\.md(["#])', r'\1index.html\2', page)
