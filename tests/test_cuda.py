@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import NOTEBOOKS
+from test_logged import MAKE, check, seen  # noqa: F401 (a fixture)
 from test_task import SMALL, VIEWS, make_task, save_photos, small_photos, train_small  # noqa: F401 (a fixture)
 from updetr.bench import TINY, detection_batch
 from updetr.config import make_config, model_options
@@ -95,3 +96,12 @@ def test_processes_with_recordings(tmp_path):
         watch(launch(run, {**full.__dict__}, n, n), show=lambda line, figure: None)
         curves.append([r['train_loss'] for r in read_log(run) if 'train_loss' in r])
     assert np.allclose(curves[0], curves[1], rtol=.01) and np.allclose(curves[1], curves[2], rtol=.01), curves
+
+
+@pytest.mark.parametrize('way', [('finetune', dict(amp=True)), ('finetune', dict(amp=True, compile=True, ema=.5)),
+                                 ('finetune', dict(frozen_backbone=True, amp=True)), ('oneshot', dict(amp=True, ema=.5)),
+                                 ('boxes', dict(amp=False)), ('cnn', dict(amp=True))], ids=str)
+def test_a_run_logs_what_its_checkpoint_gives(way, tmp_path, seen):  # noqa: F811
+    "The fused optimizer of a GPU does not count what it does to a weight either."
+    name, changes = way
+    check(MAKE[name](**changes), tmp_path / 'run', seen, DEVICE, rel=.01 if 'compile' in changes else 1e-3)

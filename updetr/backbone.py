@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'RESNETS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'STEM', 'WEIGHTS', 'PREFIXES', 'HEADS', 'cut', 'make_body',
-           'join_features', 'fold_pairs', 'fold_norms', 'TrainedFold', 'Backbone', 'open_levels', 'pyramid',
-           'WeightSource', 'weight_source', 'weights_path', 'fetch_weights', 'read_state_dict', 'load_weights',
-           'build_backbone']
+           'join_features', 'fold_pairs', 'refold', 'FrozenFold', 'fold_norms', 'TrainedFold', 'Backbone',
+           'open_levels', 'pyramid', 'WeightSource', 'weight_source', 'weights_path', 'fetch_weights',
+           'read_state_dict', 'load_weights', 'build_backbone']
 
 # %% ../nbs/05_backbone.ipynb #c002
 import copy
@@ -93,15 +93,48 @@ def fold_pairs(body: nn.Module,  # a network with frozen norms
         body.set_submodule(name, getattr(norm, 'act', nn.Identity()))
     return fx.GraphModule(body, graph).to(memory_format=torch.channels_last), pairs
 
+@torch.no_grad()
+def refold(folded: nn.Module,  # of `fold_pairs`, changed in place, whatever its precision
+           pairs: dict[str, str],  # of `fold_pairs`
+           body: nn.Module,  # the network that it was made of, with the weights that it has now
+           leave: Iterable[str] = (),  # names of tensors that stay as they are
+           ) -> None:
+    "Bring a folded copy up to date."
+    present = dict(chain(body.named_parameters(), body.named_buffers()))
+    for name, before in pairs.items():
+        norm, conv = body.get_submodule(name), body.get_submodule(before)
+        statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        fused = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+        present |= dict(zip((f'{before}.weight', f'{before}.bias'), fused))
+    for name, old in chain(folded.named_parameters(), folded.named_buffers()):
+        if name in leave: continue
+        new = present[name].to(old.dtype)
+        # a backward pass that is under way still wants the old one, unless something has changed
+        if not torch.equal(old, new): old.copy_(new)
+
+# %% ../nbs/05_backbone.ipynb #c014a
+class FrozenFold:
+    "A network whose norms are folded once; `run` is the copy for inference, in channels_last."
+    def __init__(self,
+                 body: nn.Module,  # a network with frozen norms
+                 kind: torch.dtype | None = None,  # autocast's: fp32 weights are cast once, not at every call
+                 options: dict | None = None,  # of `torch.compile`; None: not compiled
+                 ):
+        self.folded, self.pairs = fold_pairs(body)
+        for conv in map(self.folded.get_submodule, self.pairs.values() if kind else ()):
+            if conv.weight.dtype == torch.float32: conv.to(kind)
+        self.run = self.folded if options is None else torch.compile(self.folded, **options)
+
+    def fill(self, body):
+        "Fold the present weights into the same copy: what was compiled stays compiled."
+        refold(self.folded, self.pairs, body)
+
 def fold_norms(body: nn.Module,  # a network with frozen norms
                kind: torch.dtype | None = None,  # autocast's: folded fp32 weights are cast once, not at every call
                options: dict | None = None,  # of `torch.compile`; None: not compiled
                ) -> nn.Module:  # a copy for inference, in channels_last
     "The network without the norms that can be folded."
-    folded, pairs = fold_pairs(body)
-    for conv in map(folded.get_submodule, pairs.values() if kind else ()):
-        if conv.weight.dtype == torch.float32: conv.to(kind)
-    return folded if options is None else torch.compile(folded, **options)
+    return FrozenFold(body, kind, options).run
 
 # %% ../nbs/05_backbone.ipynb #b7f0a1c3
 class TrainedFold:
@@ -110,16 +143,23 @@ class TrainedFold:
                  body: nn.Module,  # some of its parameters are trained
                  options: dict | None = None,  # of `torch.compile`; None: not compiled
                  ):
-        self.folded, pairs = fold_pairs(body)
+        self.folded, self.pairs = fold_pairs(body)
         self.run = self._network if options is None else torch.compile(self._network, **options)
-        self.trained, self.scales, self.shifts = [k for k, p in body.named_parameters() if p.requires_grad], {}, {}
-        for name, before in pairs.items():
+        self.trained = [k for k, p in body.named_parameters() if p.requires_grad]
+        for k, p in self.folded.named_parameters():
+            if k in self.trained: p.data = p.new_empty(0)  # the present weight takes its place
+        self.fill(body)
+
+    @torch.no_grad()
+    def fill(self, body):
+        "Take over what is frozen, and the norms."
+        refold(self.folded, self.pairs, body, self.trained)
+        self.scales, self.shifts = {}, {}
+        for name, before in self.pairs.items():
             norm = body.get_submodule(name)
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
             self.scales[f'{before}.weight'] = scale[:, None]
             self.shifts[f'{before}.bias'] = scale, norm.bias - norm.running_mean * scale
-        for k, p in self.folded.named_parameters():
-            if k in self.trained: p.data = p.new_empty(0)  # the present weight takes its place
 
     def present(self, name, p):
         "What takes the place of a trained parameter."
@@ -144,15 +184,29 @@ class TrainedFold:
 STEM = ('conv1', 'bn1', 'layer1.', 'conv_stem', 'stem', 'patch_embed', 'blocks.0.', 'stages.0.', 'stages_0.')
 
 class _Kept:
-    "What is made of a network, made anew when something it was made of has changed; trained weights do not count if `live`"
-    def __init__(self, make, live=False): self.make, self.live, self.key, self.made = make, live, None, None
-    def __getstate__(self): return self.__dict__ | {'key': None, 'made': None}  # a copy of the network makes its own
+    "A fold of a network, made anew for another one or other kinds of tensors, filled anew where what was folded has changed, or may have"
+    def __init__(self, make, live=False):
+        self.make, self.live = make, live
+        self.body, self.kinds, self.places, self.held, self.made = None, None, None, None, None
+
+    def __getstate__(self):
+        "A copy of the network makes its own"
+        return self.__dict__ | dict.fromkeys(('body', 'kinds', 'places', 'held', 'made'))
 
     def __call__(self, body):
-        key = tuple((t.device, t.dtype) if self.live and t.requires_grad else (t.data_ptr(), t._version, t.dtype)
-                    for t in chain(body.parameters(), body.buffers()))
+        tensors = list(chain(body.parameters(), body.buffers()))
+        kinds = [(t.device, t.dtype, t.requires_grad) for t in tensors]
+        fixed = [t for t in tensors if not t.requires_grad]
+        places = [(t.data_ptr(), t._version) for t in fixed]
+        # an optimizer need not count what it does to a trained weight: such a weight is never taken for unchanged
+        unchanged = places == self.places and (self.live or len(fixed) == len(tensors))
+        same = body is self.body and kinds == self.kinds
+        if same and unchanged: return self.made
         with torch.inference_mode(False), torch.no_grad():  # what is kept may be trained with later
-            if self.key != key: self.key, self.made = key, self.make(body)
+            if same: self.made.fill(body)
+            else: self.made = self.make(body)
+            # held, so that no other weight can come to lie in the same place
+            self.body, self.kinds, self.places, self.held = body, kinds, places, [t.detach() for t in fixed]
         return self.made
 
 class _Folds:
@@ -163,11 +217,17 @@ class _Folds:
     def __call__(self, body):
         device = next(body.parameters()).device.type
         kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return self.frozen.setdefault(kind, _Kept(partial(fold_norms, kind=kind, options=self.options)))(body)
+        make = partial(FrozenFold, kind=kind, options=self.options)
+        return self.frozen.setdefault(kind, _Kept(make))(body).run
 
-    def run(self, body, x, trained):
+    def doubt(self):
+        "Fill all copies anew when they are next used, whatever the weights say of themselves"
+        for kept in (self.live, *self.frozen.values()): kept.places = None
+
+    def run(self, body, x):
         if torch.compiler.is_compiling(): return body(x)  # a compiler of the whole model cannot look at data pointers
-        return self.live(body)(body, x) if trained else self(body)(x.contiguous(memory_format=torch.channels_last))
+        if any(p.requires_grad for p in body.parameters()): return self.live(body)(body, x)
+        return self(body)(x.contiguous(memory_format=torch.channels_last))
 
 # %% ../nbs/05_backbone.ipynb #c017
 class Backbone(nn.Module):
@@ -197,14 +257,15 @@ class Backbone(nn.Module):
         self._folds = _Folds({'dynamic': True} | options)
 
     def train(self, mode=True):
-        "Dropout and running statistics of the body never switch on."
+        "Dropout and running statistics of the body never switch on. What is folded is folded anew: an evaluation trusts no copy."
         super().train(mode).body.eval()
+        self._folds.doubt()
         return self
 
     def maps(self, x):
         "Feature maps of all layers that the body is cut after, without gradients if the CNN is frozen."
         trained = not self.frozen and (self.training or torch.is_grad_enabled())
-        with nullcontext() if trained else torch.no_grad(): return self._folds.run(self.body, x, trained)
+        with nullcontext() if trained else torch.no_grad(): return self._folds.run(self.body, x)
 
     def forward(self, x):
         maps = self.maps(x)
@@ -298,7 +359,8 @@ def read_state_dict(path: str | Path,  # .pth, .pt, .tar (torch) or .safetensors
     if not Path(path).is_file(): raise FileNotFoundError(f'weights file {path} does not exist')
     try: state = load_file(path) if Path(path).suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f'{path} is no file of plain tensors: {e}') from e
-    state = next((state[k] for k in ('model', 'state_dict', 'teacher') if isinstance(state, dict) and k in state), state)
+    held = (state.get(k) for k in ('ema', 'model', 'state_dict', 'teacher')) if isinstance(state, dict) else ()  # averaged ones first
+    state = next((v for v in held if isinstance(v, dict)), state)
     if isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values()): return state
     raise ValueError(f'{path} holds no state dict of tensors')
 

@@ -103,8 +103,16 @@ class GraphedStep(nn.Module):
         device = next(model.parameters()).device
         if device.type == 'cuda': leave_default_stream(device)
         self.model, self.criterion, self.record, self.parts, self.names, self.pool = model, criterion, record, {}, [], None
+        recorded = [m for name, m in self.named_modules() if not name.startswith('model.backbone.0')]
+        self.slots = [(held, k) for m in recorded for held in (m._parameters, m._buffers) for k in held]
+        self.places = self._places()
+
+    def _places(self):
+        "Where the weights lie. A recording reads them there, so what is changed in place is seen, and what is replaced is not"
+        return [held[k].data_ptr() for held, k in self.slots if held[k] is not None]
 
     def forward(self, batch):
+        if (places := self._places()) != self.places: self.parts, self.places = {}, places
         inputs = tuple(batch[k] for k in ('feature', 'patch_feature', 'keep', 'mask') if batch[k] is not None)
         device, boxes, amp = inputs[0].device.type, batch['boxes'], torch.is_autocast_enabled(inputs[0].device.type)
         key = self.training, amp, torch.is_grad_enabled(), *((t.shape, t.dtype) for t in inputs)

@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -137,9 +136,9 @@ class LastSeen:
                  ):
         self.function, self.kept = function, {}
 
-    def __call__(self, pictures):
-        "The results, computed for what is new."
-        names = [p.numpy().tobytes() for p in pictures]
+    def __call__(self, pictures, mark=None):
+        "The results, computed for what is new; under another `mark` all is new."
+        names = [(mark, p.numpy().tobytes()) for p in pictures]
         new = [i for i, name in enumerate(names) if name not in self.kept]
         if new: self.kept |= dict(zip([names[i] for i in new], self.function(pictures[new])))
         self.kept = {name: self.kept[name] for name in names}
@@ -164,6 +163,10 @@ class TwoHalves:
         def features(pictures): return self.model.encode_patches(self._ready(pictures)[None])[0]
         self.features, self.answer_features = LastSeen(features), LastSeen(features)
 
+    def mark(self):
+        "What changes when a weight is changed or replaced: what is kept of a photo or a patch is kept under it."
+        return tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+
     def _ready(self, images): return normalize(images.to(self.device).float() / 255, self.cnn.mean, self.cnn.std)
 
     @torch.no_grad()
@@ -177,7 +180,7 @@ class TwoHalves:
     def answers(self, encoded, pictures, maps=False):
         "Query pictures (m,3,s,s) uint8: scores (m n,), boxes (m n,4) xyxy in 0..1, attention (layers,heads,m n,S) or None."
         model, kept = self.model, [] if maps else None
-        patch = model.patch_norm(self.features(pictures)[None])
+        patch = model.patch_norm(self.features(pictures, self.mark())[None])
         states = model.decode(encoded, model.queries(patch), model.attention_mask(len(pictures)), kept)
         outputs = {k: v[-1, 0].cpu() for k, v in model.heads(states[-1:]).items()}
         boxes = box_convert(outputs['pred_boxes'], 'cxcywh', 'xyxy')
@@ -216,12 +219,14 @@ class OpenPhoto:
                  halves: TwoHalves,  # the model that answers
                  image: Tensor,  # (3,H,W) uint8
                  ):
-        self.halves, self.image = halves, image
+        self.halves, self.image, self.kept = halves, image, None
 
-    @cached_property
+    @property
     def encoded(self):
-        "What `DETR.encode` makes of it, and the shape (h,w) of the feature map."
-        return self.halves.encode(self.image)
+        "What `DETR.encode` makes of it, and the shape (h,w) of the feature map; kept until a weight is changed."
+        mark = self.halves.mark()
+        if self.kept is None or self.kept[0] != mark: self.kept = mark, self.halves.encode(self.image)
+        return self.kept[1]
 
     def find(self, boxes, target=None, augment=None, **options):
         """Where is what these `boxes` (m,4) xyxy px show? In this photo, or in another one, `target`.

@@ -85,10 +85,11 @@ def cached_pictures(task: LabelledRun,  # with a frozen CNN
 
 def live_pictures(task: LabelledRun,  # all processes call this
                   pool: QueryPool,  # of the test photos
+                  cnn: nn.Module,  # that looks: the task's, or an averaged copy
                   ) -> Tensor:  # (len(pool),1,C)
     "Features of all pictures of a pool by the CNN as it is now, each process its share."
     p, mine = task.processes, torch.zeros(len(pool), 1, task.cnn.num_channels, device=task.processes.device)
-    for row in range(p.rank, len(pool), p.world): mine[row] = picture_features(task.cnn, pool.picture(row)[None], p.device)
+    for row in range(p.rank, len(pool), p.world): mine[row] = picture_features(cnn, pool.picture(row)[None], p.device)
     return (p.mean(mine) * p.world).cpu()
 
 # %% ../nbs/32a_oneshot_task.ipynb #c010
@@ -174,25 +175,28 @@ def oneshot_batches(task: OneShotRun,  # begun
 
 # %% ../nbs/32a_oneshot_task.ipynb #c014
 def val_photos(task: OneShotRun,  # begun
+               cnn: nn.Module,  # that looks: the task's, or an averaged copy
                ) -> Iterator[dict]:  # batches of one photo, on the task's device
     "This process's share of the photos to evaluate on."
     items = val_items(task.val_set.sizes, 1, task.processes.rank, task.processes.world)
     batches = map(task.cached[1].batch, items) if task.cached else view_loader(task.val_views, items, task.cfg.num_workers)
     for batch in batches:
         batch = batch_to_device(batch, task.processes.device, task.cnn.mean, task.cnn.std)
-        with torch.no_grad(): yield batch if 'feature' in batch else batch | {'feature': task.cnn(batch['images'])}
+        with torch.no_grad(): yield batch if 'feature' in batch else batch | {'feature': cnn(batch['images'])}
 
 def evaluate_oneshot(task: OneShotRun,  # begun
-                     answer: Callable,  # (feature (1,C,h,w), pictures (K,C), original (height, width), image id) -> K dicts scores, boxes
+                     # (feature (1,C,h,w), pictures (K,C), original (height, width), image id) -> K dicts scores, boxes
+                     answer: Callable,  # as just said; with the `cnn` that looks, else the task's does
                      stop=False,  # true as soon as the run is to be stopped
                      wrong: bool = False,  # ask with the pictures of another class: what is left shows what the picture is good for
                      ) -> OneShotEvaluator | None:  # gathered; None if a stop came in between
     "Ask all photos of the evaluation set; all processes call this."
     cfg, pool, p = task.cfg, task.pools[1], task.processes
+    cnn = getattr(answer, 'cnn', task.cnn)  # averaged weights answer to what an averaged CNN sees
     task.truth = task.truth or task.val_set.coco()
     evaluator = OneShotEvaluator(task.truth, pool, task.unseen, cfg.eval_queries, cfg.own_queries, cfg.eval_backend)
-    features = task.features[1] if task.features else live_pictures(task, pool)
-    for batch in val_photos(task):
+    features = task.features[1] if task.features else live_pictures(task, pool, cnn)
+    for batch in val_photos(task, cnn):
         if p.any(bool(stop)): return None
         target = batch['targets'][0]
         asked = [rows for _, rows in evaluator.questions(int(target['image_id']))]
@@ -219,6 +223,7 @@ def model_answer(model: nn.Module,  # of `build_oneshot`, in eval mode
         answers = ask(model, feature, pictures, size)
         if overlap == 1: return answers
         return [{k: v[nms(a['boxes'], a['scores'], overlap)] for k, v in a.items()} for a in answers]
+    answer.cnn = model.backbone[0]
     return answer
 
 def matching_answer(model: nn.Module,  # whose channel statistics are used, if it has any
@@ -227,6 +232,7 @@ def matching_answer(model: nn.Module,  # whose channel statistics are used, if i
     def answer(feature, pictures, size, image_id):
         photo, asked = model.feature_norm(feature)[0].cpu(), model.patch_norm(pictures).cpu()
         return [match_features(photo, p, size.cpu()) for p in asked]
+    answer.cnn = model.backbone[0]
     return answer
 
 def chance_answer(num: int = 20,  # boxes for each question
