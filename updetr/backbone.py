@@ -93,6 +93,7 @@ def fold_pairs(body: nn.Module,  # a network with frozen norms
         body.set_submodule(name, getattr(norm, 'act', nn.Identity()))
     return fx.GraphModule(body, graph).to(memory_format=torch.channels_last), pairs
 
+# %% ../nbs/05_backbone.ipynb #c014b
 @torch.no_grad()
 def refold(folded: nn.Module,  # of `fold_pairs`, changed in place, whatever its precision
            pairs: dict[str, str],  # of `fold_pairs`
@@ -146,18 +147,16 @@ class TrainedFold:
         self.folded, self.pairs = fold_pairs(body)
         self.run = self._network if options is None else torch.compile(self._network, **options)
         self.trained = [k for k, p in body.named_parameters() if p.requires_grad]
-        for k, p in self.folded.named_parameters():
-            if k in self.trained: p.data = p.new_empty(0)  # the present weight takes its place
+        replaced = [p for k, p in self.folded.named_parameters() if k in self.trained]
+        for p in replaced: p.data = p.new_empty(0)  # the present weight takes its place
         self.fill(body)
 
-    @torch.no_grad()
     def fill(self, body):
         "Take over what is frozen, and the norms."
         refold(self.folded, self.pairs, body, self.trained)
         self.scales, self.shifts = {}, {}
         for name, before in self.pairs.items():
-            norm = body.get_submodule(name)
-            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            scale = (norm := body.get_submodule(name)).weight * (norm.running_var + norm.eps).rsqrt()
             self.scales[f'{before}.weight'] = scale[:, None]
             self.shifts[f'{before}.bias'] = scale, norm.bias - norm.running_mean * scale
 
@@ -209,6 +208,7 @@ class _Kept:
             self.body, self.kinds, self.places, self.held = body, kinds, places, [t.detach() for t in fixed]
         return self.made
 
+# %% ../nbs/05_backbone.ipynb #b7f0a1cc
 class _Folds:
     "Folded copies of a network: of what is frozen one for each precision, of what is trained one; compiled if there are options"
     def __init__(self, options=None):

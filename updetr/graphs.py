@@ -88,6 +88,18 @@ class _Part(nn.Module):
 
     def forward(self, *tensors): return self.function(*tensors)
 
+class _Places:
+    "Where weights lie. A recording reads them there: what is changed in place is seen, what is replaced is not"
+    def __init__(self, modules):
+        self.slots = [(held, k) for m in modules for held in (m._parameters, m._buffers) for k in held]
+        self.known = None
+
+    def moved(self):
+        "Whether a weight lies elsewhere than when this was last asked"
+        places = [held[k].data_ptr() for held, k in self.slots if held[k] is not None]
+        known, self.known = self.known, places
+        return known != places
+
 def _precise(device, amp, function, *tensors):
     with torch.autocast(device, torch.bfloat16, enabled=amp, cache_enabled=False): return function(*tensors)
 
@@ -100,19 +112,12 @@ class GraphedStep(nn.Module):
                  record: Callable = record_graphs,  # (parts, sample arguments, pool) -> parts
                  ):
         super().__init__()
-        device = next(model.parameters()).device
-        if device.type == 'cuda': leave_default_stream(device)
+        if (device := next(model.parameters()).device).type == 'cuda': leave_default_stream(device)
         self.model, self.criterion, self.record, self.parts, self.names, self.pool = model, criterion, record, {}, [], None
-        recorded = [m for name, m in self.named_modules() if not name.startswith('model.backbone.0')]
-        self.slots = [(held, k) for m in recorded for held in (m._parameters, m._buffers) for k in held]
-        self.places = self._places()
-
-    def _places(self):
-        "Where the weights lie. A recording reads them there, so what is changed in place is seen, and what is replaced is not"
-        return [held[k].data_ptr() for held, k in self.slots if held[k] is not None]
+        self.weights = _Places(m for name, m in self.named_modules() if not name.startswith('model.backbone.0'))
 
     def forward(self, batch):
-        if (places := self._places()) != self.places: self.parts, self.places = {}, places
+        if self.weights.moved(): self.parts = {}
         inputs = tuple(batch[k] for k in ('feature', 'patch_feature', 'keep', 'mask') if batch[k] is not None)
         device, boxes, amp = inputs[0].device.type, batch['boxes'], torch.is_autocast_enabled(inputs[0].device.type)
         key = self.training, amp, torch.is_grad_enabled(), *((t.shape, t.dtype) for t in inputs)
