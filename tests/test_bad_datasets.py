@@ -1,14 +1,25 @@
 "Data sets with something wrong: each kind has its own clear message, when it is opened or when it is checked."
 import json
+import time
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from pycocotools import mask as rle
+from torchvision.io import write_png
 
 from updetr.check import check_dataset
 from updetr.datasets import DetectionSet, coco_table, open_dataset
-from updetr.photos import builtin_photos, read_photo
+from updetr.evaluate import CocoEvaluator
+from updetr.panoptic import coco_truth, instance_truth, open_panoptic
+from updetr.photos import BadPhoto, builtin_photos, read_photo
+from updetr.queries import QueryPool
+from updetr.transforms import SMALL_SIZES, DetectionViews
 
 PHOTO = next(p.path for p in builtin_photos() if p.name == 'rocket')
 HEIGHT, WIDTH = read_photo(PHOTO).shape[1:]
@@ -25,7 +36,7 @@ def content():
 
 def coco(root, data=None, text=None):
     "A COCO folder"
-    for part in ('annotations', 'train2017'): (root / part).mkdir(exist_ok=True)
+    for part in ('annotations', 'train2017'): (root / part).mkdir(parents=True, exist_ok=True)
     for name in ('1.jpg', '2.jpg'): (root / 'train2017' / name).write_bytes(Path(PHOTO).read_bytes())
     (root / 'annotations/instances_train2017.json').write_text(json.dumps(data or content()) if text is None else text)
     return root
@@ -104,6 +115,22 @@ UNOPENED = {
                             ["'../../secret.jpg'", 'leads out']),
     'absolute name': (lambda f: open_dataset(coco(f, change('images', 1, file_name='/etc/hosts')), 'train'), ["'/etc/hosts'", 'leads out']),
     'VOC name that leads out': (lambda f: open_dataset(voc(f, names=('../../a',)), 'trainval'), ["'../../a'", 'leads out']),
+    'image id a list': (lambda f: open_dataset(coco(f, change('images', 1, id=[2])), 'train'),
+                        ['images[1] has id [2], a list', 'must be a number or a text']),
+    'image id of an annotation true': (lambda f: open_dataset(coco(f, change('annotations', 1, image_id=True)), 'train'),
+                                       ['annotations[1] (id 2) has image_id True, a truth value']),
+    'iscrowd as text': (lambda f: open_dataset(coco(f, change('annotations', 1, iscrowd='0')), 'train'),
+                        ["annotations[1] (id 2) has iscrowd '0', a text", 'must be 0 or 1 without quotes']),
+    'area as text': (lambda f: open_dataset(coco(f, change('annotations', 2, area='many')), 'train'),
+                     ["annotations[2] (id 3) has area 'many', a text", 'finite number']),
+    'class named by a list': (lambda f: open_dataset(coco(f, change('categories', 1, name=['tower'])), 'train'),
+                              ["categories[1] (id 9) has name ['tower'], a list", 'in quotes']),
+    'class named by a number': (lambda f: open_dataset(coco(f, change('categories', 1, name=float('inf'))), 'train'),
+                                ['categories[1] (id 9) has name inf, a number']),
+    'half a character': (lambda f: open_dataset(coco(f, change('images', 1, file_name='\ud800.jpg')), 'train'), ['ud800', 'leads out']),
+    'difficult in words': (lambda f: open_dataset(voc(f, OBJECT.replace('<bnd', '<difficult>hard</difficult><bnd')), 'trainval'),
+                           ["a.xml: object 1 has <difficult> 'hard'", '0 or 1']),
+    'no list is text': (lambda f: open_dataset(_list(voc(f), b'\xff\xfea'), 'trainval'), ['trainval.txt is no text']),
     'photos elsewhere': (lambda f: open_dataset(_moved(coco(f)), 'train'), ["'1.jpg'", 'images=FOLDER']),
     'no folder of photos': (lambda f: open_dataset(coco(f), 'train', images=f / 'lost'), ['no folder of photos', 'lost']),
     'no size, no photo': (lambda f: open_dataset(coco(f, change('images', 1, width=None, file_name='3.jpg')), 'train'),
@@ -118,6 +145,11 @@ UNOPENED = {
     'photo listed twice': (lambda f: open_dataset(voc(f, names=('a', 'a')), 'trainval'), ['photo names', "'VOC2007/a' comes 2 times"]),
     'no objects at all': (lambda f: open_dataset(voc(f, ''), 'trainval'), ['no annotation has an <object>']),
 }
+
+
+def _list(root, data):
+    (root / 'VOC2007/ImageSets/Main/trainval.txt').write_bytes(data)
+    return root
 
 
 def _moved(root):
@@ -170,8 +202,13 @@ UNSOUND = {
     'negative': (_add(bbox=[50, 50, -20, 30]), 'errors', ['negative side: 1', '50, 50, -20, 30', 'exchanged']),
     'corners': (_all_boxes(lambda x, y, w, h: [x + 200, y, x + 200 + w, y + h]), 'errors', ['x1, y1, x2, y2', 'x, y, width, height']),
     'fractions': (_all_boxes(lambda x, y, w, h: [x / WIDTH, y / HEIGHT, w / WIDTH, h / HEIGHT]), 'errors', ['fractions', 'pixels']),
-    'missing photo': (change('images', 1, file_name='lost.jpg'), 'errors', ['photos missing: 1', 'lost.jpg']),
+    'missing photo': (change('images', 1, file_name='lost.jpg'), 'errors', ['photos missing: 1', 'lost.jpg', '-p missing skip']),
     'another size': (change('images', 1, width=WIDTH + 1), 'errors', ['photos of another size: 1', '2.jpg', f'{WIDTH + 1} x {HEIGHT}']),
+    'all crowds': (content() | {'annotations': [a | {'iscrowd': 1} for a in content()['annotations']]}, 'errors',
+                   ['no box can be trained on', '3 of 3 are marked iscrowd=1', 'write iscrowd 0']),
+    'all difficult': (content() | {'annotations': [a | {'difficult': 1} for a in content()['annotations']]}, 'errors',
+                      ['no box can be trained on', '3 of 3 are marked difficult', '-p difficult keep']),
+    'texts for numbers': (_add(bbox=['1', '2', '3', '4']), 'errors', ['not four finite numbers: 1', 'annotation 4']),
     'nothing to learn': (content() | {'annotations': []}, 'errors', ['no box can be used']),
     'no area': (_add(bbox=[50, 50, 0, 30]), 'warnings', ['without area: 1', '50, 50, 0, 30']),
     'quite outside': (_add(bbox=[WIDTH + 5, 5, 9, 9]), 'warnings', ['quite outside their photos: 1']),
@@ -207,15 +244,70 @@ def test_broken_photos(tmp_path):
     assert [e for e in check_dataset(ds, decode=True).errors if 'photos broken: 2' in e]
 
 
-def test_sideways_photos(tmp_path):
-    "A photo whose EXIF note turns it does not fit boxes that were drawn on it as stored."
-    root, turned = coco(tmp_path), Image.Exif()
-    turned[0x0112] = 6
-    Image.open(PHOTO).save(root / 'train2017/1.jpg', exif=turned)
-    ds = open_dataset(root, 'train')
-    assert any('1.jpg' in e and 'EXIF' in e for e in check_dataset(ds).errors)
-    with pytest.raises(ValueError, match='EXIF'): ds[0]
-    assert ds[1]['boxes'].tolist() == [[300, 40, 340, 340]]
+def turned_set(root, turn, said, box, shape=(40, 100), name='a'):
+    "A COCO set of one photo with a white object on black, turned by EXIF; `box` on the stored pixels or, if None is said, upright"
+    stored = np.zeros((*shape, 3), np.uint8)
+    stored[5:15, 10:40] = 255
+    note = Image.Exif()
+    note[0x0112] = turn
+    for part in ('annotations', 'train2017'): (root / part).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(stored).save(root / f'train2017/{name}.png', exif=note)
+    content = {'images': [{'id': 1, 'file_name': f'{name}.png', 'height': said[0], 'width': said[1]}],
+               'categories': [{'id': 1, 'name': 'x'}], 'annotations': [{'id': 1, 'image_id': 1, 'category_id': 1, 'bbox': box}]}
+    (root / 'annotations/instances_train2017.json').write_text(json.dumps(content))
+    return root
+
+
+def upright_box(root):
+    "Where the object is in the upright photo: x, y, width, height"
+    rows, columns = (read_photo(root / 'train2017/a.png').float().mean(0) > 128).nonzero().T
+    return [int(columns.min()), int(rows.min()), int(columns.max() - columns.min()) + 1, int(rows.max() - rows.min()) + 1]
+
+
+STORED = [10, 5, 30, 10]
+TURNED = {  # said size, boxes drawn on, words of the warning (None: nothing has to be said), the way that is right
+    'upright, 90': (6, (100, 40), 'upright', None, 'sizes'),
+    'stored, 90': (6, (40, 100), 'stored', 'states the size of the stored pixels: 1', 'sizes'),
+    'stored, mirrored': (5, (40, 100), 'stored', 'states the size of the stored pixels: 1', 'sizes'),
+    'upright, 180': (3, (40, 100), 'upright', 'does not tell how their boxes were drawn: 1', 'sizes'),
+    'stored, 180': (3, (40, 100), 'stored', 'does not tell how their boxes were drawn: 1', 'stored'),
+    'stored, 90, told': (8, (40, 100), 'stored', 'states the size of the stored pixels: 1', 'stored'),
+}
+
+
+@pytest.mark.parametrize('kind', TURNED)
+def test_boxes_lie_on_objects_of_turned_photos(kind, tmp_path):
+    "Stated sizes decide which way up a photo was when its boxes were drawn; where they cannot, that is said, with the way out."
+    turn, said, drawn_on, words, way = TURNED[kind]
+    root = turned_set(tmp_path, turn, said, STORED)
+    if drawn_on == 'upright': turned_set(tmp_path, turn, said, upright_box(root))
+    report, ds = check_dataset(open_dataset(root, 'train')), open_dataset(root, 'train', exif=way)
+    assert report.ok and report.counts['photos turned by EXIF'] == 1
+    assert way == 'sizes' or not check_dataset(ds).warnings
+    assert [words in w and 'a.png' in w for w in report.warnings] == ([True] if words else []), report
+    image, (x1, y1, x2, y2) = ds[0]['image'], ds[0]['boxes'][0].int().tolist()
+    assert image[:, y1:y2, x1:x2].float().mean() > 250 and image.float().sum() == image[:, y1:y2, x1:x2].float().sum()
+    assert tuple(image.shape[1:]) == tuple(ds.sizes[0])
+
+
+def test_boxes_that_fit_only_upright_prove_it(tmp_path):
+    "A converter that took the size of the stored pixels for boxes drawn in a browser."
+    root = turned_set(tmp_path, 6, (100, 40), STORED)
+    box = upright_box(root)
+    ds = open_dataset(turned_set(tmp_path, 6, (40, 100), [box[0], 60, 9, 30]), 'train')
+    assert ds.sizes.tolist() == [[100, 40]] and ds.columns['boxes'].tolist() == [[box[0], 60, box[0] + 9, 90]]
+    assert any('fit only upright: 1, first a.png' in n for n in check_dataset(ds).warnings) and tuple(ds[0]['image'].shape) == (3, 100, 40)
+
+
+def test_a_set_of_two_ways_is_refused(tmp_path):
+    "Where the other turned photos were drawn on as stored, an undecided one shown upright is an error."
+    root = turned_set(tmp_path, 6, (40, 100), STORED)
+    turned_set(tmp_path, 3, (40, 100), STORED, name='b')
+    content = json.loads((root / 'annotations/instances_train2017.json').read_text())
+    content['images'].append({'id': 2, 'file_name': 'a.png', 'height': 40, 'width': 100})
+    (root / 'annotations/instances_train2017.json').write_text(json.dumps(content))
+    assert any('b.png' in e and '-p exif stored' in e for e in check_dataset(open_dataset(root, 'train')).errors)
+    assert check_dataset(open_dataset(root, 'train', exif='stored')).ok
 
 
 def test_zero_based_voc(tmp_path):
@@ -241,3 +333,280 @@ def test_a_table_made_by_hand_needs_no_files():
     ds = DetectionSet(coco_table(content(), 'nowhere', 'by hand'))
     assert len(ds) == 2 and ds.coco()['annotations'][1]['category_id'] == 1
     assert any('photos missing: 2' in e for e in check_dataset(ds).errors)
+
+
+# ---- what people have -----------------------------------------------------------------------------------------------
+
+def test_crowds_that_are_difficult_only(tmp_path):
+    "VOC with nothing but difficult objects: an error, and none with the way out."
+    root = voc(tmp_path, OBJECT.replace('<bnd', '<difficult>1</difficult><bnd'))
+    assert any('1 of 1 are marked difficult' in e for e in check_dataset(open_dataset(root, 'trainval')).errors)
+    assert check_dataset(open_dataset(root, 'trainval', difficult='keep')).ok
+
+
+@pytest.mark.parametrize('ids', [(20230101123456789, 20230101123456790), (2**63 + 5, 2**64), ('0007', '7'), (1.0, 2.5), ('a', 3)])
+def test_image_ids_of_any_size_and_type(ids, tmp_path):
+    "Photos are numbered anew where pycocotools could not tell them apart; the file's ids are kept beside."
+    data = content()
+    for photo, i in zip(data['images'], ids): photo['id'] = i
+    for a in data['annotations']: a['image_id'] = ids[a['image_id'] - 1]
+    ds = open_dataset(coco(tmp_path, data), 'train')
+    assert ds.image_ids == [1, 2] and ds.table.file_ids == list(ids) and not ds.table.unknown
+    target = DetectionViews(ds, train=False)[0, 1][1]
+    evaluator = CocoEvaluator(ds.coco())
+    for s in ds: evaluator.update([s['image_id']], [{'scores': torch.ones(len(s['labels'])), 'labels': s['labels'], 'boxes': s['boxes']}])
+    assert int(target['image_id']) == 2 and evaluator.summary()['AP'] == pytest.approx(100) and len(QueryPool(ds)) == 3
+
+
+def test_files_beside_photos(tmp_path):
+    "LabelImg's .xml, labelme's .json and YOLO's .txt lie in JPEGImages, too."
+    root = voc(tmp_path)
+    for suffix in ('xml', 'json', 'txt'): (root / f'VOC2007/JPEGImages/a.{suffix}').write_text('{}')
+    ds = open_dataset(root, 'trainval')
+    assert ds.table.files == ['VOC2007/JPEGImages/a.jpg'] and check_dataset(ds, decode=True).ok
+
+
+@pytest.mark.parametrize('line', ['a photo', 'a photo.jpg', '\ufeffa photo', 'a photo  1'])
+def test_voc_names_and_splits_as_people_write_them(line, tmp_path):
+    root = voc(tmp_path)
+    base = root / 'VOC2007'
+    for folder, suffix in (('JPEGImages', 'jpg'), ('Annotations', 'xml')):
+        (base / folder / f'a.{suffix}').rename(base / folder / f'a photo.{suffix}')
+    (base / 'ImageSets/Main/fold1_train.txt').write_text(line + '\n', encoding='utf-8')
+    ds = open_dataset(root, 'fold1_train')
+    assert ds.table.files == ['VOC2007/JPEGImages/a photo.jpg'] and check_dataset(ds).ok
+    with pytest.raises(ValueError, match='fold1_train'): open_dataset(root, 'fold2_train')
+
+
+@pytest.mark.parametrize('said, real', [('b\\1.jpg', 'b/1.jpg'), ('b%201.jpg', 'b 1.jpg'), ('b%2F1.jpg', 'b/1.jpg')])
+@pytest.mark.parametrize('where', [None, 'train2017'])
+def test_names_of_other_systems(said, real, where, tmp_path):
+    root = coco(tmp_path, change('images', 0, file_name=said))
+    (root / 'train2017' / real).parent.mkdir(exist_ok=True)
+    (root / 'train2017/1.jpg').rename(root / 'train2017' / real)
+    (root / 'train2017/2.jpg').unlink()
+    ds = open_dataset(root, 'train', images=where and root / where, missing='skip')
+    assert ds.table.files == [real] and len(ds.rows) == 2 and len(ds.table.notes) == 2
+    assert check_dataset(ds).ok
+
+
+def test_photos_away_from_their_file(tmp_path):
+    "The folder that is given may be the photos' own or the one above."
+    root = _moved(coco(tmp_path / 'set'))
+    (root / 'elsewhere').rename(tmp_path / 'train2017')
+    for images in (tmp_path, tmp_path / 'train2017'): assert check_dataset(open_dataset(root, 'train', images=images)).ok
+    voc_root = voc(tmp_path / 'voc')
+    (voc_root / 'VOC2007/JPEGImages').rename(tmp_path / 'jpegs')
+    assert check_dataset(open_dataset(voc_root, 'trainval', images=tmp_path / 'jpegs')).ok
+
+
+def test_the_folder_with_most_photos_wins_and_missing_ones_can_be_left_out(tmp_path):
+    "The first, the middle and the last name are the very ones that are missing."
+    data = content()
+    data['images'] = [{'id': k, 'file_name': f'{k}.jpg', 'height': HEIGHT, 'width': WIDTH} for k in range(1, 12)]
+    root = coco(tmp_path, data)
+    (root / 'train2017/1.jpg').rename(root / 'train2017/4.jpg')
+    ds = open_dataset(root, 'train')
+    assert any('photos missing: 9, first 1.jpg' in e and 'missing skip' in e for e in check_dataset(ds).errors)
+    ds = open_dataset(root, 'train', missing='skip')
+    assert ds.table.files == ['2.jpg', '4.jpg'] and len(ds) == 2 and len(ds.rows) == 1 and not ds.table.unknown
+    report = check_dataset(ds, decode=True)
+    assert report.ok and any('missing and left out: 9 of 11, first 1.jpg' in n for n in report.warnings)
+
+
+# ---- panoptic -------------------------------------------------------------------------------------------------------
+
+def panoptic(root, data=None, instances=None):
+    "A panoptic folder of one photo: a thing above, stuff below"
+    data, key = data or panoptic_content(), 7
+    for part in ('annotations/panoptic_train2017', 'train2017'): (root / part).mkdir(parents=True, exist_ok=True)
+    ids = torch.ones(3, 8, 10, dtype=torch.uint8) * torch.tensor([1, 0, 0], dtype=torch.uint8)[:, None, None]
+    ids[0, 4:] = 2
+    write_png(ids, str(root / 'annotations/panoptic_train2017/a.png'))
+    write_png(ids * 100, str(root / 'train2017/a.png'))
+    (root / 'annotations/panoptic_train2017.json').write_text(json.dumps(data))
+    segmentation = rle.encode(np.asfortranarray((ids[0] == 1).numpy(), np.uint8))
+    outline = {'size': [8, 10], 'counts': segmentation['counts'].decode()}
+    thing = {'id': 1, 'image_id': key, 'category_id': 1, 'bbox': [0, 0, 10, 4], 'area': 40, 'iscrowd': 0, 'segmentation': outline}
+    rows = [thing | (instances or {})]
+    (root / 'instances.json').write_text(json.dumps({'images': data['images'], 'annotations': rows, 'categories': data['categories']}))
+    return root
+
+
+def panoptic_content(key=7):
+    segments = [{'id': 1, 'category_id': 1, 'bbox': [0, 0, 10, 4], 'area': 40, 'iscrowd': 0},
+                {'id': 2, 'category_id': 5, 'bbox': [0, 4, 10, 4], 'area': 40}]
+    return {'images': [{'id': key, 'file_name': 'a.png', 'height': 8, 'width': 10}],
+            'categories': [{'id': 1, 'name': 'cat', 'isthing': 1}, {'id': 5, 'name': 'sky', 'isthing': 0}],
+            'annotations': [{'image_id': key, 'file_name': 'a.png', 'segments_info': segments}]}
+
+
+@pytest.mark.parametrize('key', [7, '0007', 2**63 + 1, 2.5])
+def test_panoptic_ids_are_as_in_detection(key, tmp_path):
+    ds = open_panoptic(panoptic(tmp_path, panoptic_content(key)))
+    target = DetectionViews(ds, train=False)[0, 0][1]
+    assert ds.file_ids == [key] and int(target['image_id']) == ds.image_ids[0] == (7 if key == 7 else 1) and len(target['boxes']) == 2
+
+
+def _panoptic_change(**values):
+    "The panoptic content with values exchanged in segment 0, in category 0 or in the photo"
+    data = panoptic_content()
+    for key, v in values.items():
+        entry = data['categories'][0] if key in ('name', 'isthing') else data['images'][0] if key in ('height', 'width') else (
+            data['annotations'][0]['segments_info'][0])
+        entry[key] = v
+    return data
+
+
+@pytest.mark.parametrize('values, words', [
+    ({'isthing': 'yes'}, ["categories[0] (id 1) has isthing 'yes', a text", '0 or 1']), ({'isthing': None}, ['isthing None, nothing']),
+    ({'name': ['cat']}, ["name ['cat'], a list"]), ({'area': None}, ['segments of photo 7[0] (id 1) has area None']),
+    ({'area': 'big'}, ["area 'big', a text"]), ({'iscrowd': 'no'}, ["iscrowd 'no', a text"]),
+    ({'bbox': [1, 2, 3]}, ['bbox [1, 2, 3], a list']),
+    ({'bbox': [1, 2, 3, float('nan')]}, ['bbox [1, 2, 3, nan]']),
+    ({'bbox': ['0', '0', '9', '9']}, ['four finite numbers']),
+    ({'id': '1'}, ["id '1', a text", '1..16777215']),
+    ({'id': 2**24}, ['id 16777216']), ({'height': '8'}, ["height '8', a text", 'pixels']),
+    ({'category_id': [1]}, ['category_id [1], a list']), ({'width': 0}, ['width 0'])])
+def test_panoptic_values_of_a_wrong_kind(values, words, tmp_path):
+    root = panoptic(tmp_path, _panoptic_change(**values))
+    with pytest.raises(ValueError) as e: open_panoptic(root)
+    assert not [w for w in ['panoptic_train2017.json', *words] if w not in str(e.value)], e.value
+
+
+def test_panoptic_segments_without_a_box_are_true_but_no_targets(tmp_path):
+    "The picture has their pixels, so PQ and pycocotools judge by them; no query is taught an empty box."
+    ds = open_panoptic(panoptic(tmp_path, _panoptic_change(bbox=[0, 0, 10, 0])))
+    assert len(ds.segments(0)) == 2 and len(ds[0]['boxes']) == len(ds[0]['masks']) == 1 and ds[0]['labels'].tolist() == [1]
+    assert [a['bbox'] for a in coco_truth(ds)['annotations']] == [[0, 0, 10, 0], [0, 4, 10, 4]]
+
+
+@pytest.mark.parametrize('outline, words', [
+    ({'counts': 'x'}, ['size None']), ({'size': '8x10', 'counts': 'x'}, ["size '8x10'"]),
+    ({'size': [10, 8], 'counts': 'x'}, ['[10, 8] px']),
+    ({'size': [8, 10], 'counts': [1] * 10**6}, ['more runs']), ({'size': [8, 10], 'counts': 'o'}, ['stops in the middle']),
+    ({'size': [8, 10], 'counts': [80, 80]}, ['covers 160 pixels']), ([[0, 0, 10**9, 0, 5, 5]], ['far outside']), (None, ['is None']),
+    ([[0, 0]], ['polygon'])])
+def test_outlines_that_would_hang_or_crash(outline, words, tmp_path):
+    ds, begun = open_panoptic(panoptic(tmp_path, instances={'segmentation': outline})), time.perf_counter()
+    with pytest.raises(ValueError) as e: instance_truth(ds, tmp_path / 'instances.json')
+    assert not [w for w in ['instances.json', 'annotation 1', *words] if w not in str(e.value)], e.value
+    assert time.perf_counter() - begun < 5
+
+
+# ---- any value in any place -----------------------------------------------------------------------------------------
+
+MANY = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.sampled_from([0, -1, 2**31, 2**53, 2**63, 2**70, 10**400, 1e308, -1e-300]),
+                    st.floats(), st.text(max_size=8), st.sampled_from(['1', 'nan', '../x', '\0', '\ud800', '<b>', '%2e%2e/a', 'a' * 300]))
+KEYS = st.sampled_from(['id', 'size', 'counts', 'x'])
+ANYTHING = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=6)
+GONE = object()
+
+
+def places(data, path=()):
+    "All places in nested lists and dictionaries"
+    yield path
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for k, v in inner: yield from places(v, (*path, k))
+
+
+def exchanged(data, path, value):
+    "The data with one value exchanged or gone"
+    if not path: return value
+    data = deepcopy(data)
+    inner = data
+    for k in path[:-1]: inner = inner[k]
+    if value is GONE: del inner[path[-1]]
+    else: inner[path[-1]] = value
+    return data
+
+
+def named_or_fine(act):
+    "Either it works, or one of the kit's own errors says in words what is wrong; never anything from the depths"
+    try: return act()
+    except (ValueError, FileNotFoundError, BadPhoto) as e:
+        assert len(str(e)) > 20 and not isinstance(e, UnicodeError), repr(e)
+        at = e.__traceback__
+        while at.tb_next: at = at.tb_next
+        assert '/updetr/' in at.tb_frame.f_code.co_filename, f'from the depths: {e!r}'
+        return None
+
+
+def use(ds):
+    "Everything that is done with an opened set"
+    report = check_dataset(ds)
+    str(report), repr(ds), json.dumps(ds.coco())
+    assert len(ds.table.ids) == len(ds.rows) + sum(ds.left_out.values())
+    truth, evaluator = ds.coco(), CocoEvaluator(ds.coco())
+    for i in ds.image_ids: evaluator.update([i], [{'scores': [1.], 'labels': [0], 'boxes': [[0, 0, 9, 9]]}])
+    evaluator.summary(), QueryPool(ds)
+    for i in range(len(ds)): named_or_fine(lambda i=i: DetectionViews(ds, sizes=SMALL_SIZES, train=False)[0, i])
+    assert all(np.isfinite(a['bbox']).all() for a in truth['annotations'])
+    return report
+
+
+@MANY
+@given(data=st.data())
+def test_any_value_anywhere_in_a_coco_file(data, tmp_path):
+    whole = content()
+    for a in whole['annotations']: a |= {'area': 100., 'iscrowd': 0, 'difficult': 0}
+    for c in whole['categories']: c['supercategory'] = 'thing'
+    path = data.draw(st.sampled_from(list(places(whole))[1:]))
+    value = data.draw(ANYTHING | st.just(GONE))
+    root = coco(tmp_path, text=json.dumps(exchanged(whole, path, value)))
+    ds = named_or_fine(lambda: open_dataset(root, 'train'))
+    if ds is None: return
+    report = use(ds)
+    boxes = path[0] == 'annotations' and path[-1] not in ('area', 'iscrowd', 'difficult', 'id') and len(path) > 2
+    if boxes and not report.errors: assert len(ds.rows) == 3 or report.warnings, f'{path} = {value!r} lost a box in silence'
+
+
+XML = [('xmin', '300'), ('ymin', '40'), ('xmax', '340'), ('ymax', '340'), ('name', 'rocket'), ('difficult', '0'), ('width', str(WIDTH)),
+       ('height', str(HEIGHT))]
+
+
+@MANY
+@given(which=st.sampled_from([k for k, _ in XML]), text=st.text(max_size=8) | st.sampled_from(['1_0', '1e400', 'nan', '-5', '<a/>', '&x;']))
+def test_any_text_anywhere_in_a_voc_file(which, text, tmp_path):
+    parts = {k: text if k == which else v for k, v in XML}
+    box = ''.join(f'<{k}>{parts[k]}</{k}>' for k in ('xmin', 'ymin', 'xmax', 'ymax'))
+    xml = (f'<annotation><size><width>{parts["width"]}</width><height>{parts["height"]}</height></size>'
+           f'<object><name>{parts["name"]}</name>'
+           f'<difficult>{parts["difficult"]}</difficult><bndbox>{box}</bndbox></object></annotation>')
+    root = voc(tmp_path)
+    (root / 'VOC2007/Annotations/a.xml').write_text(xml, encoding='utf-8', errors='replace')
+    ds = named_or_fine(lambda: open_dataset(root, 'trainval'))
+    if ds is not None:
+        report = use(ds)
+        assert len(ds.rows) == 1 or report.errors
+
+
+@MANY
+@given(data=st.data())
+def test_any_value_anywhere_in_a_panoptic_file(data, tmp_path):
+    whole = panoptic_content()
+    path = data.draw(st.sampled_from(list(places(whole))[1:]))
+    root = panoptic(tmp_path)
+    (root / 'annotations/panoptic_train2017.json').write_text(json.dumps(exchanged(whole, path, data.draw(ANYTHING | st.just(GONE)))))
+    def act():
+        ds = open_panoptic(root)
+        coco_truth(ds), coco_truth(ds, masks=True), repr(ds)
+        return [DetectionViews(ds, train=False)[0, i] for i in range(len(ds))]
+    named_or_fine(act)
+
+
+@MANY
+@given(data=st.data())
+def test_any_outline_is_taken_or_named(data, tmp_path):
+    "What is not refused can be given to pycocotools."
+    root = panoptic(tmp_path)
+    ds, whole = open_panoptic(root), json.loads((root / 'instances.json').read_text())
+    path = data.draw(st.sampled_from([p for p in places(whole) if p[:1] == ('annotations',) and len(p) > 1]))
+    runs = st.text(st.characters(max_codepoint=130), max_size=9)
+    value = ANYTHING | st.just(GONE) | st.fixed_dictionaries({'size': st.just([8, 10]), 'counts': runs})
+    (root / 'instances.json').write_text(json.dumps(exchanged(whole, path, data.draw(value))))
+    truth = named_or_fine(lambda: instance_truth(ds, root / 'instances.json'))
+    if truth is None: return
+    mask = {'scores': np.ones(1), 'labels': np.zeros(1), 'boxes': np.zeros((1, 4)), 'masks': np.ones((1, 8, 10))}
+    CocoEvaluator(truth, 'segm').update(ds.image_ids, [mask]).summary()

@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 import torch
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 
 from updetr.check import check_dataset
 from updetr.datasets import DetectionSet, coco_table, open_dataset
+from updetr.evaluate import CocoEvaluator
+from updetr.finetune import some_photos
 from updetr.photos import builtin_photos, read_photo
+from updetr.queries import QueryPool
 from updetr.transforms import SMALL_SIZES, DetectionViews
 
 
@@ -94,3 +98,58 @@ def test_a_million_boxes_are_columns():
     assert (np.diff(ds.starts) == np.bincount([a['image_id'] // 3 for a, k in zip(data['annotations'], inside) if k], minlength=n)).all()
     b = ds.columns['boxes']
     assert b.min() >= 0 and b[:, 2].max() <= 320 and b[:, 3].max() <= 240 and (b[:, 2:] > b[:, :2]).all()
+
+
+def awkward_file(seed):
+    """A COCO file as strangers make them, and answers {image id: [(category id, score, box)]}. Ids have gaps, boxes are empty, negative or
+    outside, areas are their own or 0, some are crowds, some of unknown photos and classes."""
+    rng, rows, answers = np.random.default_rng(seed), [], {}
+    ids, kinds = (rng.permutation(500)[:12] + 1).tolist(), [3, 17, 90]
+    for i in ids:
+        answers[i] = []
+        for _ in range(rng.integers(1, 7)):
+            (x, y), (w, h), kind = rng.uniform(0, 90, 2).tolist(), rng.uniform(8, 100, 2).tolist(), int(rng.choice(kinds))
+            odd = rng.choice(['', '', '', 'flat', 'point', 'outside', 'sticking out', 'negative'])
+            if odd == 'flat': w = 0
+            if odd == 'point': w = h = 0
+            if odd == 'outside': x += 300
+            if odd == 'sticking out': x, y = x - 40, y - 40
+            if odd == 'negative': w = -w
+            area = float(rng.choice([0, w * h, w * h / 2, 2000]))
+            rows.append(dict(id=len(rows) + 1, image_id=i, category_id=kind, bbox=[x, y, w, h], area=area, iscrowd=int(rng.random() < .1)))
+            near = rng.normal(0, 3, rng.integers(0, 3)).tolist()
+            answers[i] += [(kind, round(float(rng.random()), 1), [x + d, y + d, abs(w), h]) for d in near]
+    rows += [rows[0] | {'id': 900, 'image_id': 9999}, rows[0] | {'id': 901, 'category_id': 5}]
+    photos = [{'id': i, 'file_name': f'{i}.jpg', 'width': 150, 'height': 120} for i in ids]
+    return {'images': photos, 'categories': [{'id': k, 'name': f'class {k}'} for k in kinds], 'annotations': rows}, answers
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_ap_is_that_of_pycocotools_on_the_original_file(seed, tmp_path):
+    "Boxes that cannot be trained on are in the truth: pycocotools counts them as missed."
+    data, answers = awkward_file(seed)
+    (tmp_path / 'truth.json').write_text(json.dumps(data))
+    found = [{'image_id': i, 'category_id': k, 'score': s, 'bbox': b} for i, some in answers.items() for k, s, b in some]
+    with redirect_stdout(StringIO()):
+        truth = COCO(str(tmp_path / 'truth.json'))
+        theirs = COCOeval(truth, truth.loadRes(found), 'bbox')
+        for stage in (theirs.evaluate, theirs.accumulate, theirs.summarize): stage()
+    ds = DetectionSet(coco_table(data, '.', 'truth.json'))
+    label, ours = {k: c for c, k in enumerate(ds.category_ids)}, CocoEvaluator(ds.coco())
+    for i, some in answers.items():
+        boxes = np.array([[x, y, x + w, y + h] for _, _, (x, y, w, h) in some]).reshape(-1, 4)
+        ours.update([i], [{'scores': [s for _, s, _ in some], 'labels': [label[k] for k, *_ in some], 'boxes': boxes}])
+    assert ds.left_out['empty'] > 3 and .02 < theirs.stats[0] < .9
+    assert np.allclose(ours.result.stats, theirs.stats, atol=1e-9)
+
+
+def test_boxes_only_for_evaluation_teach_and_ask_nothing():
+    "What is empty inside its photo is in the truth, but is no target, is not drawn for, and is not asked with."
+    data, _ = awkward_file(0)
+    ds = DetectionSet(coco_table(data, '.', 'truth.json'))
+    empty = [a for a in ds.coco()['annotations'] if a['empty']]
+    assert len(ds.coco()['annotations']) - len(empty) == len(ds.rows) and len(empty) == ds.left_out['empty']
+    pool, real = QueryPool(ds), [a for a in ds.coco()['annotations'] if not (a['empty'] or a['iscrowd'])]
+    assert len(pool) == len(real) and all(min(a['bbox'][2:]) > 0 for a in real)
+    assert {(k, c) for k, some in pool.present.items() for c in some} == {(a['image_id'], a['category_id']) for a in real}
+    assert len(some_photos(ds, 5, 0)) == 5

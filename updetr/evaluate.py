@@ -49,10 +49,12 @@ def _backend(name):
     except ImportError as e: raise ImportError("the fast back end is missing: pip install 'updetr[fast]', or backend='pycocotools'") from e
     return hotcoco.COCO, hotcoco.COCOeval
 
-def _copied(coco, kinds=None):
-    "The parts of a COCO dict that are needed, with annotations of their own: of all classes or of some"
-    mine = coco['annotations'] if kinds is None else [a for a in coco['annotations'] if a['category_id'] in set(kinds)]
-    return dict(images=coco['images'], categories=coco['categories'], annotations=[dict(a) for a in mine])
+def _copied(coco, places, kinds=None):
+    "The parts of a COCO dict that are needed, with images by their places: of all classes or of some"
+    wanted = set(kinds or ())
+    mine = [a for a in coco['annotations'] if a['image_id'] in places and (kinds is None or a['category_id'] in wanted)]
+    return dict(images=[dict(p, id=places[p['id']]) for p in coco['images']], categories=coco['categories'],
+                annotations=[dict(a, image_id=places[a['image_id']]) for a in mine])
 
 # %% ../nbs/25_evaluate.ipynb #c013
 def _as_numpy(x, dtype): return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, dtype)
@@ -116,14 +118,14 @@ class CocoEvaluator:
     ):
         if iou_type not in ('bbox', 'segm'): raise ValueError(f"iou_type must be 'bbox' or 'segm', not {iou_type!r}")
         self.coco, self.iou_type, self.backend = coco, iou_type, backend
-        self.image_ids = sorted(i['id'] for i in coco['images'])
+        self.image_ids = sorted((i['id'] for i in coco['images']), key=lambda k: (isinstance(k, str), k))
         self.names = dict(sorted((c['id'], c['name']) for c in coco['categories']))
         self.predictions, self._result, _ = {}, None, _backend(backend)          # say at once if the back end is missing
 
     def update(self, image_ids, predictions):
         "Take the predictions of some images, one dict an image, as `postprocess` gives them. Raises ValueError for what cannot be right."
         if len(image_ids) != len(predictions): raise ValueError(f'{len(image_ids)} image ids, but {len(predictions)} predictions')
-        for i, p in zip(map(int, image_ids), predictions):
+        for i, p in zip((i if isinstance(i, str) else int(i) for i in image_ids), predictions):
             self.predictions[i] = _checked(i, p, max(self.names), self.iou_type == 'segm')
         self._result = None
         return self
@@ -151,7 +153,8 @@ class CocoEvaluator:
 # %% ../nbs/25_evaluate.ipynb #c018
 def _check_images(image_ids, predictions):
     "ValueError unless there is a prediction for each image and for no other"
-    missing, unknown = sorted(set(image_ids) - set(predictions)), sorted(set(predictions) - set(image_ids))
+    here, wanted = set(predictions), set(image_ids)
+    missing, unknown = sorted(wanted - here, key=str), sorted(here - wanted, key=str)
     if unknown: raise ValueError(f'predictions for images that the ground truth lacks: {len(unknown)}, e.g. image {unknown[0]}')
     if missing: raise ValueError(f'{len(missing)} of {len(image_ids)} images have no predictions, e.g. image {missing[0]}: '
                                  'update with each image, also where nothing was found (empty arrays), and gather() in all processes')
@@ -160,9 +163,10 @@ def _evaluated(ev, kinds=None):
     "COCOeval with its tables of precision and recall, of all classes or of some"
     _check_images(ev.image_ids, ev.predictions)
     make, evaluator = _backend(ev.backend)
-    coco = _copied(ev.coco, kinds)
+    places = {k: n for n, k in enumerate(ev.image_ids, 1)}   # results are floats, which do not hold every id
+    coco = _copied(ev.coco, places, kinds)
     with redirect_stdout(io.StringIO()):
-        truth, results = make(coco), _as_results({i: ev.predictions[i] for i in ev.image_ids}, kinds)
+        truth, results = make(coco), _as_results({places[i]: ev.predictions[i] for i in ev.image_ids}, kinds)
         found = truth.loadRes(results) if len(results) else make(dict(coco, annotations=[]))
         result = evaluator(truth, found, ev.iou_type)
         if kinds is not None: result.params.catIds = kinds
@@ -203,7 +207,8 @@ def _best_match(coco, predictions, kind):
     for i, p in sorted(predictions.items()):
         mine = p['labels'] == kind
         boxes = torch.tensor([a['bbox'] for a in truth.get(i, [])], dtype=torch.float64).reshape(-1, 4)
-        iou = box_iou(torch.as_tensor(p['boxes'][mine]), box_convert(boxes, 'xywh', 'xyxy')).numpy()
+        # two boxes without area have no IoU: it counts as 0
+        iou = box_iou(torch.as_tensor(p['boxes'][mine]), box_convert(boxes, 'xywh', 'xyxy')).nan_to_num(0).numpy()
         iou = np.concatenate([np.zeros((len(iou), 1)), iou], 1)                   # column 0: nothing at all
         keys += [(i, k) for k in iou.argmax(1)]; ious += iou.max(1).tolist(); scores += p['scores'][mine].tolist()
     order = np.argsort(-np.array(scores), kind='stable')
@@ -236,7 +241,7 @@ def voc_ap(
 
 # %% ../nbs/25_evaluate.ipynb #c042
 def diagnose(
-    coco:dict,        # ground truth as COCO's dict; crowds are left out
+    coco:dict,        # ground truth as COCO's dict; crowds and boxes that are `empty` are left out
     predictions:dict, # {image id: dict of scores, labels, boxes xyxy}: `CocoEvaluator.predictions`
     iou:float=.5,     # a thing is covered from this IoU on
 )->dict:              # recall50, best_iou, class_accuracy, found_score, spread: all 0..1; nan where nothing can be measured
@@ -244,7 +249,7 @@ def diagnose(
     sizes, truth, best = {i['id']: (i['width'], i['height']) for i in coco['images']}, {}, []
     _check_images(list(sizes), predictions)
     for a in coco['annotations']:
-        if not a['iscrowd']: truth.setdefault(a['image_id'], []).append(a)
+        if not (a['iscrowd'] or a.get('empty')): truth.setdefault(a['image_id'], []).append(a)
     predictions = {i: _checked(i, p, np.inf, False) for i, p in predictions.items()}
     for i, things in truth.items():
         p, boxes = predictions[i], box_convert(torch.tensor([a['bbox'] for a in things], dtype=torch.float64), 'xywh', 'xyxy')

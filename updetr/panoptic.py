@@ -8,7 +8,6 @@ __all__ = ['COCO_CLASSES', 'rgb2id', 'id2rgb', 'PanopticScenes', 'coco_truth', '
            'instance_masks', 'pq_stat', 'pq_of', 'PanopticEvaluator', 'mean_mask', 'copy_mean_mask']
 
 # %% ../nbs/35_panoptic.ipynb #c002
-import json
 import os
 from pathlib import Path
 
@@ -19,10 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.io import write_png
 
+from .annotations import (BOX, FLAG, ID, NAME, NUMBER, OPTIONAL_FLAG, by_id, outline_trouble, panoptic_entries, read_annotations,
+                                require_inside, require_keys, require_unique, require_values)
 from .checkpoint import write_atomic, write_json
-from .datasets import _check_names, _load_json, _require, _unique, class_color, size_trouble
+from .datasets import class_color, photo_ids
 from .evaluate import _from_all, _world, postprocess
 from .masks import DETRsegm
+from .photo_files import find_files, read_as_said, size_trouble
 from .photos import _printable, read_photo
 from .scenes import Scenes
 
@@ -40,7 +42,8 @@ def id2rgb(ids: Tensor,  # (H,W) int, 0..16777215
 
 # %% ../nbs/35_panoptic.ipynb #c009
 def _sample(image, image_id, info, ids=None):
-    "The detection sample of a list of segments; with masks if there is a picture of numbers"
+    "The detection sample of a list of segments that have a box; with masks if there is a picture of numbers"
+    info = [s for s in info if min(s['bbox'][2:]) > 0]
     box = torch.tensor([s['bbox'] for s in info], dtype=torch.float32).reshape(-1, 4)
     crowd = torch.tensor([bool(s['iscrowd']) for s in info], dtype=torch.bool)
     sample = dict(image=image, image_id=image_id, boxes=torch.cat((box[:, :2], box[:, :2] + box[:, 2:]), 1), iscrowd=crowd,
@@ -107,18 +110,26 @@ def instance_truth(ds,  # a panoptic set
                    file: str | Path,  # COCO's instances_*.json, with outlines
                    ) -> dict:  # for `CocoEvaluator(..., 'segm')`
     "Ground truth of the things' masks as COCO's instance file has them. Raises ValueError for a file of other photos or without outlines."
-    data, mine = json.loads(Path(file).read_bytes()), set(ds.image_ids)
+    data, source = read_annotations(file, outlines=True), _printable(file)
+    mine = dict(zip(getattr(ds, 'file_ids', ds.image_ids), zip(ds.image_ids, ds.sizes.tolist())))
     label = {k: i for i, (k, thing) in enumerate(zip(ds.category_ids, ds.isthing)) if thing and k is not None}
-    _require(data.get('annotations', []), 'annotations', ('image_id', 'category_id', 'segmentation', 'bbox', 'area'), _printable(file))
+    require_keys(data['images'], 'images', ('id',), source)
+    require_keys(data['annotations'], 'annotations', ('image_id', 'category_id', 'segmentation', 'bbox', 'area'), source)
+    rules = {'image_id': ID, 'category_id': ID, 'bbox': BOX, 'area': NUMBER, 'iscrowd': OPTIONAL_FLAG}
+    require_values(data['annotations'], 'annotations', rules, source)
+    require_values(data['images'], 'images', {'id': ID}, source)
+    there = {p['id'] for p in data['images']}
     rows = [a for a in data['annotations'] if a['image_id'] in mine and a['category_id'] in label]
-    if missing := mine - {p['id'] for p in data['images']}:
-        raise ValueError(f'{_printable(file)} lacks {len(missing)} of the {len(mine)} photos, such as {min(missing)}: '
-                         'give the file of the same split')
+    if missing := [k for k in mine if k not in there]:
+        raise ValueError(f'{source} lacks {len(missing)} of the {len(mine)} photos, such as {missing[0]}: give the file of the same split')
+    for i, a in enumerate(rows):
+        trouble = outline_trouble(a['segmentation'], *mine[a['image_id']][1])
+        if trouble: raise ValueError(f'{source}: the outline of annotation {a.get("id", i)!r} {trouble}: export the file anew')
     truth = {'images': [{'id': k, 'height': int(h), 'width': int(w)} for k, (h, w) in zip(ds.image_ids, ds.sizes)],
              'categories': [{'id': i, 'name': ds.classes[i]} for i in label.values()]}
-    kept = 'image_id', 'segmentation', 'bbox', 'area'
-    kinds = [{'id': i, 'iscrowd': a.get('iscrowd', 0), 'category_id': label[a['category_id']]} for i, a in enumerate(rows, 1)]
-    return truth | {'annotations': [{k: a[k] for k in kept} | kind for a, kind in zip(rows, kinds)]}
+    kept = 'segmentation', 'bbox', 'area'
+    kinds = [{'id': i, 'iscrowd': int(a.get('iscrowd') or 0), 'category_id': label[a['category_id']]} for i, a in enumerate(rows, 1)]
+    return truth | {'annotations': [{k: a[k] for k in kept} | kind | {'image_id': mine[a['image_id']][0]} for a, kind in zip(rows, kinds)]}
 
 # %% ../nbs/35_panoptic.ipynb #c015
 def draw_segments(image: Tensor,  # (3,H,W) uint8
@@ -140,18 +151,20 @@ COCO_CLASSES = 250  # outputs of the reference's panoptic models: COCO's ids are
 
 def _classes(categories, coco_ids, source):
     "names, isthing, category id of each label (None: not used), label of each category id"
-    _require(categories, 'categories', ('id', 'name', 'isthing'), source)
-    _unique([c['id'] for c in categories], 'category ids', source)
-    rows = sorted(categories, key=lambda c: c['id'])
+    require_keys(categories, 'categories', ('id', 'name', 'isthing'), source)
+    if not categories: raise ValueError(f'{source} lists no categories')
+    require_values(categories, 'categories', {'id': ID, 'name': NAME, 'isthing': FLAG}, source)
+    require_unique([c['id'] for c in categories], 'category ids', source)
+    rows = sorted(categories, key=by_id('id'))
     names, isthing, ids = ([c[k] for c in rows] for k in ('name', 'isthing', 'id'))
     if not coco_ids: return names, list(map(bool, isthing)), ids, {k: label for label, k in enumerate(ids)}
-    if not rows or not 0 <= rows[0]['id'] <= rows[-1]['id'] < COCO_CLASSES:
+    if not rows or not all(type(k) is int and 0 <= k < COCO_CLASSES for k in ids):
         raise ValueError(f'{source}: category ids {rows[0]["id"] if rows else ""}..{rows[-1]["id"] if rows else ""} do not fit into '
                          f'{COCO_CLASSES} labels: leave coco_ids out')
-    by_id = {c['id']: c for c in rows}
-    names = [by_id[k]['name'] if k in by_id else f'unused {k}' for k in range(COCO_CLASSES)]
-    used = [k if k in by_id else None for k in range(COCO_CLASSES)]
-    return names, [bool(by_id[k]['isthing']) if k in by_id else None for k in range(COCO_CLASSES)], used, {k: k for k in by_id}
+    kinds = {c['id']: c for c in rows}
+    names = [kinds[k]['name'] if k in kinds else f'unused {k}' for k in range(COCO_CLASSES)]
+    used = [k if k in kinds else None for k in range(COCO_CLASSES)]
+    return names, [bool(kinds[k]['isthing']) if k in kinds else None for k in range(COCO_CLASSES)], used, {k: k for k in kinds}
 
 def _check_size(file, picture, said):
     "ValueError for a picture (H,W) of another size than stated"
@@ -168,15 +181,17 @@ class PanopticSet(_Panoptic):
                  pngs: str | Path,  # folder of the pictures of segment numbers
                  coco_ids: bool = False,  # labels are the file's category ids, 250 classes; False: 0..C-1
                  masks: bool = True,  # False: samples with boxes only, the PNGs are not read
+                 exif: str = 'sizes',  # how photos that lie on their side are shown, see notebook 22b
                  ):
+        self.exif, self.notes = exif, []
         self.source, self.photos, self.pngs, self.masks = source, Path(photos), Path(pngs), masks
         self.classes, self.isthing, self.category_ids, label = _classes(data['categories'], coco_ids, source)
         self.rows = _segments(data, label, self.isthing, source)
-        entry = {p['id']: p for p in data['images']}
-        self.image_ids = [k for k, _, _ in self.rows]
-        self.sizes = np.array([(entry[k]['height'], entry[k]['width']) for k in self.image_ids])
-        self.files = [entry[k]['file_name'] for k in self.image_ids]
-        _check_names([*self.files, *(png for _, png, _ in self.rows)], source)
+        entry, self.file_ids = {p['id']: p for p in data['images']}, [k for k, _, _ in self.rows]
+        self.image_ids = photo_ids(self.file_ids)
+        self.sizes = np.array([(entry[k]['height'], entry[k]['width']) for k in self.file_ids])
+        self.files = [entry[k]['file_name'] for k in self.file_ids]
+        require_inside([*self.files, *(png for _, png, _ in self.rows)], source)
 
     def __len__(self): return len(self.rows)
     def __repr__(self): return _summary(_printable(self.source), self)
@@ -195,28 +210,19 @@ class PanopticSet(_Panoptic):
 
     def __getitem__(self, i):
         i, file = range(len(self))[i], self.photos / self.files[i]
-        image = read_photo(file)
-        _check_size(file, image[0], self.sizes[i])
+        image = read_as_said(file, self.sizes[i], self.exif)
         return _sample(image, self.image_ids[i], self.segments(i), self.panoptic(i)[0] if self.masks else None)
 
 # %% ../nbs/35_panoptic.ipynb #c021
 def _segments(data, label, isthing, source):
-    "[(image id, PNG, segments with labels)] in the order of the image ids; segments without area are left out"
-    _require(data['images'], 'images', ('id', 'file_name', 'height', 'width'), source)
-    _require(data['annotations'], 'annotations', ('image_id', 'file_name', 'segments_info'), source)
-    _unique([a['image_id'] for a in data['annotations']], 'image ids of the annotations', source)
-    without = {p['id'] for p in data['images']} ^ {a['image_id'] for a in data['annotations']}
-    if without: raise ValueError(f'{source}: photo {min(without)} and {len(without) - 1} more are in one of images and annotations only')
+    "[(image id, PNG, segments with labels)] in the order of the image ids"
     rows = []
-    for a in sorted(data['annotations'], key=lambda a: a['image_id']):
-        where = f'segments of photo {a["image_id"]}'
-        _require(a['segments_info'], where, ('id', 'category_id', 'bbox', 'area'), source)
-        _unique([s['id'] for s in a['segments_info']], f'ids of the {where}', source)
+    for a in panoptic_entries(data, source):
         odd = [s for s in a['segments_info'] if s['category_id'] not in label]
-        if odd: raise ValueError(f'{source}, {where}: category {odd[0]["category_id"]!r} is not among the categories')
+        if odd: raise ValueError(f'{source}, photo {a["image_id"]}: category {odd[0]["category_id"]!r} is not among the categories')
         rows.append((a['image_id'], a['file_name'], [
             {'id': s['id'], 'category_id': label[s['category_id']], 'isthing': isthing[label[s['category_id']]], 'area': s['area'],
-             'bbox': s['bbox'], 'iscrowd': int(s.get('iscrowd', 0))} for s in a['segments_info'] if min(s['bbox'][2:]) > 0]))
+             'bbox': s['bbox'], 'iscrowd': int(s.get('iscrowd') or 0)} for s in a['segments_info']]))
     return rows
 
 # %% ../nbs/35_panoptic.ipynb #c022
@@ -230,34 +236,32 @@ def _find_file(path, split):
     seen = ', '.join(f.name for f in found) or 'none: expected annotations/panoptic_train2017.json, annotations/panoptic_val2017.json'
     raise ValueError(f'{_printable(path)} has {len(mine) or "no"} panoptic files for split {split!r}; it has {seen}')
 
-def _find_folder(places, names, what, say):
-    "The first of some places that has one of these files"
-    some = [names[i] for i in sorted({0, len(names) // 2, len(names) - 1})]
-    for place in dict.fromkeys(places):
-        if any((place / name).is_file() for name in some): return place
-    raise FileNotFoundError(f'{what} like {some[0]!r} are in none of {", ".join(map(_printable, dict.fromkeys(places)))}: say {say}=FOLDER')
-
 def open_panoptic(path: str | Path,  # folder with annotations/panoptic_SPLIT*.json, or such a file
                   split: str = 'train',  # train or val; not for a file
                   photos: str | Path | None = None,  # folder or root of the photos, if it is in none of the usual places
                   pngs: str | Path | None = None,  # folder of the PNGs, likewise
                   coco_ids: bool = False,  # labels are COCO's ids, 250 classes (the reference's); False: 0..C-1
                   masks: bool = True,  # False: samples with boxes only
+                  exif: str = 'sizes',  # photos that lie on their side: as 'sizes' tell, all 'upright' or all as 'stored'
                   ) -> PanopticSet:
     "Open COCO panoptic data in either layout. Raises FileNotFoundError, or ValueError that names the entry which cannot be understood."
     file = _find_file(Path(path).expanduser(), split)
-    data, source = _load_json(file), _printable(file)
+    data, source = read_annotations(file), _printable(file)
     if not data['images'] or not data['annotations']: raise ValueError(f'{source} lists no photos')
-    _require(data['images'], 'images', ('file_name',), source)
-    _require(data['annotations'], 'annotations', ('file_name',), source)
+    for kind in ('images', 'annotations'): require_keys(data[kind], kind, ('file_name',), source)
     part, here = file.stem.removeprefix('panoptic_'), (file.parent, file.parent.parent)
     roots = [Path(photos).expanduser()] if photos else [file.parent.parent, file.parent]
-    names = [p['file_name'] for p in data['images']], [a['file_name'] for a in data['annotations']]
-    for some in names: _check_names(some, source)
     parts = (part, f'images/{part}', part.rstrip('0123456789'), 'images', '.')
-    photos = _find_folder([r / p for r in roots for p in parts], names[0], 'photos', 'photos')
-    pngs = _find_folder([Path(pngs).expanduser()] if pngs else [h / f for f in (file.stem, '.') for h in here], names[1], 'PNGs', 'pngs')
-    return PanopticSet(data, os.fspath(file), photos, pngs, coco_ids, masks)
+    places = ([r / p for r in roots for p in parts], [Path(pngs).expanduser()] if pngs else [h / f for f in (file.stem, '.') for h in here])
+    notes, folders = [], []
+    for kind, some, what, way in zip(('images', 'annotations'), places, ('photos', 'PNGs'), ('photos', 'pngs')):
+        folder, names, note = find_files(some, [row['file_name'] for row in data[kind]], what, source, f'{way}=FOLDER')
+        for row, name in zip(data[kind], names): row['file_name'] = name
+        folders.append(folder)
+        if note: notes.append(note)
+    ds = PanopticSet(data, os.fspath(file), *folders, coco_ids, masks, exif)
+    ds.notes += notes
+    return ds
 
 # %% ../nbs/35_panoptic.ipynb #c024
 def write_panoptic(file: str | Path,  # panoptic_NAME.json to be made; the PNGs go into a folder of that name beside it
@@ -267,16 +271,17 @@ def write_panoptic(file: str | Path,  # panoptic_NAME.json to be made; the PNGs 
     "Panoptic answers as COCO's PNG and JSON; segments get the category ids of the set's own files."
     file, rows = Path(file), []
     (folder := file.with_suffix('')).mkdir(parents=True, exist_ok=True)
+    own = dict(zip(ds.image_ids, getattr(ds, 'file_ids', ds.image_ids)))
     names = dict(zip(ds.image_ids, getattr(ds, 'files', [f'{k}.jpg' for k in ds.image_ids])))
     for image_id, (ids, info) in answers.items() if isinstance(answers, dict) else answers:
         png = f'{Path(names[image_id]).stem}.png'
         write_atomic(folder / png, lambda p, ids=ids: write_png(id2rgb(ids), str(p)))
         segments = [{k: s[k] for k in ('id', 'area', 'bbox') if k in s} | {'category_id': ds.category_ids[s['category_id']],
                     'iscrowd': s.get('iscrowd', 0)} for s in info]
-        rows.append({'image_id': image_id, 'file_name': png, 'segments_info': segments})
+        rows.append({'image_id': own[image_id], 'file_name': png, 'segments_info': segments})
     categories = [{'id': k, 'name': n, 'isthing': int(t)} for k, n, t in zip(ds.category_ids, ds.classes, ds.isthing) if k is not None]
     sizes = zip(ds.image_ids, ds.sizes)
-    images = [{'id': k, 'file_name': names[k], 'height': int(h), 'width': int(w)} for k, (h, w) in sizes]
+    images = [{'id': own[k], 'file_name': names[k], 'height': int(h), 'width': int(w)} for k, (h, w) in sizes]
     write_json(file, {'images': images, 'categories': categories, 'annotations': rows})
 
 # %% ../nbs/35_panoptic.ipynb #c028

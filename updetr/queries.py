@@ -63,7 +63,8 @@ class QueryPool:
                  shape: str = 'squash',  # see `query_picture`
                  ):
         coco, place = dataset.coco(), {k: i for i, k in enumerate(dataset.image_ids)}
-        usable = [a for a in coco['annotations'] if not a['iscrowd'] or a.get('difficult')]
+        things = [a for a in coco['annotations'] if not a.get('empty')]  # with something of the photo in their boxes
+        usable = [a for a in things if not a['iscrowd'] or a.get('difficult')]
         found = sorted(usable, key=lambda a: a['image_id'])
         self.dataset, self.size, self.shape, self.classes = dataset, size, shape, list(dataset.classes)
         self.photo = np.array([place[a['image_id']] for a in found], int)
@@ -71,7 +72,7 @@ class QueryPool:
         self.boxes = [(x, y, x + w, y + h) for x, y, w, h in (a['bbox'] for a in found)]
         self.rows = [[r for r, k in enumerate(self.label) if k == label] for label in range(len(self.classes))]
         self.present = {k: set() for k in dataset.image_ids}
-        for a in coco['annotations']: self.present[a['image_id']] |= set() if a['iscrowd'] else {a['category_id']}
+        for a in things: self.present[a['image_id']] |= set() if a['iscrowd'] else {a['category_id']}
 
     def __len__(self): return len(self.boxes)
 
@@ -148,7 +149,8 @@ def training_photos(dataset,  # detection set
     "The photos to train on. Raises ValueError if there are none."
     if unseen_objects not in UNSEEN_PHOTOS: raise ValueError(f'unseen_objects {unseen_objects!r} is unknown: {" or ".join(UNSEEN_PHOTOS)}')
     has = {k: set() for k in dataset.image_ids}
-    for a in dataset.coco()['annotations']: has[a['image_id']].add((a['category_id'] in seen, bool(a['iscrowd'])))
+    things = [a for a in dataset.coco()['annotations'] if not a.get('empty')]
+    for a in things: has[a['image_id']].add((a['category_id'] in seen, bool(a['iscrowd'])))
     bad = {(False, False), (False, True)} if unseen_objects == 'drop' else set()
     chosen = [i for i, k in enumerate(dataset.image_ids) if (True, False) in has[k] and not has[k] & bad]
     if not chosen: raise ValueError('no photo has an object of a seen class' + ' and none of an unseen one' * bool(bad))
