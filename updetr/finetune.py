@@ -226,7 +226,8 @@ def some_photos(dataset: DetectionSet,  # whose photos are taken
     if num > len(dataset): raise ValueError(f'photos {num}: there are only {len(dataset)}')
     truth, labels = dataset.coco(), {k: [] for k in dataset.image_ids}
     place = {c['id']: i for i, c in enumerate(truth['categories'])}
-    for a in truth['annotations']: labels[a['image_id']].append(place[a['category_id']])
+    things = [a for a in truth['annotations'] if not a.get('empty')]
+    for a in things: labels[a['image_id']].append(place[a['category_id']])
     return Subset(dataset, np.sort(draw_evenly(list(labels.values()), len(place), num, seed)))
 
 # %% ../nbs/28_finetune.ipynb #c025
