@@ -104,6 +104,7 @@ def require_values(
         value = f'{reprlib.repr(row.get(key))}, {_KINDS.get(type(row.get(key)), "a number")}'
         raise ValueError(f'{source}: {kind}[{bad[0]}]{which} has {key} {value}{others}: it {must}')
 
+# %% ../nbs/22a_annotations.ipynb #p004
 def require_unique(
     values:list, # that may be compared
     what:str,    # they are
