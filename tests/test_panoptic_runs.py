@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
+from safetensors.torch import load_file
 
 from conftest import ROOT
 from test_papermill import papermill, parameter_lines
@@ -21,7 +22,8 @@ from test_task import rows
 from updetr.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.config import make_config, model_options
 from updetr.detr import build_detr
-from updetr.finetune_task import CachedViews
+from updetr.finetune import finetune_config
+from updetr.finetune_task import FinetuneTask
 from updetr.masks import DETRsegm
 from updetr.panoptic import PanopticEvaluator, open_panoptic, write_panoptic
 from updetr.panoptic_task import PanopticConfig, PanopticTask, evaluate_panoptic, panoptic_config, start_kind
@@ -268,12 +270,11 @@ def test_cached_features_know_stuff(tmp_path):
     """The same scenes cached for detection lack stuff: the banks of the two tasks must not be mixed."""
     scenes = dict(data='', scenes=8, scenes_val=4, scene_size=64, frozen_backbone=True, cached_views=2)
     finish(folder := make_run(tmp_path / 'run', 'boxes', **scenes, epochs=1, eval_every=0))
-    bank = CachedViews(next(p for p in (tmp_path / 'banks').iterdir() if _items(p) == 16), 2)
-    assert max(int(t['labels'].max()) for views in bank.targets.values() for t in views) >= 8 and 'task' in PanopticConfig.bank_fields()
-    assert measured(folder) == []
-
-
-def _items(folder): return json.loads((folder / 'bank.json').read_text())['shape'][0]
+    detection = FinetuneTask(finetune_config('demo', **BOXES | scenes), folder, Processes())
+    detection.begin(resumed=False)
+    labels = [load_file(p / 'targets.safetensors')['labels'] for p in (tmp_path / 'banks').iterdir()]
+    assert sorted(x.max() >= 8 for x in labels) == [False, False, True, True] and measured(folder) == []
+    assert max(int(t['labels'].max()) for views in detection.cached[0].targets.values() for t in views) < 8
 
 
 def test_averaged_weights_are_measured_and_kept(boxes, fields, tmp_path):

@@ -33,12 +33,13 @@ from torch import Tensor
 from .backbone import fetch_weights
 from .bench_data import bench_evaluation, bench_loader, imagenet_sized, plot_evaluation, plot_loader
 from .boxes import pad_images
-from .checkpoint import read_json, write_json
+from .checkpoint import read_json
 from .config import PretrainConfig, make_config, model_options
 from .detr import build_detr
+from .features import FeatureBank, Stored
 from .graphs import GraphedStep
 from .launch import launch, read_log
-from .loader import BatchPlan, FeatureBank, PatchTask, SelfDet, open_part, photo_loader
+from .loader import BatchPlan, PatchTask, SelfDet, photo_loader
 from .losses import build_criterion
 from .photos import read_photo, resize_shape
 from .pretrain_task import PretrainStep, PretrainTask, encode_ahead
@@ -301,20 +302,17 @@ def growth_figure(growth: dict,  # of `bench_growth`
     return fig
 
 # %% ../nbs/43_bench.ipynb #c023
-def noise_bank(folder: str | Path,  # made here
-               cfg: PretrainConfig,  # num_patches, num_queries and mask_ratio are read
+def noise_bank(cfg: PretrainConfig,  # num_patches, num_queries and mask_ratio are read
                shape: tuple[int, int, int],  # (C,h,w) of a feature map
                views: int,  # in the bank
                device: torch.device | str,  # where batches go
                ) -> FeatureBank:
     "A feature bank without photos."
     shapes, rng = {'feature': shape, 'patch_feature': (cfg.num_patches, shape[0]), 'boxes': (cfg.num_patches, 4)}, np.random.default_rng(0)
-    for k, s in shapes.items():
-        part = open_part(Path(folder) / f'{k}.npy', (views, *s), np.float32 if k == 'boxes' else np.float16)
-        for row in part: row[:] = rng.random(s, np.float32) * .4 + .3
-        part.flush()
-    write_json(Path(folder) / 'bank.json', {k: [views, *s] for k, s in shapes.items()})
-    return FeatureBank(folder, PatchTask(cfg.num_patches, cfg.num_queries, mask_ratio=cfg.mask_ratio), cfg.seed, device)
+    arrays = {k: torch.empty(views, *s, dtype=torch.float if k == 'boxes' else torch.half) for k, s in shapes.items()}
+    for part in arrays.values():
+        for row in part: row.copy_(torch.from_numpy(rng.random(row.shape, np.float32) * .4 + .3))
+    return FeatureBank(Stored(arrays, []), PatchTask(cfg.num_patches, cfg.num_queries, mask_ratio=cfg.mask_ratio), cfg.seed, device)
 
 def bench_cached(cfg: PretrainConfig,  # of the step
                  batch_size: int,  # photos
@@ -328,13 +326,12 @@ def bench_cached(cfg: PretrainConfig,  # of the step
     with torch.no_grad(): shape = tuple(way.model.backbone[0](torch.zeros(1, 3, side, side, device=device)).shape[1:])
     kinds = {'ours': GraphedStep, 'launched': PretrainStep} if torch.device(device).type == 'cuda' else {'ours': PretrainStep}
     modules = {k: kind(way.model, way.criterion) for k, kind in kinds.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        bank = noise_bank(folder, cfg, shape, 2 * batch_size, device)
-        def cached(r, module):
-            plan = [[(r * steps + s, i, side) for i in range(batch_size)] for s in range(steps)]
-            for ready in encode_ahead(way.model, map(bank.batch, plan), way.amp): way.follow(ready, module)
-        contenders = {k: lambda r, m=m: cached(r, m) for k, m in modules.items()}
-        seconds = in_turn(contenders | {'reference': lambda r: list(way.run([photos] * steps))}, rounds, device)
+    bank = noise_bank(cfg, shape, 2 * batch_size, device)
+    def cached(r, module):
+        plan = [[(r * steps + s, i, side) for i in range(batch_size)] for s in range(steps)]
+        for ready in encode_ahead(way.model, map(bank.batch, plan), way.amp): way.follow(ready, module)
+    contenders = {k: lambda r, m=m: cached(r, m) for k, m in modules.items()}
+    seconds = in_turn(contenders | {'reference': lambda r: list(way.run([photos] * steps))}, rounds, device)
     speeds = compared(seconds, batch_size * steps)
     named = {'cached_img_s': speeds['ours_img_s'], 'live_img_s': speeds['reference_img_s'], 'ratio': speeds['ratio']}
     return {'batch_size': batch_size, 'bank_on': bank.parts['feature'].device.type} | named | {

@@ -80,11 +80,6 @@ class TransferConfig(TrainConfig, LabelledConfig, SetLossConfig, DetectorConfig)
         if self.scene_size < 32 or self.val_size < 1:
             yield f'scene_size {self.scene_size} must be at least 32, val_size {self.val_size} at least 1'
 
-    @staticmethod
-    def bank_fields():
-        "What determines the views of a run and so their features, but for the CNN's weights."
-        return 'seed', 'backbone', 'features', *(f.name for f in dataclasses.fields(LabelledConfig))
-
 # %% ../nbs/28_finetune.ipynb #c010
 @dataclass(frozen=True)
 class FinetuneConfig(TransferConfig):

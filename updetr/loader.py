@@ -5,12 +5,9 @@
 # %% auto #0
 __all__ = ['WHOLE_PIXELS', 'PatchTask', 'make_sample', 'crop_sample', 'read_or_next', 'SelfDet', 'random_crop', 'random_view',
            'Views', 'epoch_batches', 'BatchPlan', 'collate', 'to_device', 'as_targets', 'data_loader', 'photo_loader',
-           'bank_key', 'bank_chunk', 'build_bank', 'open_part', 'finish_bank', 'bank_home', 'send', 'take_rows',
-           'FeatureBank']
+           'bank_home', 'send', 'take_rows']
 
 # %% ../nbs/13_loader.ipynb #c002
-import hashlib
-import json
 import math
 import os
 import re
@@ -18,7 +15,6 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -129,7 +125,14 @@ def random_view(rng: np.random.Generator,  # the sample's own generator
     return torch.cat((torch.cat((a, b), 2), torch.cat((c, d), 2)), 1)
 
 # %% ../nbs/13_loader.ipynb #c013
-_cached_photo = lru_cache(maxsize=32)(read_photo)  # of the module, so that a dataset can be sent to workers
+@lru_cache(maxsize=32)  # of the module, so that a dataset can be sent to workers
+def _photo_of(path, stamp): return read_photo(path)
+
+def _cached_photo(path):
+    "A photo that is decoded once, and again when its file has changed"
+    try: info = os.stat(path)
+    except OSError: return read_photo(path)  # says what is wrong
+    return _photo_of(path, (info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
 
 class Views(Dataset):
     "Random views of a few photos with query patches. An item is `(epoch, index, size)`."
@@ -357,77 +360,6 @@ def photo_loader(dataset: Dataset,  # `SelfDet` or `Views`
     "A loader over the rest of the training."
     return data_loader(dataset, plan, partial(collate, whole=whole), num_workers)
 
-# %% ../nbs/13_loader.ipynb #c032
-def bank_key(**content,  # name -> anything that JSON can hold
-             ) -> str:  # 12 hexadecimal digits
-    "A short name for everything that determines a bank."
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-@torch.no_grad()
-def bank_chunk(model,  # UPDETR whose frozen CNN is used
-               dataset: Dataset,  # `Views` or `SelfDet`
-               indices: list[int],  # n views
-               size: int,  # px of a view
-               device: torch.device | str = 'cpu',  # where the model is
-               ) -> tuple[dict[str, Tensor], list[str]]:  # feature (n,C,h,w), patch_feature (n,P,C), boxes (n,P,4); skipped files
-    "Features of some views of epoch 0, on the CPU, and what was wrong with photos that were skipped."
-    backbone = model.backbone[0]
-    batch = collate([dataset[0, i, size] for i in indices])
-    ready = to_device(batch, device, backbone.mean, backbone.std)
-    patches = ready['patches'].flatten(0, 1)
-    pooled = torch.cat([backbone(p).mean((2, 3)) for p in patches.split(32 if torch.device(device).type == 'cpu' else 4096)])
-    pooled = pooled.unflatten(0, batch['patches'].shape[:2])
-    return {'feature': backbone(ready['images']).cpu(), 'patch_feature': pooled.cpu(), 'boxes': batch['boxes']}, batch['skipped']
-
-# %% ../nbs/13_loader.ipynb #c033
-def build_bank(folder: str | Path,  # of the bank; made if missing
-               model,  # UPDETR whose frozen CNN is used
-               dataset: Dataset,  # `Views`
-               size: int,  # px of a view
-               rank: int = 0,  # number of this process
-               world: int = 1,  # processes that share the work
-               device: torch.device | str = 'cpu',  # where the model is
-               chunk: int = 4,  # views at a time; small chunks are fastest on a CPU
-               progress=lambda done, total: None,  # called after each chunk
-               ) -> list[str]:  # files that were skipped, and why
-    "Compute this process's part of a bank. The caller waits for all and then calls `finish_bank`."
-    folder, mine, skipped = Path(folder), range(rank, len(dataset), world), {}
-    folder.mkdir(parents=True, exist_ok=True)
-    first, _ = bank_chunk(model, dataset, [0], size, device)
-    parts = {k: open_part(folder / f'{k}.npy', (len(dataset), *v.shape[1:]), _part_type(k)) for k, v in first.items()}
-    for start in range(0, len(mine), chunk):
-        numbers = list(mine[start:start + chunk])
-        features, bad = bank_chunk(model, dataset, numbers, size, device)
-        for k, v in features.items(): parts[k][numbers] = v.numpy()
-        skipped |= dict.fromkeys(bad)
-        progress(start + len(numbers), len(mine))
-    for part in parts.values(): part.flush()
-    return list(skipped)
-
-# %% ../nbs/13_loader.ipynb #c034
-def _part_type(name): return np.float32 if name == 'boxes' else np.float16
-
-def open_part(path: str | Path,  # file of an array; made if missing
-              shape: tuple[int, ...],  # of the whole array
-              dtype: type,  # of its numbers
-              ) -> np.memmap:  # to be written by all processes
-    "One file for all processes: whoever is first gives it its size."
-    offset, count = 64, math.prod(shape)
-    with open(path, 'ab') as f: f.truncate(offset + count * np.dtype(dtype).itemsize)
-    return np.memmap(path, dtype, 'r+', offset, shape)
-
-def finish_bank(folder: str | Path,  # of the bank
-                model,  # as in `build_bank`
-                dataset: Dataset,  # as in `build_bank`
-                size: int,  # px of a view
-                ) -> None:
-    "Mark a bank as complete (one process, after all are done)."
-    first, _ = bank_chunk(model, dataset, [0], size, next(model.parameters()).device)
-    shapes = {k: [len(dataset), *v.shape[1:]] for k, v in first.items()}
-    aside = Path(folder) / f'bank.{os.getpid()}.tmp'
-    aside.write_text(json.dumps(shapes))
-    os.replace(aside, Path(folder) / 'bank.json')
-
 # %% ../nbs/13_loader.ipynb #d13b0002
 def bank_home(nbytes: int,  # of a bank
               device: torch.device | str,  # where batches go
@@ -454,39 +386,3 @@ def take_rows(part: Tensor,  # (n,...), here or on the device
         pinned = torch.empty(rows.numel(), *part.shape[1:], dtype=part.dtype, pin_memory=device.type == 'cuda')
         taken = torch.index_select(part, 0, rows.flatten(), out=pinned).to(device, non_blocking=True)
     return taken.view(*rows.shape, *part.shape[1:])
-
-# %% ../nbs/13_loader.ipynb #c035
-class FeatureBank:
-    "Cached features; `bank.batch(items)` is what a loader's batch is, behind the CNN."
-    def __init__(self,
-                 folder: str | Path,  # with a finished bank
-                 task: PatchTask,  # its M may be smaller than the number of cached patches
-                 seed: int = 42,  # of all draws
-                 device: torch.device | str = 'cpu',  # where batches go
-                 ):
-        shapes = json.loads((Path(folder) / 'bank.json').read_text())
-        files = {k: np.memmap(Path(folder) / f'{k}.npy', _part_type(k), 'r+', 64, tuple(s)) for k, s in shapes.items()}
-        self.task, self.seed, self.device = task, seed, torch.device(device)
-        home = bank_home(sum(f.nbytes for f in files.values()), device)
-        self.parts = {k: torch.from_numpy(f).to(home) for k, f in files.items()}
-
-    def __len__(self): return len(self.parts['boxes'])
-
-    def draw(self,
-             items: list[tuple],  # (epoch, index, size)
-             ) -> tuple[Tensor, Tensor]:  # which M of the cached patches (n,M), keep (n,N); on the CPU
-        "What is drawn for each item, by a generator of its own."
-        rngs = [np.random.default_rng((self.seed, epoch, i, 1)) for epoch, i, _ in items]
-        cached, M = self.parts['boxes'].shape[1], self.task.num_patches
-        chosen = torch.from_numpy(np.stack([r.permutation(cached)[:M] if M < cached else np.arange(M) for r in rngs]))
-        return chosen, torch.from_numpy(np.stack([r.random(self.task.num_queries) >= self.task.mask_ratio for r in rngs]))
-
-    def batch(self,
-              items: list[tuple],  # (epoch, index, size), as a `BatchPlan` yields them
-              ) -> dict:  # on the device, but for index
-        "feature, patch_feature, boxes, keep of `(epoch, index, size)` items; M of the cached patches are drawn."
-        index, (chosen, keep) = torch.tensor([i for _, i, _ in items]), self.draw(items)
-        patches = index[:, None] * self.parts['boxes'].shape[1] + chosen
-        taken = {k: take_rows(v if k == 'feature' else v.flatten(0, 1), index if k == 'feature' else patches, self.device)
-                 for k, v in self.parts.items()}
-        return {k: v.float() for k, v in taken.items()} | {'keep': send(keep, self.device), 'index': index, 'mask': None, 'skipped': []}

@@ -65,11 +65,6 @@ class OneShotConfig(TransferConfig):
         if self.pretrain and self.matching_init: yield 'matching_init is for a scratch transformer: leave pretrain or matching_init out'
         if self.cached_views and self.query_augment: yield 'query_augment needs live views (cached_views 0): cached pictures are fixed'
 
-    @staticmethod
-    def bank_fields():
-        "What determines the views and query pictures of a run, but for the CNN's weights."
-        return *TransferConfig.bank_fields(), 'unseen', 'unseen_objects', 'query_size', 'query_shape'
-
 # %% ../nbs/32_oneshot.ipynb #c012
 ONESHOT_PRESETS = {'voc': VOC | LONG | dict(unseen='voc'),
                    'demo': SMALL | dict(unseen='scenes', query_size=64, epochs=40, eval_every=10)}

@@ -58,11 +58,6 @@ class PanopticConfig(TransferConfig):
         if not self.pretrain: yield 'stage masks needs pretrain: the checkpoint of a finished stage boxes'
         if self.cached_views or self.compile: yield 'stage masks needs live views and does not compile: set cached_views 0, compile False'
 
-    @staticmethod
-    def bank_fields():
-        "What determines the views of a run and so their features, but for the CNN's weights."
-        return *TransferConfig.bank_fields(), 'task', 'coco_ids'
-
 # %% ../nbs/35a_panoptic_task.ipynb #c007
 _HEAD = dict(frozen_backbone=True, fresh_queries=False, cached_views=0)
 PANOPTIC_PRESETS = {
