@@ -35,9 +35,11 @@ def _write_json(path, content):
     os.replace(part, path)
 
 def _read_json(path):
-    "The content of a JSON file, None if there is no such file; ValueError if it is damaged."
-    try: return json.loads(Path(path).read_bytes()) if Path(path).exists() else None
+    "The object in a JSON file, None if there is no such file; ValueError if it is damaged."
+    try: content = json.loads(Path(path).read_bytes()) if Path(path).exists() else None
     except (ValueError, RecursionError) as e: raise ValueError(f'{path} is damaged ({e}): put it right or delete it') from e
+    if content is None or isinstance(content, dict): return content
+    raise ValueError(f'{path} is damaged (it holds a {type(content).__name__}): put it right or delete it')
 
 def read_record(
     path: str | Path,  # cfg.json, progress.json, done.json or launch.json of a run
@@ -82,6 +84,9 @@ def _members(mark):
 def _record(run):
     "What `launch.json` says, None if there is none or it was written on another machine."
     record = _read_json(Path(run)/'launch.json')
+    wrong = record and [k for k, kind in (('pid', int), ('mark', str), ('host', str)) if type(record.get(k)) is not kind]
+    if wrong:
+        raise ValueError(f'{Path(run)/"launch.json"} is damaged ({wrong[0]} {record.get(wrong[0])!r}): delete it')
     return record if record and record['host'] == socket.gethostname() else None
 
 def _grows(run, quiet):

@@ -141,7 +141,7 @@ def epoch_curves(logs: Mapping[str, list[list[dict]]],  # method -> log rows of 
         ax.set_title(title, fontsize=9)
         ax.set_xlabel('epoch', fontsize=8)
         ax.tick_params(labelsize=8)
-    axes[0, 0].legend(fontsize=7)
+    if axes[0, 0].lines: axes[0, 0].legend(fontsize=7)
     fig.tight_layout()
     return fig
 

@@ -432,7 +432,7 @@ TASKS = ('pretrain', 'finetune', 'oneshot', 'panoptic', 'cnn')
 def find_task(name: str,  # one of `TASKS`
               ) -> tuple[type, type]:  # its kind of configuration, and the task
     "`TASK` of the module `updetr.<name>_task`. Raises ValueError for an unknown name."
-    if name not in TASKS: raise ValueError(f'task {name!r} is unknown: choose {", ".join(TASKS)}')
+    if name not in TASKS: raise ValueError(f'task {repr(name)[:60]} is unknown: choose {", ".join(TASKS)}')
     return import_module(f'updetr.{name}_task').TASK
 
 @contextmanager
@@ -458,6 +458,7 @@ def run(cfg_path: str | Path,  # cfg.json in a run folder
     kind, task = find_task(content.get('task'))
     fields = {f.name for f in dataclasses.fields(kind)}
     cfg = check_config(kind(**{k: v for k, v in content.items() if k in fields}))
+    if (ignored := sorted(set(content) - fields)) and not processes.rank: print(f'{path}: not known, and not read: {ignored}', flush=True)
     with nullcontext() if processes.rank else only_trainer(path.parent):
         state = train(task(cfg, path.parent, processes), cfg, path.parent, processes)
     if processes.rank == 0: print(f'{state.step} steps in {state.seconds:.0f} s', flush=True)
