@@ -246,6 +246,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'updetr.config.TrainConfig': ('config.html#trainconfig', 'updetr/config.py'),
                                'updetr.config.TrainConfig.problems': ('config.html#trainconfig.problems', 'updetr/config.py'),
                                'updetr.config._group': ('config.html#_group', 'updetr/config.py'),
+                               'updetr.config._out_of_bounds': ('config.html#_out_of_bounds', 'updetr/config.py'),
                                'updetr.config._typed': ('config.html#_typed', 'updetr/config.py'),
                                'updetr.config.cfg_changes': ('config.html#cfg_changes', 'updetr/config.py'),
                                'updetr.config.check_config': ('config.html#check_config', 'updetr/config.py'),
