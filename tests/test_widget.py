@@ -1,8 +1,11 @@
 "`nbs/localize.ipynb` in real programs and a real browser: drags, keys, uploads, as a person does them; screenshots in tests/artifacts."
 import dataclasses
+import os
 import re
+import signal
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +18,7 @@ from updetr.photos import builtin_photos
 from updetr.updetr import build_updetr
 
 playwright = pytest.importorskip('playwright.sync_api', reason='the browser tests need playwright: pip install playwright')
-from tools.browser import CHROMIUM, Hand, chromium, opened, prepare  # noqa: E402 (needs playwright)
+from tools.browser import CHROMIUM, Hand, chromium, opened, prepare, run_all  # noqa: E402 (needs playwright)
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='the browser tests need Chromium: apt install chromium fonts-dejavu, or name it by '
                                                      'the environment variable CHROMIUM')
@@ -38,6 +41,13 @@ def folder(tmp_path_factory):
     prepare(here, 'pre.pth', 'one.pth')
     Image.open(PATHS['coffee']).resize((900, 600)).save(here / 'mine.jpg')
     (here / 'bad.jpg').write_bytes(b'this is not a photo')
+    noise = np.random.default_rng(0).integers(0, 256, (1500, 2700, 3), np.uint8)
+    Image.fromarray(noise).save(here / 'large.png', compress_level=0)
+    assert (here / 'large.png').stat().st_size > 11 << 20, 'more than a message may have'
+    heic = b'\0\0\0\x18ftypheic' + bytes(99)
+    (here / 'small.heic').write_bytes(heic)
+    (here / 'large.heic').write_bytes(heic + bytes(11 << 20))
+    (here / 'drawing.svg').write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
     return here
 
 
@@ -79,10 +89,12 @@ def test_drag(hand, folder):
     before = hand.state()['sent']
     state = hand.box(120, 80, 260, 200)
     assert hand.drawn() == [[120, 80, 260, 200]] and state['sent'] == before + 1, 'one message for one drag'
-    found = QueryPatchLocalizer.from_checkpoint(folder / 'pre.pth')(PATHS['chelsea'], [[120, 80, 260, 200]])
+    found = QueryPatchLocalizer.from_checkpoint(folder / 'pre.pth')(PATHS['chelsea'], [[120, 80, 260, 200]], likeness=True)
     assert torch.allclose(torch.tensor(state['marks'][0]['box']), found.boxes[0], atol=.1)
-    hand.page.wait_for_function('t => [...document.querySelectorAll(".answers text")].some(e => e.textContent === t)',
-                                arg=f'1: {found.scores[0]:.2f}')
+    hand.page.wait_for_function('t => [...document.querySelectorAll(".labels text")].some(e => e.textContent === t)',
+                                arg=f'1: alike {found.likeness[0]:.2f}')
+    where = f'likeness {found.likeness[0]:.2f}, score {found.scores[0]:.2f}, IoU'
+    assert where in state['text'] and 'confiden' not in hand.page.inner_text('body')
     hand.shot('2_drag')
 
 
@@ -141,7 +153,7 @@ def test_another_target_photo(hand):
     hand.choose('find it in', 'coffee')
     state = hand.wait(lambda s: s['target'] == 'coffee' and len(s['other']) == 1)
     assert state['marks'] == [] and 'IoU' not in state['text']
-    hand.page.wait_for_function('document.querySelectorAll(".updetr-photo")[1]?.querySelector(".answers text")')
+    hand.page.wait_for_function('document.querySelectorAll(".updetr-photo")[1]?.querySelector(".labels text")')
     assert hand.answers(0) == [] and hand.photo(1).is_visible() and hand.photo(1).get_attribute('viewBox') == '0 0 600 400'
     hand.shot('4_target')
     hand.choose('find it in', 'the same photo')
@@ -168,7 +180,7 @@ def test_threshold_and_all_answers(hand):
     handle.press('End')
     state = hand.wait(lambda s: s['threshold'] == 1)
     hand.wait(lambda s: s['marks'] == [] and 'No answer has a score of 1.00' in s['text'])
-    hand.page.wait_for_function('!document.querySelector(".updetr-photo .answers text")')
+    hand.page.wait_for_function('!document.querySelector(".updetr-photo .labels text")')
     handle.press('Home')
     hand.wait(lambda s: s['threshold'] == 0 and len(s['marks']) == 1)
     hand.page.get_by_role('button', name='all answers').click()
@@ -180,11 +192,11 @@ def test_threshold_and_all_answers(hand):
 
 
 def test_attention_changes_and_weights(hand):
-    hand.photo().locator('.answers text').first.click()
+    hand.photo().locator('.labels text').first.click()
     hand.wait(lambda s: s['heat'] > 0)
     hand.page.wait_for_selector('.updetr-photo >> nth=0 >> image.heat[visibility=visible]')
     hand.shot('8_attention')
-    hand.photo().locator('.answers text').first.click()
+    hand.photo().locator('.labels text').first.click()
     hand.wait(lambda s: s['heat'] == 0)
     first = hand.state()['text']
     for change in ('jitter', 'blur', 'grey', 'flip', 'scale'): hand.page.get_by_role('button', name=change, exact=True).click()
@@ -194,6 +206,154 @@ def test_attention_changes_and_weights(hand):
     for weights in ('one-shot', 'untrained', 'pre-trained'):
         hand.page.get_by_role('button', name=weights, exact=True).click()
         hand.wait(lambda s, w=weights: s['weights'] == w and 'found' in s['text'] and ('learnt nothing' in s['text']) == (w == 'untrained'))
+
+
+def test_a_click_keeps_all_patches(hand):
+    "Also a click that moves by a pixel, while a patch has the focus; and a drag that is given up with escape, or loses the focus."
+    hand.python('widget.c.canvas.boxes = [[40, 50, 140, 150], [200, 100, 320, 220]]')
+    sent = hand.wait(lambda s: len(s['marks']) == 2)['sent']
+    hand.photo().locator('[data-box="1"]').focus()
+    hand.drag(250, 280, 251, 280)
+    hand.page.wait_for_timeout(200)
+    assert len(hand.drawn()) == 2 and hand.state()['sent'] == sent and hand.focus() == '1'
+    hand.drag(250, 280, 350, 240, during=lambda: hand.page.keyboard.press('Escape'))
+    assert len(hand.drawn()) == 2 and hand.state()['sent'] == sent and hand.focus() == '1'
+    seen = []
+    blur = 'document.querySelector(".updetr-photo [data-box]").dispatchEvent(new FocusEvent("focusout", {bubbles: true}))'
+    hand.drag(250, 280, 350, 240, during=lambda: (hand.page.evaluate(blur), seen.append(hand.state()['sent'])))
+    assert seen == [sent] and hand.wait(lambda s: s['boxes'] == [[250, 240, 350, 280]])['sent'] == sent + 1
+
+
+def test_a_second_finger_is_ignored(hand):
+    touch = """p => { const svg = document.querySelector('.updetr-photo'), r = svg.getBoundingClientRect();
+      for (const type of ['pointerdown', 'pointermove', 'pointerup'])
+        try { svg.dispatchEvent(new PointerEvent(type, {pointerId: 77, bubbles: true, clientX: r.x + 9, clientY: r.y + 9})); } catch {} }"""
+    hand.drag(200, 100, 300, 200, during=lambda: hand.page.evaluate(touch))
+    hand.wait(lambda s: s['boxes'] == [[200, 100, 300, 200]])
+
+
+def test_the_focus_stays_on_a_patch(hand):
+    "After a click on an answer arrows move the patch; after a deletion the next patch has the focus; never does a heading fold."
+    hand.python('widget.c.canvas.boxes = [[40, 50, 140, 150], [200, 100, 320, 220]]')
+    hand.wait(lambda s: len(s['marks']) == 2)
+    mark = hand.state()['marks'][0]
+    hand.photo().locator('[data-mark="0"]').click()
+    hand.wait(lambda s: s['heat'] > 0)
+    assert hand.focus() == str(mark['patch'])
+    hand.page.keyboard.press('ArrowLeft'), hand.page.keyboard.press('ArrowLeft')
+    x = (40, 200)[mark['patch']] - 10
+    hand.wait(lambda s: s['boxes'][mark['patch']][0] == x)
+    hand.photo().locator('[data-box="1"]').focus()
+    hand.page.keyboard.press('Delete')
+    hand.wait(lambda s: len(s['boxes']) == 1 and len(s['marks']) == 1)
+    assert hand.focus() == '0'
+    hand.page.keyboard.press('Delete')
+    hand.wait(lambda s: s['boxes'] == [])
+    for _ in range(3): hand.page.keyboard.press('ArrowLeft')
+    assert hand.page.locator('.jp-collapseHeadingButton.jp-mod-collapsed, .jp-MarkdownHeadingCollapsed').count() == 0
+    assert hand.photo().is_visible() and hand.page.locator('.jp-Cell').count() == 7
+
+
+def test_large_photos_and_other_kinds(hand):
+    "A photo over the websocket's limit is made smaller by the browser, and the button lives on; HEIC and SVG are named, large or small."
+    hand.upload('large.png', 'another photo')
+    hand.wait(lambda s: s['photo'] == 'large.png' and len(s['marks']) == 1)
+    hand.page.wait_for_function('document.querySelector(".updetr-photo").getAttribute("viewBox") === "0 0 1280 711"')
+    for name, word in (('large.heic', 'a HEIC photo'), ('small.heic', 'a HEIC photo'), ('drawing.svg', 'an SVG drawing')):
+        hand.upload(name, 'another photo')
+        hand.wait(lambda s, name=name, word=word: f'{name}: {word}' in s['text'])
+    hand.upload('mine.jpg', 'another photo')
+    hand.wait(lambda s: s['photo'] == 'mine.jpg' and len(s['marks']) == 1)
+
+
+def test_labels_can_be_read_and_touched(hand):
+    "Above the lines, on a solid ground, with a contrast of 4.5 at least; what is touched is 24 px wide."
+    hand.python('widget.c.canvas.boxes = [[40 * i + 5, 20 * i + 5, 40 * i + 60, 20 * i + 60] for i in range(10)]')
+    hand.wait(lambda s: len(s['marks']) == 10)
+    hand.page.wait_for_function('document.querySelectorAll(".updetr-photo")[0].querySelectorAll("[data-mark]").length === 10')
+    order = [g.get_attribute('class') for g in hand.photo().locator('> g').all()]
+    assert order.index('labels') > max(order.index('queries'), order.index('answers'))
+
+    def light(color):
+        "Relative luminance of rrggbb or rgb, as in WCAG 2"
+        digits = color if len(color) == 6 else ''.join(2 * c for c in color)
+        values = np.array([int(digits[i:i + 2], 16) / 255 for i in (0, 2, 4)])
+        return np.where(values <= .03928, values / 12.92, ((values + .055) / 1.055) ** 2.4) @ [.2126, .7152, .0722]
+    for g in hand.photo().locator('[data-mark]').all():
+        ground, text = (light(g.locator(k).get_attribute('fill')[1:]) for k in ('rect', 'text'))
+        assert (max(ground, text) + .05) / (min(ground, text) + .05) > 4.5
+        assert g.bounding_box()['height'] >= 23.9
+    hit = hand.photo().locator('[data-corner]').first.bounding_box()
+    touch = hand.page.context.new_cdp_session(hand.page)
+    touch.send('Emulation.setTouchEmulationEnabled', {'enabled': True})  # a finger points, no mouse
+    grip = hand.photo().locator('.grip').first.evaluate('e => parseFloat(getComputedStyle(e).strokeWidth)')
+    touch.send('Emulation.setTouchEmulationEnabled', {'enabled': False})
+    assert min(hit['width'], hit['height'], grip) >= 23.9
+    hand.page.get_by_label('several patches').check()
+    hand.drag(20, 250, 90, 290)
+    playwright.expect(hand.page.locator('.updetr-state').first).to_contain_text('10 patches at once')
+    assert len(hand.drawn()) == 10
+    hand.shot('10_ten_patches')
+    hand.page.get_by_label('several patches').uncheck()
+    for _ in range(2): hand.page.get_by_role('button', name='remove patch').click()
+    hand.wait(lambda s: len(s['boxes']) == 8)
+
+
+def test_names_and_words_for_those_who_cannot_see(hand):
+    "The message is announced, handles and strip have names, tooltips are words; nothing is left of the strip when all is cleared."
+    root = hand.page.locator('.updetr-widget')
+    assert root.locator('.updetr-message[role=status]').count() == 1
+    names = root.locator('.noUi-handle').evaluate_all('all => all.map(e => e.getAttribute("aria-label"))')
+    assert names == ['x from', 'x to', 'y from', 'y to', 'threshold']
+    assert root.locator('.widget-slider:not([data-lm-suppress-shortcuts])').count() == 0
+    assert root.locator('.updetr-strip img').get_attribute('alt').startswith('1 query patch')
+    titles = root.locator('[title]').evaluate_all('all => all.map(e => e.title).filter(t => t)')
+    assert len(titles) > 15 and not any(re.search('[{}=]', t) for t in titles), titles
+    hand.page.get_by_role('button', name='clear').click()
+    hand.wait(lambda s: s['boxes'] == [])
+    playwright.expect(root.locator('img')).to_have_count(0)
+
+
+def test_controls_stand_beside_the_photo(hand):
+    left, right = hand.photo().bounding_box(), hand.page.locator('.updetr-widget .widget-toggle-buttons').first.bounding_box()
+    assert right['x'] >= left['x'] + left['width'] and abs(right['y'] - left['y']) < 40
+
+
+def test_a_kernel_that_works_or_is_gone_is_seen(lab, folder):
+    "Working, restarted, killed: each is said, and answers of a kernel that is gone are faded."
+    hand, note = Hand(lab, folder), lab.locator('.updetr-state').first
+    hand.python('import time\nwhile not Path("go").exists(): time.sleep(.05)', wait=False)
+    hand.drag(40, 50, 140, 150)
+    playwright.expect(note).to_have_text(re.compile('working|does not answer'))
+    (folder / 'go').touch()
+    hand.wait(lambda s: s['boxes'] == [[40, 50, 140, 150]])
+    playwright.expect(note).to_have_text('')
+    lab.evaluate('window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()')
+    playwright.expect(note).to_contain_text('was restarted')
+    assert lab.locator('.updetr-old').count() and float(hand.photo().locator('.labels').evaluate('e => getComputedStyle(e).opacity')) < .5
+    hand.shot('11_restarted')
+    (folder / 'state.json').unlink()
+    run_all(lab)
+    lab.wait_for_selector('.updetr-photo [data-box]')
+    playwright.expect(lab.locator('.updetr-old')).to_have_count(0)
+    hand.box(120, 80, 260, 200)
+    os.kill(hand.state()['pid'], signal.SIGKILL)
+    lab.wait_for_timeout(2500)  # the pointer comes back after a while
+    lab.mouse.move(0, 0)
+    hand.photo().hover()
+    playwright.expect(lab.locator('.updetr-state').first).to_have_text(re.compile('does not answer|was restarted'), timeout=20_000)
+    assert lab.locator('.updetr-old').count()
+
+
+def test_all_cells_can_be_run_again(lab, folder):
+    "In the same kernel, and after the page was loaded again."
+    for again in (lambda: None, lab.reload):
+        again()
+        run_all(lab)
+        lab.wait_for_selector('.updetr-photo [data-box]')
+        assert lab.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
+        lab.wait_for_timeout(300)
+        Hand(lab, folder).box(120, 80, 260, 200)
 
 
 @pytest.mark.parametrize('front', ['notebook', 'voila'])
@@ -209,9 +369,11 @@ def test_other_programs(front, browser, folder, tmp_path):
         box.focus()
         box.press('ArrowRight')
         hand.wait(lambda s: s['boxes'] == [[125, 80, 265, 200]])
+        hand.control('.widget-hslider', 'x').locator('.noUi-handle').first.press('ArrowRight')
+        hand.wait(lambda s: s['boxes'] == [[126, 80, 265, 200]])
         hand.upload('bad.jpg', 'another photo')
         hand.wait(lambda s: 'bad.jpg: broken image' in s['text'])
         hand.choose('find it in', 'coffee')
         hand.wait(lambda s: s['target'] == 'coffee' and len(s['other']) == 1)
-        page.wait_for_function('document.querySelectorAll(".updetr-photo")[1]?.querySelector(".answers text")')
+        page.wait_for_function('document.querySelectorAll(".updetr-photo")[1]?.querySelector(".labels text")')
         hand.shot(f'10_{front}')

@@ -28,7 +28,7 @@ def probe(*_):
     c = widget.c
     state = dict(boxes=c.canvas.boxes, sent=len(sent), marks=c.canvas.marks, other=c.other.marks, photo=c.photo.value,
                  heat=len(c.canvas.overlay), target=c.target.value, threshold=c.threshold.value,
-                 weights=c.weights.value, text=c.message.value, x=c.x.value)
+                 weights=c.weights.value, text=c.message.value, x=c.x.value, pid=os.getpid())
     Path('state.tmp').write_text(json.dumps(state))
     os.replace('state.tmp', 'state.json')
 
@@ -96,6 +96,12 @@ RUN_ALL = """async () => {
   await window.jupyterapp.commands.execute('notebook:run-all-cells'); }"""
 
 
+def run_all(page):
+    "Every cell of the notebook that the page shows, and wait until all have ended."
+    page.wait_for_function('window.jupyterapp?.shell?.currentWidget?.sessionContext !== undefined')
+    page.evaluate(RUN_ALL)
+
+
 @contextmanager
 def chromium():
     "A browser without a window; one is open at a time, for as many pages as are wanted."
@@ -112,9 +118,7 @@ def opened(browser, front, folder, home):
         page = browser.new_page(viewport=dict(width=1300, height=1000))
         page.set_default_timeout(300_000)
         page.goto(address, wait_until='commit')
-        if front != 'voila':  # Voilà runs all cells by itself
-            page.wait_for_function('window.jupyterapp?.shell?.currentWidget?.sessionContext !== undefined')
-            page.evaluate(RUN_ALL)
+        if front != 'voila': run_all(page)  # Voilà runs all cells by itself
         page.wait_for_selector('.updetr-photo [data-box]')
         end = time.monotonic() + 300
         while not (folder / 'state.json').exists():  # the last cell has run
@@ -127,6 +131,15 @@ def opened(browser, front, folder, home):
 class Hand:
     "What a person does, in the photo's pixels, and what the kernel then knows."
     def __init__(self, page, folder): self.page, self.folder = page, folder
+
+    def python(self, code, wait=True):
+        "Run it in the notebook's kernel, as another cell would."
+        run = 'const f = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code});'
+        self.page.evaluate(f'async ([code, wait]) => {{ {run} if (wait) await f.done; }}', [code, wait])
+
+    def focus(self):
+        "The number of the patch that has the focus; None: something else has it."
+        return self.page.evaluate('document.activeElement?.dataset?.box ?? null')
 
     def photo(self, which=0): return self.page.locator('.updetr-photo').nth(which)
     def state(self): return json.loads((self.folder / 'state.json').read_text())
@@ -166,7 +179,7 @@ class Hand:
 
     def answers(self, which=0):
         "The texts of the answers on the screen."
-        return self.photo(which).locator('.answers text').all_text_contents()
+        return self.photo(which).locator('.labels text').all_text_contents()
 
     def box(self, *box):
         "Drag one box, backwards too, and wait for its answer."
@@ -180,5 +193,5 @@ class Hand:
     def choose(self, name, option): self.control('.widget-dropdown', name).locator('select').select_option(label=option)
 
     def upload(self, name, button):
-        with self.page.expect_file_chooser() as chooser: self.page.locator('.widget-upload', has_text=button).click()
+        with self.page.expect_file_chooser() as chooser: self.page.locator('.updetr-upload button', has_text=button).click()
         chooser.value.set_files(str(self.folder / name))
