@@ -1,6 +1,8 @@
 "`nbs/localize.ipynb` in real programs and a real browser: drags, keys, uploads, as a person does them; screenshots in tests/artifacts."
 import dataclasses
+import os
 import re
+import signal
 from importlib.util import find_spec
 
 import numpy as np
@@ -16,7 +18,7 @@ from updetr.photos import builtin_photos
 from updetr.updetr import build_updetr
 
 playwright = pytest.importorskip('playwright.sync_api', reason='the browser tests need playwright: pip install playwright')
-from tools.browser import CHROMIUM, Hand, chromium, opened, prepare  # noqa: E402 (needs playwright)
+from tools.browser import CHROMIUM, Hand, chromium, opened, prepare, run_all  # noqa: E402 (needs playwright)
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='the browser tests need Chromium: apt install chromium fonts-dejavu, or name it by '
                                                      'the environment variable CHROMIUM')
@@ -315,6 +317,44 @@ def test_names_and_words_for_those_who_cannot_see(hand):
 def test_controls_stand_beside_the_photo(hand):
     left, right = hand.photo().bounding_box(), hand.page.locator('.updetr-widget .widget-toggle-buttons').first.bounding_box()
     assert right['x'] >= left['x'] + left['width'] and abs(right['y'] - left['y']) < 40
+
+
+def test_a_kernel_that_works_or_is_gone_is_seen(lab, folder):
+    "Working, restarted, killed: each is said, and answers of a kernel that is gone are faded."
+    hand, note = Hand(lab, folder), lab.locator('.updetr-state').first
+    hand.python('import time\nwhile not Path("go").exists(): time.sleep(.05)', wait=False)
+    hand.drag(40, 50, 140, 150)
+    playwright.expect(note).to_have_text(re.compile('working|does not answer'))
+    (folder / 'go').touch()
+    hand.wait(lambda s: s['boxes'] == [[40, 50, 140, 150]])
+    playwright.expect(note).to_have_text('')
+    lab.evaluate('window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()')
+    playwright.expect(note).to_contain_text('was restarted')
+    assert lab.locator('.updetr-old').count() and float(hand.photo().locator('.labels').evaluate('e => getComputedStyle(e).opacity')) < .5
+    hand.shot('11_restarted')
+    (folder / 'state.json').unlink()
+    run_all(lab)
+    lab.wait_for_selector('.updetr-photo [data-box]')
+    playwright.expect(lab.locator('.updetr-old')).to_have_count(0)
+    hand.box(120, 80, 260, 200)
+    os.kill(hand.state()['pid'], signal.SIGKILL)
+    lab.locator('.jp-Dialog button').click()  # JupyterLab says so, too
+    lab.mouse.move(0, 0)
+    lab.wait_for_timeout(2500)  # the pointer comes back after a while
+    hand.photo().hover()
+    playwright.expect(lab.locator('.updetr-state').first).to_have_text(re.compile('does not answer|was restarted'), timeout=20_000)
+    assert lab.locator('.updetr-old').count()
+
+
+def test_all_cells_can_be_run_again(lab, folder):
+    "In the same kernel, and after the page was loaded again."
+    for again in (lambda: None, lab.reload):
+        again()
+        run_all(lab)
+        lab.wait_for_selector('.updetr-photo [data-box]')
+        assert lab.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
+        lab.wait_for_timeout(300)
+        Hand(lab, folder).box(120, 80, 260, 200)
 
 
 @pytest.mark.parametrize('front', ['notebook', 'voila'])
