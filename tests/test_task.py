@@ -94,6 +94,35 @@ def test_only_photos_that_are_too_small(tmp_path):
         make_task(tmp_path / 'run', data=str(save_photos(tmp_path / 'photos', 2, (16, 16))))
 
 
+def test_lists_of_photos_that_were_damaged(tmp_path, capfd):
+    """Half written, edited, hostile, missing: looked for anew, which is said; the run goes on with the photos it began with."""
+    photos, run = save_photos(tmp_path / 'photos', 4), tmp_path / 'run'
+    task, state = train_small(run, data=str(photos))
+    assert state.step == 2
+    kept = {name: (run / f'photos_{name}.json').read_text() for name in ('train', 'heldout')}
+    about = json.loads(kept['train'])
+    old = {k: v for k, v in about.items() if k != 'sum'}  # of a list without a checksum, as they were before
+    outside = ['../secret.jpg', *about['paths'][1:]], [str(tmp_path / 'secret.jpg'), *about['paths'][1:]]
+    swapped = [[s[1], s[0]] for s in about['sizes']]
+    fewer = {k: about[k][:3] for k in ('paths', 'sizes')}
+    broken = ['', kept['train'][:50], '[' * 100_000, '[]', None]
+    broken += [json.dumps(about | change) for change in (fewer, {'sizes': swapped}, {'paths': about['paths'][::-1]})]
+    broken += [json.dumps(old | {'paths': paths}) for paths in (*outside, [1, 2, 3, 4], 'abcd', about['paths'][:2])]
+    broken += [json.dumps(old | {'sizes': sizes}) for sizes in ([[10**30, 1]] * 4, [[0, 0]] * 4, [[1.5, 2]] * 4, [[60]] * 4, 7)]
+    for name in ('train', 'heldout'):
+        for content in broken if name == 'train' else broken[:5]:
+            if content is None: (run / f'photos_{name}.json').unlink()
+            else: (run / f'photos_{name}.json').write_text(content)
+            capfd.readouterr()
+            again = make_task(run, data=str(photos))
+            assert again.photos.paths == task.photos.paths and (again.photos.sizes == task.photos.sizes).all()
+            assert capfd.readouterr().out.count('looked for anew') == 1, content
+            assert (run / f'photos_{name}.json').read_text() == kept[name]
+    (run / 'photos_train.json').write_text(json.dumps(old))
+    make_task(run, data=str(photos))
+    assert 'anew' not in capfd.readouterr().out
+
+
 def test_banks_of_two_folders_are_not_mixed_up(tmp_path):
     """The same file names, other photos: other features."""
     banks = []

@@ -13,6 +13,7 @@ import math
 import os
 import stat
 import struct
+import zlib
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -281,6 +282,27 @@ def _by_reason(skipped, examples):
     return ''.join(f'\n  {len(ps):,} {reason} ({", ".join(ps[:examples])}{", ..." if len(ps) > examples else ""})'
                    for reason, ps in sorted(names.items(), key=lambda item: -len(item[1])))
 
+# %% ../nbs/02_photos.ipynb #c032a
+def _list_sum(content):
+    "A checksum of a saved index, wherever its photos lie"
+    return zlib.crc32(json.dumps([content[k] for k in ('paths', 'sizes', 'skipped')]).encode())
+
+def _check_list(content, root):
+    "The folder of a saved index. Raises ValueError, TypeError or KeyError for what is none, or was changed by anybody"
+    root = root or content['root']
+    paths, sizes, skipped = (content[k] for k in ('paths', 'sizes', 'skipped'))
+    texts = [root, *paths, *(text for pair in skipped for text in pair)]
+    if not isinstance(paths, list) or not all(isinstance(text, str) for text in texts): raise ValueError('names must be texts')
+    if len(paths) != len(sizes) or not all(len(pair) == 2 for pair in [*sizes, *skipped]): raise ValueError('two sizes a photo')
+    numbers = [side for pair in sizes for side in pair]
+    if not all(type(side) is int and 0 < side < 2**31 for side in numbers): raise ValueError('sizes must be positive integers')
+    # photos lie below their folder; those inside packages have none
+    outside = [p for p in paths if os.path.isabs(p) or '..' in p and '..' in Path(p).parts] if root else []
+    if outside: raise ValueError(f'{outside[0]!r} leaves the folder')
+    # lists of before have no checksum
+    if content.get('sum', total := _list_sum(content)) != total: raise ValueError('its checksum is wrong')
+    return root
+
 # %% ../nbs/02_photos.ipynb #c033
 @dataclass(eq=False)
 class PhotoIndex:
@@ -307,8 +329,8 @@ class PhotoIndex:
     def save(self, path # JSON file
     ):
         "Write the index, first aside and then renamed: a reader never sees half a file."
-        aside = Path(f'{os.fspath(path)}.{os.getpid()}.tmp')
-        aside.write_text(json.dumps(dict(asdict(self), sizes=self.sizes.tolist())))
+        content, aside = dict(asdict(self), sizes=self.sizes.tolist()), Path(f'{os.fspath(path)}.{os.getpid()}.tmp')
+        aside.write_text(json.dumps(content | {'sum': _list_sum(content)}))
         os.replace(aside, path)
 
     @classmethod
@@ -316,10 +338,10 @@ class PhotoIndex:
         path,      # JSON file written by `save`
         root=None, # where the photos are now, if they were moved
     ):             # PhotoIndex
-        "Read a saved index. Raises ValueError for any other file."
+        "Read a saved index. Raises ValueError for any other file, and for one that was damaged or edited."
         try:
-            d = json.loads(Path(path).read_text())
-            return cls(root or d['root'], d['paths'], np.array(d['sizes'], int).reshape(-1, 2), [tuple(s) for s in d['skipped']])
+            root = _check_list(d := json.loads(Path(path).read_text()), root)
+            return cls(root, d['paths'], np.array(d['sizes'], int).reshape(-1, 2), [tuple(s) for s in d['skipped']])
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise ValueError(f'{path} is no saved photo index ({e!r}): make it anew with index_photos') from e
 

@@ -75,7 +75,7 @@ def photo_lists(cfg: PretrainConfig,  # of the run
     with, wherever its photos lie now."""
     files = [run_dir / f'photos_{k}.json' for k in ('train', 'heldout')]
     if processes.rank == 0:
-        if files[1].exists(): _follow(cfg, files)
+        if any(file.exists() for file in files): _follow(cfg, files)
         else: _look(cfg, files)
     processes.barrier()
     return [PhotoIndex.load(f) for f in files]
@@ -90,11 +90,15 @@ def _look(cfg, files):
         if index.skipped: print(dataclasses.replace(index, root=Path(index.root).name).summary(), flush=True)
 
 def _follow(cfg, files):
-    "The same photos where they are now: folders and installed packages may have moved"
+    """The same photos where they are now: folders and installed packages may have moved. A list that was damaged or edited is made
+    anew; whether these are the photos that the run began with is asked later, of its fingerprint"""
     root, val = find_data(cfg, builtin=cfg.data == '' and cfg.views > 0)
     if root:
         places = [os.path.abspath(place) for place in (root, val or root)]
-        found = [dataclasses.replace(PhotoIndex.load(file), root=place) for file, place in zip(files, places)]
+        try: found = [PhotoIndex.load(file, place) for file, place in zip(files, places)]
+        except (ValueError, OSError) as e:
+            print(f'{e}. The photos are looked for anew', flush=True)
+            return _look(cfg, files)
     else: found = find_photos(cfg)
     for index, file in zip(found, files): index.save(file)
 
