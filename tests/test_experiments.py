@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conftest import ROOT
+from tools.cells import run_cells
 from updetr.checkpoint import load_updetr
 from updetr.experiments import BASES, EXPERIMENTS, Scale, experiment
 from updetr.jobs import configure, job, job_chain, job_folder
@@ -120,18 +121,23 @@ def papermill(out, name, *words):
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
-def test_plan_only_prints_the_papers_plan(tmp_path):
-    ran = papermill(tmp_path / 'out.ipynb', 'table6_frozen_recon', '-p', 'scale', 'paper', '-p', 'plan_only', 'True', '-p', 'seeds', '1')
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    text = (tmp_path / 'out.ipynb').read_text()
-    assert '9 trainings' in text and 'frozen_backbone=False' in text and not list(tmp_path.glob('runs'))
+def test_plan_only_prints_the_papers_plan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    notebook = ROOT / 'nbs/experiments/table6_frozen_recon.ipynb'
+    wanted = dict(scale='paper', plan_only=True, seeds=1)
+    text = run_cells(notebook, monkeypatch, 'study.run(', **wanted)['study'].plan()
+    assert '9 trainings' in text and 'frozen_backbone=False' in text and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('words, message', [(['-p', 'scael', 'toy'], 'did you mean scale?'), (['-p', 'scale', 'mini'], '-p photos FOLDER'),
-                                            (['-p', 'scale', 'toy', '-p', 'photos', 'x'], '-p scale mini')])
-def test_a_wrong_parameter_stops_at_once(tmp_path, words, message):
-    ran = papermill(tmp_path / 'out.ipynb', 'table1_voc', *words)
-    assert ran.returncode and message in ran.stderr + ran.stdout
+@pytest.mark.parametrize('parameters, message', [
+    ({'scael': 'toy'}, 'did you mean scale?'), ({'scale': 'mini'}, '-p photos FOLDER'),
+    ({'scale': 'toy', 'photos': 'x'}, '-p scale mini')])
+def test_a_wrong_parameter_stops_at_once(parameters, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    notebook = ROOT / 'nbs/experiments/table1_voc.ipynb'
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_cells(notebook, monkeypatch, 'open_study(', **parameters)
+    assert not list(tmp_path.iterdir())
 
 
 TINY = dict(views=16, view_size=64, patch_size=32, hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=10, num_patches=5,

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import signal
 
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from conftest import ROOT
 from test_papermill import FINETUNE, papermill
 from test_resume import as_in_the_processes, finish, weights  # noqa: F401 (a fixture: one thread here, too)
 from test_task import rows, save_photos
+from tools.cells import run_cells
 from updetr.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.config import make_config, model_options
 from updetr.datasets import open_dataset
@@ -228,12 +228,7 @@ def test_the_detector_answers_as_the_run_measured(how, whole, labelled, tmp_path
 
 def front_end(monkeypatch, **parameters):
     """Run the notebook's cells up to the plan, in this process."""
-    monkeypatch.setattr('matplotlib_inline.backend_inline.set_matplotlib_formats', lambda *args, **kwargs: None)  # needs a kernel
-    space = {}
-    for cell in (c for c in nbformat.read(FINETUNE, 4).cells if c.cell_type == 'code'):
-        exec(cell.source, space)
-        if 'parameters' in cell.metadata.get('tags', []): space |= parameters
-        if 'train_plan(cfg' in cell.source: return space
+    return run_cells(FINETUNE, monkeypatch, 'train_plan(cfg', **parameters)
 
 
 @pytest.mark.parametrize('parameters, message', [

@@ -6,7 +6,6 @@ import json
 import re
 import signal
 
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -19,6 +18,7 @@ from conftest import ROOT
 from test_papermill import papermill, parameter_lines
 from test_resume import as_in_the_processes, finish, kill_twice, weights  # noqa: F401 (a fixture: one thread here, too)
 from test_task import rows
+from tools.cells import run_cells
 from updetr.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.config import make_config, model_options
 from updetr.detr import build_detr
@@ -291,12 +291,7 @@ def test_averaged_weights_are_measured_and_kept(boxes, fields, tmp_path):
 
 def front_end(monkeypatch, **parameters):
     """Run the notebook's cells up to the plan, in this process."""
-    monkeypatch.setattr('matplotlib_inline.backend_inline.set_matplotlib_formats', lambda *args, **kwargs: None)  # needs a kernel
-    space = {}
-    for cell in (c for c in nbformat.read(PANOPTIC, 4).cells if c.cell_type == 'code'):
-        exec(cell.source, space)
-        if 'parameters' in cell.metadata.get('tags', []): space |= parameters
-        if 'train_plan(cfg' in cell.source: return space
+    return run_cells(PANOPTIC, monkeypatch, 'train_plan(cfg', **parameters)
 
 
 @pytest.mark.parametrize('parameters, message', [

@@ -12,6 +12,7 @@ import nbformat
 import pytest
 
 from conftest import ROOT, copy_project
+from tools.cells import run_cells
 from updetr.config import PretrainConfig
 from updetr.finetune import FinetuneConfig
 from updetr.oneshot import OneShotConfig
@@ -111,24 +112,44 @@ def test_the_executed_notebook_is_small_and_drawn(report):
 
 
 def test_running_it_again_finds_it_finished(report):
-    r = papermill(report / 'again.ipynb', report, **TINY)
+    "The second call has nothing to train; what comes after the training is the first call's test."
+    begin = nbformat.read(NOTEBOOK, 4)
+    last = next(i for i, c in enumerate(begin.cells) if c.source.endswith('run_all(runs)'))
+    begin.cells = begin.cells[:last + 1]
+    nbformat.write(begin, report / 'runs' / 'begin.ipynb')
+    r = papermill(report / 'runs' / 'again.ipynb', report, report / 'runs' / 'begin.ipynb', **TINY)
     assert r.returncode == 0, r.stderr[-3000:]
-    texts = [o.get('text', '') for c in nbformat.read(report / 'again.ipynb', 4).cells for o in c.get('outputs', [])]
+    written = nbformat.read(report / 'runs' / 'again.ipynb', 4).cells
+    texts = [o.get('text', '') for c in written for o in c.get('outputs', [])]
     assert any('finished: runs/demo-42' in t for t in texts)
 
 
+def test_the_impossible_stops_at_once(tmp_path):
+    r = papermill(tmp_path / 'out.ipynb', tmp_path, gpu=8)
+    assert r.returncode and 'did you mean gpus' in r.stderr and not (tmp_path / 'runs').exists()
+
+
+def front_end(monkeypatch, **parameters):
+    """Run the notebook's cells up to the plan, in this process."""
+    return run_cells(NOTEBOOK, monkeypatch, 'make_plan(cfg', **parameters)
+
+
 @pytest.mark.parametrize('parameters, message', [
-    ({'gpu': 8}, 'did you mean gpus'), ({'gpus': 8}, '8 GPUs asked for, 0 found'), ({'lr_drops': 3}, 'did you mean lr_drop'),
+    ({'gpus': 8}, '8 GPUs asked for, 0 found'), ({'lr_drops': 3}, 'did you mean lr_drop'),
     ({'preset': 'paper', 'data': 'nowhere'}, 'n01440764'), ({'num_patches': 7}, 'multiple of num_patches')])
-def test_the_impossible_stops_at_once(tmp_path, parameters, message):
-    r = papermill(tmp_path / 'out.ipynb', tmp_path, **parameters)
-    assert r.returncode and message in r.stderr and not (tmp_path / 'runs').exists()
+def test_the_impossible_is_refused_with_the_way_on(parameters, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 0)
+    with pytest.raises((ValueError, FileNotFoundError), match=message): front_end(monkeypatch, **parameters)
+    assert not list(tmp_path.iterdir())
 
 
-def test_plan_only_starts_nothing(tmp_path):
-    r = papermill(tmp_path / 'out.ipynb', tmp_path, plan_only=True, preset='paper', img_s=178)
-    texts = ' '.join(o.get('text', '') for c in nbformat.read(tmp_path / 'out.ipynb', 4).cells for o in c.get('outputs', []))
-    assert r.returncode == 0 and '19,164,167 trained' in texts and '300,240' in texts and not (tmp_path / 'runs').exists()
+def test_plan_only_starts_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('UPDETR_DATA', raising=False)
+    run_cells(NOTEBOOK, monkeypatch, 'run_all(runs)', plan_only=True, preset='paper', img_s=178)
+    said = capsys.readouterr().out
+    assert '19,164,167 trained' in said and '300,240' in said and not list(tmp_path.iterdir())
 
 
 def documented_commands():
