@@ -146,6 +146,8 @@ def export_weights(path: str | Path,  # .safetensors
     weights = {k: plain(v) for k, v in model.state_dict().items()}
     write_atomic(path, lambda p: save_file(weights, p, {'config': json.dumps(cfg)}))
 
+_CLASSES = 'class_names', 'category_ids', 'isthing'  # what a checkpoint says of its classes, beside its configuration
+
 def read_weights(path: str | Path,  # checkpoint.pth or .safetensors
                  ) -> tuple[dict[str, Tensor], dict]:  # state dict (averaged weights if there are any), configuration
     "Weights and configuration of a file. Raises FileNotFoundError or ValueError."
@@ -154,7 +156,7 @@ def read_weights(path: str | Path,  # checkpoint.pth or .safetensors
         if not (isinstance(state, dict) and isinstance(state.get('model'), dict) and isinstance(state.get('args'), dict)):
             held = list(state)[:6] if isinstance(state, dict) else f'a {type(state).__name__}'
             raise ValueError(f'{path} is no checkpoint of this kit: it holds {held}, not model and args')
-        return state.get('ema') or state['model'], state['args'] | {k: state[k] for k in ('class_names', 'isthing') if k in state}
+        return state.get('ema') or state['model'], state['args'] | {k: state[k] for k in _CLASSES if k in state}
     if not Path(path).is_file(): raise FileNotFoundError(f'no weights {path}')
     try:
         with safe_open(path, 'pt') as f: cfg = (f.metadata() or {}).get('config')

@@ -49,6 +49,7 @@ def _no_way(model):
 
 def to_huggingface(model: DETR,  # post-norm, with a ResNet
                    classes: Sequence[str],  # names of the classes, in the model's order
+                   category_ids: Sequence | None = None,  # their ids in the data set's own files
                    ) -> tuple[dict[str, Tensor], dict]:  # state dict and configuration of `DetrForObjectDetection`
     "A detector for transformers. Raises ValueError with the reason if its DETR cannot compute this model."
     why = _no_way(model)
@@ -58,7 +59,9 @@ def to_huggingface(model: DETR,  # post-norm, with a ResNet
     for name, v in model.state_dict().items():
         theirs = _theirs(name)
         state |= {t: piece.detach().cpu().clone() for t, piece in zip(theirs, v.chunk(len(theirs)))}
-    return state, _config(model, list(classes))
+    # transformers answers with labels, 0..C-1; it keeps what it does not know, so the ids travel with the names.
+    own = {} if category_ids is None else {'category_ids': list(category_ids)}
+    return state, _config(model, list(classes)) | own
 
 # %% ../nbs/30_exchange.ipynb #c011
 def _config(model, classes):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.ops import nms
+from torchvision.ops import clip_boxes_to_image, nms
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from .augment import normalize
@@ -30,6 +30,10 @@ from .updetr import UPDETR
 class Matches(Detections):
     "What a one-shot detector found in one photo, the surest first; `classes` is one word, 'match'."
     query: Tensor = None  # (3,s,s) uint8, what was asked for
+
+    def to_dict(self, image_id=0, category_id=0):
+        "COCO's list of results; `category_id` is the id of what was asked for, which only the asker knows."
+        return Detections.to_dict(dataclasses.replace(self, category_ids=(category_id,)), image_id)
 
     def plot(self):
         "The photo with boxes and scores, the query below it, as a PIL image."
@@ -93,4 +97,5 @@ class OneShotDetector:
         feature, picture = self.cnn(ready(resize(image, *size))), self.model.encode_patches(ready(asked)[None])[0]
         answer = {k: v.cpu() for k, v in ask(self.model, feature, picture, torch.tensor(image.shape[1:], device=self.device))[0].items()}
         order = [k for k in nms(answer['boxes'], answer['scores'], overlap).tolist() if answer['scores'][k] >= threshold]
-        return Matches(image, answer['boxes'][order], torch.zeros(len(order), dtype=torch.long), answer['scores'][order], ('match',), asked)
+        boxes = clip_boxes_to_image(answer['boxes'], image.shape[1:])
+        return Matches(image, boxes[order], torch.zeros(len(order), dtype=torch.long), answer['scores'][order], ('match',), asked)

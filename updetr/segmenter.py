@@ -9,7 +9,7 @@ __all__ = ['COCO_THINGS', 'COCO_IDS', 'Segments', 'load_segmenter', 'one_picture
 import dataclasses
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import functional as F
 
 from .augment import normalize
 from .checkpoint import read_weights
+from .detector import own_ids
 from .detr import build_detr
 from .finetune import view_sizes
 from .handover import load_official, open_pretrained
@@ -40,6 +41,7 @@ class Segments:
     info: list[dict]  # id, category_id (0..C-1), isthing, area, bbox (x, y, width, height), score, query
     classes: tuple[str, ...]  # names of all C classes
     attention: Tensor  # (k,heads,h,w), where the query of each segment looked
+    category_ids: tuple | None = field(default=None, kw_only=True)  # the classes' ids in the data set's own files
 
     def __len__(self): return len(self.info)
     @property
@@ -69,11 +71,15 @@ class Segments:
         self.plot().save(file := io.BytesIO(), format='JPEG', quality=85)
         return file.getvalue()
     def to_dict(self, image_id=0):
-        "COCO's panoptic entry, with labels as category_id; the picture of numbers is `ids` (see `panoptic.id2rgb`)."
-        return {'image_id': image_id, 'segments_info': [{k: v for k, v in s.items() if k != 'query'} for s in self.info]}
+        "COCO's panoptic entry, category_id as in the data set's own files; the picture of numbers is `ids` (see `panoptic.id2rgb`)."
+        ids = own_ids([s['category_id'] for s in self.info], self.category_ids)
+        rows = [{k: v for k, v in s.items() if k != 'query'} | {'category_id': k} for s, k in zip(self.info, ids)]
+        return {'image_id': image_id, 'segments_info': rows}
 
 # %% ../nbs/36_segmenter.ipynb #c009
 COCO_THINGS, COCO_IDS = 90, 200  # the largest category id of a thing in COCO, and of all
+
+_KNOWN = {'classes': 'class_names', 'isthing': 'isthing', 'category_ids': 'category_ids'}
 
 def load_segmenter(path: str | Path,  # checkpoint.pth or .safetensors of stage masks, or a published panoptic DETR
                    per_head: bool | None = None,  # softmax of the attention maps; None: by the file's origin
@@ -86,13 +92,14 @@ def load_segmenter(path: str | Path,  # checkpoint.pth or .safetensors of stage 
     if args.get('task') == 'panoptic':
         cfg = PanopticConfig(**{f.name: args[f.name] for f in dataclasses.fields(PanopticConfig) if f.name in args})
         model = build_panoptic(dataclasses.replace(cfg, weights='none'), len(args['class_names'])).model
-        known = {'classes': args['class_names'], 'isthing': args['isthing']}
+        known = {k: args.get(name) for k, name in _KNOWN.items()}
     else:
         heads = len(weights['mask_head.lay1.bias']) - len(weights['bbox_attention.q_linear.bias'])  # the head's width is d + heads
         pretrained, cfg = open_pretrained(path, detector_part=True, nheads=heads), None
         model = DETRsegm(build_detr(pretrained.num_classes, **pretrained.options), pretrained.options['pre_norm'])
         weights = {k: v for k, v in weights.items() if not k.endswith('.num_batches_tracked')}
         known = {'classes': None, 'isthing': [k <= COCO_THINGS if 0 < k <= COCO_IDS else None for k in range(pretrained.num_classes)]}
+        known['category_ids'] = list(range(pretrained.num_classes))  # the reference's labels are COCO's ids
     model.load_state_dict(weights)
     if per_head is not None: model.bbox_attention.per_head = per_head
     return model.eval(), cfg, known
@@ -119,8 +126,10 @@ class PanopticSegmenter:
                  sizes: Sizes = DETR_SIZES,  # px, as in its evaluation
                  square: int = 0,  # px: pictures are squashed to a square of this side; 0 = the aspect is kept
                  threshold: float = .85,  # smallest probability of what is drawn, 0..1
+                 category_ids: Sequence | None = None,  # its classes' ids in the data set's own files
                  ):
         self.model, self.classes, self.isthing, self.threshold = model.eval(), tuple(classes), list(isthing), threshold
+        self.category_ids = None if category_ids is None else tuple(category_ids)
         self.prepare = partial(one_picture, cnn=model.detr.backbone[0], sizes=sizes, square=square)
 
     @classmethod
@@ -130,7 +139,8 @@ class PanopticSegmenter:
         names, num = classes or known['classes'], model.detr.num_classes
         if names and len(names) != num: raise ValueError(f'{path} has {num} classes, but {len(names)} names were given')
         ours = dict(sizes=view_sizes(cfg), square=cfg.square, threshold=cfg.threshold) if cfg else {}
-        return cls(model.to(device), names or [f'class {i}' for i in range(num)], known['isthing'], **ours)
+        return cls(model.to(device), names or [f'class {i}' for i in range(num)], known['isthing'], **ours,
+                   category_ids=known['category_ids'])
 
     def __call__(self, pictures, threshold=None):
         "Segments whose class has at least this probability (None: as it was measured); a list of pictures gives a list."
@@ -140,7 +150,7 @@ class PanopticSegmenter:
         ids, info = panoptic_segments(self.model, batch, self.isthing, limit, looked)[0]
         query = torch.tensor([s['query'] for s in info], dtype=torch.int64, device=batch['images'].device)
         with torch.no_grad(): attention = self.model.attention(looked[1], torch.zeros_like(query), query).cpu()
-        return Segments(image, ids, info, self.classes, attention)
+        return Segments(image, ids, info, self.classes, attention, category_ids=self.category_ids)
 
     def instances(self, picture):
         "One mask for each query that says a thing, without threshold: scores, labels, boxes xyxy px, masks (k,H,W) bool; for AP."

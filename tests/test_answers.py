@@ -1,0 +1,100 @@
+"""What goes out: results for COCO's own tools with the ids of the data set's files, and numbers that say what they are."""
+import contextlib
+import dataclasses
+import io
+import json
+import warnings
+
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from test_finetune_runs import TINY, make_task, measured
+from test_task import save_photos
+from updetr.checkpoint import load_checkpoint, read_weights, save_checkpoint, write_json
+from updetr.datasets import open_dataset
+from updetr.detector import Detections, Detector, coco_results
+from updetr.finetune import finetune_config
+from updetr.train import Processes, train
+
+IDS, FAR = (7, 900), 3_000_000_000_000
+WIDTH, HEIGHT = 120, 80
+
+
+@pytest.fixture(scope='module')
+def noise(tmp_path_factory):
+    """A COCO folder: ids of classes with gaps, ids of photos beyond 32 bits, one large box a photo."""
+    (folder := tmp_path_factory.mktemp('ids') / 'annotations').mkdir()
+    for k, (part, n) in enumerate({'train': 12, 'val': 6}.items()):
+        save_photos(folder.parent / part, n, (WIDTH, HEIGHT), start=100 * k)
+        edges = torch.rand(n, 4, generator=torch.Generator().manual_seed(k)) * .3
+        boxes = [[a * WIDTH, b * HEIGHT, (1 - a - c) * WIDTH, (1 - b - d) * HEIGHT] for a, b, c, d in edges.tolist()]
+        write_json(folder / f'instances_{part}.json', {
+            'images': [{'id': FAR + i, 'file_name': f'{i}.jpg', 'width': WIDTH, 'height': HEIGHT} for i in range(n)],
+            'categories': [{'id': k, 'name': f'kind {k}'} for k in IDS],
+            'annotations': [{'id': i + 1, 'image_id': FAR + i, 'category_id': IDS[i % 2], 'bbox': b, 'area': b[2] * b[3], 'iscrowd': 0}
+                            for i, b in enumerate(boxes)]})
+    return folder.parent
+
+
+@pytest.fixture(scope='module')
+def run(noise, tmp_path_factory):
+    """A run of three epochs on it."""
+    folder = tmp_path_factory.mktemp('run')
+    write_json(folder / 'cfg.json', dataclasses.asdict(finetune_config('demo', **TINY | {'data': str(noise), 'epochs': 3})))
+    task = make_task(folder)
+    train(task, task.cfg, folder, Processes())
+    return folder
+
+
+def judged(truth, results):
+    """COCO's own twelve numbers, times 100, of two files."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(truth))
+        found = COCOeval(coco, coco.loadRes(str(results)), 'bbox')
+        found.evaluate()
+        found.accumulate()
+        found.summarize()
+    return [100 * float(v) for v in found.stats]
+
+
+def test_pycocotools_on_the_results_file_gives_the_ap_of_the_log(noise, run, tmp_path):
+    detector, seen = Detector.from_checkpoint(run / 'checkpoint.pth'), []
+    rows = coco_results(detector, open_dataset(noise, 'val'), tmp_path / 'results.json', progress=lambda *at: seen.append(at))
+    stats, last = judged(noise / 'annotations/instances_val.json', tmp_path / 'results.json'), measured(run)[-1]
+    assert last['test_AP'] > 0 and stats[:2] == pytest.approx([last['test_AP'], last['test_AP50']], abs=.01)
+    assert {r['category_id'] for r in rows} <= set(IDS) and {r['image_id'] for r in rows} == {FAR + i for i in range(6)}
+    assert seen == [(i, 6) for i in range(1, 7)]
+
+
+def test_ids_go_with_the_checkpoint_and_an_old_one_says_what_it_gives(noise, run, tmp_path):
+    state = load_checkpoint(run / 'checkpoint.pth')
+    assert state['category_ids'] == list(IDS) == read_weights(run / 'checkpoint.pth')[1]['category_ids']
+    save_checkpoint(old := tmp_path / 'checkpoint.pth', {k: v for k, v in state.items() if k != 'category_ids'})
+    val, detector = open_dataset(noise, 'val'), Detector.from_checkpoint(old)
+    with pytest.warns(UserWarning, match='category_id is the label'): labels = detector(val[0]['image'], 0.).to_dict()
+    assert {r['category_id'] for r in labels} <= {0, 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert {r['category_id'] for r in coco_results(detector, val)} <= set(IDS)  # the set knows its ids
+        said = Detector.from_checkpoint(old, category_ids=IDS)(val[0]['image'], 0.).to_dict(5)
+    assert {r['category_id'] for r in said} <= set(IDS) and said[0]['image_id'] == 5
+    with pytest.raises(ValueError, match='2 classes, but 1 category ids'): Detector.from_checkpoint(old, category_ids=[4])
+
+
+def test_a_class_that_the_files_lack_has_no_id():
+    found = Detections(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(1, 4), torch.tensor([1]), torch.ones(1), ('a', 'b'),
+                       category_ids=(3, None))
+    with pytest.raises(ValueError, match='class 1 has no id'): found.to_dict()
+
+
+def test_boxes_stay_in_the_photo_and_the_measured_ones_are_the_models(noise, run):
+    detector, image = Detector.from_checkpoint(run / 'checkpoint.pth'), open_dataset(noise, 'val')[0]['image']
+    with torch.no_grad(): detector.module.model.bbox_embed.layers[-1].bias += 2.  # large boxes, beyond all edges
+    inside, free = detector(image, 0.), detector.detect(image, 0., clip=False)
+    edges = torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
+    assert (free.boxes > edges).any() and torch.equal(inside.boxes, free.boxes.clamp(min=0).minimum(edges))
+    x, y, w, h = torch.tensor([r['bbox'] for r in inside.to_dict()]).T
+    assert min(x.min(), y.min()) >= 0 and (x + w).max() <= WIDTH + 1e-4 and (y + h).max() <= HEIGHT + 1e-4
+    assert json.loads(json.dumps(inside.to_dict()))
