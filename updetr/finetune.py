@@ -169,6 +169,7 @@ class Subset:
                  chosen: np.ndarray,  # (n,) numbers of photos, rising
                  ):
         self.dataset, self.classes, self.chosen = dataset, dataset.classes, np.asarray(chosen, int)
+        self.category_ids = getattr(dataset, 'category_ids', list(range(len(self.classes))))
         self.sizes, self.image_ids = np.asarray(dataset.sizes)[self.chosen], [dataset.image_ids[i] for i in self.chosen]
 
     def __len__(self): return len(self.chosen)

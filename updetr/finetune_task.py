@@ -157,7 +157,9 @@ class LabelledRun:
         self.cfg, self.run_dir, self.processes, self.cached, self.measure_every = cfg, Path(run_dir), processes, None, cfg.eval_every
         self.train_set, self.val_set, self.marks = open_checked(self)
         self.views, self.val_views = train_views(cfg, self.train_set), val_views(cfg, self.val_set)
-        self.notes, self.truth = {'class_names': list(self.train_set.classes)}, None
+        # A set without files of its own has its labels as ids.
+        ids = getattr(self.train_set, 'category_ids', range(len(self.train_set.classes)))
+        self.notes, self.truth = {'class_names': list(self.train_set.classes), 'category_ids': list(ids)}, None
         self.steps_per_epoch = train_plan(cfg, self.train_set, 0, 0, processes.rank, processes.world).steps_per_epoch
         torch.manual_seed(cfg.seed)
         self.module = self.build().to(processes.device)
