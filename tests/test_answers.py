@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 from test_finetune_runs import TINY, make_task, measured
 from test_task import save_photos
-from updetr.checkpoint import load_checkpoint, read_weights, save_checkpoint, write_json
+from updetr.checkpoint import export_weights, load_checkpoint, read_weights, save_checkpoint, write_json
 from updetr.datasets import open_dataset
 from updetr.detector import Detections, Detector, coco_results
 from updetr.finetune import finetune_config
@@ -98,3 +98,13 @@ def test_boxes_stay_in_the_photo_and_the_measured_ones_are_the_models(noise, run
     x, y, w, h = torch.tensor([r['bbox'] for r in inside.to_dict()]).T
     assert min(x.min(), y.min()) >= 0 and (x + w).max() <= WIDTH + 1e-4 and (y + h).max() <= HEIGHT + 1e-4
     assert json.loads(json.dumps(inside.to_dict()))
+
+
+def test_json_has_no_nan_and_a_shared_file_no_folders(run, tmp_path):
+    write_json(tmp_path / 'a.json', {'a': float('nan'), 'b': [1., float('inf')], 'c': {'d': (2.5, None)}})
+    assert json.loads((tmp_path / 'a.json').read_text(), parse_constant=pytest.fail) == {'a': None, 'b': [1., None], 'c': {'d': [2.5, None]}}
+    args, detector = read_weights(run / 'checkpoint.pth')[1], Detector.from_checkpoint(run / 'checkpoint.pth')
+    export_weights(shared := tmp_path / 'detector.safetensors', detector.module.model, args | {'weights': '/home/me/cnn.pth'})
+    assert args['data'].encode() not in (held := shared.read_bytes()) and b'/home/me' not in held
+    again, image = Detector.from_checkpoint(shared), torch.randint(256, (3, 80, 120), dtype=torch.uint8)
+    assert again(image, 0.).to_dict() == detector(image, 0.).to_dict() and again.category_ids == IDS  # fp32: bit for bit

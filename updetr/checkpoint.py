@@ -10,6 +10,7 @@ __all__ = ['write_atomic', 'write_json', 'read_json', 'save_checkpoint', 'first_
 import dataclasses
 import errno
 import json
+import math
 import os
 import zipfile
 from pathlib import Path
@@ -59,11 +60,18 @@ def write_atomic(path: str | Path,  # file to be made or replaced
     finally: os.close(folder)
 
 # %% ../nbs/15_checkpoint.ipynb #c007
+def _finite(x):
+    "The same content with None for numbers that are not finite"
+    if isinstance(x, float): return x if math.isfinite(x) else None
+    if isinstance(x, dict): return {k: _finite(v) for k, v in x.items()}
+    return [_finite(v) for v in x] if isinstance(x, (list, tuple)) else x
+
 def write_json(path: str | Path,  # file to be made or replaced
                content,  # anything that JSON can hold
                ) -> None:
-    "JSON, atomically."
-    write_atomic(path, lambda p: p.write_text(json.dumps(content, indent=1) + '\n'))
+    "JSON, atomically. What cannot be measured, a number that is not finite, becomes null: JSON has no NaN."
+    text = json.dumps(_finite(content), indent=1, allow_nan=False)
+    write_atomic(path, lambda p: p.write_text(text + '\n'))
 
 def read_json(path: str | Path,  # of an object
               ) -> dict:
@@ -136,15 +144,22 @@ def gather_rng(device: torch.device,  # of this process
     return states
 
 # %% ../nbs/15_checkpoint.ipynb #c017
+_PLACES = 'data data_val pretrain images pngs pngs_val instances'.split()
+
+def _without_places(cfg):
+    "A configuration without files and folders; a file of weights was read when the run began, and is not needed any more"
+    mine = {k: '' if k in _PLACES else v for k, v in cfg.items()}
+    return mine | ({'weights': 'none'} if os.path.basename(w := str(cfg.get('weights', ''))) != w else {})
+
 def export_weights(path: str | Path,  # .safetensors
                    model: UPDETR,  # whose weights are saved
                    cfg: dict,  # its configuration, plain
-                   half: bool = True,  # float16: half the size
+                   half: bool = False,  # float16: half the size, and scores that differ in the third digit
                    ) -> None:
-    "Save a model for sharing: weights and configuration, nothing else."
+    "Save a model for sharing: weights and configuration, nothing else, and no folder of the machine it was made on."
     def plain(v): return v.detach().to('cpu', torch.float16 if half and v.is_floating_point() else v.dtype).contiguous()
     weights = {k: plain(v) for k, v in model.state_dict().items()}
-    write_atomic(path, lambda p: save_file(weights, p, {'config': json.dumps(cfg)}))
+    write_atomic(path, lambda p: save_file(weights, p, {'config': json.dumps(_without_places(cfg))}))
 
 _CLASSES = 'class_names', 'category_ids', 'isthing'  # what a checkpoint says of its classes, beside its configuration
 

@@ -32,7 +32,7 @@ from .losses import build_criterion
 from .photos import as_image, resize
 from .transforms import DETR_SIZES, Sizes, whole_view
 
-# %% ../nbs/29_detector.ipynb #c008
+# %% ../nbs/29_detector.ipynb #c007i
 def own_ids(labels: Sequence[int],  # of what was found, 0..C-1
             category_ids: Sequence | None,  # each class's id in the data set's own files; None: not known
             ) -> list:  # one a label
@@ -45,6 +45,7 @@ def own_ids(labels: Sequence[int],  # of what was found, 0..C-1
     if None in ids: raise ValueError(f'class {list(labels)[ids.index(None)]} has no id: it was asked for, but the files did not have it')
     return ids
 
+# %% ../nbs/29_detector.ipynb #c008
 @dataclass(frozen=True, eq=False)
 class Detections:
     "What a detector found in one picture, the surest first."
@@ -107,10 +108,17 @@ def _open(path):
     ids = args.get('category_ids') if args else list(range(pretrained.num_classes))
     return DetectStep(model, build_criterion(model)).eval(), None, pretrained.classes, ids
 
+# %% ../nbs/29_detector.ipynb #c013l
 def load_detector(path: str | Path,  # checkpoint.pth or .safetensors of a fine-tuned detector, or a published DETR
                   ) -> tuple[nn.Module, FinetuneConfig | None, tuple[str, ...] | None]:  # module with `predict`, configuration, names
     "Rebuild a detector from its file, in eval mode. Raises FileNotFoundError, or ValueError for a file without classes."
     return _open(path)[:3]
+
+def _checked_ids(category_ids, classes):
+    "The ids of the classes as a tuple, None if they are not known; ValueError for another number of them"
+    if category_ids is None: return None
+    if len(category_ids) != len(classes): raise ValueError(f'{len(classes)} classes, but {len(category_ids)} category ids')
+    return tuple(category_ids)
 
 # %% ../nbs/29_detector.ipynb #c014
 class Detector:
@@ -124,9 +132,7 @@ class Detector:
                  category_ids: Sequence | None = None,  # its classes' ids in the data set's own files
                  ):
         self.module, self.classes, self.sizes, self.square, self.device = module.to(device).eval(), tuple(classes), sizes, square, device
-        self.category_ids = None if category_ids is None else tuple(category_ids)
-        if self.category_ids and len(self.category_ids) != len(self.classes):
-            raise ValueError(f'{len(self.classes)} classes, but {len(self.category_ids)} category ids')
+        self.category_ids = _checked_ids(category_ids, self.classes)
         cnn = module.model.backbone[0] if isinstance(module, DetectStep) else module
         self.mean, self.std = cnn.mean, cnn.std
 
@@ -152,11 +158,10 @@ class Detector:
         ready = normalize(resize(image, *size).to(self.device)[None].float() / 255, self.mean, self.std)
         target = {'orig_size': orig, 'size': torch.tensor(size)}
         answer = {k: v.cpu() for k, v in self.module.predict({'images': ready, 'mask': None, 'targets': [target]})[0].items()}
+        if clip: answer['boxes'] = clip_boxes_to_image(answer['boxes'], image.shape[1:])
         order = answer['scores'].argsort(descending=True)
-        order = order[answer['scores'][order] >= threshold]
-        boxes = clip_boxes_to_image(answer['boxes'], image.shape[1:]) if clip else answer['boxes']
-        return Detections(image, boxes[order], answer['labels'][order], answer['scores'][order], self.classes,
-                          category_ids=self.category_ids)
+        found = [answer[k][order[answer['scores'][order] >= threshold]] for k in ('boxes', 'labels', 'scores')]
+        return Detections(image, *found, self.classes, category_ids=self.category_ids)
 
 # %% ../nbs/29_detector.ipynb #c017s
 def coco_results(detector: Detector,  # that answers

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TASK', 'DetectStep', 'build_module', 'with_model', 'photo_features', 'labelled_source', 'CachedViews', 'save_preview',
-           'open_checked', 'LabelledRun', 'open_bank', 'open_cache', 'fit_statistics', 'train_batches', 'val_batches',
-           'evaluate', 'measurement', 'draw_answer', 'FinetuneTask']
+           'class_notes', 'open_checked', 'LabelledRun', 'open_bank', 'open_cache', 'fit_statistics', 'train_batches',
+           'val_batches', 'evaluate', 'measurement', 'draw_answer', 'FinetuneTask']
 
 # %% ../nbs/28a_finetune_task.ipynb #c002
 import dataclasses
@@ -139,6 +139,12 @@ def save_preview(path: str | Path,  # PNG file
     write_atomic(path, lambda p: write_png(picture, str(p)))
 
 # %% ../nbs/28a_finetune_task.ipynb #15a3abdb
+def class_notes(dataset,  # detection or panoptic set to train on
+                ) -> dict:  # class_names, category_ids
+    "What a checkpoint keeps of the classes. A set without files of its own has its labels as ids."
+    ids = getattr(dataset, 'category_ids', range(len(dataset.classes)))
+    return {'class_names': list(dataset.classes), 'category_ids': list(ids)}
+
 def open_checked(task: 'LabelledRun',  # that begins
                  ) -> tuple:  # set to train on, set to evaluate on, fingerprints of both
     "Open the sets of a run. Raises ValueError, on all processes, if the run has learnt from other ones."
@@ -157,9 +163,7 @@ class LabelledRun:
         self.cfg, self.run_dir, self.processes, self.cached, self.measure_every = cfg, Path(run_dir), processes, None, cfg.eval_every
         self.train_set, self.val_set, self.marks = open_checked(self)
         self.views, self.val_views = train_views(cfg, self.train_set), val_views(cfg, self.val_set)
-        # A set without files of its own has its labels as ids.
-        ids = getattr(self.train_set, 'category_ids', range(len(self.train_set.classes)))
-        self.notes, self.truth = {'class_names': list(self.train_set.classes), 'category_ids': list(ids)}, None
+        self.notes, self.truth = class_notes(self.train_set), None
         self.steps_per_epoch = train_plan(cfg, self.train_set, 0, 0, processes.rank, processes.world).steps_per_epoch
         torch.manual_seed(cfg.seed)
         self.module = self.build().to(processes.device)

@@ -70,7 +70,6 @@ class OneShotDetector:
                  ):
         self.model, self.cnn, self.device = model.to(device).eval(), model.backbone[0], device
         self.sizes, self.square, self.query_size, self.query_shape = sizes, square, query_size, query_shape
-
     @classmethod
     def from_checkpoint(cls, path, device='cpu'):
         "From a file of a one-shot run or of a pre-training. Raises FileNotFoundError or ValueError."

@@ -42,13 +42,11 @@ class Segments:
     classes: tuple[str, ...]  # names of all C classes
     attention: Tensor  # (k,heads,h,w), where the query of each segment looked
     category_ids: tuple | None = field(default=None, kw_only=True)  # the classes' ids in the data set's own files
-
     def __len__(self): return len(self.info)
     @property
     def names(self):
         "Name of each segment's class."
         return [self.classes[s['category_id']] for s in self.info]
-
     def mask(self, i):
         "(H,W) bool: the pixels of segment i of the list."
         return self.ids == self.info[i]['id']
