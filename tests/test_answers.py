@@ -102,7 +102,8 @@ def test_boxes_stay_in_the_photo_and_the_measured_ones_are_the_models(noise, run
 
 def test_json_has_no_nan_and_a_shared_file_no_folders(run, tmp_path):
     write_json(tmp_path / 'a.json', {'a': float('nan'), 'b': [1., float('inf')], 'c': {'d': (2.5, None)}})
-    assert json.loads((tmp_path / 'a.json').read_text(), parse_constant=pytest.fail) == {'a': None, 'b': [1., None], 'c': {'d': [2.5, None]}}
+    said = (tmp_path / 'a.json').read_text()
+    assert json.loads(said, parse_constant=pytest.fail) == {'a': None, 'b': [1., None], 'c': {'d': [2.5, None]}}
     args, detector = read_weights(run / 'checkpoint.pth')[1], Detector.from_checkpoint(run / 'checkpoint.pth')
     export_weights(shared := tmp_path / 'detector.safetensors', detector.module.model, args | {'weights': '/home/me/cnn.pth'})
     assert args['data'].encode() not in (held := shared.read_bytes()) and b'/home/me' not in held

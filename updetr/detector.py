@@ -135,7 +135,6 @@ class Detector:
         self.category_ids = _checked_ids(category_ids, self.classes)
         cnn = module.model.backbone[0] if isinstance(module, DetectStep) else module
         self.mean, self.std = cnn.mean, cnn.std
-
     @classmethod
     def from_checkpoint(cls, path, device='cpu', classes=None, category_ids=None):
         "From a file of a fine-tuned detector or a published DETR; `classes` and `category_ids` say what the file does not."
