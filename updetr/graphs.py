@@ -36,7 +36,7 @@ def match(criterion: SetCriterion,  # of the model
           boxes: Tensor,  # (B,M,4) of the patches
           ) -> Tensor:  # (layers,B,M) the query of each patch
     "What lies between the halves."
-    return criterion.match(_named(predictions), as_targets(boxes))
+    return criterion.match(_named(predictions), as_targets(boxes, criterion.num_classes - 1))
 
 def judge(model: UPDETR,  # whose matched queries reconstruct their patch
           criterion: SetCriterion,  # of the model
@@ -44,7 +44,7 @@ def judge(model: UPDETR,  # whose matched queries reconstruct their patch
           ) -> tuple[dict[str, Tensor], Tensor]:  # losses and what is watched; their weighted sum
     "The second half: losses of matched predictions."
     *predictions, hs, gt_feature, matched, boxes = tensors
-    labels, boxes, counts = as_targets(boxes)
+    labels, boxes, counts = as_targets(boxes, criterion.num_classes - 1)
     counts, number = (torch.full(shape, n, device=boxes.device) for shape, n in (((len(boxes),), counts[0]), ((), float(sum(counts)))))
     recon = None if model.feature_align is None else model.feature_align(pick(hs, matched))
     losses = name_layers(criterion.losses(_named(predictions), (labels, boxes, counts), matched, gt_feature, number, recon))

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['stack_layers', 'pick', 'average_over_processes', 'loss_labels', 'loss_boxes', 'loss_feature', 'watch_predictions',
-           'SetCriterion', 'name_layers', 'build_criterion']
+           'count_amounts', 'LossScale', 'SetCriterion', 'name_layers', 'build_criterion']
 
 # %% ../nbs/12_losses.ipynb #c002
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -42,6 +44,7 @@ def loss_labels(logits: Tensor,  # (L,B,N,K)
                 match: Tensor,  # (L,B,T)
                 labels: Tensor,  # (B,T) int
                 class_weight: Tensor,  # (K,), the last one is `eos_coef`
+                divisor: Tensor | None = None,  # number to divide by; None: the sum of these queries' weights
                 ) -> tuple[Tensor, Tensor]:  # (L,) weighted cross entropy; (L,B,N) the class each query should have
     "Cross entropy of every query against its match or 'no object' (the last class)."
     L, B, N, K = logits.shape
@@ -50,7 +53,7 @@ def loss_labels(logits: Tensor,  # (L,B,N,K)
     target = target[..., :N]
     loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction='none').view(L, -1)
     weight = class_weight[target.flatten(1)]
-    return (loss * weight).sum(1) / weight.sum(1), target
+    return (loss * weight).sum(1) / (weight.sum(1) if divisor is None else divisor), target
 
 # %% ../nbs/12_losses.ipynb #c010
 def loss_boxes(boxes: Tensor,  # (L,B,T,4) cxcywh of the matched queries
@@ -69,9 +72,11 @@ def loss_feature(features: Tensor,  # (L,B,T,C) reconstructed by the matched que
                  target: Tensor,  # (B,T,C) features of the patches
                  real: Tensor,  # (L,B,T) bool
                  num_boxes: Tensor,  # number to divide by
+                 detach: bool = True,  # no gradient into the target; False: the reference's, which matters where the CNN is trained
                  ) -> Tensor:  # (L,), 0..4
     "Squared distance of L2-normalised features (Eq. 2)."
-    distance = (F.normalize(features.float(), dim=-1) - F.normalize(target.detach().float(), dim=-1)).square().sum(-1)
+    target = target.detach() if detach else target
+    distance = (F.normalize(features.float(), dim=-1) - F.normalize(target.float(), dim=-1)).square().sum(-1)
     return (distance * real).sum((1, 2)) / num_boxes
 
 # %% ../nbs/12_losses.ipynb #c015
@@ -95,8 +100,58 @@ def watch_predictions(stacked: dict[str, Tensor],  # of `stack_layers`
             'matched_iou': (iou * real).sum() / real.sum().clamp(min=1),
             'query_spread': pred[..., :2].std(1, correction=0).mean()}
 
+# %% ../nbs/12_losses.ipynb #c015o
+def count_amounts(counts: list[int] | Tensor,  # objects of each photo
+                  num_queries: int,  # N
+                  eos_coef: Tensor,  # (), weight of "no object"
+                  ) -> Tensor:  # (2,): objects, and weights of all queries; on the device of `eos_coef`
+    "What the losses of a batch are divided by."
+    objects = torch.as_tensor(counts, device=eos_coef.device)
+    matched = objects.clamp(max=num_queries).sum()
+    return torch.stack((objects.sum().float(), matched + eos_coef * (num_queries * len(objects) - matched)))
+
+# %% ../nbs/12_losses.ipynb #c015n
+class LossScale(nn.Module):
+    "What losses are divided by, the same on all processes and for all micro-batches of a step, and the weights of their sum."
+    def __init__(self,
+                 weights: dict[str, float],  # of each loss
+                 num_layers: int = 6,  # decoder layers with a loss
+                 num_queries: int | None = None,  # N of the model; None: each batch divides its class loss by its own weights
+                 ce_per_process: bool = False,  # the reference's way: so does each process
+                 ):
+        super().__init__()
+        self.weights, names = weights, ('', *(f'_{i}' for i in range(num_layers - 1)))
+        self.weight_dict = {k + s: w for s in names for k, w in weights.items()}
+        self.num_queries, self.ce_per_process, self.step = num_queries, ce_per_process, None
+
+    @contextmanager
+    def shared(self, batches: list[list[dict]]):
+        "A step's micro-batches, targets of each: within this context losses are divided by their mean, over processes too."
+        device = batches[0][0]['labels'].device
+        amounts = [self._amounts([len(t['labels']) for t in targets], device) for targets in batches]
+        self.step = self._mean(torch.stack(amounts).mean(0), len(batches))
+        try: yield
+        finally: self.step = None
+
+    def divide_by(self, counts, device):
+        "Number of objects, and sum of the weights (None: those of the batch)."
+        boxes, weight = self._mean(self._amounts(counts, device), 1) if self.step is None else self.step
+        return boxes, None if self.ce_per_process or self.num_queries is None else weight
+
+    def _amounts(self, counts, device): return count_amounts(counts, self.num_queries or 0, self.empty_weight[-1].to(device))
+
+    def _mean(self, amounts, parts):
+        "Over processes. A batch without any object divides by 1, in each of its `parts` by the share of it"
+        if dist.is_available() and dist.is_initialized(): parts *= dist.get_world_size()
+        boxes, weight = average_over_processes(amounts)
+        return boxes.clamp(min=1 / parts), weight
+
+    def total(self, losses):
+        "The number to minimise: the weighted sum of what `forward` returned."
+        return sum(losses[k] * w for k, w in self.weight_dict.items() if k in losses)
+
 # %% ../nbs/12_losses.ipynb #c017
-class SetCriterion(nn.Module):
+class SetCriterion(LossScale):
     "DETR's loss with UP-DETR's reconstruction (Eq. 1); returns unweighted losses. Raises ValueError unless `eos_coef` > 0."
     def __init__(self,
                  num_classes: int,  # without "no object"
@@ -104,12 +159,14 @@ class SetCriterion(nn.Module):
                  weights: dict[str, float],  # of loss_ce, loss_bbox, loss_giou and, with reconstruction, loss_feature
                  eos_coef: float = .1,  # class weight of "no object" (lambda_{c=0} of Eq. 1), > 0
                  num_layers: int = 6,  # decoder layers with a loss
+                 num_queries: int | None = None,  # N of the model; None: micro-batches and processes are not counted together
+                 ce_per_process: bool = False,  # the reference's class loss: each process divides by its own weights
+                 detach_recon: bool = True,  # no gradient into the target of the reconstruction; False: the reference's
                  ):
-        super().__init__()
+        super().__init__(weights, num_layers, num_queries, ce_per_process)
         if not eos_coef > 0: raise ValueError(f'eos_coef {eos_coef} must be positive: else nothing teaches a query to say "no object"')
-        self.num_classes, self.matcher, self.weights = num_classes, matcher, weights
+        self.num_classes, self.matcher, self.detach_recon = num_classes, matcher, detach_recon
         self.register_buffer('empty_weight', torch.cat((torch.ones(num_classes), torch.tensor([eos_coef]))))
-        self.weight_dict = {k + s: w for s in ('', *(f'_{i}' for i in range(num_layers - 1))) for k, w in weights.items()}
 
     def forward(self,
                 outputs,  # of a DETR or UPDETR
@@ -124,17 +181,14 @@ class SetCriterion(nn.Module):
 
     def losses(self, stacked, padded, match, gt_feature=None, num_boxes=None, recon=None):
         "All losses of matched predictions and what is only watched, (L,) or () each; `recon` (L,B,T,C): if only matched queries have it."
-        (labels, boxes, counts), real, losses = padded, match >= 0, {}
-        if num_boxes is None: num_boxes = average_over_processes(torch.as_tensor(counts, device=boxes.device).sum().float()).clamp(min=1)
-        losses['loss_ce'], target_class = loss_labels(stacked['pred_logits'], match, labels, self.empty_weight)
+        (labels, boxes, counts), real, losses, weight = padded, match >= 0, {}, None
+        if num_boxes is None: num_boxes, weight = self.divide_by(counts, boxes.device)
+        losses['loss_ce'], target_class = loss_labels(stacked['pred_logits'], match, labels, self.empty_weight, weight)
         losses['loss_bbox'], losses['loss_giou'] = loss_boxes(pick(stacked['pred_boxes'], match), boxes, real, num_boxes)
         if recon is None and 'pred_feature' in stacked: recon = pick(stacked['pred_feature'], match)
-        if 'loss_feature' in self.weights and recon is not None: losses['loss_feature'] = loss_feature(recon, gt_feature, real, num_boxes)
+        if 'loss_feature' in self.weights and recon is not None:
+            losses['loss_feature'] = loss_feature(recon, gt_feature, real, num_boxes, self.detach_recon)
         return losses | watch_predictions(stacked, match, target_class, boxes, counts)
-
-    def total(self, losses):
-        "The number to minimise: the weighted sum of what `forward` returned."
-        return sum(losses[k] * w for k, w in self.weight_dict.items() if k in losses)
 
 # %% ../nbs/12_losses.ipynb #c018
 def name_layers(values: dict[str, Tensor],  # () or (L,), the last layer last
@@ -155,6 +209,8 @@ def build_criterion(model: DETR,  # a DETR or UPDETR
                     set_cost_bbox: float = 5,  # weight of L1 in the matching
                     set_cost_giou: float = 2,  # weight of GIoU in the matching
                     own_group: bool = False,  # match patches within their own group of queries
+                    ce_per_process: bool = False,  # of `SetCriterion`
+                    detach_recon: bool = True,  # of `SetCriterion`
                     ) -> SetCriterion:
     "The criterion that fits a model, with DETR's weights. Raises ValueError for an `eos_coef` that this model cannot have."
     if eos_coef is None and not hasattr(model, 'num_patches'):
@@ -164,4 +220,4 @@ def build_criterion(model: DETR,  # a DETR or UPDETR
     if getattr(model, 'feature_align', None) is not None: weights['loss_feature'] = feature_loss_coef
     matcher = HungarianMatcher(set_cost_class, set_cost_bbox, set_cost_giou, own_group)
     layers = len(model.transformer.decoder.layers) if model.aux_loss else 1
-    return SetCriterion(model.num_classes, matcher, weights, eos_coef, layers)
+    return SetCriterion(model.num_classes, matcher, weights, eos_coef, layers, model.num_queries, ce_per_process, detach_recon)

@@ -18,7 +18,6 @@ from torchvision.ops import sigmoid_focal_loss
 
 from .backbone import RESNETS, Backbone, open_levels, pyramid
 from .detr import DETR, as_batch
-from .losses import average_over_processes
 from .matcher import pad_targets
 from .position import shrink_mask
 
@@ -205,7 +204,7 @@ class MaskStep(nn.Module):
         losses = self.criterion(outputs, targets)
         match = self.criterion.matcher.match(outputs['pred_logits'][None], outputs['pred_boxes'][None], *pad_targets(targets))[0]
         image, query, target = matched_pairs(match, [t['masks'] for t in targets], batch['images'].shape[-2:])
-        num_boxes = average_over_processes(torch.tensor(float(len(target)), device=match.device)).clamp(min=1)
+        num_boxes, _ = self.criterion.divide_by([len(t['labels']) for t in targets], match.device)
         losses |= loss_masks(self.draw(seen, image, query), target, num_boxes)
         total = sum(losses[k] * w for k, w in self.weights.items())
         return (total if self.model.freeze_detr else total + self.criterion.total(losses)), losses
