@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DESCRIPTIONS', 'MOST', 'LARGEST_INT', 'LARGEST_FLOAT', 'LONGEST_TEXT', 'CHOICES', 'POSITIVE', 'SHARES',
-           'COUNTS', 'TREE', 'NEUTRAL', 'DetectorConfig', 'ModelConfig', 'SetLossConfig', 'LossConfig', 'DataConfig',
-           'multiple', 'TrainConfig', 'PretrainConfig', 'check_names', 'make_config', 'check_config', 'plain_variables',
-           'check_parameters', 'find_data', 'check_devices', 'model_options', 'loss_options', 'cfg_changes']
+           'COUNTS', 'TREE', 'NEUTRAL', 'LATER', 'DetectorConfig', 'ModelConfig', 'SetLossConfig', 'LossConfig',
+           'DataConfig', 'multiple', 'TrainConfig', 'PretrainConfig', 'check_names', 'make_config', 'check_config',
+           'plain_variables', 'check_parameters', 'find_data', 'check_devices', 'model_options', 'loss_options',
+           'cfg_changes']
 
 # %% ../nbs/14_config.ipynb #c002
 import dataclasses
@@ -59,12 +60,14 @@ class SetLossConfig:
     set_cost_giou: float = 2.  # weight of -GIoU in the matching
     bbox_loss_coef: float = 5.  # weight of the L1 distance of boxes in the loss
     giou_loss_coef: float = 2.  # weight of 1 - GIoU in the loss
+    ce_per_process: bool = False  # each process divides its class loss by its own weights: the reference's way
 
 @dataclass(frozen=True)
 class LossConfig(SetLossConfig):
     "What pre-training adds to it."
     own_group: bool = False  # small-scale option: match a patch within its own group of queries only
     feature_loss_coef: float = 1.  # weight of the patch reconstruction in the loss
+    detach_recon: bool = True  # no gradient into the reconstruction's target; False = the reference's, another loss with a trained CNN
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -95,6 +98,7 @@ class TrainConfig:
     seed: int = 42  # of weights, data order, patches and augmentation
     lr: float = 1e-4  # of all but the CNN
     lr_backbone: float = 1e-4  # only with frozen_backbone False
+    learn_positions: bool = False  # learned positions beside a frozen CNN are trained, at lr_backbone; False = the reference's
     weight_decay: float = 1e-4  # AdamW's, on every trained tensor
     clip_max_norm: float = 0.1  # largest total gradient norm
     epochs: int = 60  # times that all photos (or views) are seen
@@ -296,11 +300,14 @@ def loss_options(cfg: SetLossConfig,  # of a run
 # %% ../nbs/14_config.ipynb #c029
 NEUTRAL = ('num_workers', 'log_every', 'save_every', 'keep_every', 'max_skips', 'eval_every', 'eval_backend')
 
+LATER = {'ce_per_process': False, 'detach_recon': True, 'learn_positions': False}  # came later: a file without them is one with these
+
 def cfg_changes(old: Mapping,  # configuration that the run was started with
                 new: Mapping,  # configuration asked for now
                 neutral: tuple[str, ...] = (),  # keys that may differ
                 ) -> dict[str, str]:  # key -> 'old -> new', for each key that differs
     "What has changed between two configurations, compared as JSON (so a tuple equals a list)."
     old, new = (json.loads(json.dumps(dict(c), default=os.fspath)) for c in (old, new))
+    old = {k: v for k, v in LATER.items() if k in new} | old
     def show(c, k): return json.dumps(c[k], sort_keys=True) if k in c else '(not set)'
     return {k: f'{show(old, k)} -> {show(new, k)}' for k in {**old, **new} if k not in neutral and show(old, k) != show(new, k)}

@@ -284,9 +284,10 @@ def _crop_batch(batch, move):
     return images, crop_resize(photos, corners, torch.full_like(corners[..., :2], s), (s, s))
 
 def as_targets(boxes: Tensor,  # (B,M,4) cxcywh, 0..1
-               ) -> tuple[Tensor, Tensor, list[int]]:  # labels (B,M) all 1 = "matches", boxes (B,M,4), M for each photo
+               label: int = 1,  # that says "matches": the last class before "no object", 1 of the reference's three logits
+               ) -> tuple[Tensor, Tensor, list[int]]:  # labels (B,M) all alike, boxes (B,M,4), M for each photo
     "The targets of the pretext task, as `pad_targets` returns them: every photo has M, so nothing is padded."
-    return torch.ones(boxes.shape[:2], dtype=torch.long, device=boxes.device), boxes, [boxes.shape[1]] * len(boxes)
+    return torch.full(boxes.shape[:2], label, device=boxes.device), boxes, [boxes.shape[1]] * len(boxes)
 
 # %% ../nbs/13_loader.ipynb #c024q
 def _tensors(x):

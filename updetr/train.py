@@ -48,12 +48,14 @@ def lr_factor(step: int,  # 0..total_steps - 1
 
 # %% ../nbs/16_train.ipynb #c008
 def build_optimizer(model: nn.Module,  # whose trainable parameters are optimised
-                    cfg: TrainConfig,  # lr, lr_backbone and weight_decay are read
+                    cfg: TrainConfig,  # lr, lr_backbone, learn_positions and weight_decay are read
                     ) -> torch.optim.AdamW:
     "AdamW over the trainable parameters; 'backbone' in the name decides the group (a feature pyramid is no part of the CNN)."
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    # the reference counts learned positions to the CNN, whose rate is 0 where it is frozen
+    still = getattr(cfg, 'frozen_backbone', False) and not cfg.learn_positions
     groups = [{'params': [p for n, p in named if ('backbone' in n and 'fpn' not in n) == cnn], 'lr': lr, 'initial_lr': lr}
-              for cnn, lr in ((False, cfg.lr), (True, cfg.lr_backbone))]
+              for cnn, lr in ((False, cfg.lr), (True, 0. if still else cfg.lr_backbone))]
     fused = all(p.device.type in ('cpu', 'cuda') for _, p in named)
     return torch.optim.AdamW([g for g in groups if g['params']], lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
 
@@ -150,6 +152,12 @@ def image_ids(batch,  # of a task
     ids = named['index'] if 'index' in named else [t['image_id'] for t in named.get('targets', ()) if 'image_id' in t]
     return [int(i) for i in ids]
 
+def _shared(module, batches):
+    "A context in which the losses of a step's micro-batches are divided by what all of them and all processes have"
+    criterion = getattr(getattr(module, 'module', module), 'criterion', None)  # maybe in DDP
+    if not (hasattr(criterion, 'shared') and isinstance(batches[0], dict) and 'targets' in batches[0]): return nullcontext()
+    return criterion.shared([b['targets'] for b in batches])
+
 def memory_advice(batch,  # that did not fit
                   state: TrainState,  # where the run is
                   ) -> str:
@@ -172,12 +180,11 @@ def train_step(module: nn.Module,  # batch -> (loss, dictionary of logged number
     params = [p for group in optimizer.param_groups for p in group['params']]
     for group in optimizer.param_groups: group['lr'] = group['initial_lr'] * factor
     optimizer.zero_grad(set_to_none=True)
-    logged = 0.
-    for micro in range(n):
-        batch = next(batches)
+    logged, micros = 0., [next(batches) for _ in range(n)]
+    for micro, batch in enumerate(micros):
         wait = module.no_sync() if micro < n - 1 and hasattr(module, 'no_sync') else nullcontext()
         try:
-            with wait:
+            with wait, _shared(module, micros):
                 with torch.autocast(params[0].device.type, torch.bfloat16, enabled=amp): loss, values = module(batch)
                 (loss / n).backward()
         except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(memory_advice(batch, state)) from e
