@@ -66,7 +66,8 @@ def in_two(crowded, tmp_path_factory):
     """Runs of two processes, which are started once for all of them."""
     root = tmp_path_factory.mktemp('two')
     disturbed = dict(epochs=2, eval_every=0, frozen_backbone=False, ema=.8, dropout=.1, accumulate=2)
-    ways = {'2': SAME, '2x2': SAME | dict(accumulate=2), 'theirs': SAME | dict(ce_per_process=True), 'whole': disturbed, 'stopped': disturbed}
+    ways = {'2': SAME, '2x2': SAME | dict(accumulate=2),
+            'theirs': SAME | dict(ce_per_process=True), 'whole': disturbed, 'stopped': disturbed}
     folders = {name: make_run(root / name, crowded, **way) for name, way in ways.items()}
     mp.spawn(one_of, (2, list(folders.values()), root / 'meet'), nprocs=2)
     return folders
