@@ -147,6 +147,33 @@ def test_recycled_number_is_not_alive(runs):
     innocent.wait()
 
 
+def test_a_copied_folder_is_another_run(runs):
+    run, copy = runs/'a', runs/'copy'
+    start(run)
+    until(lambda: len(read_log(run)) > 3)
+    shutil.copytree(run, copy)
+    assert is_alive(run) and not is_alive(copy)
+    with pytest.raises(RuntimeError, match='not running'): attach(copy)
+    assert stop(copy) and is_alive(run)
+    assert start(copy).how == 'started' and mark(copy) != mark(run)
+    assert stop(copy) and is_alive(run) and not is_alive(copy)
+    record = json.loads((run/'launch.json').read_text())
+    (run/'launch.json').write_text(json.dumps({k: v for k, v in record.items() if k != 'folder'}))
+    assert start(run).how == 'attached'                     # a run that an older version has launched
+    assert stop(run)
+
+
+def test_a_renamed_folder_is_the_same_run(runs):
+    """The real trainer: it goes on, is found by the new name, and saves there when it is stopped by it."""
+    cfg = dataclasses.asdict(make_config('demo', **TINY | dict(epochs=1000, cache_features=False, log_every=1, save_every=10**6)))
+    launch(runs/'a', cfg)
+    seen = len(until(lambda: read_log(runs/'a')))
+    (runs/'a').rename(runs/'b')
+    until(lambda: len(read_log(runs/'b')) > seen + 3)
+    assert launch(runs/'b', cfg).how == 'attached' and not (runs/'a').exists()
+    assert stop(runs/'b') and not is_alive(runs/'b') and (runs/'b/checkpoint.pth').exists() and not (runs/'a').exists()
+
+
 def test_run_of_another_machine_is_attached_to_while_it_logs(runs):
     run = runs/'a'
     run.mkdir()

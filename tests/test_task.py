@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import pickle
+import shutil
 import signal
 from pathlib import Path
 
@@ -189,6 +190,28 @@ def test_photos_that_vanish_meanwhile(tmp_path):
     train_small(tmp_path / 'run', data=str(photos), epochs=2, dropout=.1, save_every=2)
     losses = [{r['step']: r['train_loss'] for r in rows(tmp_path / n)} for n in ('run', 'whole')]
     assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+def test_a_folder_that_is_renamed_while_it_trains(tmp_path):
+    """The run goes on where its folder is, to the end and to the same weights; a copy under the old name stays as it was."""
+    settings = dict(data=str(save_photos(tmp_path / 'photos', 8)), epochs=2, dropout=.1, save_every=2)
+    train_small(tmp_path / 'whole', **settings)
+    task = make_task(tmp_path / 'run', **settings)
+    batches = task.batches
+
+    def rename_after_three(start, total):
+        for i, batch in enumerate(batches(start, total), start):
+            if i == 3:
+                (tmp_path / 'run').rename(tmp_path / 'better')
+                shutil.copytree(tmp_path / 'better', tmp_path / 'run')
+            yield batch
+
+    task.batches = rename_after_three
+    train(task, task.cfg, tmp_path / 'run', Processes())
+    assert (tmp_path / 'better/done.json').exists() and not (tmp_path / 'run/done.json').exists()
+    assert [r['train_loss'] for r in rows(tmp_path / 'better')] == [r['train_loss'] for r in rows(tmp_path / 'whole')]
+    saved = [load_checkpoint(tmp_path / name / 'checkpoint.pth')['model'] for name in ('better', 'whole')]
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in saved), strict=True))
 
 
 def test_micro_batches_of_photos(tmp_path):

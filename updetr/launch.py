@@ -81,13 +81,25 @@ def _members(mark):
     return [p for p in psutil.process_iter() if _has_mark(p, mark)]
 
 # %% ../nbs/17_launch.ipynb #c016
+def _identity(run):
+    "What tells a folder from its copies, and stays when it is renamed: the device and the number of its directory"
+    info = os.stat(run)
+    return [info.st_dev, info.st_ino]
+
+def _is_copy(run, record):
+    "Was `launch.json` written in another folder, of which this one is a copy? Older ones do not tell."
+    if not record or not isinstance(record.get('folder'), list) or len(record['folder']) != 2: return False
+    if record['host'] == socket.gethostname(): return record['folder'] != _identity(run)
+    return record['folder'][1] != _identity(run)[1]  # another machine may number its devices otherwise
+
 def _record(run):
-    "What `launch.json` says, None if there is none or it was written on another machine."
+    "What `launch.json` says; None if there is none, or it was written on another machine or in another folder."
     record = _read_json(Path(run)/'launch.json')
     wrong = record and [k for k, kind in (('pid', int), ('mark', str), ('host', str)) if type(record.get(k)) is not kind]
     if wrong:
         raise ValueError(f'{Path(run)/"launch.json"} is damaged ({wrong[0]} {record.get(wrong[0])!r}): delete it')
-    return record if record and record['host'] == socket.gethostname() else None
+    if not record or record['host'] != socket.gethostname(): return None
+    return None if _is_copy(run, record) else record
 
 def _grows(run, quiet):
     "Has something been logged within the last `quiet` seconds?"
@@ -98,8 +110,9 @@ def is_alive(
     run_dir: str | Path,  # folder of the run
     quiet: float = 120,  # seconds; a run that was not launched on this machine counts as dead when its logs rest longer
 ) -> bool:  # True while the run goes on
-    "Does the run's launcher live? Cannot be fooled by a recycled process number."
-    if not (record := _record(run_dir)): return _grows(run_dir, quiet)
+    "Does the run's launcher live? Cannot be fooled by a recycled process number, nor by a copy of the folder of a run that lives."
+    if not (record := _record(run_dir)):
+        return not _is_copy(run_dir, _read_json(Path(run_dir)/'launch.json')) and _grows(run_dir, quiet)
     try: return _has_mark(psutil.Process(record['pid']), record['mark'])
     except psutil.NoSuchProcess: return False
 
@@ -121,12 +134,17 @@ def _environment(processes, gpus, mark, more):
 
 def _start(run, command, env):
     "Start the launcher detached from this process and write `launch.json`."
+    script = 'export UPDETR_LAUNCHER=$$; exec "$@"'
+    if 'UPDETR_MEET' in env and os.path.isdir('/proc/self/fd'):
+        # the folder to meet in is held open: by its handle it is found again when the run's folder is renamed
+        script = 'exec 9<"${UPDETR_MEET%/*}"; export UPDETR_MEET=/proc/$$/fd/9/workers; ' + script
+        command = [word.replace(str(run.resolve()/'meet'), '/proc/self/fd/9') for word in command]
     with open(run/'train.log', 'ab') as log:
         start = log.seek(0, os.SEEK_END)
-        process = subprocess.Popen(['sh', '-c', 'export UPDETR_LAUNCHER=$$; exec "$@"', 'sh', *command], env=env,
+        process = subprocess.Popen(['sh', '-c', script, 'sh', *command], env=env,
                                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     _write_json(run/'launch.json', dict(pid=process.pid, mark=env['UPDETR_LAUNCH'], host=socket.gethostname(),
-                                        started=time.time(), log_start=start, command=command))
+                                        folder=_identity(run), started=time.time(), log_start=start, command=command))
     with suppress(psutil.Error):
         while process.poll() is None and psutil.Process(process.pid).cmdline()[:1] != command[:1]: time.sleep(.005)
     return process

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLACES', 'SAVED', 'PARTS', 'FILES', 'free_keys', 'way_out', 'refuse_changes', 'has_learnt', 'file_marks',
            'run_changes', 'saved_marks', 'short_marks', 'refuse_data', 'check_data', 'agree_on_data', 'keep_data',
-           'last_saved', 'put_away', 'last_logged']
+           'HeldFolder', 'last_saved', 'put_away', 'last_logged']
 
 # %% ../nbs/15b_resume.ipynb #c002
 import os
@@ -138,6 +138,29 @@ def keep_data(
     if resumed and file.exists(): return
     if resumed: print('no fingerprint of its data was kept when this run began: from now on it is that of what is there now', flush=True)
     write_json(file, marks)
+
+# %% ../nbs/15b_resume.ipynb #fe41fd3c
+class HeldFolder:
+    "A folder that is held open, so that it is found again when it was renamed."
+    def __init__(self,
+        path: str | Path,  # of a folder that exists
+    ):
+        self.path, self.handle = Path(path), os.open(path, os.O_RDONLY)
+        self.first = self._asked()
+
+    def __del__(self):
+        if hasattr(self, 'handle'): os.close(self.handle)
+
+    def _asked(self):
+        "Where the system says that it is; None where it does not say"
+        try: return os.readlink(f'/proc/self/fd/{self.handle}')
+        except OSError: return None
+
+    def now(self):
+        "Return where the folder is now: the path that was given, until it is renamed."
+        where = self._asked()
+        if where != self.first and where and os.path.isdir(where): self.path, self.first = Path(where), where
+        return self.path
 
 # %% ../nbs/15b_resume.ipynb #c016
 def last_saved(
