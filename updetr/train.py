@@ -31,7 +31,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .checkpoint import gather_rng, read_json, save_checkpoint, set_rng_state, write_json
 from .config import TrainConfig, check_config
-from .resume import SAVED, keep_data, last_logged, last_saved, put_away, refuse_changes, refuse_data, saved_marks, short_marks
+from .resume import (SAVED, HeldFolder, keep_data, last_logged, last_saved, put_away, refuse_changes, refuse_data, saved_marks,
+                           short_marks)
 from .stop import StopFlag
 
 # %% ../nbs/16_train.ipynb #c005
@@ -233,6 +234,10 @@ def first_bad(names: list[str],  # of the logged numbers, (n,)
     if not bad.any(): return None
     row = bad.any(1).nonzero()[0].item()
     return len(bad) - 1 - row, [names[i] for i, b in zip(kept, bad[row].tolist()) if b]
+def _require_finite(names, values):
+    "FloatingPointError that names the losses and gradients that are no number"
+    bad = [n for n, v in zip(names, values) if n.startswith(('loss', 'grad')) and not math.isfinite(v)]
+    if bad: raise FloatingPointError(f'{", ".join(bad)} not finite')
 
 # %% ../nbs/16_train.ipynb #c022
 class RunLog:
@@ -242,9 +247,12 @@ class RunLog:
                  processes: Processes,  # over which means are taken
                  images_per_step: int,  # global batch, for the speed
                  ):
-        self.path, self.processes, self.images = Path(run_dir) / 'log.txt', processes, images_per_step
+        self.folder, self.processes, self.images = HeldFolder(run_dir), processes, images_per_step
         self.names, self.window, self.start = [], [], time.perf_counter()
-
+    @property
+    def path(self):
+        "Where the log is now, the folder may have been renamed."
+        return self.folder.now() / 'log.txt'
     def append(self, row):
         "One line, a flat dictionary, from one process; the clock for the speed starts anew. Raises OSError that names the file."
         try:
@@ -268,11 +276,9 @@ class RunLog:
         values, count, now = (self.processes.mean(sum(self.window)) / len(self.window)).tolist(), len(self.window), time.perf_counter()
         row = {'step': state.step, 'epoch': (state.step - 1) // steps_per_epoch} | {f'train_{n}': v for n, v in zip(self.names, values)}
         row |= {'train_lr': state.optimizer.param_groups[0]['lr'], 'img_s': self.images * count / (now - self.start)}
-        row |= {'time': time.time(), **more}
-        row['max_mem_mb'] = peak_memory_mb()
+        row |= {'time': time.time(), **more, 'max_mem_mb': peak_memory_mb()}
         self.append(row)
-        bad = [n for n, v in zip(self.names, values) if n.startswith(('loss', 'grad')) and not math.isfinite(v)]
-        if bad: raise FloatingPointError(f'{", ".join(bad)} not finite')
+        _require_finite(self.names, values)
         self.window.clear()
 
 # %% ../nbs/16_train.ipynb #c024
@@ -327,13 +333,13 @@ def progress_writer(run_dir: str | Path,  # folder of the run
                     phase: str,  # what is being done
                     ):  # (done, total) -> None
     "A function that keeps `progress.json` up to date, for `updetr.watch`."
-    begun, last = time.perf_counter(), 0.
+    folder, begun, last = HeldFolder(run_dir), time.perf_counter(), 0.
     def progress(done, total):
         nonlocal last
         now = time.perf_counter()
         if processes.rank or (now - last < 1 and done < total): return
         last = now
-        write_json(Path(run_dir) / 'progress.json', {'phase': phase, 'done': done, 'total': total, 'seconds': now - begun})
+        write_json(folder.now() / 'progress.json', {'phase': phase, 'done': done, 'total': total, 'seconds': now - begun})
     return progress
 
 # %% ../nbs/16_train.ipynb #c029
@@ -344,6 +350,7 @@ def train(task,  # an object as described above
           ) -> TrainState:  # after the last step
     "Run a task to its end or to a stop, resuming from what `run_dir` holds. Raises what the task raises; ValueError if no save is whole."
     run_dir, state = Path(run_dir), TrainState(task.model, cfg)
+    log = RunLog(run_dir, processes, cfg.batch_size)
     torch.manual_seed(cfg.seed * 1000 + processes.rank)
     _resume(task, state, run_dir, processes)
     total = cfg.epochs * task.steps_per_epoch
@@ -357,12 +364,11 @@ def train(task,  # an object as described above
     if processes.world > 1:
         devices = [processes.device] if processes.device.type == 'cuda' else None
         module = DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
-    log = RunLog(run_dir, processes, cfg.batch_size)
     with StopFlag() as stop:
         try: complete = _loop(task, module, state, log, total, stop)
         except FloatingPointError as e: raise not_finite(task, state, log, e) from e
     if complete and processes.rank == 0:
-        write_json(run_dir / 'done.json', {'step': state.step, 'seconds': state.seconds})
+        write_json(log.path.with_name('done.json'), {'step': state.step, 'seconds': state.seconds})
     return state
 
 # %% ../nbs/16_train.ipynb #c030
@@ -373,6 +379,7 @@ def _loop(task, module, state, log, total, stop):
     begun, amp = time.perf_counter() - state.seconds, cfg.amp and processes.device.type == 'cuda'
     stopping = _due(task, state, total) and not _measure(task, state, log, stop)
     while state.step < total and not stopping:
+        task.run_dir = log.path.parent  # renamed, maybe
         names, values = train_step(module, batches, state, lr_factor(state.step, total, per_epoch, cfg), amp, processes)
         if state.skips: skip_step(task, state, log, names, values)
         else: log.add(names, values)
