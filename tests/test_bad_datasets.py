@@ -1,4 +1,5 @@
 "Data sets with something wrong: each kind has its own clear message, when it is opened or when it is checked."
+import dataclasses
 import json
 import time
 from copy import deepcopy
@@ -13,12 +14,16 @@ from PIL import Image
 from pycocotools import mask as rle
 from torchvision.io import write_png
 
-from updetr.check import check_dataset
+from updetr.check import check_dataset, start_notes
+from updetr.config import LATER, cfg_changes
 from updetr.datasets import DetectionSet, coco_table, open_dataset
 from updetr.evaluate import CocoEvaluator
+from updetr.finetune import finetune_config, open_sets
+from updetr.finetune_task import FinetuneTask
 from updetr.panoptic import coco_truth, instance_truth, open_panoptic
 from updetr.photos import BadPhoto, builtin_photos, read_photo
 from updetr.queries import QueryPool
+from updetr.train import join_processes
 from updetr.transforms import SMALL_SIZES, DetectionViews
 
 PHOTO = next(p.path for p in builtin_photos() if p.name == 'rocket')
@@ -412,6 +417,76 @@ def test_the_folder_with_most_photos_wins_and_missing_ones_can_be_left_out(tmp_p
     assert ds.table.files == ['2.jpg', '4.jpg'] and len(ds) == 2 and len(ds.rows) == 1 and not ds.table.unknown
     report = check_dataset(ds, decode=True)
     assert report.ok and any('missing and left out: 9 of 11, first 1.jpg' in n for n in report.warnings)
+
+
+def run_config(root, **values):
+    "A small run on a set"
+    return finetune_config('demo', **dict(cached_views=0, square=0, num_queries=3, batch_size=1, epochs=1, data=str(root)) | values)
+
+
+def begin(cfg, folder):
+    "A run that begins: what it does before any time is spent"
+    folder.mkdir()
+    return FinetuneTask(cfg, folder, join_processes())
+
+
+def both_parts(root, data=None, **place):
+    "A COCO folder with photos to train on and to evaluate on"
+    coco(root, data)
+    for name in ('train2017', 'annotations/instances_train2017.json'): (root / name).rename(root / name.replace('train', 'val'))
+    return coco(root, data)
+
+
+@pytest.mark.parametrize('data, words', [
+    ({'iscrowd': 1}, ['3 of 3 are marked iscrowd=1']), ({'difficult': 1}, ['3 of 3 are marked difficult', '-p difficult keep']),
+    (None, ['photos missing: 1, first 2.jpg', '-p missing skip', '-p images FOLDER'])])
+def test_a_run_refuses_what_teaches_nothing(data, words, tmp_path):
+    "Also one that no notebook has checked; before a network is built."
+    root = both_parts(tmp_path / 'set', data and content() | {'annotations': [a | data for a in content()['annotations']]})
+    if data is None: (root / 'train2017/2.jpg').unlink()
+    with pytest.raises(ValueError) as e: begin(run_config(root), tmp_path / 'run')
+    assert not [w for w in words if w not in str(e.value)], e.value
+
+
+def test_a_run_says_what_its_set_is(tmp_path, capsys):
+    "Objects beyond the number of queries, with both numbers; what was left out; and it begins."
+    root = both_parts(tmp_path / 'set', _add(bbox=[5, 5, 0, 9]))
+    begin(run_config(root, num_queries=1), tmp_path / 'run')
+    said = capsys.readouterr().out
+    assert 'more objects than the model has queries (1): 1, with up to 2 objects' in said and 'left out, empty: 1' in said
+    begin(run_config(root, num_queries=2), tmp_path / 'other')
+    assert 'queries' not in capsys.readouterr().out
+
+
+def test_photos_in_folders_of_their_own_in_a_run(tmp_path):
+    "The configuration knows `images` and `images_val`; one folder above both will do."
+    root = both_parts(tmp_path / 'set')
+    (tmp_path / 'photos').mkdir()
+    for part in ('train2017', 'val2017'): (root / part).rename(tmp_path / 'photos' / part)
+    with pytest.raises(FileNotFoundError, match='-p images FOLDER'): open_sets(run_config(root))
+    photos = tmp_path / 'photos'
+    for places in ({'images': str(photos)}, {'images': str(photos / 'train2017'), 'images_val': str(photos / 'val2017')}):
+        train, val = open_sets(run_config(root, **places))
+        assert (train.table.root, val.table.root) == (str(photos / 'train2017'), str(photos / 'val2017'))
+
+
+def test_one_file_is_divided(tmp_path):
+    "The same photos for every run's seed, none in both parts, none lost; said at the run's start."
+    data = content()
+    data['images'] = [{'id': k, 'file_name': f'{1 + k % 2}.jpg', 'height': HEIGHT, 'width': WIDTH} for k in range(1, 11)]
+    file = coco(tmp_path, data) / 'annotations/instances_train2017.json'
+    parts = [open_sets(run_config(file, seed=s)) for s in (1, 2)]
+    ids = [[sorted(ds.image_ids) for ds in pair] for pair in parts]
+    assert ids[0] == ids[1] and sorted(ids[0][0] + ids[0][1]) == list(range(1, 11)) and len(ids[0][1]) == 2
+    assert '2 of its 10 are drawn' in start_notes(*parts[0], 9)[0] and len(open_sets(run_config(file, val_share=.5))[1]) == 5
+    with pytest.raises(ValueError, match='val_share'): run_config(file, val_share=1.)
+
+
+def test_older_runs_go_on_with_the_fields_that_came_later(tmp_path):
+    cfg = dataclasses.asdict(run_config(tmp_path))
+    old = {k: v for k, v in cfg.items() if k not in LATER}
+    assert not cfg_changes(old, cfg) and list(cfg_changes(old, cfg | {'images': 'x'})) == ['images'] and 'val_share' in LATER
+    assert {k: cfg[k] for k in LATER if k in cfg} == {k: v for k, v in LATER.items() if k in cfg}
 
 
 # ---- panoptic -------------------------------------------------------------------------------------------------------

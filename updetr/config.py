@@ -299,8 +299,8 @@ def loss_options(cfg: SetLossConfig,  # of a run
 
 # %% ../nbs/14_config.ipynb #c029
 NEUTRAL = ('num_workers', 'log_every', 'save_every', 'keep_every', 'max_skips', 'eval_every', 'eval_backend')
-
-LATER = {'ce_per_process': False, 'detach_recon': True, 'learn_positions': False}  # came later: a file without them is one with these
+LATER = {'ce_per_process': False, 'detach_recon': True, 'learn_positions': False,  # came later: a file without them is one with these
+         'images': '', 'images_val': '', 'exif': 'sizes', 'missing': 'refuse', 'val_share': .2}
 
 def cfg_changes(old: Mapping,  # configuration that the run was started with
                 new: Mapping,  # configuration asked for now

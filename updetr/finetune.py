@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VOC', 'COCO', 'LONG', 'SMALL', 'FINETUNE_PRESETS', 'FINETUNE_DESCRIPTIONS', 'FREE', 'NO_DATA', 'LabelledConfig',
            'TransferConfig', 'FinetuneConfig', 'transfer_config', 'finetune_config', 'checkpoint_sizes', 'open_sets',
-           'Subset', 'labelled_marks', 'draw_evenly', 'some_photos', 'view_sizes', 'train_views', 'val_views',
-           'train_plan', 'collate_targets', 'batch_to_device', 'view_loader', 'val_items']
+           'Subset', 'divided', 'labelled_marks', 'draw_evenly', 'some_photos', 'view_sizes', 'train_views',
+           'val_views', 'train_plan', 'collate_targets', 'batch_to_device', 'view_loader', 'val_items']
 
 # %% ../nbs/28_finetune.ipynb #c002
 import dataclasses
@@ -24,11 +24,12 @@ from .augment import normalize
 from .baselines import BASELINES
 from .boxes import pad_images
 from .config import DetectorConfig, SetLossConfig, TrainConfig, make_config
-from .datasets import DetectionSet, open_dataset
+from .datasets import MISSING, DetectionSet, open_dataset
 from .fingerprint import SetRows, mark_set, set_rows
 from .handover import Pretrained, open_pretrained
 from .loader import BatchPlan, data_loader
 from .resume import file_marks
+from .photo_files import EXIF
 from .scenes import Scenes
 from .transforms import DetectionViews, Sizes
 
@@ -38,12 +39,17 @@ class LabelledConfig:
     "What is seen, and the answers to it."
     data: str = ''  # VOC, COCO or Roboflow folder, or a COCO file; '' = UPDETR_DATA, or the built-in scenes
     data_val: str = ''  # the same for the photos to evaluate on; '' = in data
+    images: str = ''  # folder of the photos to train on, if they are in none of the usual places
+    images_val: str = ''  # the same for the photos to evaluate on; '' = images
     split: str = 'train'  # photos to train on
     split_val: str = 'val'  # photos to evaluate on
     year: str = ''  # to train on: 2007, 2012 or 07+12 (VOC), 2017 (COCO); '' = the only one there is
     year_val: str = ''  # to evaluate on
     classes: str = ''  # names, comma-separated; '' = all
     difficult: str = 'ignore'  # VOC's difficult objects: ignore, keep or drop
+    exif: str = 'sizes'  # photos that lie on their side: as the stated sizes tell, all upright or all as stored
+    missing: str = 'refuse'  # photos that are not there: refuse the set, or skip them
+    val_share: float = .2  # of one file without a set to evaluate on: so much of it, drawn by a fixed seed
     photos: int = 0  # train on so many photos, drawn by the seed with classes as even as they allow; 0 = all
     scenes: int = 0  # built-in scenes to train on where there is no data
     scenes_val: int = 0  # built-in scenes to evaluate on
@@ -74,6 +80,9 @@ class TransferConfig(TrainConfig, LabelledConfig, SetLossConfig, DetectorConfig)
             yield "eos_coef 0 is pre-training's M/N, and a detector has no patches: give a number such as 0.1"
         if self.cached_views and not (self.frozen_backbone and self.square):
             yield 'cached_views needs frozen_backbone=True and square > 0: features of fixed views by a fixed CNN'
+        if self.exif not in EXIF: yield f'exif {self.exif!r} must be one of {", ".join(EXIF)}'
+        if self.missing not in MISSING: yield f'missing {self.missing!r} must be one of {", ".join(MISSING)}'
+        if not 0 < self.val_share < 1: yield f'val_share {self.val_share} must lie between 0 and 1'
         if bool(self.scenes) != bool(self.scenes_val): yield 'scenes and scenes_val belong together: give both or none'
         if min(self.photos, self.scenes, self.scenes_val, self.square, self.cached_views, self.eval_every) < 0:
             yield 'photos, scenes, scenes_val, square, cached_views and eval_every must not be negative'
@@ -145,7 +154,7 @@ def checkpoint_sizes(pretrained: Pretrained,  # of `open_pretrained`
 
 # %% ../nbs/28_finetune.ipynb #c018
 NO_DATA = ('no labelled photos: give them with -p data PATH or UPDETR_DATA=PATH (VOCdevkit, a COCO or Roboflow folder, or a COCO file '
-           'with -p data_val FILE), or paint some with -p scenes 400 -p scenes_val 100')
+           'with or without -p data_val FILE), or paint some with -p scenes 400 -p scenes_val 100')
 
 def open_sets(cfg: TransferConfig,  # of the run
               ) -> tuple:  # detection set to train on, detection set to evaluate on
@@ -156,9 +165,12 @@ def open_sets(cfg: TransferConfig,  # of the run
     path = cfg.data or os.environ.get('UPDETR_DATA', '')
     if not path: raise FileNotFoundError(NO_DATA)
     classes = [c.strip() for c in cfg.classes.split(',') if c.strip()] or None
-    if os.path.isfile(path) and not cfg.data_val: raise ValueError(f'{path} is one file: give the one to evaluate on with -p data_val FILE')
-    train = open_dataset(path, cfg.split, cfg.year or None, classes, cfg.difficult)
-    val = open_dataset(cfg.data_val or path, cfg.split_val, cfg.year_val or None, classes or train.classes, cfg.difficult)
+    more = {'difficult': cfg.difficult, 'exif': cfg.exif, 'missing': cfg.missing}
+    train = open_dataset(path, cfg.split, cfg.year or None, classes, images=cfg.images or None, **more)
+    if os.path.isfile(path) and not cfg.data_val: train, val = divided(train, cfg.val_share)
+    else:
+        val = open_dataset(cfg.data_val or path, cfg.split_val, cfg.year_val or None, classes or train.classes,
+                           images=cfg.images_val or cfg.images or None, **more)
     return (some_photos(train, cfg.photos, cfg.seed) if cfg.photos else train), val
 
 # %% ../nbs/28_finetune.ipynb #c019
@@ -167,7 +179,9 @@ class Subset:
     def __init__(self,
                  dataset: DetectionSet,  # whose photos are taken
                  chosen: np.ndarray,  # (n,) numbers of photos, rising
+                 note: str = '',  # what has to be said about the choice
                  ):
+        self.note = note
         self.dataset, self.classes, self.chosen = dataset, dataset.classes, np.asarray(chosen, int)
         self.category_ids = getattr(dataset, 'category_ids', list(range(len(self.classes))))
         self.sizes, self.image_ids = np.asarray(dataset.sizes)[self.chosen], [dataset.image_ids[i] for i in self.chosen]
@@ -180,6 +194,18 @@ class Subset:
         full, mine = self.dataset.coco(), set(self.image_ids)
         return full | {'images': [p for p in full['images'] if p['id'] in mine],
                        'annotations': [a for a in full['annotations'] if a['image_id'] in mine]}
+
+# %% ../nbs/28_finetune.ipynb #c019a
+def divided(dataset: DetectionSet,  # whose photos are dealt out
+            share: float,  # of the photos to evaluate on, 0..1
+            seed: int = 0,  # of the draw; no run's seed, so that all runs are measured on the same photos
+            ) -> tuple[Subset, Subset]:  # to train on, to evaluate on
+    "Two parts of one set. Raises ValueError for a set of fewer than two photos."
+    n = len(dataset)
+    if n < 2: raise ValueError(f'{n} photo cannot be divided into photos to train on and to evaluate on: give the latter with -p data_val')
+    order, k = np.random.default_rng(seed).permutation(n), min(n - 1, max(1, round(share * n)))
+    note = f'one file without photos to evaluate on: {k:,} of its {n:,} are drawn for that (seed {seed}; other ones: -p data_val)'
+    return Subset(dataset, np.sort(order[k:]), note), Subset(dataset, np.sort(order[:k]), note)
 
 # %% ../nbs/28_finetune.ipynb #d33759e2
 @set_rows.register

@@ -19,6 +19,7 @@ from torchvision.io import write_png
 
 from .augment import normalize
 from .baselines import build_baseline
+from .check import start_notes
 from .checkpoint import write_atomic
 from .config import loss_options, model_options
 from .datasets import draw_sample
@@ -147,8 +148,13 @@ def class_notes(dataset,  # detection or panoptic set to train on
 
 def open_checked(task: 'LabelledRun',  # that begins
                  ) -> tuple:  # set to train on, set to evaluate on, fingerprints of both
-    "Open the sets of a run. Raises ValueError, on all processes, if the run has learnt from other ones."
+    """Open the sets of a run, and say what has to be said of them. Raises ValueError, on all processes, if the run has learnt from other
+    ones, or if nothing can be learnt from these."""
     train_set, val_set = task.open_sets()
+    # one query finds one object of a photo; in one-shot detection, one of the class that is asked for
+    finds_all = getattr(task.cfg, 'detector', 'detr') == 'detr' and not task.cfg.with_patches
+    notes = start_notes(train_set, val_set, task.cfg.num_queries if finds_all else 0)
+    if notes and task.processes.rank == 0: print(*notes, sep='\n', flush=True)
     def find(): return labelled_marks(task.cfg, train_set, val_set)
     return train_set, val_set, agree_on_data(find, task.run_dir, dataclasses.asdict(task.cfg), task.processes)
 

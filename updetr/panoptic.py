@@ -166,11 +166,6 @@ def _classes(categories, coco_ids, source):
     used = [k if k in kinds else None for k in range(COCO_CLASSES)]
     return names, [bool(kinds[k]['isthing']) if k in kinds else None for k in range(COCO_CLASSES)], used, {k: k for k in kinds}
 
-def _check_size(file, picture, said):
-    "ValueError for a picture (H,W) of another size than stated"
-    real, said = tuple(picture.shape), tuple(said.tolist())
-    if real != said: raise ValueError(f'{_printable(file)}: {size_trouble(real, said)}')
-
 # %% ../nbs/35_panoptic.ipynb #c020
 class PanopticSet(_Panoptic):
     "Photos with COCO's panoptic annotations; see `open_panoptic`. Raises ValueError for a picture that does not fit its entry."
@@ -203,7 +198,7 @@ class PanopticSet(_Panoptic):
         "Picture of segment numbers (H,W) and the list of segments."
         file, info = self.pngs / self.rows[i][1], self.segments(i)
         ids = rgb2id(read_photo(file))
-        _check_size(file, ids, self.sizes[i])
+        if ids.shape != (said := tuple(self.sizes[i].tolist())): raise ValueError(f'{_printable(file)}: {size_trouble(ids.shape, said)}')
         missing = {s['id'] for s in info} - set(ids.unique().tolist())
         if missing: raise ValueError(f'{_printable(file)}: segment {min(missing)} of {_printable(self.source)} has no pixels in it')
         return ids, info
@@ -236,6 +231,12 @@ def _find_file(path, split):
     seen = ', '.join(f.name for f in found) or 'none: expected annotations/panoptic_train2017.json, annotations/panoptic_val2017.json'
     raise ValueError(f'{_printable(path)} has {len(mine) or "no"} panoptic files for split {split!r}; it has {seen}')
 
+def _gone(ds):
+    "{number: file} of photos that are not there, or whose PNGs are not"
+    places = [(i, file) for i in range(len(ds)) for file in (ds.photos / ds.files[i], ds.pngs / ds.rows[i][1])]
+    return {i: file for i, file in places if not os.path.lexists(file)}
+
+# %% ../nbs/35_panoptic.ipynb #c022a
 def open_panoptic(path: str | Path,  # folder with annotations/panoptic_SPLIT*.json, or such a file
                   split: str = 'train',  # train or val; not for a file
                   photos: str | Path | None = None,  # folder or root of the photos, if it is in none of the usual places
@@ -243,6 +244,7 @@ def open_panoptic(path: str | Path,  # folder with annotations/panoptic_SPLIT*.j
                   coco_ids: bool = False,  # labels are COCO's ids, 250 classes (the reference's); False: 0..C-1
                   masks: bool = True,  # False: samples with boxes only
                   exif: str = 'sizes',  # photos that lie on their side: as 'sizes' tell, all 'upright' or all as 'stored'
+                  missing: str = 'refuse',  # 'skip' leaves out photos that are not there, or whose PNGs are not
                   ) -> PanopticSet:
     "Open COCO panoptic data in either layout. Raises FileNotFoundError, or ValueError that names the entry which cannot be understood."
     file = _find_file(Path(path).expanduser(), split)
@@ -260,6 +262,12 @@ def open_panoptic(path: str | Path,  # folder with annotations/panoptic_SPLIT*.j
         folders.append(folder)
         if note: notes.append(note)
     ds = PanopticSet(data, os.fspath(file), *folders, coco_ids, masks, exif)
+    if missing == 'skip' and (gone := _gone(ds)):
+        if len(gone) == len(ds): raise ValueError(f'{source}: none of the {len(ds):,} photos has its files')
+        notes.append(f'photos missing, or without a PNG, and left out: {len(gone):,} of {len(ds):,}, first {_printable(gone[min(gone)])}')
+        lost = {ds.file_ids[i] for i in gone}
+        data |= {kind: [row for row in data[kind] if row[key] not in lost] for kind, key in (('images', 'id'), ('annotations', 'image_id'))}
+        ds = PanopticSet(data, os.fspath(file), *folders, coco_ids, masks, exif)
     ds.notes += notes
     return ds
 

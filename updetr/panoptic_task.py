@@ -125,8 +125,9 @@ def open_panoptic_sets(cfg: PanopticConfig,  # of the run
     path = cfg.data or os.environ.get('UPDETR_DATA', '')
     if not path: raise FileNotFoundError(NO_PANOPTIC)
     if os.path.isfile(path) and not cfg.data_val: raise ValueError(f'{path} is one file: give the one to evaluate on with -p data_val FILE')
-    train = open_panoptic(path, cfg.split, cfg.images or None, cfg.pngs or None, cfg.coco_ids, masks)
-    val = open_panoptic(cfg.data_val or path, cfg.split_val, cfg.images or None, cfg.pngs_val or None, cfg.coco_ids, masks)
+    train = open_panoptic(path, cfg.split, cfg.images or None, cfg.pngs or None, cfg.coco_ids, masks, cfg.exif, cfg.missing)
+    val = open_panoptic(cfg.data_val or path, cfg.split_val, cfg.images_val or cfg.images or None, cfg.pngs_val or None, cfg.coco_ids,
+                        masks, cfg.exif, cfg.missing)
     if (train.classes, train.isthing) != (val.classes, val.isthing):
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(f'{train.source} and {val.source} have other categories: {", ".join(odd[:5]) or "the same names in other roles"}')
