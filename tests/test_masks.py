@@ -279,3 +279,15 @@ def test_a_gain_changes_the_weights_of_the_maps_alone():
     assert changed == {'mask_head.lay1.weight'}
     a, b = (s['mask_head.lay1.weight'] for s in (plain, loud))
     assert torch.equal(a[:, :32], b[:, :32]) and torch.allclose(a[:, 32:] * 10, b[:, 32:])
+
+
+def test_an_object_without_a_query_counts():
+    """Losses are divided by all objects of the batch, as in the reference, not by those that a query was left for."""
+    model, images = make(num_queries=2), photos()
+    batch = as_batch(images, targets_of(images))
+    assert sum(len(t['labels']) for t in batch['targets']) > 4
+    want, masks = slow_forward(model, batch)
+    _, numbers = MaskStep(model, build_criterion(model.detr))(batch)
+    share = len(masks) / sum(len(t['labels']) for t in batch['targets'])
+    assert share < 1
+    for k, v in want.items(): torch.testing.assert_close(numbers[k], v * share, rtol=1e-4, atol=1e-6)
