@@ -1,0 +1,256 @@
+"Files of weights from elsewhere, and files whose configuration lies: recognised, named, refused before anything is built."
+import argparse
+import dataclasses
+import json
+import pickle
+import sys
+import types
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from updetr.checkpoint import load_updetr, save_checkpoint
+from updetr.config import make_config, model_options
+from updetr.detector import Detector, check_device, load_detector
+from updetr.detr import build_detr
+from updetr.exchange import to_huggingface
+from updetr.finetune import finetune_config
+from updetr.finetune_task import build_module
+from updetr.handover import foreign_weights, open_pretrained
+from updetr.localizer import QueryPatchLocalizer, load_localizer
+from updetr.oneshot import build_oneshot, oneshot_config
+from updetr.oneshot_detector import OneShotDetector, load_oneshot
+from updetr.panoptic_task import build_panoptic, panoptic_config
+from updetr.segmenter import PanopticSegmenter, load_segmenter
+from updetr.transforms import whole_view
+from updetr.updetr import build_updetr
+
+SMALL = dict(backbone='resnet18', weights='none', features='layer1', hidden_dim=32, nheads=4, enc_layers=1, dec_layers=1,
+             dim_feedforward=16, num_queries=6, pos_in_input=False, standardize=False)
+BARE = {k: v for k, v in SMALL.items() if k not in ('weights', 'features')}
+NAMES = ['ant', 'bee', 'cat']
+
+
+def _own(kind):
+    "(state, loaders) of a file of this kit"
+    if kind == 'pretrain':
+        cfg = make_config('demo', **SMALL, num_patches=3)
+        state, more = build_updetr(**model_options(cfg) | {'matching_init': False}).state_dict(), {}
+    elif kind == 'finetune':
+        cfg = finetune_config('demo', **SMALL, square=64)
+        state, more = build_module(cfg, 3).model.state_dict(), {'class_names': NAMES}
+    elif kind == 'oneshot':
+        cfg = oneshot_config('demo', **SMALL, square=64)
+        state, more = build_oneshot(**model_options(cfg)).state_dict(), {}
+    else:
+        boxes = panoptic_config('demo', **SMALL | dict(features=''), square=64, cached_views=0)
+        cfg = dataclasses.replace(boxes, stage='masks', pretrain='boxes.pth')
+        state, more = build_panoptic(cfg, 3).model.state_dict(), {'class_names': NAMES, 'isthing': [True, True, False]}
+    return {'model': state, 'args': dataclasses.asdict(cfg)} | more
+
+
+LOADERS = {'pretrain': (load_updetr, load_oneshot, load_localizer, open_pretrained), 'finetune': (load_detector, open_pretrained),
+           'oneshot': (load_oneshot, load_localizer), 'panoptic': (load_segmenter,)}
+FILES = {}
+
+
+def _file(kind):
+    if kind not in FILES: FILES[kind] = _own(kind)
+    return FILES[kind]
+
+
+def _refused(loader, path):
+    "ValueError that names the file, or nothing is wrong with it"
+    try: loader(path)
+    except ValueError as e:
+        assert path.name in str(e), e
+        return str(e)
+
+
+LIES = [dict(enc_layers=10**9), dict(dec_layers=10**9), dict(hidden_dim=4 * 10**7), dict(dim_feedforward=10**7), dict(num_queries=10**9),
+        dict(nheads=0), dict(nheads=-4), dict(nheads=5), dict(nheads='4'), dict(backbone='no_such_cnn'),
+        dict(features=[1]), dict(pre_norm='yes'), dict(hidden_dim=float('nan')), dict(dilation=3)]
+
+
+@pytest.mark.parametrize('kind', LOADERS)
+@pytest.mark.parametrize('lie', LIES, ids=str)
+def test_a_configuration_that_lies_is_refused_before_anything_is_built(tmp_path, kind, lie):
+    state = _file(kind)
+    save_checkpoint(path := tmp_path / 'liar.pth', state | {'args': state['args'] | lie})
+    for loader in LOADERS[kind]: assert _refused(loader, path), loader
+
+
+@pytest.mark.parametrize('kind', LOADERS)
+def test_the_truth_is_opened(tmp_path, kind):
+    save_checkpoint(path := tmp_path / 'true.pth', _file(kind))
+    for loader in LOADERS[kind]: loader(path)
+
+
+@pytest.mark.parametrize('more', [
+    {'class_names': None}, {'class_names': []}, {'class_names': NAMES[:2]}, {'class_names': [1, 2, 3]}, {'class_names': 'abc'},
+    {'square': -64}, {'val_size': -5}, {'square': 10**7}, {'detector': 'frcnn'}], ids=str)
+def test_classes_and_sizes_are_checked(tmp_path, more):
+    state = _file('finetune')
+    stored = {k: v for k, v in more.items() if k == 'class_names'}
+    args = state['args'] | {k: v for k, v in more.items() if k not in stored}
+    save_checkpoint(path := tmp_path / 'liar.pth', state | stored | {'args': args})
+    assert _refused(load_detector, path)
+
+
+@pytest.mark.parametrize('isthing', [None, [True], ['a', 'b', 'c'], 3])
+def test_things_are_checked(tmp_path, isthing):
+    save_checkpoint(path := tmp_path / 'liar.pth', _file('panoptic') | {'isthing': isthing})
+    assert 'isthing' in _refused(load_segmenter, path)
+
+
+ANY = st.none() | st.booleans() | st.integers(-10**12, 10**12) | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(st.sampled_from(sorted(LOADERS)), st.data())
+def test_any_field_may_be_anything(tmp_path_factory, kind, data):
+    "Opened, or one ValueError that names the file: nothing else, for every field of the configuration"
+    state = _file(kind)
+    field = data.draw(st.sampled_from([*(k for k in state['args'] if k != 'backbone'), 'class_names']))
+    value = data.draw(ANY)
+    lie = {field: value} if field == 'class_names' else {'args': state['args'] | {field: value}}
+    save_checkpoint(path := tmp_path_factory.getbasetemp() / 'any.pth', state | lie)
+    for loader in LOADERS[kind]: _refused(loader, path)
+
+
+def _detr(**options): return build_detr(3, **BARE | options)
+
+
+def test_what_tensors_do_not_show_is_said_and_can_be_told(tmp_path, capsys):
+    torch.save({'model': _detr(backbone='resnet50', dilation=True).state_dict()}, path := tmp_path / 'detr-r50-dc5.pth')
+    told = dict(dilation=True, nheads=4)
+    assert Detector.from_checkpoint(path, **told).module.model.backbone[0].stride == 16
+    assert 'dilation=' not in capsys.readouterr().out
+    assert Detector.from_checkpoint(path, nheads=4).module.model.backbone[0].stride == 32
+    said = capsys.readouterr().out
+    assert 'dilation=False' in said and 'DC5' in said and 'nheads' not in said
+    for loader in (load_detector, open_pretrained):
+        with pytest.raises(ValueError, match='contradicts'): loader(path, dilation=True, pre_norm=False)
+
+
+def test_dilation_can_be_told_wherever_a_checkpoint_is_opened(tmp_path):
+    model = build_updetr(**BARE | dict(backbone='resnet50', dilation=True), num_patches=2)
+    torch.save({'model': model.state_dict()}, path := tmp_path / 'up.pth')
+    told = dict(dilation=True, nheads=4)
+    assert OneShotDetector.from_checkpoint(path, **told).cnn.stride == 16
+    for maker in (QueryPatchLocalizer.from_checkpoint, QueryPatchLocalizer.untrained):
+        opened = maker(path, num_patches=2, **told)
+        assert opened.cnn.stride == 16 and opened.model.num_patches == 2
+    torch.save({'model': model.state_dict(), 'args': argparse.Namespace(num_patches=2, nheads=4)}, path)
+    assert QueryPatchLocalizer.from_checkpoint(path, dilation=True).cnn.stride == 16
+    cfg = finetune_config('voc150', pretrain=str(path), dilation=True, weights='none')
+    assert cfg.dilation and cfg.nheads == 4
+
+
+def test_a_run_starts_from_bare_tensors_with_the_heads_it_was_told(tmp_path):
+    torch.save(_detr().state_dict(), path := tmp_path / 'bare.pth')
+    cfg = finetune_config('voc150', pretrain=str(path), nheads=4)
+    assert cfg.nheads == 4 and open_pretrained(path, otherwise=vars(cfg)).options['nheads'] == 4
+
+
+def test_a_panoptic_file_can_be_told_that_it_is_dilated(tmp_path):
+    state = _file('panoptic')['model']
+    torch.save(state, path := tmp_path / 'bare.pth')
+    with pytest.raises(ValueError, match='BasicBlock|built'): PanopticSegmenter.from_checkpoint(path, dilation=True)
+    assert PanopticSegmenter.from_checkpoint(path).model.detr.backbone[0].stride == 32
+
+
+@pytest.mark.parametrize('m', [2, 3, 4, 0, '2'])
+def test_the_patches_of_an_official_namespace_are_read(tmp_path, m):
+    model = build_updetr(**BARE, num_patches=2)
+    torch.save({'model': model.state_dict(), 'args': argparse.Namespace(num_patches=m, nheads=4)}, path := tmp_path / 'up.pth')
+    if m in (2, 3): assert load_localizer(path)[0].num_patches == m
+    else: assert 'num_patches' in _refused(load_localizer, path)
+
+
+@pytest.mark.parametrize('height, width, seen', [(480, 640, (450, 600)), (600, 600, (480, 480)), (300, 2000, (90, 600))])
+def test_a_pretrained_model_sees_photos_as_in_its_evaluation(tmp_path, height, width, seen):
+    "Short side 480, long side at most 600 (Section 4), for files of the reference and for runs on whole photos"
+    model = build_updetr(**BARE, num_patches=2)
+    torch.save({'model': model.state_dict(), 'args': argparse.Namespace(num_patches=2, nheads=4)}, path := tmp_path / 'up.pth')
+    whole = make_config('paper', **SMALL | dict(features=''), num_patches=2)
+    save_checkpoint(own := tmp_path / 'own.pth', {'model': model.state_dict(), 'args': dataclasses.asdict(whole)})
+    photo = torch.zeros(3, height, width, dtype=torch.uint8)
+    for file in (path, own):
+        localizer = QueryPatchLocalizer.from_checkpoint(file)
+        _, (h, w) = localizer.encode(photo)
+        assert (h, w) == tuple(-(-side // localizer.cnn.stride) for side in seen)
+        view = whole_view(height, width, localizer.sizes)
+        assert view.size == seen and not localizer.square
+        assert OneShotDetector.from_checkpoint(file).sizes == localizer.sizes
+
+
+TRANSFORMERS = ['model.backbone.conv_encoder.model.conv1.weight', 'class_labels_classifier.weight', 'bbox_predictor.layers.0.weight']
+ELSEWHERE = {
+    'from_huggingface': TRANSFORMERS,
+    'MMDetection': ['backbone.conv1.weight', 'neck.convs.0.conv.weight', 'encoder.layers.0.self_attn.attn.in_proj_weight',
+                    'bbox_head.fc_cls.weight'],
+    'Ultralytics': ['model.model.0.conv.weight', 'model.model.0.bn.weight'],
+    'Detectron2': ['backbone.bottom_up.stem.conv1.weight', 'proposal_generator.rpn_head.conv.weight',
+                   'roi_heads.box_predictor.cls_score.weight'],
+    'updetr.baselines': ['backbone.body.conv1.weight', 'rpn.head.conv.0.0.weight', 'roi_heads.box_head.fc6.weight'],
+    'Deformable DETR': ['transformer.level_embed', 'transformer.encoder.layers.0.self_attn.sampling_offsets.weight',
+                        'query_embed.weight'],
+    'weights=FILE': ['conv1.weight', 'bn1.weight', 'layer1.0.conv1.weight', 'fc.weight']}
+
+
+@pytest.mark.parametrize('way', ELSEWHERE)
+def test_weights_of_other_projects_are_recognised(tmp_path, way):
+    state = {name: torch.zeros(2, 2) for name in ELSEWHERE[way]}
+    torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'wrapped.pth')
+    torch.save(state, tmp_path / 'bare.pth')
+    save_file(state, tmp_path / 'bare.safetensors')
+    for name in ('wrapped.pth', 'bare.pth', 'bare.safetensors'):
+        for loader in (load_detector, load_segmenter, load_oneshot, load_localizer, open_pretrained):
+            assert way in _refused(loader, tmp_path / name), (name, loader)
+
+
+def test_our_own_names_are_nobody_elses():
+    for kind in LOADERS: assert foreign_weights(_file(kind)['model']) is None
+
+
+def test_a_transformers_folder_and_its_file_name_the_function(tmp_path):
+    state, config = to_huggingface(_detr(pre_norm=False), NAMES)
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / 'model.safetensors')
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    for path, kind in ((tmp_path / 'model.safetensors', ValueError), (tmp_path, FileNotFoundError)):
+        with pytest.raises(kind, match='from_huggingface'): Detector.from_checkpoint(path)
+
+
+def test_a_lightning_checkpoint_is_opened(tmp_path):
+    model = _detr()
+    state = {f'model.{k}': v for k, v in model.state_dict().items()} | {'criterion.empty_weight': torch.ones(4)}
+    torch.save({'state_dict': state, 'pytorch-lightning_version': '2.5', 'epoch': 3}, path := tmp_path / 'epoch3.ckpt')
+    again = Detector.from_checkpoint(path, nheads=4).module.model.state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
+    torch.save({'state_dict': model.state_dict()}, path)
+    Detector.from_checkpoint(path, nheads=4)
+
+
+class _Named: pass
+
+
+def test_pickled_objects_name_their_owner_and_the_way_on(tmp_path, monkeypatch):
+    for module, words in (('ultralytics.nn.tasks', 'YOLO'), ('mmengine.logging', 'MMDetection'), ('lightning.fabric', 'Lightning')):
+        for depth in range(module.count('.') + 1):
+            monkeypatch.setitem(sys.modules, module.rsplit('.', depth)[0], types.SimpleNamespace(_Named=_Named))
+        monkeypatch.setattr(_Named, '__module__', module)
+        torch.save({'model': _Named()}, path := tmp_path / 'their.pt')
+        assert words in (said := _refused(load_detector, path)) and 'weights_only=False' in said
+    (tmp_path / 'model_final.pkl').write_bytes(pickle.dumps({'model': {'a': 1}, '__author__': 'Detectron2 Model Zoo'}))
+    assert 'Detectron2' in _refused(load_detector, tmp_path / 'model_final.pkl')
+
+
+@pytest.mark.parametrize('device', ['cudaa', 'cuda:99', '', 3.5, 'meta'])
+def test_a_device_that_is_not_there_is_named_before_the_file_is_read(device):
+    for maker in (Detector, OneShotDetector, PanopticSegmenter, QueryPatchLocalizer):
+        with pytest.raises(ValueError, match='device'): maker.from_checkpoint('nowhere.pth', device=device)
+    assert check_device('cpu') == torch.device('cpu')
