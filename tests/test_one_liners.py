@@ -93,7 +93,7 @@ def test_results_are_drawn_shown_and_written(models, name):
 
 
 @pytest.mark.parametrize('name', ASK)
-@pytest.mark.parametrize('wrong', [None, np.zeros((4, 4, 2), np.uint8), torch.zeros(3, 0, 5), torch.full((3, 8, 8), 300.), 'no_such.jpg'],
-                         ids=['None', 'two channels', 'empty', 'numbers too large', 'no file'])
+@pytest.mark.parametrize('wrong', [None, np.zeros((5, 5, 7), np.uint8), torch.zeros(3, 0, 5), torch.full((3, 8, 8), 300.), 'no_such.jpg'],
+                         ids=['None', 'seven channels', 'empty', 'numbers too large', 'no file'])
 def test_what_is_no_picture_is_named(models, name, wrong):
     with pytest.raises((ValueError, BadPhoto), match='picture must be|numbers of a picture|no_such.jpg'): ASK[name](models[name], wrong)
