@@ -22,14 +22,12 @@ from torchvision.ops import batched_nms, box_convert, box_iou
 from torchvision.transforms.v2 import functional as F
 
 from .augment import BLUR_RADIUS, augment, draw_factors, normalize
-from .checkpoint import read_weights
 from .config import make_config, model_options
-from .detector import Detections
-from .finetune import view_sizes
+from .detector import Detections, check_device
 from .groups import group_mask, group_of
 from .handover import open_pretrained
 from .oneshot import OneShotConfig
-from .oneshot_detector import load_oneshot
+from .oneshot_detector import oneshot_of, photo_sizes
 from .photos import as_image, builtin_photos, read_photo, resize
 from .queries import query_picture
 from .report import markdown_table, provenance, save_metrics
@@ -38,14 +36,26 @@ from .updetr import UPDETR, build_updetr
 
 # %% ../nbs/37_localizer.ipynb #c006
 def load_localizer(path: str | Path,  # checkpoint.pth or .safetensors of a pre-training or a one-shot run, ours or a published one
+                   num_patches: int | None = None,  # M of a pre-training, for a file that does not tell it
+                   **told,  # options of `build_detr` that a published file does not tell: dilation, nheads
                    ) -> tuple[UPDETR, OneShotConfig, str]:  # the model in eval mode; sizes; 'pre-trained' or 'one-shot'
     "A model that is asked with patches, in its own groups. Raises FileNotFoundError, or ValueError for a file without patch2query."
-    model, cfg = load_oneshot(path)
-    try: args = read_weights(path)[1]
-    except ValueError: args = {}
-    kind = 'one-shot' if args.get('task') == 'oneshot' else 'pre-trained'
-    _set_groups(model, 1 if kind == 'one-shot' else args.get('num_patches', 10))
+    pretrained = open_pretrained(path, **told)
+    model, cfg = oneshot_of(pretrained)
+    kind, groups = ('pre-trained', _groups(pretrained, num_patches)) if cfg.task == 'pretrain' else ('one-shot', 1)
+    _set_groups(model, groups)
     return model, cfg, kind
+
+def _groups(pretrained, told):
+    "The patches M that a pre-training had, 10 as the published one if nobody says it; ValueError if N/M is no number"
+    said = pretrained.args.get('num_patches', told)
+    groups, queries = 10 if said is None else said, pretrained.options['num_queries']
+    if told not in (None, groups): raise ValueError(f'{pretrained.path}: num_patches is {groups!r} by its arguments, not {told!r}')
+    if type(groups) is not int or groups < 1 or queries % groups:
+        raise ValueError(f'{pretrained.path}: {queries} object queries cannot be shared among {groups!r} patches: say num_patches=')
+    if said is None: print(f'{Path(pretrained.path).name}: num_patches={groups} is taken, as in the published model. '
+                           'If it is another, say num_patches=')
+    return groups
 
 def _set_groups(model, groups):
     model.group_mask, model.num_patches = group_mask(model.num_queries, groups), groups
@@ -53,14 +63,16 @@ def _set_groups(model, groups):
 # %% ../nbs/37_localizer.ipynb #c009
 def scratch_localizer(path: str | Path = '',  # a file to take architecture and CNN from; '': those of the demo
                       seed: int = 0,  # of the random weights
+                      num_patches: int | None = None,  # M of a pre-training, for a file that does not tell it
+                      **told,  # options of `build_detr` that a published file does not tell: dilation, nheads
                       ) -> tuple[UPDETR, OneShotConfig, str]:  # as `load_localizer`; the last is 'untrained'
     "A model with a random transformer. Raises as `load_localizer`."
     if path:
-        model, cfg, _ = load_localizer(path)
-        options = open_pretrained(path).options | dict(num_patches=model.num_patches, num_classes=model.num_classes)
+        model, cfg, _ = load_localizer(path, num_patches, **told)
+        options = open_pretrained(path, **told).options | dict(num_patches=model.num_patches, num_classes=model.num_classes)
     else:
         demo = make_config('demo')
-        cfg = OneShotConfig(query_size=demo.patch_size, val_size=demo.view_size, square=demo.view_size)
+        cfg = OneShotConfig(task='pretrain', query_size=demo.patch_size, val_size=demo.view_size, square=demo.view_size)
         options = model_options(demo) | dict(matching_init=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -252,18 +264,20 @@ class OpenPhoto:
 class QueryPatchLocalizer(TwoHalves):
     "Finds patches: `localizer(photo, boxes)`, or `localizer.open(photo).find(boxes)` to ask again and again."
     @classmethod
-    def from_checkpoint(cls, path, device='cpu'):
-        "From a file of a pre-training or a one-shot run, ours or a published one. Raises FileNotFoundError or ValueError."
-        return cls._of(*load_localizer(path), device)
+    def from_checkpoint(cls, path, device='cpu', **told):
+        """From a file of a pre-training or a one-shot run, ours or a published one. Raises FileNotFoundError or ValueError.
+        `told` are options that a published file does not tell: dilation=True for a DC5 model, nheads."""
+        device = check_device(device)
+        return cls._of(*load_localizer(path, **told), device)
 
     @classmethod
-    def untrained(cls, path='', seed=0, device='cpu'):
+    def untrained(cls, path='', seed=0, device='cpu', **told):
         "With the architecture and the CNN of a file ('': the demo's), and a random transformer."
-        return cls._of(*scratch_localizer(path, seed), device)
+        return cls._of(*scratch_localizer(path, seed, **told), check_device(device))
 
     @classmethod
     def _of(cls, model, cfg, kind, device):
-        return cls(model, view_sizes(cfg), cfg.square, cfg.query_size, cfg.query_shape, kind, device)
+        return cls(model, photo_sizes(cfg), cfg.square, cfg.query_size, cfg.query_shape, kind, device)
 
     def open(self, picture):
         "A path, PIL image, array or tensor, ready to be asked. Raises BadPhoto or ValueError."
@@ -354,7 +368,8 @@ def latency_rows(rounds: int = 100,  # drags of each row
                  ) -> list[dict]:  # model, patches, ms of `latency`, limit
     "The demo model and ResNet-50 at 480 px (random weights, the paper's sizes), with one patch and with ten."
     model = build_updetr('resnet50', None, feature_recon=False)
-    models = QueryPatchLocalizer.untrained(), QueryPatchLocalizer(model, view_sizes(OneShotConfig(val_size=480)), kind='untrained')
+    sizes = photo_sizes(OneShotConfig(task='pretrain', val_size=480))
+    models = QueryPatchLocalizer.untrained(), QueryPatchLocalizer(model, sizes, kind='untrained')
     picture = torch.randint(0, 256, (3, 480, 640), dtype=torch.uint8)
     return [{'model': name, 'patches': m} | latency(localizer, picture, m, rounds) | {'limit': limit}
             for (name, limit), localizer in zip(LIMITS.items(), models) for m in (1, 10)]

@@ -238,7 +238,7 @@ def _channels_last(x, first):
         x = np.moveaxis(x, places[0], -1)
         return x[..., 0] if x.shape[-1] == 1 else x
     one = ': give the pictures of a batch one by one, or as a list' if x.ndim == 4 else ''
-    raise ValueError('a picture must have the shape (H,W), (H,W,3) or (3,H,W), with alpha (H,W,4), '
+    raise ValueError('a picture must be of the shape (H,W), (H,W,3) or (3,H,W), with alpha (H,W,4), '
                      f'not {x.shape}{one}')
 
 def _eight_bits(x):
