@@ -21,11 +21,12 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from .augment import normalize
-from .checkpoint import read_weights
-from .detector import own_ids
+from .checkpoint import built, check_architecture, class_names, fill, plain_tensors, read_weights, stored_config
+from .config import model_options
+from .detector import check_device, own_ids
 from .detr import build_detr
 from .finetune import view_sizes
-from .handover import load_official, open_pretrained
+from .handover import foreign_weights, load_official, open_pretrained
 from .masks import DETRsegm
 from .panoptic import draw_segments, instance_masks, panoptic_segments
 from .panoptic_task import PanopticConfig, build_panoptic
@@ -77,28 +78,39 @@ class Segments:
 # %% ../nbs/36_segmenter.ipynb #c009
 COCO_THINGS, COCO_IDS = 90, 200  # the largest category id of a thing in COCO, and of all
 
-_KNOWN = {'classes': 'class_names', 'isthing': 'isthing', 'category_ids': 'category_ids'}
+def _own_segmenter(path, weights, args, told):
+    "Model without weights, configuration and classes of a file of this kit; nothing is built before it is checked"
+    cfg, names, isthing = stored_config(path, PanopticConfig, args), class_names(path, args), args.get('isthing')
+    told_things = isinstance(isthing, (list, tuple)) and all(t in (True, False, None) for t in isthing)
+    if not told_things or len(isthing) != len(names):
+        raise ValueError(f'{path} does not say of each of its {len(names)} classes whether it is a thing (isthing)')
+    detector = {k.removeprefix('detr.'): v for k, v in weights.items() if k.startswith('detr.')}
+    check_architecture(path, detector, model_options(cfg), len(names), told)
+    model = built(path, build_panoptic, dataclasses.replace(cfg, weights='none', stage='masks'), len(names)).model
+    return model, cfg, {'classes': names, 'isthing': list(isthing), 'category_ids': args.get('category_ids')}
+
+def _published(path, weights, args, told):
+    "The same for a published file: the mask head's width is the model's and its heads'; its labels are COCO's ids"
+    heads = len(weights['mask_head.lay1.bias']) - len(weights['bbox_attention.q_linear.bias'])
+    pretrained = open_pretrained(path, detector_part=True, **{'nheads': heads} | told)
+    num = pretrained.num_classes
+    isthing = [k <= COCO_THINGS if 0 < k <= COCO_IDS else None for k in range(num)]
+    model = DETRsegm(built(path, build_detr, num, **pretrained.options), pretrained.options['pre_norm'])
+    return model, None, {'classes': None, 'isthing': isthing, 'category_ids': list(range(num))}
 
 def load_segmenter(path: str | Path,  # checkpoint.pth or .safetensors of stage masks, or a published panoptic DETR
                    per_head: bool | None = None,  # softmax of the attention maps; None: by the file's origin
+                   **told,  # options of `build_detr` that a published file does not tell: dilation
                    ) -> tuple[DETRsegm, PanopticConfig | None, dict]:  # model, configuration, what is known of its classes
     "Rebuild a segmenter from its file, in eval mode. Raises FileNotFoundError, or ValueError for a file without masks."
     try: weights, args = read_weights(path)
     except ValueError: weights, args = load_official(path)
-    if not any(k.startswith('mask_head.') for k in weights):
+    weights = {k: v for k, v in plain_tensors(path, weights).items() if not k.endswith('.num_batches_tracked')}
+    if 'mask_head.lay1.bias' not in weights or 'bbox_attention.q_linear.bias' not in weights:
+        if owner := foreign_weights(weights): raise ValueError(f'{path} has the names of {owner}')
         raise ValueError(f'{path} has no mask head: train one on it with papermill nbs/panoptic.ipynb, stage masks')
-    if args.get('task') == 'panoptic':
-        cfg = PanopticConfig(**{f.name: args[f.name] for f in dataclasses.fields(PanopticConfig) if f.name in args})
-        model = build_panoptic(dataclasses.replace(cfg, weights='none'), len(args['class_names'])).model
-        known = {k: args.get(name) for k, name in _KNOWN.items()}
-    else:
-        heads = len(weights['mask_head.lay1.bias']) - len(weights['bbox_attention.q_linear.bias'])  # the head's width is d + heads
-        pretrained, cfg = open_pretrained(path, detector_part=True, nheads=heads), None
-        model = DETRsegm(build_detr(pretrained.num_classes, **pretrained.options), pretrained.options['pre_norm'])
-        weights = {k: v for k, v in weights.items() if not k.endswith('.num_batches_tracked')}
-        known = {'classes': None, 'isthing': [k <= COCO_THINGS if 0 < k <= COCO_IDS else None for k in range(pretrained.num_classes)]}
-        known['category_ids'] = list(range(pretrained.num_classes))  # the reference's labels are COCO's ids
-    model.load_state_dict(weights)
+    model, cfg, known = (_own_segmenter if args.get('task') == 'panoptic' else _published)(path, weights, args, told)
+    fill(path, model, weights)
     if per_head is not None: model.bbox_attention.per_head = per_head
     return model.eval(), cfg, known
 
@@ -131,9 +143,11 @@ class PanopticSegmenter:
         self.prepare = partial(one_picture, cnn=model.detr.backbone[0], sizes=sizes, square=square)
 
     @classmethod
-    def from_checkpoint(cls, path, device='cpu', classes=None, per_head=None):
-        "From a file of stage masks or a published panoptic DETR; `classes` names them where the file does not."
-        model, cfg, known = load_segmenter(path, per_head)
+    def from_checkpoint(cls, path, device='cpu', classes=None, per_head=None, **told):
+        """From a file of stage masks or a published panoptic DETR; `classes` names them where the file does not.
+        `told` are options that a published file does not tell: dilation=True for a DC5 model."""
+        device = check_device(device)
+        model, cfg, known = load_segmenter(path, per_head, **told)
         names, num = classes or known['classes'], model.detr.num_classes
         if names and len(names) != num: raise ValueError(f'{path} has {num} classes, but {len(names)} names were given')
         ours = dict(sizes=view_sizes(cfg), square=cfg.square, threshold=cfg.threshold) if cfg else {}
