@@ -131,7 +131,7 @@ def transfer_config(preset: str,  # a name in `presets`
     changes = {k: v for k, v in changes.items() if v is not None}
     if not changes.get('pretrain'): return make_config(preset, kind, presets, **changes)
     path = os.path.abspath(os.path.expanduser(changes['pretrain']))
-    pretrained = open_pretrained(path)
+    pretrained = open_pretrained(path, otherwise=changes)
     sizes = checkpoint_sizes(pretrained)
     wrong = [f'{k} {changes[k]!r} (it has {v!r})' for k, v in sizes.items() if changes.get(k, v) != v]
     if wrong: raise ValueError(f'{path} is of another architecture than {", ".join(wrong)}: leave these parameters out')

@@ -175,7 +175,7 @@ class LabelledRun:
         self.module = self.build().to(processes.device)
         self.model, self.cnn = self.parts()
         if cfg.pretrain and not (self.run_dir / 'checkpoint.pth').exists():
-            report = self.hand_over(open_pretrained(cfg.pretrain))
+            report = self.hand_over(open_pretrained(cfg.pretrain, otherwise=vars(cfg)))
             if processes.rank == 0: print(report, flush=True)
 
     def open_sets(self):

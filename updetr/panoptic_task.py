@@ -105,7 +105,7 @@ def panoptic_config(preset: str = 'demo',  # a name in `PANOPTIC_PRESETS`
     path = os.path.expanduser(changes.get('pretrain', ''))
     if path and stage in _REFUSED: check_start(stage, path)
     if path and stage == 'masks':
-        has = open_pretrained(path).options['num_queries']
+        has = open_pretrained(path, otherwise=changes).options['num_queries']
         if changes.setdefault('num_queries', has) != has:
             raise ValueError(f'{path} has {has} object queries: in stage masks the detector stays as it is, leave num_queries out')
     return transfer_config(preset, PanopticConfig, presets, **changes)
