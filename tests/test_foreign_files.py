@@ -70,7 +70,8 @@ def _refused(loader, path):
         return str(e)
 
 
-LIES = [dict(enc_layers=10**9), dict(dec_layers=10**9), dict(hidden_dim=4 * 10**7), dict(dim_feedforward=10**7), dict(num_queries=10**9),
+LIES = [dict(enc_layers=10**9), dict(dec_layers=10**9), dict(hidden_dim=4 * 10**7), dict(dec_layers=90), dict(hidden_dim=4096),
+        dict(dim_feedforward=10**7), dict(num_queries=10**9),
         dict(nheads=0), dict(nheads=-4), dict(nheads=5), dict(nheads='4'), dict(backbone='no_such_cnn'),
         dict(features=[1]), dict(pre_norm='yes'), dict(hidden_dim=float('nan')), dict(dilation=3)]
 

@@ -58,6 +58,7 @@ def write_atomic(path: str | Path,  # file to be made or replaced
         advice = f'no room for {path.name} ({e.strerror}): what was saved before is good. Make room and launch again'
         raise OSError(e.errno, advice, str(path)) from e
     finally: aside.unlink(missing_ok=True)
+    if os.name != 'posix': return  # elsewhere a folder cannot be opened
     folder = os.open(path.parent, os.O_RDONLY)
     try: os.fsync(folder)
     finally: os.close(folder)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRESETS', 'DESCRIPTIONS', 'MOST', 'LARGEST_INT', 'LARGEST_FLOAT', 'LONGEST_TEXT', 'CHOICES', 'POSITIVE', 'SHARES',
            'COUNTS', 'TREE', 'NEUTRAL', 'LATER', 'DetectorConfig', 'ModelConfig', 'SetLossConfig', 'LossConfig',
-           'DataConfig', 'multiple', 'TrainConfig', 'PretrainConfig', 'check_names', 'make_config', 'check_config',
-           'plain_variables', 'check_parameters', 'find_data', 'check_devices', 'model_options', 'loss_options',
-           'cfg_changes']
+           'DataConfig', 'multiple', 'TrainConfig', 'PretrainConfig', 'check_names', 'make_config', 'missing_here',
+           'check_config', 'plain_variables', 'check_parameters', 'find_data', 'check_devices', 'model_options',
+           'loss_options', 'cfg_changes']
 
 # %% ../nbs/14_config.ipynb #c002
 import dataclasses
@@ -15,8 +15,10 @@ import difflib
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 # %% ../nbs/14_config.ipynb #c004
@@ -202,8 +204,19 @@ def _out_of_bounds(cfg):
         if not -most <= v <= most: yield f'{f.name} {repr(v)[:60]} must be a number of at most {most:,}'
 
 
+# %% ../nbs/14_config.ipynb #c014m
+def missing_here(cfg: TrainConfig,  # of any kind
+                 ):  # complaints
+    "Yield what a run asks for that this machine does not have, before time is spent."
+    if getattr(cfg, 'eval_backend', '') == 'hotcoco' and not find_spec('hotcoco'):
+        yield "eval_backend hotcoco is not installed: pip install 'updetr[fast]', or eval_backend pycocotools"
+    compilers = os.environ.get('CXX', 'g++').split()[:1] + ['c++', 'clang++']
+    if cfg.compile and not any(map(shutil.which, compilers)):
+        yield 'compile needs a C++ compiler, and there is none (apt install g++), or compile False'
+
 # %% ../nbs/14_config.ipynb #c014
-CHOICES = {'schedule': ('step', 'cosine'), 'position': ('sine', 'learned'), 'patch_law': ('uniform', 'range', 'fixed', 'grid', 'mixed')}
+CHOICES = {'schedule': ('step', 'cosine'), 'position': ('sine', 'learned'), 'patch_law': ('uniform', 'range', 'fixed', 'grid', 'mixed'),
+           'eval_backend': ('pycocotools', 'hotcoco')}
 POSITIVE = ('hidden_dim nheads enc_layers dec_layers dim_feedforward num_queries num_patches patch_size view_size lr epochs lr_drop '
             'batch_size accumulate clip_max_norm log_every save_every channels').split()
 SHARES = 'dropout mask_ratio heldout warmup ema'.split()
@@ -227,7 +240,8 @@ def check_config(cfg: TrainConfig,  # of any kind; maybe impossible
     pairs = (('hidden_dim', 'nheads'), ('batch_size', 'accumulate'))
     found += filter(None, (multiple(cfg, a, b) for a, b in pairs if hasattr(cfg, a)))
     if getattr(cfg, 'hidden_dim', 0) % 4: found.append(f'hidden_dim {cfg.hidden_dim} must be a multiple of 4')
-    if found := [*found, *(cfg.problems() if run else ())]: raise ValueError('impossible configuration: ' + '; '.join(found))
+    if run: found += [*cfg.problems(), *missing_here(cfg)]
+    if found: raise ValueError('impossible configuration: ' + '; '.join(found))
     return cfg
 
 # %% ../nbs/14_config.ipynb #c017

@@ -7,7 +7,6 @@ __all__ = ['read_record', 'torchrun_command', 'is_alive', 'Run', 'is_done', 'att
            'Log', 'read_log', 'tail', 'death_note', 'follow']
 
 # %% ../nbs/17_launch.ipynb #c003
-import fcntl
 import json
 import math
 import os
@@ -26,6 +25,7 @@ import psutil
 
 from .config import cfg_changes
 from .resume import check_data, refuse_changes
+from .stop import file_locks
 
 # %% ../nbs/17_launch.ipynb #c006
 def _write_json(path, content):
@@ -212,11 +212,11 @@ def launch(
 ) -> Run:  # the run: started, attached or finished
     """Start a run that outlives this process, or attach to it if it lives, or find it finished.
     Raises ValueError if the folder was started with another configuration or with other data."""
-    run = Path(run_dir)
+    run, locks = Path(run_dir), file_locks()
     command = torchrun_command(run, gpus or processes, module, nnodes, rdzv_endpoint)
     run.mkdir(parents=True, exist_ok=True)
     with open(run/'lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        locks.flock(lock, locks.LOCK_EX)
         goes_on = _goes_on(run)
         if data is not None: check_data(run, data, cfg)
         prepare(run, cfg, may_change)

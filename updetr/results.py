@@ -7,7 +7,6 @@ __all__ = ['share_mean', 'log_result', 'pretrain_result', 'masks_result', 'finis
 
 # %% ../nbs/39a_results.ipynb #c002
 import dataclasses
-import fcntl
 import os
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from .panoptic_task import PanopticConfig, open_panoptic_sets
 from .photos import PhotoIndex
 from .pretext import make_predict, measure, pretext_set
 from .segmenter import PanopticSegmenter
+from .stop import file_locks
 
 # %% ../nbs/39a_results.ipynb #c005
 def share_mean(rows: list[dict],  # of a log
@@ -98,6 +98,7 @@ def train_here(run_dir: str | Path,  # folder with cfg.json
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
         stream.flush()
         os.dup2(out, number)
-    with open(Path(run_dir) / 'training.lock', 'a+') as lock: fcntl.lockf(lock, fcntl.LOCK_EX)  # of whoever trains it already: wait
+    with open(Path(run_dir) / 'training.lock', 'a+') as lock:
+        file_locks().lockf(lock, file_locks().LOCK_EX)  # of whoever trains it already: wait
     if not is_done(run_dir): train.run(Path(run_dir) / 'cfg.json')
     if is_done(run_dir): finish(run_dir)

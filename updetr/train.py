@@ -11,7 +11,6 @@ __all__ = ['TASKS', 'lr_factor', 'build_optimizer', 'Processes', 'join_processes
 import argparse
 import dataclasses
 import errno
-import fcntl
 import json
 import math
 import os
@@ -20,7 +19,6 @@ import time
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import torch
 import torch.distributed as dist
@@ -33,7 +31,7 @@ from .checkpoint import gather_rng, read_json, save_checkpoint, set_rng_state, w
 from .config import TrainConfig, check_config
 from .resume import (SAVED, HeldFolder, keep_data, last_logged, last_saved, put_away, refuse_changes, refuse_data, saved_marks,
                            short_marks)
-from .stop import StopFlag
+from .stop import StopFlag, file_locks
 
 # %% ../nbs/16_train.ipynb #c005
 def lr_factor(step: int,  # 0..total_steps - 1
@@ -222,7 +220,12 @@ def overfit_one_batch(module: nn.Module,  # batch -> (loss, dictionary)
 # %% ../nbs/16_train.ipynb #c019
 def peak_memory_mb() -> float:  # MB
     "The most memory this process has held: on its GPU, or on the CPU."
-    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else getrusage(RUSAGE_SELF).ru_maxrss / 1024
+    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 2**20
+    try: from resource import RUSAGE_SELF, getrusage
+    except ImportError:  # Windows
+        import psutil
+        return psutil.Process().memory_info().peak_wset / 2**20
+    return getrusage(RUSAGE_SELF).ru_maxrss / 1024
 
 # %% ../nbs/16_train.ipynb #c021
 def first_bad(names: list[str],  # of the logged numbers, (n,)
@@ -454,6 +457,7 @@ def only_trainer(run_dir: str | Path,  # folder of the run
                  ):  # context
     "Nobody else trains in this folder meanwhile, else RuntimeError. The lock is the process's: it ends with it, however that is."
     with open(Path(run_dir) / 'training.lock', 'a+') as lock:
+        fcntl = file_locks()
         try: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             lock.seek(0)
