@@ -165,4 +165,4 @@ def test_batches_do_not_depend_on_workers(kind):
     for other in others:
         for a, b in zip(alone, other, strict=True):
             assert all(torch.equal(a[k], b[k]) for k in ('images', 'patches', 'boxes', 'keep', 'factors', 'index'))
-    assert collate is photo_loader(data, BatchPlan(np.full((4, 2), 64), 2, 4)).collate_fn.func
+    assert collate is photo_loader(data, BatchPlan(np.full((4, 2), 64), 2, 4)).collate_fn.join.func
