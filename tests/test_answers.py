@@ -15,6 +15,7 @@ from test_task import save_photos
 from updetr.checkpoint import export_weights, load_checkpoint, read_weights, save_checkpoint, write_json
 from updetr.datasets import open_dataset
 from updetr.detector import Detections, Detector, coco_results
+from updetr.evaluate import CocoEvaluator
 from updetr.finetune import finetune_config
 from updetr.train import Processes, train
 
@@ -109,3 +110,37 @@ def test_json_has_no_nan_and_a_shared_file_no_folders(run, tmp_path):
     assert args['data'].encode() not in (held := shared.read_bytes()) and b'/elsewhere/mine' not in held
     again, image = Detector.from_checkpoint(shared), torch.randint(256, (3, 80, 120), dtype=torch.uint8)
     assert again(image, 0.).to_dict() == detector(image, 0.).to_dict() and again.category_ids == IDS  # fp32: bit for bit
+
+
+def test_a_class_that_sorts_first_shifts_no_other(noise, run, tmp_path):
+    """A class more in the files, with a lower id than all others: results and AP of the others are what they were. So is what a class
+    less leaves."""
+    content = json.loads((noise / 'annotations/instances_val.json').read_text())
+    content['categories'].append({'id': 1, 'name': 'ant'})
+    content['annotations'].append({'id': 99, 'image_id': FAR, 'category_id': 1, 'bbox': [1, 1, 30, 30], 'area': 900, 'iscrowd': 0})
+    write_json(tmp_path / 'more.json', content)
+    detector, tables = Detector.from_checkpoint(run / 'checkpoint.pth'), []
+
+    def table(data):
+        evaluator = CocoEvaluator(data.coco())
+        def take(i, found): evaluator.update([i], [{'scores': found.scores, 'labels': found.labels, 'boxes': found.boxes}])
+        rows = coco_results(detector, data, take=take)
+        tables.append(evaluator.per_class())
+        return rows
+
+    before = table(open_dataset(noise, 'val'))
+    more = open_dataset(tmp_path / 'more.json', images=noise / 'val')
+    assert more.classes[0] == 'ant' and max(t['AP'] for t in tables[0].values()) > 0
+    with pytest.warns(UserWarning, match="never saw count as not found: 'ant'"): assert table(more) == before
+    assert tables[1].pop('ant')['AP'] == 0 and tables[1].keys() == tables[0].keys()
+    assert all(tables[1][k] == pytest.approx(tables[0][k]) for k in tables[0])
+    content['categories'] = [{'id': 900, 'name': 'kind 900'}]
+    content['annotations'] = [a for a in content['annotations'] if a['category_id'] == 900]
+    write_json(tmp_path / 'less.json', content)
+    with pytest.warns(UserWarning, match="are left out: 'kind 7'"):
+        assert table(open_dataset(tmp_path / 'less.json', images=noise / 'val')) == [r for r in before if r['category_id'] == 900]
+    assert tables[2].keys() == {'kind 900'} and tables[2]['kind 900'] == pytest.approx(tables[0]['kind 900'])
+    content['categories'][0]['name'] = 'cow'
+    write_json(tmp_path / 'none.json', content)
+    with pytest.raises(ValueError, match="share no class: it knows 'kind 7', 'kind 900', the set has 'cow'"):
+        coco_results(detector, open_dataset(tmp_path / 'none.json', images=noise / 'val'))

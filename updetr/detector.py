@@ -26,6 +26,7 @@ from .checkpoint import built, check_architecture, class_names, fill, plain_tens
 from .config import model_options
 from .datasets import class_color
 from .detr import build_detr
+from .evaluate import by_name, classes_by_name
 from .finetune import FinetuneConfig, view_sizes
 from .finetune_task import DetectStep, build_module
 from .handover import open_pretrained
@@ -182,6 +183,16 @@ class Detector:
         return Detections(image, *found, self.classes, category_ids=self.category_ids)
 
 # %% ../nbs/29_detector.ipynb #c017s
+def _of_set(detector, photos):
+    "A function that gives `Detections` the classes of a labelled set; photos without labels leave them as they are"
+    names = getattr(photos, 'classes', None)
+    if names is None: return lambda found: found
+    places, ids = classes_by_name(detector.classes, names), getattr(photos, 'category_ids', range(len(names)))
+    def own(found):
+        ours = by_name({'boxes': found.boxes, 'labels': found.labels, 'scores': found.scores}, places)
+        return dataclasses.replace(found, **ours, classes=tuple(names), category_ids=tuple(ids))
+    return own
+
 def coco_results(detector: Detector,  # that answers
                  photos,  # labelled set with `image_ids`, or {image id: picture}
                  file: str | Path | None = None,  # JSON to be written
@@ -190,19 +201,14 @@ def coco_results(detector: Detector,  # that answers
                  progress=lambda done, total: None,  # called after each photo
                  take=lambda image_id, found: None,  # called with the `Detections` of each photo
                  ) -> list[dict]:  # COCO's results: image_id, category_id, bbox, score
-    "What a detector finds in many photos. Raises ValueError where the set has other classes than the detector."
-    ids, rows, names = detector.category_ids, [], getattr(photos, 'classes', None)
-    if names is not None and set(names) - set(detector.classes):
-        raise ValueError(f'the detector does not know the class {sorted(set(names) - set(detector.classes))[0]!r} of {photos}')
-    # An old checkpoint does not know the ids, but the set does.
-    if ids is None and names is not None:
-        known = dict(zip(names, getattr(photos, 'category_ids', range(len(names)))))
-        ids = tuple(known.get(name) for name in detector.classes)
+    """What a detector finds in many photos; in a labelled set's own classes, matched by name (`classes_by_name`).
+    Raises ValueError where the two share no class."""
+    own, rows = _of_set(detector, photos), []
     pairs = photos.items() if isinstance(photos, Mapping) else ((k, photos[i]['image']) for i, k in enumerate(photos.image_ids))
     for done, (image_id, picture) in enumerate(pairs, 1):
-        found = detector.detect(as_image(picture), threshold, clip)
+        found = own(detector.detect(as_image(picture), threshold, clip))
         take(image_id, found)
-        rows += dataclasses.replace(found, category_ids=ids).to_dict(image_id)
+        rows += found.to_dict(image_id)
         progress(done, len(photos))
     if file is not None: write_atomic(file, lambda p: p.write_text(json.dumps(rows, allow_nan=False)))
     return rows
