@@ -15,7 +15,7 @@ import torch
 
 from . import train
 from .checkpoint import load_updetr, read_json, write_json
-from .evaluate import CocoEvaluator
+from .evaluate import CocoEvaluator, by_name, classes_by_name
 from .launch import is_done, read_log, read_record
 from .panoptic import coco_truth, instance_truth
 from .panoptic_task import PanopticConfig, open_panoptic_sets
@@ -72,7 +72,9 @@ def masks_result(run_dir: str | Path,  # folder of a finished run of stage masks
     cfg = PanopticConfig(**{f.name: content[f.name] for f in dataclasses.fields(PanopticConfig) if f.name in content})
     val, segmenter = open_panoptic_sets(cfg)[1], PanopticSegmenter.from_checkpoint(Path(run_dir) / 'checkpoint.pth', device)
     evaluator = CocoEvaluator(instance_truth(val, cfg.instances) if cfg.instances else coco_truth(val, masks=True), 'segm')
-    for i in range(len(val)): evaluator.update([val.image_ids[i]], [segmenter.instances(val[i]['image'])])
+    places = classes_by_name(segmenter.classes, val.classes)
+    for i in range(len(val)):
+        evaluator.update([val.image_ids[i]], [by_name(segmenter.instances(val[i]['image']), places)])
     return log_result(read_log(run_dir)) | {'APseg': evaluator.summary()['AP']}
 
 def finish(run_dir: str | Path,  # folder of a finished run
