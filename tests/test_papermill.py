@@ -10,12 +10,15 @@ import sys
 
 import nbformat
 import pytest
+from papermill import cli
 
 from conftest import ROOT, copy_project
 from tools.cells import run_cells
 from updetr.config import PretrainConfig
 from updetr.finetune import FinetuneConfig
 from updetr.oneshot import OneShotConfig
+from updetr.runs import command_line
+from updetr.study import open_study, study_command
 
 NOTEBOOK, FINETUNE, ONESHOT = (ROOT / 'nbs' / f'{name}.ipynb' for name in ('pretrain', 'finetune', 'oneshot'))
 TINY = dict(views=24, view_size=64, patch_size=32, hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=10, num_patches=5,
@@ -26,6 +29,11 @@ READERS = ['guides/own_photos', 'guides/what_it_bought', 'localize']  # notebook
 
 
 def words(parameters): return [w for k, v in parameters.items() for w in ('-p', k, str(v))]
+
+
+def read_back(command):
+    "The parameters of a recorded command, as papermill's own command line reads them."
+    return dict(cli.papermill.make_context('papermill', shlex.split(command)[1:]).params['parameters'])
 
 
 def quiet(**more):
@@ -100,7 +108,8 @@ def test_a_small_run_ends_in_a_report(report):
     assert all({'mean_iou', 'iou50', 'n'} <= set(m) for m in metrics['pretext'].values())
     assert metrics['pretext']['template']['mean_iou'] > .5 > metrics['pretext']['random']['mean_iou']
     assert {'command', 'commit', 'versions', 'hardware', 'seeds', 'scale', 'wall_s'} <= set(metrics['provenance'])
-    assert "not the paper's setting" in metrics['provenance']['scale'] and '-p views 24' in metrics['provenance']['command']
+    assert "not the paper's setting" in metrics['provenance']['scale']
+    assert read_back(metrics['provenance']['command']) == {k: str(v) for k, v in {'report': 'runs/reports/pretrain', **TINY}.items()}
     assert {'curves.png', 'curves.svg', 'localization_0.png'} <= set(os.listdir(report / 'runs/reports/pretrain'))
     assert (report / 'runs/demo-42/updetr.safetensors').exists()
 
@@ -122,6 +131,30 @@ def test_running_it_again_finds_it_finished(report):
     written = nbformat.read(report / 'runs' / 'again.ipynb', 4).cells
     texts = [o.get('text', '') for c in written for o in c.get('outputs', [])]
     assert any('finished: runs/demo-42' in t for t in texts)
+
+
+@pytest.mark.parametrize('name, more', [
+    ('pretrain', {'preset': 'demo', 'seeds': 2, 'views': 24, 'ablation': 3}), ('finetune', {'epochs': 1, 'methods': 'detr'}),
+    ('oneshot', {'lr': 1e-5, 'methods': 'detr'}), ('panoptic', {'mask_epochs': 2, 'methods': 'detr'})])
+def test_the_recorded_command_is_the_one_that_was_run(name, more, tmp_path, monkeypatch):
+    "Read by papermill, it gives every parameter that was given; a folder of the machine is a word, and the defaults are not said."
+    given = {'gpus': 0, 'processes': 2, 'name': "one's own", 'report': 'reports/my own', 'data': str(tmp_path), 'weights': '/w.pth', **more}
+    space = run_cells(ROOT / 'nbs' / f'{name}.ipynb', monkeypatch, 'report = report or', **given)
+    command = command_line(name, space['report'], space['given'])
+    want = {k: str(v) for k, v in given.items()} | {'data': 'FOLDER', 'weights': 'FOLDER'}
+    assert read_back(command) == want and shlex.split(command)[2] == f'reports/my own/{name}.ipynb'
+
+
+def test_the_recorded_command_of_other_notebooks(tmp_path, monkeypatch):
+    given = {'size': 'tiny', 'parts': 'step,cached', 'again': True, 'report': str(tmp_path)}
+    space = run_cells(ROOT / 'nbs' / 'benchmark.ipynb', monkeypatch, 'check_parameters(', **given)
+    command = command_line('benchmark', space['report'], space['given'])
+    assert read_back(command) == {k: str(v) for k, v in given.items()} | {'report': 'FOLDER'}
+    given = {'scale': 'mini', 'photos': str(tmp_path), 'labelled': '.', 'cnns': f'swav,{tmp_path}/w.pth', 'report': str(tmp_path),
+             'gpus': 0, 'plan_only': True, 'unseen': 'dining table'}
+    hidden = {'photos': 'FOLDER', 'labelled': 'FOLDER', 'report': 'FOLDER', 'cnns': 'swav,FOLDER'}
+    command = study_command(open_study('ablations_cnn', dict(given)))
+    assert read_back(command) == {k: str(v) for k, v in given.items()} | hidden and str(tmp_path) not in command
 
 
 def test_the_impossible_stops_at_once(tmp_path):

@@ -16,6 +16,7 @@ import dataclasses
 import gc
 import itertools
 import os
+import shlex
 import statistics
 import tempfile
 import time
@@ -45,6 +46,7 @@ from .photos import read_photo, resize_shape
 from .pretrain_task import PretrainStep, PretrainTask, encode_ahead
 from .reference import as_reference
 from .report import provenance, save_figure, save_metrics, smooth
+from .runs import hide_place
 from .steps import (Clock, Counter, Ours, Theirs, batch_sizes, build_way, ceilings, count_detection, imagenet_like, noise_batch,
                           noise_batches, on_device, peak_gib, real_share)
 from .train import Processes
@@ -487,6 +489,7 @@ def run_bench(size: str,  # a key of `SIZES`
               again: bool = False,  # also parts that are there already
               threads: int = 0,  # of torch; 0 = as it is
               show: Callable = print,  # called with a line
+              command: str = '',  # that is recorded; '' = the module's own
               ) -> dict:  # metrics.json
     "Measure what is not there yet, and write it part by part. Raises ValueError for an unknown size or part."
     device = _device_of(size)
@@ -504,7 +507,7 @@ def run_bench(size: str,  # a key of `SIZES`
             continue
         begun = time.time()
         metrics = metrics | known[name]() | {'seconds': metrics['seconds'] | {name: round(time.time() - begun, 1)}}
-        about = provenance(f'python -m updetr.bench --size {size} --out {out}', f'{size}: noise in ImageNet\'s sizes', [42],
+        about = provenance(command or _own_command(size, out, parts, again), f'{size}: noise in ImageNet\'s sizes', [42],
                            sum(metrics['seconds'].values()), threads=torch.get_num_threads())
         metrics |= {'provenance': about, 'commits': metrics.get('commits', {}) | {name: about['commit']}}
         save_metrics(out, metrics)
@@ -517,6 +520,10 @@ def _device_of(size):
     if size not in SIZES: raise ValueError(f'size {size!r} is unknown: choose {", ".join(SIZES)}')
     if size == 'gpu' and not torch.cuda.is_available(): raise ValueError('size gpu needs a CUDA GPU, and none was found: take size cpu')
     return 'cuda' if size == 'gpu' else 'cpu'
+
+def _own_command(size, out, parts, again):
+    words = ['--size', size, '--out', hide_place('out', str(out)), *(['--parts', parts] if parts else []), *['--again'] * again]
+    return shlex.join(['python', '-m', 'updetr.bench', *words])
 
 def _let_go(device):
     gc.collect()  # a recorded step is a cycle; what comes next needs its memory

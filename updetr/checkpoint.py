@@ -170,7 +170,7 @@ def _without_places(cfg):
 def export_weights(path: str | Path,  # .safetensors
                    model: UPDETR,  # whose weights are saved
                    cfg: dict,  # its configuration, plain
-                   half: bool = False,  # float16: half the size, and scores that differ in the third digit
+                   half: bool = False,  # float16: half the size; answers move a little, and close scores may change places
                    ) -> None:
     "Save a model for sharing: weights and configuration, nothing else, and no folder of the machine it was made on."
     def plain(v): return v.detach().to('cpu', torch.float16 if half and v.is_floating_point() else v.dtype).contiguous()

@@ -39,7 +39,7 @@ from .panoptic_task import open_panoptic_sets
 from .pictures import plain_label
 from .report import Markup, escape, markdown_table, mean_and_spread, provenance, save_metrics, smooth
 from .results import finish
-from .runs import Site, open_site
+from .runs import Site, command_line, open_site
 from .schedule import in_order, run_jobs
 from .updetr import build_updetr
 
@@ -326,13 +326,11 @@ def places(study: Study,  # of the report
 
 def study_command(study: Study,  # of the report
                   ) -> str:
-    "The line that makes a report again; folders as PATH."
-    hidden = {k: 'PATH' for k in ('photos', 'labelled') if study.given[k]}
-    hidden['cnns'] = ','.join('PATH' if w in places(study) else w for w in study.scale.cnns)
-    changed = {k: v for k, v in (study.given | hidden).items() if v != PARAMETERS[k]}
-    report = study.folder.relative_to(study.site.root).as_posix() if study.folder.is_relative_to(study.site.root) else 'REPORT'
-    words = [f'papermill nbs/experiments/{study.e.id}.ipynb {report}/{study.e.id}.ipynb', *(f'-p {k} {v}' for k, v in changed.items())]
-    return ' '.join(words)
+    "The line that was run; folders as FOLDER."
+    cnns = ','.join('FOLDER' if w in places(study) else w for w in study.scale.cnns)
+    inside = study.folder.is_relative_to(study.site.root)
+    report = study.folder.relative_to(study.site.root) if inside else study.folder
+    return command_line(f'experiments/{study.e.id}', report.as_posix(), study.given | {'cnns': cnns})
 
 def save_study(study: Study,  # that was run
                **more,  # further entries of metrics.json
@@ -396,9 +394,9 @@ def parse_value(name: str,  # of a parameter
 def hide_folders(path: Path,  # of an executed notebook
                  study: Study,  # that it was started for
                  ) -> None:
-    "Write PATH for the places of the user's photos and weights."
+    "Write FOLDER for the places of the user's photos and weights."
     text = Path(path).read_text()
-    for place in places(study): text = text.replace(json.dumps(place)[1:-1], 'PATH')
+    for place in places(study): text = text.replace(json.dumps(place)[1:-1], 'FOLDER')
     write_atomic(path, lambda p: Path(p).write_text(text))
 
 # %% ../nbs/41_study.ipynb #c031
