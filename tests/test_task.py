@@ -17,6 +17,7 @@ from updetr.loader import PatchTask, Views, epoch_batches
 from updetr.photos import BadPhoto, builtin_photos
 from updetr.pretrain_task import PretrainTask, encode_ahead, live_batches
 from updetr.train import Processes, TrainState, train, train_step
+from updetr.watch import skipped_photos
 
 SMALL = dict(backbone='resnet18', weights='none', hidden_dim=16, nheads=2, enc_layers=1, dec_layers=2, dim_feedforward=16, num_queries=4,
              num_patches=2, batch_size=2, epochs=1, patch_size=32, num_workers=0, dropout=0., lr=1e-3, log_every=1)
@@ -63,7 +64,7 @@ def test_fewer_photos_than_a_batch_holds(tmp_path):
 
 @pytest.mark.parametrize('setting', [{}, dict(views=24, view_size=64), dict(views=24, view_size=64, cache_features=True)],
                          ids=['photos', 'views', 'bank'])
-def test_nested_folders_and_broken_files(tmp_path, setting):
+def test_nested_folders_and_broken_files(tmp_path, setting, capsys):
     """Broken photos, text and tiny pictures among the good ones: trained on what is left, each broken file named once."""
     save_photos(tmp_path / 'photos' / 'a' / 'b', 3, broken=[1])
     save_photos(tmp_path / 'photos' / 'c', 3, size=(60, 90), broken=[0], start=10)
@@ -73,6 +74,8 @@ def test_nested_folders_and_broken_files(tmp_path, setting):
     assert len(task.photos) == 6 and state.step == setting.get('views', 6)
     skipped = (tmp_path / 'run' / 'skipped.txt').read_text().splitlines()
     assert sorted('/'.join(Path(s.split(': ')[0]).parts[-2:]) for s in skipped) == ['b/1.jpg', 'c/0.jpg']
+    told = [line.removeprefix('photo skipped: ') for line in capsys.readouterr().out.splitlines() if line.startswith('photo skipped: ')]
+    assert told == skipped and skipped_photos(tmp_path / 'run').startswith('2 photos could not be read: ')
 
 
 def test_a_broken_heldout_photo_does_not_stop_the_picture(tmp_path):

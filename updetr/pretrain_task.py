@@ -170,11 +170,12 @@ def note_skipped(run_dir: Path,  # folder of the run
                  messages: list[str],  # what was wrong with which file
                  known: set[str],  # messages that were noted before; grows
                  ) -> None:
-    "Add each new message to skipped.txt, once."
+    "Add each new message to skipped.txt, once, and print it: the output of a run is its train.log."
     new = [m for m in dict.fromkeys(messages) if m not in known]
     known.update(new)
     if new:
         with open(run_dir / 'skipped.txt', 'a') as f: f.writelines(f'{m}\n' for m in new)
+        print(*(f'photo skipped: {m}' for m in new), sep='\n', flush=True)
 
 def open_bank(cfg: PretrainConfig,  # of the run
               run_dir: Path,  # folder of the run; the banks lie beside it
