@@ -324,6 +324,20 @@ def test_zero_based_voc(tmp_path):
     assert not check_dataset(ds).warnings and ds[0]['boxes'].tolist()[1] == [0, 0, 9, 9]
 
 
+def test_boxes_that_begin_and_end_at_one_number_are_counted(tmp_path):
+    "VOC counts both ends: such a box is one pixel wide. It is kept, and the check says so; where pixels count from 0 it is empty."
+    boxes = [(5, 6, 40, 30), (9, 6, 9, 30), (5, 7, 40, 7)]
+    objects = ''.join('<object><name>cat</name><bndbox>' + ''.join(f'<{k}>{v}</{k}>' for k, v in zip(('xmin', 'ymin', 'xmax', 'ymax'), b))
+                      + '</bndbox></object>' for b in boxes)
+    root = voc(tmp_path, objects)
+    ds = open_dataset(root, 'trainval')
+    assert len(ds.rows) == 3 and ds.table.boxes[1].tolist() == [8, 5, 1, 25] and ds.category_ids == [1]
+    said, = [w for w in check_dataset(ds).warnings if 'xmin = xmax' in w]
+    assert ': 2, first in a.xml' in said and 'one pixel' in said
+    ds = open_dataset(root, 'trainval', one_based=False)
+    assert len(ds.rows) == 1 and not any('xmin = xmax' in w for w in check_dataset(ds).warnings)
+
+
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-16', 'latin-1'])
 def test_entities_in_any_encoding(encoding, tmp_path):
     "The refusal does not depend on how the bytes look."

@@ -300,6 +300,12 @@ def _voc_photos(folders, split, images, notes):
                                  f'{", ".join(map(_printable, several[0][1:]))}, left out')
     return chosen, os.fspath(root)
 
+def _thin_boxes(found, paths):
+    "What to say of boxes that begin and end at the same number"
+    thin = [paths[i].name for i, _, (x1, y1, x2, y2), _ in found if x1 == x2 or y1 == y2]
+    return [f'boxes with xmin = xmax or ymin = ymax: {len(thin):,}, first in {_printable(thin[0])}. As VOC counts, they are one pixel wide '
+            'or high, and are kept; one_based=False (for tools that count from 0) leaves them out as empty'] if thin else []
+
 def _voc_columns(found, label, one_based):
     "The columns of (photo, class name, edges, difficult) rows"
     edges = np.array([e for _, _, e, _ in found], float).reshape(-1, 4)
@@ -328,6 +334,7 @@ def voc_table(
     files, paths = [file for *_, file in chosen], [f / 'Annotations' / f'{name}.xml' for f, name, _ in chosen]
     trees = [read_xml(p) for p in paths]
     found = [(i, *o) for i, (tree, p) in enumerate(zip(trees, paths)) for o in voc_objects(tree, p)]
+    if one_based: notes += _thin_boxes(found, paths)
     names = voc_classes(folders) if classes is None else sorted({name for _, name, _, _ in found})
     if not names: raise ValueError(f'{source}: no annotation has an <object>')
     label = _choose(names, classes, source)
