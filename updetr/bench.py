@@ -16,7 +16,6 @@ import dataclasses
 import gc
 import itertools
 import os
-import shlex
 import statistics
 import tempfile
 import time
@@ -46,7 +45,7 @@ from .photos import read_photo, resize_shape
 from .pretrain_task import PretrainStep, PretrainTask, encode_ahead
 from .reference import as_reference
 from .report import provenance, save_figure, save_metrics, smooth
-from .runs import hide_place
+from .runs import module_line
 from .steps import (Clock, Counter, Ours, Theirs, batch_sizes, build_way, ceilings, count_detection, imagenet_like, noise_batch,
                           noise_batches, on_device, peak_gib, real_share)
 from .train import Processes
@@ -507,8 +506,8 @@ def run_bench(size: str,  # a key of `SIZES`
             continue
         begun = time.time()
         metrics = metrics | known[name]() | {'seconds': metrics['seconds'] | {name: round(time.time() - begun, 1)}}
-        about = provenance(command or _own_command(size, out, parts, again), f'{size}: noise in ImageNet\'s sizes', [42],
-                           sum(metrics['seconds'].values()), threads=torch.get_num_threads())
+        about = provenance(command or module_line('updetr.bench', size=size, out=str(out), parts=parts, again=again),
+                           f'{size}: noise in ImageNet\'s sizes', [42], sum(metrics['seconds'].values()), threads=torch.get_num_threads())
         metrics |= {'provenance': about, 'commits': metrics.get('commits', {}) | {name: about['commit']}}
         save_metrics(out, metrics)
         show(f'{name}: {metrics["seconds"][name]} s')
@@ -520,10 +519,6 @@ def _device_of(size):
     if size not in SIZES: raise ValueError(f'size {size!r} is unknown: choose {", ".join(SIZES)}')
     if size == 'gpu' and not torch.cuda.is_available(): raise ValueError('size gpu needs a CUDA GPU, and none was found: take size cpu')
     return 'cuda' if size == 'gpu' else 'cpu'
-
-def _own_command(size, out, parts, again):
-    words = ['--size', size, '--out', hide_place('out', str(out)), *(['--parts', parts] if parts else []), *['--again'] * again]
-    return shlex.join(['python', '-m', 'updetr.bench', *words])
 
 def _let_go(device):
     gc.collect()  # a recorded step is a cycle; what comes next needs its memory

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'Site', 'project_root', 'open_site', 'given_parameters', 'parameter_lines', 'usual_parameters', 'hide_place',
-           'command_line', 'spread_text']
+           'command_line', 'module_line', 'spread_text']
 
 # %% ../nbs/30a_runs.ipynb #c002
 import ast
@@ -117,6 +117,7 @@ def hide_place(name: str,  # of a parameter
     absolute = value.startswith('~') or PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
     return 'FOLDER' if name in PATHS or absolute else value
 
+# %% ../nbs/30a_runs.ipynb #c014a
 def command_line(name: str,  # of the notebook in nbs, without .ipynb
                  report: str | Path,  # folder of the report
                  given: Mapping,  # parameters that it was started with
@@ -127,6 +128,14 @@ def command_line(name: str,  # of the notebook in nbs, without .ipynb
     words = [w for k, v in changed.items() for w in ('-p', k, str(v))]
     out = f'{hide_place("report", str(report))}/{Path(name).name}.ipynb'
     return shlex.join(['papermill', f'nbs/{name}.ipynb', out, *words])
+
+def module_line(module: str,  # that is run
+                **options,  # of its command line
+                ) -> str:
+    "The line that runs a module: every option that is not empty; folders as FOLDER."
+    given = {k: hide_place(k, v) for k, v in options.items() if v}
+    words = [w for k, v in given.items() for w in ([f'--{k}'] if v is True else [f'--{k}', str(v)])]
+    return shlex.join(['python', '-m', module, *words])
 
 def spread_text(values: list[float],  # one a seed
                 digits: int = 1,  # after the point
