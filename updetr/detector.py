@@ -83,7 +83,7 @@ class Detections:
         return file.getvalue()
 
     def to_dict(self, image_id=0):
-        "COCO's list of results: image_id, category_id (of the data set's own files), bbox (x, y, width, height), score."
+        "COCO's list of results: image_id, category_id (the data set's own; VOC has none: label + 1), bbox (x, y, width, height), score."
         xywh = box_convert(self.boxes, 'xyxy', 'xywh').tolist()
         rows = zip(own_ids(self.labels.tolist(), self.category_ids), xywh, self.scores.tolist())
         return [{'image_id': image_id, 'category_id': k, 'bbox': b, 'score': s} for k, b, s in rows]
