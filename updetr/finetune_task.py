@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TASK', 'DetectStep', 'build_module', 'with_model', 'photo_features', 'labelled_source', 'CachedViews', 'save_preview',
-           'class_notes', 'open_checked', 'LabelledRun', 'open_bank', 'open_cache', 'fit_statistics', 'train_batches',
-           'val_batches', 'evaluate', 'measurement', 'draw_answer', 'FinetuneTask']
+           'class_notes', 'open_checked', 'LabelledRun', 'open_bank', 'open_cache', 'fit_statistics', 'skips_noted',
+           'train_batches', 'val_batches', 'evaluate', 'measurement', 'draw_answer', 'FinetuneTask']
 
 # %% ../nbs/28a_finetune_task.ipynb #c002
 import dataclasses
@@ -19,7 +19,7 @@ from torchvision.io import write_png
 
 from .augment import normalize
 from .baselines import build_baseline
-from .check import start_notes
+from .check import require_readable, start_notes
 from .checkpoint import write_atomic
 from .config import loss_options, model_options
 from .datasets import draw_sample
@@ -31,7 +31,8 @@ from .finetune import (FinetuneConfig, TransferConfig, batch_to_device, collate_
 from .handover import hand_over, open_pretrained
 from .losses import build_criterion
 from .photos import resize
-from .resume import agree_on_data
+from .pretrain_task import note_skipped
+from .resume import HeldFolder, agree_on_data
 from .train import Processes, progress_writer
 from .transforms import DetectionViews
 
@@ -84,9 +85,11 @@ def photo_features(backbone: nn.Module,  # frozen `Backbone`
                    index: int,  # number of the photo
                    num_views: int,  # views of it, those of the epochs 0, 1, ...
                    device: torch.device | str = 'cpu',  # where the CNN is
+                   note=lambda messages: None,  # told what is wrong with photos that were skipped
                    ) -> tuple[Tensor, list[dict]]:  # (num_views,C,h,w) on the CPU, and the targets
     "The CNN's features of some views of one photo."
-    sample = views.dataset[index]
+    sample, skipped = views.read(index)
+    note(skipped)
     images, targets = zip(*(views.look(sample, k, index) for k in range(num_views)))
     ready = normalize(torch.stack(images).to(device).float() / 255, backbone.mean, backbone.std)
     return backbone(ready).cpu(), [{k: v for k, v in t.items() if k != 'masks'} for t in targets]
@@ -97,10 +100,11 @@ def labelled_source(
     views: DetectionViews,  # squashed to squares
     num_views: int,  # views a photo
     device: torch.device | str = 'cpu',  # where the CNN is
+    note=lambda messages: None,  # told what is wrong with photos that were skipped
 ) -> Source:
     "Features and targets of some views of each photo."
     def compute(numbers):
-        features, targets = zip(*(photo_features(cnn, views, i, num_views, device) for i in numbers))
+        features, targets = zip(*(photo_features(cnn, views, i, num_views, device, note) for i in numbers))
         return {'feature': torch.stack(features).half()}, list(targets)
 
     def what():
@@ -164,13 +168,12 @@ class LabelledRun:
     def __init__(self,
                  cfg: TransferConfig,  # of the run
                  run_dir: str | Path,  # folder of the run; it must exist
-                 processes: Processes,  # of `join_processes`
-                 ):
+                 processes: Processes):  # of `join_processes`
         self.cfg, self.run_dir, self.processes, self.cached, self.measure_every = cfg, Path(run_dir), processes, None, cfg.eval_every
         self.train_set, self.val_set, self.marks = open_checked(self)
         self.views, self.val_views = train_views(cfg, self.train_set), val_views(cfg, self.val_set)
         self.notes, self.truth = class_notes(self.train_set), None
-        self.steps_per_epoch = train_plan(cfg, self.train_set, 0, 0, processes.rank, processes.world).steps_per_epoch
+        self.steps_per_epoch = train_plan(cfg, self.train_set, rank=processes.rank, world=processes.world).steps_per_epoch
         torch.manual_seed(cfg.seed)
         self.module = self.build().to(processes.device)
         self.model, self.cnn = self.parts()
@@ -191,10 +194,11 @@ class LabelledRun:
         return hand_over(self.model, pretrained, self.cfg.num_queries, self.train_set.classes, self.cfg.fresh_queries)
 
     def begin(self, resumed):
-        "Features that are computed once, and channel statistics unless they came with a checkpoint."
+        "Readable photos to evaluate on, else ValueError; features; and channel statistics unless they came with a checkpoint."
+        if not resumed: require_readable(self.val_set, self.processes.rank, self.processes.world)
         if self.cfg.cached_views: self.cached = [open_cache(self, kind) for kind in ('train', 'val')]
-        fresh = not resumed and not self.cfg.pretrain
-        if fresh and isinstance(getattr(self.model, 'feature_norm', None), Standardize): fit_statistics(self)
+        standardize = isinstance(getattr(self.model, 'feature_norm', None), Standardize)
+        if standardize and not (resumed or self.cfg.pretrain): fit_statistics(self)
 
     def preview(self, path):
         "Write the picture of `draw` for a watcher."
@@ -216,8 +220,11 @@ def open_cache(
 ) -> CachedViews:
     "Cached views of one set."
     views, number = (task.views, task.cfg.cached_views) if kind == 'train' else (task.val_views, 1)
-    source = labelled_source(task.cnn, views, number, task.processes.device)
-    return CachedViews(open_bank(task, source))
+    skipped = []
+    source = labelled_source(task.cnn, views, number, task.processes.device, skipped.extend)
+    cached = CachedViews(open_bank(task, source))
+    note_skipped(task.run_dir, skipped, set())
+    return cached
 
 # %% ../nbs/28a_finetune_task.ipynb #c023
 @torch.no_grad()
@@ -230,6 +237,17 @@ def fit_statistics(task: LabelledRun,  # with option `standardize` and a model f
     else: tokens = torch.cat([photo_features(task.cnn, task.views, i, 1, task.processes.device)[0].flatten(2)[0] for i in range(n)], 1)
     task.model.feature_norm.fit(tokens[None].to(task.processes.device))
 
+# %% ../nbs/28a_finetune_task.ipynb #c023a
+def skips_noted(task: LabelledRun,  # whose run folder is written to
+                batches: Iterator[dict],  # of `batch_to_device`
+                ) -> Iterator[dict]:  # the same, without `skipped` in their targets
+    "What is wrong with photos that were skipped goes into skipped.txt and the log."
+    folder, known = HeldFolder(task.run_dir), set()  # the folder may be renamed meanwhile
+    for batch in batches:
+        skipped = [m for target in batch['targets'] for m in target.pop('skipped', [])]
+        note_skipped(folder.now(), skipped, known)
+        yield batch
+
 # %% ../nbs/28a_finetune_task.ipynb #c024
 def train_batches(task: LabelledRun,  # begun
                   start: int,  # first step
@@ -239,7 +257,7 @@ def train_batches(task: LabelledRun,  # begun
     cfg, p = task.cfg, task.processes
     plan = train_plan(cfg, task.train_set, start, total, p.rank, p.world)
     batches = map(task.cached[0].batch, plan) if task.cached else view_loader(task.views, plan, cfg.num_workers)
-    for batch in batches: yield batch_to_device(batch, p.device, task.cnn.mean, task.cnn.std)
+    yield from skips_noted(task, (batch_to_device(b, p.device, task.cnn.mean, task.cnn.std) for b in batches))
 
 def val_batches(task: LabelledRun,  # begun
                 ) -> Iterator[dict]:  # on the task's device

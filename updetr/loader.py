@@ -66,7 +66,7 @@ def _image(sample):
 # %% ../nbs/13_loader.ipynb #c009
 WHOLE_PIXELS = 2**20  # a larger photo is cut where it is read
 
-def read_or_next(paths: list[str],  # photo files
+def read_or_next(paths: list[str],  # photo files, or whatever `read` takes
                  index: int,  # number of the photo that is wanted
                  tries: int = 16,  # photos that are tried before giving up
                  read=read_photo,  # path -> (3,H,W) uint8
@@ -75,8 +75,10 @@ def read_or_next(paths: list[str],  # photo files
     skipped = []
     for path in (paths[(index + i) % len(paths)] for i in range(min(len(paths), tries))):
         try: return read(path), skipped
-        except BadPhoto as e: skipped.append(str(e))
-    raise BadPhoto(path, f'{len(skipped)} photos in a row cannot be read, the first: {skipped[0]}')
+        except BadPhoto as e:
+            skipped.append(str(e))
+            file = e.path
+    raise BadPhoto(file, f'{len(skipped)} photos in a row cannot be read, the first: {skipped[0]}')
 
 class SelfDet(Dataset):
     "Photos with random query patches (the reference's name). An item is `(epoch, index, short side)`."

@@ -91,13 +91,16 @@ class OneShotViews(DetectionViews):
 
     def __getitem__(self, item):
         (epoch, index, *_), (image, target) = item, super().__getitem__(item)
-        label, row, flip = self.asker.draw(epoch, index, target['labels'], int(target['image_id']))
-        picture = self.asker.pool.picture(row)
+        image_id = int(target['image_id'])
+        label, row, flip = self.asker.draw(epoch, index, target['labels'], image_id)
+        picture, bad = self.asker.pool.picture_or_next(row, None if self.asker.own else image_id)
         if flip: picture = picture.flip(2)
         if self.augment:
             factors = draw_factors(np.random.default_rng((self.seed, epoch, index, 3)), 1)
             picture = (augment(picture[None], factors)[0] * 255).round().byte()
-        return image, answer_to(target, label, self.match) | {'query': picture}
+        skipped = target.get('skipped', []) + bad
+        target = answer_to(target, label, self.match) | {'query': picture}
+        return image, (target | {'skipped': skipped} if skipped else target)
 
 # %% ../nbs/32_oneshot.ipynb #c021
 class OneShotEvaluator:

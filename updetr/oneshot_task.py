@@ -26,10 +26,11 @@ from .config import loss_options, model_options
 from .detr import as_batch
 from .features import Source, cnn_key, set_key
 from .finetune import Subset, batch_to_device, open_sets, some_photos, train_plan, val_items, view_loader
-from .finetune_task import LabelledRun, open_bank
+from .finetune_task import LabelledRun, open_bank, skips_noted
 from .losses import build_criterion
 from .oneshot import (OneShotConfig, OneShotEvaluator, OneShotViews, ask, build_oneshot, match_features, oneshot_summary,
                             oneshot_table, random_answer, with_query)
+from .pretrain_task import note_skipped
 from .queries import Asker, QueryPool, answer_to, training_photos, unseen_classes
 from .scenes import Scenes
 from .train import Processes
@@ -67,9 +68,11 @@ def picture_features(cnn: nn.Module,  # `Backbone`
 
 def both_ways(pool: QueryPool,  # of photos
               row: int,  # of the pool
+              note=None,  # in training: told what is wrong with photos in whose place another was taken
               ) -> Tensor:  # (2,3,s,s) uint8
-    "A query picture, plain and mirrored."
-    picture = pool.picture(row)
+    "A query picture, plain and mirrored. Raises BadPhoto."
+    picture, skipped = pool.picture_or_next(row) if note else (pool.picture(row), [])
+    if skipped: note(skipped)
     return torch.stack((picture, picture.flip(2)))
 
 # %% ../nbs/32a_oneshot_task.ipynb #c008a
@@ -77,10 +80,11 @@ def picture_source(
     cnn: nn.Module,  # frozen `Backbone`
     pool: QueryPool,  # of training or test photos
     device: torch.device | str = 'cpu',  # where the CNN is
+    note=None,  # in training: told what is wrong with photos in whose place another was taken
 ) -> Source:
     "The features of all pictures of a pool, each plain and mirrored."
     def compute(rows):
-        features = [picture_features(cnn, both_ways(pool, row), device) for row in rows]
+        features = [picture_features(cnn, both_ways(pool, row, note), device) for row in rows]
         return {'feature': torch.stack(features).half()}, []
 
     def what():
@@ -96,8 +100,12 @@ def cached_pictures(
 ) -> Tensor:  # (len(pool),2,C): plain and mirrored
     "Features of all pictures of a pool, from the disk; computed first where they are not there yet."
     if not len(pool): return torch.zeros(0, 2, task.cnn.num_channels, dtype=torch.half)
-    source = picture_source(task.cnn, pool, task.processes.device)
-    return open_bank(task, source, "the frozen CNN's features of query pictures").arrays['feature']
+    skipped = []
+    note = skipped.extend if pool is task.pools[0] else None
+    source = picture_source(task.cnn, pool, task.processes.device, note)
+    stored = open_bank(task, source, "the frozen CNN's features of query pictures")
+    note_skipped(task.run_dir, skipped, set())
+    return stored.arrays['feature']
 
 def live_pictures(task: LabelledRun,  # all processes call this
                   pool: QueryPool,  # of the test photos
@@ -155,8 +163,8 @@ class OneShotRun(LabelledRun):
 
     def begin(self, resumed):
         "Features that are computed once, and channel statistics unless they came with a checkpoint."
-        self.features = [cached_pictures(self, pool) for pool in self.pools] if self.cfg.cached_views else None
         super().begin(resumed)
+        self.features = [cached_pictures(self, pool) for pool in self.pools] if self.cfg.cached_views else None
 
 # %% ../nbs/32a_oneshot_task.ipynb #c012
 def fit_picture_statistics(task: OneShotRun,  # with option `standardize` and a model from scratch
@@ -165,7 +173,7 @@ def fit_picture_statistics(task: OneShotRun,  # with option `standardize` and a 
     "Mean and spread of the pooled features of up to `n` training pictures."
     rows = np.random.default_rng(task.cfg.seed).permutation(len(task.pools[0]))[:n].tolist()
     if task.features: pictures = task.features[0][rows, 0].float()
-    else: pictures = torch.cat([picture_features(task.cnn, task.pools[0].picture(r)[None], task.processes.device) for r in rows])
+    else: pictures = torch.cat([picture_features(task.cnn, task.pools[0].picture_or_next(r)[0][None], task.processes.device) for r in rows])
     task.model.patch_norm.fit(pictures.to(task.processes.device))
 
 def with_question(task: OneShotRun,  # begun, with cached features
@@ -186,7 +194,7 @@ def oneshot_batches(task: OneShotRun,  # begun
     cfg, p = task.cfg, task.processes
     plan = train_plan(cfg, task.train_set, start, total, p.rank, p.world)
     batches = (with_question(task, items) for items in plan) if task.cached else view_loader(task.views, plan, cfg.num_workers)
-    for batch in batches: yield batch_to_device(batch, p.device, task.cnn.mean, task.cnn.std)
+    yield from skips_noted(task, (batch_to_device(b, p.device, task.cnn.mean, task.cnn.std) for b in batches))
 
 # %% ../nbs/32a_oneshot_task.ipynb #c014
 def val_photos(task: OneShotRun,  # begun

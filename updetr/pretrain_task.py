@@ -33,7 +33,7 @@ from .loader import BatchPlan, PatchTask, SelfDet, Views, photo_loader, read_or_
 from .losses import build_criterion
 from .patches import crop_patches
 from .photos import MAX_PIXELS, MIN_SIDE, PRETRAIN_SIZES, PhotoIndex, _header, _walk, builtin_photos, index_photos, read_photo, resize
-from .resume import agree_on_data, file_marks
+from .resume import HeldFolder, agree_on_data, file_marks
 from .train import Processes, progress_writer
 from .updetr import UPDETR, best_of_group, build_updetr
 
@@ -171,11 +171,14 @@ def note_skipped(run_dir: Path,  # folder of the run
                  known: set[str],  # messages that were noted before; grows
                  ) -> None:
     "Add each new message to skipped.txt, once, and print it: the output of a run is its train.log."
+    if known.issuperset(messages): return
+    # what other processes, or the run before it was resumed, have noted
+    file = run_dir / 'skipped.txt'
+    if file.exists(): known.update(file.read_text(errors='replace').splitlines())
     new = [m for m in dict.fromkeys(messages) if m not in known]
     known.update(new)
-    if new:
-        with open(run_dir / 'skipped.txt', 'a') as f: f.writelines(f'{m}\n' for m in new)
-        print(*(f'photo skipped: {m}' for m in new), sep='\n', flush=True)
+    with open(file, 'a') as f: f.writelines(f'{m}\n' for m in new)
+    if new: print(*(f'photo skipped: {m}' for m in new), sep='\n', flush=True)
 
 def open_bank(cfg: PretrainConfig,  # of the run
               run_dir: Path,  # folder of the run; the banks lie beside it
@@ -187,8 +190,8 @@ def open_bank(cfg: PretrainConfig,  # of the run
     dataset, p, skipped = build_dataset(cfg, photos, cfg.cached_patches or cfg.num_patches), processes, []
     source = view_source(model, dataset, cfg.view_size, p.device, skipped.extend)
     progress = progress_writer(run_dir, p, "the frozen CNN's features")
-    stored, file = open_features(run_dir.parent / 'banks', source, p, progress), run_dir / 'skipped.txt'
-    note_skipped(run_dir, skipped, set(file.read_text().splitlines()) if file.exists() else set())
+    stored = open_features(run_dir.parent / 'banks', source, p, progress)
+    note_skipped(run_dir, skipped, set())
     return FeatureBank(stored, dataclasses.replace(dataset.task, num_patches=cfg.num_patches), cfg.seed, p.device)
 
 # %% ../nbs/16a_pretrain_task.ipynb #c013
@@ -277,11 +280,12 @@ def live_batches(task: 'PretrainTask',  # whose photos or views are read
                  start: int,  # steps that are done
                  total: int,  # of the whole training
                  ) -> Iterator[dict]:  # of `to_device`
-    "The batches of a run that caches nothing; what is wrong with photos goes into skipped.txt."
+    "The batches of a run that caches nothing; what is wrong with photos goes into skipped.txt and the log."
     backbone, device, known = task.model.backbone[0], task.processes.device, set()
+    folder = HeldFolder(task.run_dir)  # it may be renamed meanwhile
     whole = task.cfg.crop_on_gpu and device.type == 'cuda'
     for batch in photo_loader(task.dataset, task.plan(start, total), task.cfg.num_workers, whole):
-        note_skipped(task.run_dir, batch['skipped'], known)
+        note_skipped(folder.now(), batch['skipped'], known)
         yield to_device(batch, device, backbone.mean, backbone.std)
 
 # %% ../nbs/16a_pretrain_task.ipynb #c017

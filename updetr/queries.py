@@ -17,8 +17,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from .config import check_names
+from .loader import read_or_next
 from .patches import crop_patches
-from .photos import resize
+from .photos import BadPhoto, resize
 from .scenes import UNSEEN
 
 # %% ../nbs/31_queries.ipynb #c006
@@ -84,6 +85,15 @@ class QueryPool:
         "The query picture of a row, (3,size,size) uint8; `image` is its photo, if it is at hand."
         image = self.dataset[int(self.photo[row])]['image'] if image is None else image
         return query_picture(image, self.boxes[row], self.size, self.shape)
+
+    def picture_or_next(self, row, but_not=None):
+        """The picture of a row, or of the next one of its class whose photo can be read, and what was wrong with those before it;
+        not of photo `but_not`, unless there is no other. Raises BadPhoto if none of many can be read."""
+        try: return self.picture(row), []
+        except BadPhoto:
+            label = self.label[row]
+            rows = self.rows[label] if but_not is None else self.others(label, but_not)
+            return read_or_next(rows, rows.index(row), 200, self.picture)
 
 # %% ../nbs/31_queries.ipynb #c017
 def protocol_queries(pool: QueryPool,  # of the photos to evaluate on

@@ -16,7 +16,8 @@ from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes, Mask
 
-from .photos import resize, resize_shape
+from .loader import read_or_next
+from .photos import BadPhoto, resize, resize_shape
 
 # %% ../nbs/24_transforms.ipynb #c006
 @dataclass(frozen=True)
@@ -152,6 +153,9 @@ def as_target(
     return seen['image'], target | {k: torch.tensor(v) for k, v in numbers.items()}
 
 # %% ../nbs/24_transforms.ipynb #c034
+_NO_OTHER = ('No other photo can take its place: the AP would be that of other photos. Load it anew, or take it out of '
+             'the annotations; check_dataset(ds, decode=True) names all that are broken')
+
 class DetectionViews(Dataset):
     "Training views of a detection set: `views[epoch, index]` or `views[epoch, index, size]` is (image, target)."
     def __init__(self,
@@ -165,7 +169,17 @@ class DetectionViews(Dataset):
 
     def __len__(self): return len(self.dataset)
 
-    def __getitem__(self, item): return self.look(self.dataset[item[1]], *item)
+    def __getitem__(self, item):
+        sample, skipped = self.read(item[1])
+        image, target = self.look(sample, *item)
+        return image, (target | {'skipped': skipped} if skipped else target)
+
+    def read(self, index):
+        """Sample `index`, in training that of the first readable photo from there on, and what was wrong with those before it.
+        Raises BadPhoto: in training if 16 in a row cannot be read, in evaluation for every photo that cannot."""
+        if self.train: return read_or_next(range(len(self)), index, read=self.dataset.__getitem__)
+        try: return self.dataset[index], []
+        except BadPhoto as e: raise BadPhoto(e.path, f'{e.reason}. {_NO_OTHER}') from e
 
     def look(self, sample, epoch, index, size=None):
         "The view of epoch `epoch` of a sample that is at hand."

@@ -1,0 +1,132 @@
+"A photo that breaks after the check: skipped and counted in every training on labelled photos, an error in an evaluation."
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torchvision.io import write_png
+
+from test_data_changes import TINY, coco, configure
+from test_resume import as_in_the_processes, finish  # noqa: F401 (a fixture: one thread here, too)
+from updetr.checkpoint import load_checkpoint
+from updetr.finetune import finetune_config
+from updetr.finetune_task import FinetuneTask
+from updetr.oneshot import oneshot_config
+from updetr.oneshot_task import OneShotTask
+from updetr.panoptic import PanopticScenes, write_panoptic
+from updetr.panoptic_task import PanopticTask, panoptic_config
+from updetr.photos import BadPhoto
+from updetr.queries import QueryPool
+from updetr.scenes import Scenes
+from updetr.train import Processes
+
+ONE_SHOT = dict(unseen='dog', query_size=32, unseen_objects='background')
+LIVE = dict(cached_views=0, frozen_backbone=False)
+CASES = {
+    'finetune': (FinetuneTask, finetune_config, LIVE),
+    'finetune, cached': (FinetuneTask, finetune_config, dict(cached_views=2)),
+    'oneshot': (OneShotTask, oneshot_config, ONE_SHOT | LIVE),
+    'oneshot, cached': (OneShotTask, oneshot_config, ONE_SHOT | dict(cached_views=2)),
+    'panoptic': (PanopticTask, panoptic_config, LIVE)}
+
+
+@pytest.fixture(autouse=True)
+def no_data_by_the_way(monkeypatch): monkeypatch.delenv('UPDETR_DATA', raising=False)
+
+
+def truncate(file): file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+
+
+def panoptic(folder):
+    """A panoptic folder of painted scenes."""
+    for part in ('train', 'val'):
+        scenes = PanopticScenes(Scenes(4, 64, split=part))
+        (folder / part).mkdir(parents=True)
+        answers = {i: scenes.panoptic(i) for i in range(4)}
+        write_panoptic(folder / f'annotations/panoptic_{part}.json', answers, scenes)
+        for i in range(4): write_png(scenes[i]['image'], str(folder / part / f'{i}.jpg'))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """A COCO folder and a panoptic one, never changed."""
+    root = tmp_path_factory.mktemp('data')
+    return {'coco': coco(root / 'coco'), 'panoptic': panoptic(root / 'panoptic')}
+
+
+def some_run(case, data, folder, broken, **changes):
+    """Task, configuration and folder of a tiny run of which one photo is truncated after it was listed; the photo's name."""
+    task, config, settings = CASES[case]
+    kind = 'panoptic' if case == 'panoptic' else 'coco'
+    shutil.copytree(data[kind], folder / 'data')
+    # photo 2 shows a cat, which one-shot detection is asked for
+    file = next((folder / 'data' / broken).glob('2.*'))
+    truncate(file)
+    cfg = config('demo', **TINY | settings | {'data': str(folder / 'data')} | changes)
+    return task, cfg, configure(folder / 'runs/run', cfg), file
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_a_truncated_photo_is_skipped_counted_and_said(case, data, tmp_path, capsys):
+    _, _, run_dir, file = some_run(case, data, tmp_path, 'train', epochs=2, eval_every=2)
+    finish(run_dir)
+    noted = (run_dir / 'skipped.txt').read_text().splitlines()
+    assert len(noted) == 1 and noted[0].startswith(f'{file}: ')
+    assert capsys.readouterr().out.count(f'photo skipped: {file}') == 1
+    assert load_checkpoint(run_dir / 'checkpoint.pth')['step'] > 0
+
+
+def same(a, b):
+    if torch.is_tensor(a): return torch.equal(a, b)
+    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize('case', ['finetune', 'oneshot', 'panoptic'])
+def test_its_place_is_taken_alike_by_workers_and_after_a_resume(case, data, tmp_path):
+    batches = {}
+    for workers, start in ((0, 0), (2, 0), (0, 3)):
+        folder = tmp_path / f'{workers}{start}'
+        task, cfg, run_dir, _ = some_run(case, data, folder, 'train', num_workers=workers)
+        begun = task(cfg, run_dir, Processes())
+        begun.begin(resumed=False)
+        batches[workers, start] = list(begun.batches(start, 6))
+        assert (run_dir / 'skipped.txt').exists()
+    whole = batches[0, 0]
+    assert same(whole, batches[2, 0]) and same(whole[3:], batches[0, 3])
+    assert not any('skipped' in t for b in whole for t in b['targets'])
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_one_to_evaluate_on_is_an_error_before_the_first_step(case, data, tmp_path):
+    _, _, run_dir, file = some_run(case, data, tmp_path, 'val', eval_every=1)
+    with pytest.raises(ValueError, match='photos to evaluate on that cannot be used: 1, first ') as e: finish(run_dir)
+    assert str(file) in str(e.value) and 'check_dataset(ds, decode=True)' in str(e.value)
+    assert not (run_dir / 'checkpoint.pth').exists()
+
+
+class Boxes:
+    """A detection set of three photos of one class, two boxes each; the first photo is broken or not."""
+    classes, image_ids = ['cat'], [1, 2, 3]
+
+    def __init__(self, reason=''): self.reason = reason
+
+    def __getitem__(self, i):
+        if i == 0 and self.reason: raise BadPhoto('a.jpg', self.reason)
+        return {'image': torch.full((3, 20, 20), 50 * i, dtype=torch.uint8)}
+
+    def coco(self):
+        box = [2., 2., 8., 8.]
+        things = [{'image_id': k, 'category_id': 0, 'bbox': box, 'iscrowd': 0} for k in (1, 1, 2, 2, 3, 3)]
+        return {'annotations': things}
+
+
+def test_a_query_picture_is_that_of_the_next_readable_photo():
+    pool, whole = QueryPool(Boxes('truncated'), 8), QueryPool(Boxes(), 8)
+    picture, skipped = pool.picture_or_next(0)
+    assert set(skipped) == {'a.jpg: truncated'} and torch.equal(picture, whole.picture(2))
+    assert pool.picture_or_next(3)[1] == [] and np.all(whole.picture_or_next(0)[0].numpy() == 0)
+    # asked about photo 2: not with its own boxes
+    assert torch.equal(pool.picture_or_next(0, but_not=2)[0], whole.picture(4))
