@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from conftest import ROOT
+from test_data_changes import annotations, coco, corrected, fewer
 from tools.cells import run_cells
 from updetr.checkpoint import load_updetr
 from updetr.experiments import BASES, EXPERIMENTS, Scale, experiment
 from updetr.jobs import configure, job, job_chain, job_folder
 from updetr.schedule import run_jobs
-from updetr.study import plan_rows, plan_text
+from updetr.study import plan_rows, plan_text, seen
 
 PAPER, NOTEBOOKS = Scale('paper'), sorted((ROOT / 'nbs/experiments').glob('*.ipynb'))
 
@@ -183,3 +184,38 @@ def test_a_pretraining_freezes_the_cnn_that_was_trained_for_it(tmp_path):
     learnt, tuned = (torch.load(job_folder(tmp_path, j, 1) / 'checkpoint.pth', weights_only=True)['model'] for j in (cnn, after))
     frozen = load_updetr(job_folder(tmp_path, start, 1) / 'checkpoint.pth')[0].backbone[0].body.state_dict()
     assert frozen and all(torch.equal(v, learnt[f'body.{k}']) and torch.equal(v, tuned[f'backbone.0.body.{k}']) for k, v in frozen.items())
+
+
+def test_a_result_of_other_data_is_not_used(tmp_path):
+    """Annotations are corrected under the same path: the finished result is refused, the change named; moved away, it is trained anew."""
+    data = coco(tmp_path / 'data')
+    sizes = dict(hidden_dim=16, nheads=2, dim_feedforward=16, enc_layers=1, dec_layers=1, num_queries=4)
+    tiny = job('finetune', 'demo', data=str(data), scenes=0, scenes_val=0, backbone='resnet18', weights='none', features='layer1',
+               standardize=False, val_size=64, square=64, cached_views=1, batch_size=2, epochs=1, eval_every=1, **sizes)
+    folder, lines = job_folder(tmp_path / 'runs', tiny, 1), []
+
+    def run(): return run_jobs([(tiny, 1)], tmp_path / 'runs', workers=1, show=lines.append)
+
+    assert run() == run() and not [line for line in lines if 'fingerprint' in line]
+    seen_before = seen(configure(tiny, 1))
+    annotations(data, corrected, 'val')
+    with pytest.raises(ValueError, match=r'to evaluate on: 1 photo with other boxes or flags \(1.png\)') as e: run()
+    assert folder.name in str(e.value) and 'move these folders away' in str(e.value)
+
+    # a result from before fingerprints were kept, and one whose data is elsewhere
+    kept = (folder / 'data.json').rename(tmp_path / 'kept.json')
+    run()
+    assert len([line for line in lines if '1 finished runs kept no fingerprint' in line]) == 1
+    kept.rename(folder / 'data.json')
+    data.rename(tmp_path / 'away')
+    run()
+    assert len([line for line in lines if 'is not here' in line]) == 1
+    (tmp_path / 'away').rename(data)
+
+    # the plan counts what is there, however often it is made
+    annotations(data, fewer)
+    assert (seen_before.n_train, seen(configure(tiny, 1)).n_train) == (4, 3)
+    with pytest.raises(ValueError, match='1 photo fewer'): run()
+    folder.rename(tmp_path / 'old')
+    run()
+    assert json.loads((folder / 'data.json').read_text())['train']['photos'] == 3
