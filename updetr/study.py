@@ -53,7 +53,6 @@ class Seen:
     n_train: int  # photos, scenes or views to train on
     n_test: int  # photos or scenes to measure on; 0 = not known before the run
 
-@lru_cache(256)
 def seen(cfg: TrainConfig,  # of a job
          name: str = '',  # of the data, for tables; '' = the folder's
          ) -> Seen:
