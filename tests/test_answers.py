@@ -15,8 +15,11 @@ from test_task import save_photos
 from updetr.checkpoint import export_weights, load_checkpoint, read_weights, save_checkpoint, write_json
 from updetr.datasets import open_dataset
 from updetr.detector import Detections, Detector, coco_results
+from updetr.detr import build_detr
 from updetr.evaluate import CocoEvaluator
+from updetr.exchange import to_huggingface
 from updetr.finetune import finetune_config
+from updetr.oneshot_detector import Matches
 from updetr.train import Processes, train
 
 IDS, FAR = (7, 900), 3_000_000_000_000
@@ -88,6 +91,27 @@ def test_a_class_that_the_files_lack_has_no_id():
     found = Detections(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(1, 4), torch.tensor([1]), torch.ones(1), ('a', 'b'),
                        category_ids=(3, None))
     with pytest.raises(ValueError, match='class 1 has no id'): found.to_dict()
+
+
+def test_matches_carry_the_id_of_what_was_asked_for():
+    "A one-shot detector knows one class, 'match': its id is the asker's, and without one it is 0, with no warning of unknown ids."
+    picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    boxes = torch.tensor([[1., 2, 4, 7], [0, 0, 8, 8]])
+    found = Matches(picture, boxes, torch.zeros(2).long(), torch.tensor([.5, .25]), ('match',), picture)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        rows = found.to_dict(7, FAR)
+        assert [r['category_id'] for r in found.to_dict()] == [0, 0]
+    assert rows == [{'image_id': 7, 'category_id': FAR, 'bbox': [1, 2, 3, 5], 'score': .5},
+                    {'image_id': 7, 'category_id': FAR, 'bbox': [0, 0, 8, 8], 'score': .25}]
+
+
+def test_ids_travel_to_transformers():
+    small = dict(hidden_dim=16, nheads=2, enc_layers=1, dec_layers=1, dim_feedforward=16, num_queries=4, pre_norm=False)
+    model = build_detr(2, 'resnet18', **small)
+    config = json.loads(json.dumps(to_huggingface(model, ('cat', 'dog'), IDS)[1]))
+    assert config['category_ids'] == list(IDS) and config['id2label'] == {'0': 'cat', '1': 'dog'}
+    assert 'category_ids' not in to_huggingface(model, ('cat', 'dog'))[1]
 
 
 def test_boxes_stay_in_the_photo_and_the_measured_ones_are_the_models(noise, run):
