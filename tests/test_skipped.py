@@ -13,8 +13,8 @@ from updetr.finetune import finetune_config
 from updetr.finetune_task import FinetuneTask
 from updetr.oneshot import oneshot_config
 from updetr.oneshot_task import OneShotTask
-from updetr.panoptic import PanopticScenes, write_panoptic
-from updetr.panoptic_task import PanopticTask, panoptic_config
+from updetr.panoptic import PanopticScenes, open_panoptic, write_panoptic
+from updetr.panoptic_task import PanopticTask, open_panoptic_sets, panoptic_config
 from updetr.photos import BadPhoto
 from updetr.queries import QueryPool
 from updetr.scenes import Scenes
@@ -130,3 +130,19 @@ def test_a_query_picture_is_that_of_the_next_readable_photo():
     assert pool.picture_or_next(3)[1] == [] and np.all(whole.picture_or_next(0)[0].numpy() == 0)
     # asked about photo 2: not with its own boxes
     assert torch.equal(pool.picture_or_next(0, but_not=2)[0], whole.picture(4))
+
+
+def test_one_panoptic_file_is_divided_by_a_fixed_seed(data, tmp_path):
+    file = data['panoptic'] / 'annotations/panoptic_train.json'
+    settings = TINY | LIVE | {'data': str(file), 'val_share': .5}
+    cfg = panoptic_config('demo', 'boxes', **settings)
+    (train, val), other = open_panoptic_sets(cfg), open_panoptic_sets(panoptic_config('demo', 'boxes', seed=7, **settings))
+    assert sorted(train.image_ids + val.image_ids) == [0, 1, 2, 3] and len(val) == 2
+    assert val.image_ids == other[1].image_ids and 'seed 0' in val.note
+    whole = open_panoptic(file)
+    for i, k in enumerate(val.image_ids):
+        assert torch.equal(val.panoptic(i)[0], whole.panoptic(k)[0]) and val.segments(i) == whole.segments(k)
+    mine = {(a['image_id'], *a['bbox']) for a in whole.coco()['annotations'] if a['image_id'] in val.image_ids}
+    assert {(a['image_id'], *a['bbox']) for a in val.coco()['annotations']} == mine
+    finish(run := configure(tmp_path / 'run', panoptic_config('demo', 'boxes', **settings | {'eval_every': 1})))
+    assert load_checkpoint(run / 'checkpoint.pth')['step'] == 1

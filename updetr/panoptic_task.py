@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PANOPTIC_PRESETS', 'PANOPTIC_DESCRIPTIONS', 'NO_PANOPTIC', 'TASK', 'PanopticConfig', 'start_kind', 'check_start',
-           'panoptic_config', 'open_panoptic_sets', 'build_panoptic', 'start_masks', 'evaluate_panoptic',
-           'draw_panoptic', 'PanopticTask']
+           'panoptic_config', 'PanopticSubset', 'open_panoptic_sets', 'build_panoptic', 'start_masks',
+           'evaluate_panoptic', 'draw_panoptic', 'PanopticTask']
 
 # %% ../nbs/35a_panoptic_task.ipynb #c002
 import json
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from .config import loss_options, model_options
 from .detr import build_detr
 from .fingerprint import SetRows, photo_contents, set_rows
-from .finetune import COCO, SMALL, TransferConfig, batch_to_device, collate_targets, some_photos, transfer_config
+from .finetune import (COCO, SMALL, Subset, TransferConfig, batch_to_device, collate_targets, divided, some_photos,
+                             transfer_config)
 from .finetune_task import DetectStep, LabelledRun, draw_answer, evaluate, measurement, train_batches, val_batches
 from .handover import _own, hand_over, load_official, open_pretrained
 from .losses import build_criterion
 from .masks import DETRsegm, MaskStep
-from .panoptic import (COCO_CLASSES, PanopticEvaluator, PanopticScenes, PanopticSet, draw_segments, open_panoptic, panoptic_segments)
+from .panoptic import (COCO_CLASSES, PanopticEvaluator, PanopticScenes, PanopticSet, coco_truth, draw_segments, open_panoptic,
+                             panoptic_segments)
 from .scenes import Scenes
 
 # %% ../nbs/35a_panoptic_task.ipynb #c006
@@ -110,6 +112,31 @@ def panoptic_config(preset: str = 'demo',  # a name in `PANOPTIC_PRESETS`
             raise ValueError(f'{path} has {has} object queries: in stage masks the detector stays as it is, leave num_queries out')
     return transfer_config(preset, PanopticConfig, presets, **changes)
 
+# %% ../nbs/35a_panoptic_task.ipynb #c013a
+class PanopticSubset(Subset):
+    "Some photos of a panoptic set, with their segments."
+    def __init__(self,
+                 some: Subset,  # of a panoptic set
+                 ):
+        super().__init__(some.dataset, some.chosen, some.note)
+        whole = some.dataset
+        self.isthing, self.source = whole.isthing, whole.source
+        self.files, self.file_ids = ([rows[i] for i in self.chosen] for rows in (whole.files, whole.file_ids))
+
+    def __repr__(self): return f'{len(self):,} of the photos of {self.dataset!r}'
+
+    def segments(self, i):
+        "The list of segments alone."
+        return self.dataset.segments(int(self.chosen[i]))
+
+    def panoptic(self, i):
+        "Picture of segment numbers (H,W) and the list of segments."
+        return self.dataset.panoptic(int(self.chosen[i]))
+
+    def coco(self):
+        "Ground truth of all boxes, stuff's too, as a COCO dictionary."
+        return coco_truth(self)
+
 # %% ../nbs/35a_panoptic_task.ipynb #c014
 NO_PANOPTIC = ('no panoptic data: give a folder with annotations/panoptic_train2017.json and annotations/panoptic_val2017.json with '
                '-p data PATH or UPDETR_DATA=PATH, or paint some scenes with -p scenes 400 -p scenes_val 100')
@@ -124,8 +151,10 @@ def open_panoptic_sets(cfg: PanopticConfig,  # of the run
         return (some_photos(train, cfg.photos, cfg.seed) if cfg.photos else train), val
     path = cfg.data or os.environ.get('UPDETR_DATA', '')
     if not path: raise FileNotFoundError(NO_PANOPTIC)
-    if os.path.isfile(path) and not cfg.data_val: raise ValueError(f'{path} is one file: give the one to evaluate on with -p data_val FILE')
     train = open_panoptic(path, cfg.split, cfg.images or None, cfg.pngs or None, cfg.coco_ids, masks, cfg.exif, cfg.missing)
+    if os.path.isfile(path) and not cfg.data_val:
+        train, val = map(PanopticSubset, divided(train, cfg.val_share))
+        return (some_photos(train, cfg.photos, cfg.seed) if cfg.photos else train), val
     val = open_panoptic(cfg.data_val or path, cfg.split_val, cfg.images_val or cfg.images or None, cfg.pngs_val or None, cfg.coco_ids,
                         masks, cfg.exif, cfg.missing)
     if (train.classes, train.isthing) != (val.classes, val.isthing):
