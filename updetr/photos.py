@@ -289,7 +289,7 @@ def _list_sum(content):
 
 def _check_list(content, root):
     "The folder of a saved index. Raises ValueError, TypeError or KeyError for what is none, or was changed by anybody"
-    root = root or content['root']
+    root = os.fspath(root or content['root'])
     paths, sizes, skipped = (content[k] for k in ('paths', 'sizes', 'skipped'))
     texts = [root, *paths, *(text for pair in skipped for text in pair)]
     if not isinstance(paths, list) or not all(isinstance(text, str) for text in texts): raise ValueError('names must be texts')
