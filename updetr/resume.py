@@ -38,6 +38,7 @@ def way_out(
     # object queries are part of what was learnt, and the demo's preset would draw them anew
     return f'{anew}; to go on from its weights, a new name and -p pretrain {checkpoint} -p fresh_queries False'
 
+# %% ../nbs/15b_resume.ipynb #c005a
 def _moved_weights(run_dir, new):
     "('weights',) if the file of CNN weights has the content that the run was begun with, wherever it lies; else ()"
     kept, file = Path(run_dir) / 'data.json', os.path.expanduser(new.get('weights') or '')
