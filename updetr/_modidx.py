@@ -1248,6 +1248,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'updetr.resume.HeldFolder.__init__': ('resume.html#heldfolder.__init__', 'updetr/resume.py'),
                                'updetr.resume.HeldFolder._asked': ('resume.html#heldfolder._asked', 'updetr/resume.py'),
                                'updetr.resume.HeldFolder.now': ('resume.html#heldfolder.now', 'updetr/resume.py'),
+                               'updetr.resume._moved_weights': ('resume.html#_moved_weights', 'updetr/resume.py'),
                                'updetr.resume.agree_on_data': ('resume.html#agree_on_data', 'updetr/resume.py'),
                                'updetr.resume.check_data': ('resume.html#check_data', 'updetr/resume.py'),
                                'updetr.resume.file_marks': ('resume.html#file_marks', 'updetr/resume.py'),

@@ -38,6 +38,13 @@ def way_out(
     # object queries are part of what was learnt, and the demo's preset would draw them anew
     return f'{anew}; to go on from its weights, a new name and -p pretrain {checkpoint} -p fresh_queries False'
 
+# %% ../nbs/15b_resume.ipynb #c005a
+def _moved_weights(run_dir, new):
+    "('weights',) if the file of CNN weights has the content that the run was begun with, wherever it lies; else ()"
+    kept, file = Path(run_dir) / 'data.json', os.path.expanduser(new.get('weights') or '')
+    if not kept.is_file() or not os.path.isfile(file): return ()
+    return ('weights',) if read_json(kept).get('files', {}).get('weights') == file_digest(file) else ()
+
 def refuse_changes(
     run_dir: str | Path,  # folder of the run
     old: Mapping,  # configuration that the run was started with
@@ -46,6 +53,8 @@ def refuse_changes(
 ) -> None:
     "Raise ValueError that names what must not differ between two configurations, and the way out."
     changed = cfg_changes(old, new, (*free_keys(new), *free))
+    # only now is a file worth reading
+    if 'weights' in changed: changed = cfg_changes(old, new, (*free_keys(new), *free, *_moved_weights(run_dir, new)))
     if not changed: return
     said = '; '.join(f'{k}: {v}' for k, v in changed.items())
     why = ''
