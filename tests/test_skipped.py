@@ -8,6 +8,7 @@ from torchvision.io import write_png
 
 from test_data_changes import TINY, coco, configure
 from test_resume import as_in_the_processes, finish  # noqa: F401 (a fixture: one thread here, too)
+from updetr.check import require_readable
 from updetr.checkpoint import load_checkpoint
 from updetr.finetune import finetune_config
 from updetr.finetune_task import FinetuneTask
@@ -146,3 +147,11 @@ def test_one_panoptic_file_is_divided_by_a_fixed_seed(data, tmp_path):
     assert {(a['image_id'], *a['bbox']) for a in val.coco()['annotations']} == mine
     finish(run := configure(tmp_path / 'run', panoptic_config('demo', 'boxes', **settings | {'eval_every': 1})))
     assert load_checkpoint(run / 'checkpoint.pth')['step'] == 1
+
+
+def test_broken_pngs_of_masks_are_found_before_a_training(data, tmp_path):
+    shutil.copytree(data['panoptic'], tmp_path / 'data')
+    truncate(tmp_path / 'data/annotations/panoptic_train/1.png')
+    with pytest.raises(ValueError, match='photos to train on that cannot be used: 1, first .*panoptic_train/1.png'):
+        require_readable(open_panoptic(tmp_path / 'data'), what='to train on')
+    require_readable(open_panoptic(tmp_path / 'data', masks=False))

@@ -239,6 +239,7 @@ def require_readable(
     first:int=0,  # number of the first photo that is read
     step:int=1,   # and of the next ones: each process reads its share
     workers:int=8,# threads that read
+    what:str='to evaluate on', # what the photos are for
 )->None:          # nothing
     "Decode photos, and PNGs of masks where they are used. Raises ValueError that names the first one that cannot be used."
     whole = whole_sets(ds)[0]
@@ -249,6 +250,6 @@ def require_readable(
     with ThreadPool(workers) as pool:
         found = pool.map(trouble, range(first, len(ds), step), 16)
     if bad := [text for text in found if text]:
-        raise ValueError(f'photos to evaluate on that cannot be used: {len(bad):,}, first {bad[0]}. An AP over the others would be '
-                         'that of other photos: load them anew, or take them out of the annotations '
+        raise ValueError(f'photos {what} that cannot be used: {len(bad):,}, first {bad[0]}. Load them anew, or take them out of the '
+                         'annotations: an AP over other photos is another number '
                          '(check_dataset(ds, decode=True) names what is broken)')
