@@ -72,7 +72,16 @@ def hand(lab, folder):
     hand.page.get_by_role('button', name='clear').click()
     hand.wait(lambda s: s['photo'] == 'chelsea' and s['target'] == 'the same photo' and s['boxes'] == [])
     hand.box(40, 50, 140, 150)
+    settle(hand)
     return hand
+
+
+def settle(hand):
+    "Wait until nothing is on its way any more: what the kernel writes down comes after what it answers."
+    last = None
+    while last != hand.state()['sent']:
+        last = hand.state()['sent']
+        hand.page.wait_for_timeout(300)
 
 
 def test_the_widget_is_on_the_first_screen(lab, folder):
@@ -322,7 +331,11 @@ def test_controls_stand_beside_the_photo(hand):
 def test_a_kernel_that_works_or_is_gone_is_seen(lab, folder):
     "Working, restarted, killed: each is said, and answers of a kernel that is gone are faded."
     hand, note = Hand(lab, folder), lab.locator('.updetr-state').first
-    hand.python('import time\nwhile not Path("go").exists(): time.sleep(.05)', wait=False)
+    busy = 'import time\nPath("busy").touch()\nwhile not Path("go").exists(): time.sleep(.05)'
+    hand.python(busy, wait=False)
+    for _ in range(400):
+        if (folder / 'busy').exists(): break
+        hand.page.wait_for_timeout(50)
     hand.drag(40, 50, 140, 150)
     playwright.expect(note).to_have_text(re.compile('working|does not answer'))
     (folder / 'go').touch()

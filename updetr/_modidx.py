@@ -11,6 +11,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'updetr.annotations._polygon_trouble': ('annotations.html#_polygon_trouble', 'updetr/annotations.py'),
                                     'updetr.annotations._runs_trouble': ('annotations.html#_runs_trouble', 'updetr/annotations.py'),
                                     'updetr.annotations._slim': ('annotations.html#_slim', 'updetr/annotations.py'),
+                                    'updetr.annotations.as_float': ('annotations.html#as_float', 'updetr/annotations.py'),
                                     'updetr.annotations.by_id': ('annotations.html#by_id', 'updetr/annotations.py'),
                                     'updetr.annotations.is_number': ('annotations.html#is_number', 'updetr/annotations.py'),
                                     'updetr.annotations.outline_trouble': ('annotations.html#outline_trouble', 'updetr/annotations.py'),

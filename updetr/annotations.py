@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LISTS', 'ID', 'BOX', 'SIDE', 'NUMBER', 'FLAG', 'NAME', 'OPTIONAL_NUMBER', 'OPTIONAL_FLAG', 'SEGMENT',
-           'read_annotations', 'is_number', 'require_keys', 'require_values', 'require_unique', 'require_inside',
-           'by_id', 'panoptic_entries', 'unpack_runs', 'outline_trouble']
+           'read_annotations', 'is_number', 'as_float', 'require_keys', 'require_values', 'require_unique',
+           'require_inside', 'by_id', 'panoptic_entries', 'unpack_runs', 'outline_trouble']
 
 # %% ../nbs/22a_annotations.ipynb #c002
 import json
@@ -49,6 +49,13 @@ def is_number(
 )->bool:   # finite, below 10^12; truth values are none
     "Whether a value can be computed with."
     return type(value) in (int, float) and -1e12 < value < 1e12
+
+def as_float(
+    value, # anything that JSON knows
+)->float:  # NaN for what is no number, infinite beyond float64
+    "A number to compute with, as far as the value is one."
+    if type(value) not in (int, float): return np.nan
+    return np.inf if abs(value) >= 1e300 else float(value)
 
 def _is_id(value): return type(value) is int or type(value) is str or is_number(value)
 

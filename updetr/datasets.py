@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torchvision.utils import draw_bounding_boxes
 
-from .annotations import (ID, NAME, OPTIONAL_FLAG, OPTIONAL_NUMBER, read_annotations, require_inside, require_keys,
+from .annotations import (ID, NAME, OPTIONAL_FLAG, OPTIONAL_NUMBER, as_float, read_annotations, require_inside, require_keys,
                                 require_unique, require_values)
 from .fingerprint import SetRows, column_rows, set_rows
 from .photo_files import EXIF, find_files, photo_turn, photos_by_stem, read_as_said
@@ -183,13 +183,10 @@ def _categories(data, source, classes):
 
 # %% ../nbs/23_datasets.ipynb #c025
 def _floats(rows, width):
-    "Lists of numbers -> (m, width) float64; what is no number becomes NaN, what is beyond float64 infinite"
-    def number(v):
-        if type(v) not in (int, float): return np.nan
-        return np.inf if abs(v) >= 1e300 else float(v)
+    "Lists of numbers -> (m, width) float64; a row that is none becomes NaN"
     def one(row):
         if not isinstance(row, (list, tuple)) or len(row) != width: return [np.nan] * width
-        return list(map(number, row))
+        return list(map(as_float, row))
     return np.array([one(row) for row in rows], float).reshape(-1, width)
 
 def _lookup(places, values, what, unknown):
