@@ -328,16 +328,16 @@ def test_controls_stand_beside_the_photo(hand):
     assert right['x'] >= left['x'] + left['width'] and abs(right['y'] - left['y']) < 40
 
 
-def test_a_kernel_that_works_or_is_gone_is_seen(lab, folder):
+def test_a_kernel_that_works_or_is_gone_is_seen(hand, lab, folder):
     "Working, restarted, killed: each is said, and answers of a kernel that is gone are faded."
-    hand, note = Hand(lab, folder), lab.locator('.updetr-state').first
+    note = lab.locator('.updetr-state').first
     kernel = hand.state()['pid']
     os.kill(kernel, signal.SIGSTOP)  # a busy cell would not do: JupyterLab's kernels answer widgets beside it
     try:
-        hand.drag(40, 50, 140, 150)
+        hand.drag(200, 160, 320, 260)
         playwright.expect(note).to_have_text(re.compile('working|does not answer'))
     finally: os.kill(kernel, signal.SIGCONT)
-    hand.wait(lambda s: s['boxes'] == [[40, 50, 140, 150]])
+    hand.wait(lambda s: s['boxes'] == [[200, 160, 320, 260]])
     playwright.expect(note).to_have_text('')
     lab.evaluate('window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()')
     playwright.expect(note).to_contain_text('was restarted')
