@@ -5,6 +5,7 @@ import subprocess
 from fnmatch import fnmatch
 from pathlib import Path
 
+import hypothesis
 import matplotlib
 import pytest
 
@@ -13,6 +14,11 @@ NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] i
 
 os.environ.pop('MPLBACKEND', None)  # so that kernels started by tests draw into their notebook...
 matplotlib.use('agg')  # ... and the tests themselves need no display
+
+# Every run tries the same examples, so that a test's answer changes with the code only; `--hypothesis-profile search` draws new ones.
+hypothesis.settings.register_profile('repeatable', derandomize=True)
+hypothesis.settings.register_profile('search', derandomize=False)
+hypothesis.settings.load_profile('repeatable')
 
 
 def files(root=ROOT):

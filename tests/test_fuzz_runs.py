@@ -51,6 +51,12 @@ def log_lines(draw):
     return lines
 
 
+def test_a_lone_carriage_return_is_one_damaged_line_not_two(tmp_path):
+    (tmp_path/'log.txt').write_bytes(b'{"step": 1}\n0\r0\n{"step": 2}\r\n')
+    rows = read_log(tmp_path)
+    assert [r['step'] for r in rows] == [1, 2] and rows.damaged == 1
+
+
 def write_log(folder, lines):
     (folder / 'log.txt').write_text(''.join(text + '\n' for text, _ in lines), encoding='utf-8', errors='replace')
     return read_log(folder)

@@ -282,7 +282,8 @@ def read_log(
 ) -> Log:  # dictionaries in order of 'step', each step once
     "The rows of `log.txt`, also while it is written, and after restarts; empty if there is none yet."
     file, rows = Path(run_dir)/'log.txt', Log()
-    *lines, last = file.read_text(errors='replace').split('\n') if file.is_file() else ['']
+    # Bytes, since text mode would take a lone '\r' of a damaged line for the end of a line.
+    *lines, last = file.read_bytes().decode(errors='replace').split('\n') if file.is_file() else ['']
     for place, line in enumerate([*lines, last]):
         row, whole = _row(line)
         # The last line may be just being written: that is no damage.
