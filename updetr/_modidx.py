@@ -273,6 +273,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'updetr.config.check_devices': ('config.html#check_devices', 'updetr/config.py'),
                                'updetr.config.check_names': ('config.html#check_names', 'updetr/config.py'),
                                'updetr.config.check_parameters': ('config.html#check_parameters', 'updetr/config.py'),
+                               'updetr.config.earlier_values': ('config.html#earlier_values', 'updetr/config.py'),
                                'updetr.config.find_data': ('config.html#find_data', 'updetr/config.py'),
                                'updetr.config.loss_options': ('config.html#loss_options', 'updetr/config.py'),
                                'updetr.config.make_config': ('config.html#make_config', 'updetr/config.py'),

@@ -182,7 +182,7 @@ def _detector(cfg, frozen):
     return build_detr(20, **options | {'weights': None, 'frozen_backbone': frozen})
 
 PRETRAINING = {f.name for f in dataclasses.fields(PretrainConfig)} & set(
-    'num_patches feature_recon mask_ratio query_shuffle attention_mask matching_init'.split())
+    'num_patches feature_recon mask_ratio query_shuffle attention_mask matching_init query_std'.split())
 
 # %% ../nbs/43_bench.ipynb #d43b0002
 def counted_as_on_gpu(cfg: PretrainConfig,  # of the transformer

@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'DESCRIPTIONS', 'MOST', 'LARGEST_INT', 'LARGEST_FLOAT', 'L
            'COUNTS', 'TREE', 'NEUTRAL', 'LATER', 'DetectorConfig', 'ModelConfig', 'SetLossConfig', 'LossConfig',
            'DataConfig', 'multiple', 'TrainConfig', 'PretrainConfig', 'check_names', 'make_config', 'missing_here',
            'check_config', 'plain_variables', 'check_parameters', 'find_data', 'check_devices', 'model_options',
-           'loss_options', 'cfg_changes']
+           'loss_options', 'earlier_values', 'cfg_changes']
 
 # %% ../nbs/14_config.ipynb #c002
 import dataclasses
@@ -51,6 +51,7 @@ class ModelConfig(DetectorConfig):
     query_shuffle: bool = False  # permute object queries over the groups (Fig. 2; off in the release)
     attention_mask: bool = True  # object queries look only at queries of their own patch (Eq. 3)
     matching_init: bool = False  # small-scale option: start as an appearance matcher
+    query_std: float = 1.  # spread of the object queries at the start; 1 is nn.Embedding's own
 
 # %% ../nbs/14_config.ipynb #c005
 @dataclass(frozen=True)
@@ -148,8 +149,8 @@ PRESETS = {
     'demo': dict(
         backbone='tf_efficientnet_lite0', weights='builtin', features='blocks.4', standardize=True,
         hidden_dim=128, nheads=4, enc_layers=1, dec_layers=3, dim_feedforward=128, dropout=0.,
-        num_queries=50, num_patches=25, pos_in_input=True, matching_init=True, own_group=True, eos_coef=.2,
-        heldout=.1, patch_size=64, patch_law='mixed', views=2000, cache_features=True,
+        num_queries=50, num_patches=25, pos_in_input=True, matching_init=True, query_std=.02, own_group=True,
+        eos_coef=.2, heldout=.1, patch_size=64, patch_law='mixed', views=2000, cache_features=True,
         lr=1e-3, clip_max_norm=1., schedule='cosine', warmup=.05, batch_size=4, epochs=10, keep_every=0)}
 DESCRIPTIONS = {'paper': "the reference's recipe: ResNet-50 with SwAV weights, 60 epochs, 256 photos a step",
                 'demo': 'minutes on two CPU cores: EfficientNet-Lite0, 1+3 layers, cached features'}
@@ -218,7 +219,7 @@ def missing_here(cfg: TrainConfig,  # of any kind
 CHOICES = {'schedule': ('step', 'cosine'), 'position': ('sine', 'learned'), 'patch_law': ('uniform', 'range', 'fixed', 'grid', 'mixed'),
            'eval_backend': ('pycocotools', 'hotcoco')}
 POSITIVE = ('hidden_dim nheads enc_layers dec_layers dim_feedforward num_queries num_patches patch_size view_size lr epochs lr_drop '
-            'batch_size accumulate clip_max_norm log_every save_every channels').split()
+            'batch_size accumulate clip_max_norm log_every save_every channels query_std').split()
 SHARES = 'dropout mask_ratio heldout warmup ema'.split()
 COUNTS = 'weight_decay lr_backbone eos_coef views cached_patches num_workers keep_every max_skips seed'.split()
 
@@ -317,12 +318,18 @@ NEUTRAL = ('num_workers', 'log_every', 'save_every', 'keep_every', 'max_skips', 
 LATER = {'ce_per_process': False, 'detach_recon': True, 'learn_positions': False,  # came later: a file without them is one with these
          'images': '', 'images_val': '', 'exif': 'sizes', 'missing': 'refuse', 'val_share': .2}
 
+def earlier_values(cfg: Mapping,  # a configuration's names and values
+                   ) -> dict:  # name -> value
+    "What runs did before there were parameters for it."
+    # The start as an appearance matcher used to draw nearly equal object queries.
+    return LATER | {'query_std': .02 if cfg.get('matching_init') else 1.}
+
 def cfg_changes(old: Mapping,  # configuration that the run was started with
                 new: Mapping,  # configuration asked for now
                 neutral: tuple[str, ...] = (),  # keys that may differ
                 ) -> dict[str, str]:  # key -> 'old -> new', for each key that differs
     "What has changed between two configurations, compared as JSON (so a tuple equals a list)."
     old, new = (json.loads(json.dumps(dict(c), default=os.fspath)) for c in (old, new))
-    old = {k: v for k, v in LATER.items() if k in new} | old
+    old = {k: v for k, v in earlier_values(old).items() if k in new} | old
     def show(c, k): return json.dumps(c[k], sort_keys=True) if k in c else '(not set)'
     return {k: f'{show(old, k)} -> {show(new, k)}' for k in {**old, **new} if k not in neutral and show(old, k) != show(new, k)}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cnn_task import CNN_PRESETS, CNNConfig
-from .config import LATER, NEUTRAL, PRESETS, DetectorConfig, PretrainConfig, TrainConfig, check_names, make_config
+from .config import NEUTRAL, PRESETS, DetectorConfig, PretrainConfig, TrainConfig, check_names, earlier_values, make_config
 from .finetune import FINETUNE_PRESETS, FREE, FinetuneConfig
 from .oneshot import ONESHOT_PRESETS, OneShotConfig
 from .panoptic_task import PANOPTIC_PRESETS, PanopticConfig
@@ -74,7 +74,7 @@ def job_key(job: Job,  # to be run
             ) -> str:  # 12 hexadecimal digits
     "A hash of everything that determines a job's weights."
     fields = dataclasses.asdict(configure(job, seed))
-    later = {k for k, v in LATER.items() if fields.get(k) == v}  # older runs keep their names
+    later = {k for k, v in earlier_values(fields).items() if fields.get(k) == v}  # older runs keep their names
     content = {k: v for k, v in fields.items() if k not in (*NEUTRAL, *later, 'pretrain')}
     content['start'] = job_key(job.start, seed) if job.start else ''
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -107,16 +107,19 @@ def build_updetr(backbone: str = 'resnet50',  # torchvision ResNet or timm model
                  pos_in_input: bool = False,  # small-scale option of `DETR`
                  standardize: bool = False,  # small-scale option of `DETR`
                  matching_init: bool = False,  # start as an appearance matcher (small-scale option, below)
+                 query_std: float = 1.,  # spread of the object queries at the start, above 0; 1 is `nn.Embedding`'s own
                  num_classes: int = 2,  # 2: the reference's three logits; 1: the paper's two
                  **parts,  # features, dilation, position, hidden_dim, nheads, ... of `build_parts`
                  ) -> UPDETR:  # in training mode
     "UP-DETR for pre-training. Raises ValueError (sizes) or FileNotFoundError (weights)."
     group_mask(num_queries, num_patches)
     if not 0 <= mask_ratio < 1: raise ValueError(f'mask_ratio {mask_ratio} is not in [0, 1)')
+    if not query_std > 0: raise ValueError(f'query_std {query_std} must be above 0: object queries that are equal stay equal')
     joiner, transformer = build_parts(backbone, weights, frozen_backbone=frozen_backbone, pre_norm=pre_norm, **parts)
     model = UPDETR(joiner, transformer, num_queries, num_patches, feature_recon, mask_ratio, query_shuffle, attention_mask, num_classes,
                    aux_loss=aux_loss, pos_in_input=pos_in_input, standardize=standardize)
     if matching_init: init_matching(model)
+    with torch.no_grad(): model.query_embed.weight.mul_(query_std)
     return model
 
 # %% ../nbs/10_updetr.ipynb #c014
@@ -130,7 +133,6 @@ def init_matching(model: UPDETR,  # changed in place; architecture and names sta
     model.patch2query.weight.copy_(shared)
     model.input_proj.weight.copy_(shared[:, :, None, None])
     for b in (model.patch2query.bias, model.input_proj.bias): b.zero_()
-    nn.init.normal_(model.query_embed.weight, std=.02)
     for layer in model.transformer.decoder.layers:
         layer.multihead_attn.in_proj_weight[:2 * d] = gain * nn.init.orthogonal_(torch.empty(d, d)).repeat(2, 1)
     for layer in model.transformer.encoder.layers:
