@@ -25,8 +25,8 @@ PAPER, NOTEBOOKS = Scale('paper'), sorted((ROOT / 'nbs/experiments').glob('*.ipy
 # Pre-training, the README command of the reference and the paper's Section 4: every arm of every table, but for what it changes.
 PRETRAIN = dict(backbone='resnet50', weights='swav', frozen_backbone=True, num_queries=100, num_patches=10, hidden_dim=256, nheads=8,
                 enc_layers=6, dec_layers=6, dim_feedforward=2048, dropout=.1, pre_norm=True, feature_recon=True, mask_ratio=.1,
-                query_shuffle=False, attention_mask=True, matching_init=False, query_std=1., own_group=False, pos_in_input=False, standardize=False,
-                eos_coef=.1, set_cost_class=1., set_cost_bbox=5., set_cost_giou=2., bbox_loss_coef=5., giou_loss_coef=2.,
+                query_shuffle=False, attention_mask=True, matching_init=False, query_std=1., own_group=False, pos_in_input=False,
+                standardize=False, eos_coef=.1, set_cost_class=1., set_cost_bbox=5., set_cost_giou=2., bbox_loss_coef=5., giou_loss_coef=2.,
                 feature_loss_coef=1., lr=1e-4, weight_decay=1e-4, clip_max_norm=.1, batch_size=256, patch_size=128, patch_law='uniform',
                 views=0, schedule='step', warmup=0., ema=0., cache_features=False)
 FINETUNE = dict(backbone='resnet50', frozen_backbone=False, num_queries=100, hidden_dim=256, nheads=8, enc_layers=6, dec_layers=6,
