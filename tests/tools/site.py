@@ -80,7 +80,7 @@ def title(path):
 
 
 def collect(root, source):
-    "README, notebooks, reports and the pictures they show, in the folder `source`; the table of contents."
+    "README, notebooks, reports, and the pictures and scripts that they show, in the folder `source`; the table of contents."
     shutil.rmtree(source, ignore_errors=True)
     (source / 'nbs').mkdir(parents=True)
     shutil.copytree(root / 'reports', source / 'reports')
@@ -92,6 +92,7 @@ def collect(root, source):
     for p in notebooks + sum(apart.values(), []):
         (page := source / p.relative_to(root)).parent.mkdir(exist_ok=True)
         nbformat.write(shown(p), page)
+    for p in (root / 'nbs/tutorials').glob('*.py'): shutil.copy(p, source / p.relative_to(root))
     for p in (source / 'reports').rglob('*.ipynb'): nbformat.write(shown(p), p)
     place = {p: re.match(r'(\d+[a-z]*)?', p.name)[0] for p in notebooks}
     nav = [{'updetr': 'index.md'}, {'To be run': [{title(p): f'nbs/{p.name}'} for p in notebooks if not place[p]]}]
@@ -151,7 +152,7 @@ def make(root=ROOT, out=ROOT / '_docs'):
         site_name='updetr', docs_dir='source', site_dir='site', nav=collect(root, source), use_directory_urls=False,
         extra_css=['site.css'],
         theme={'name': 'material', 'font': False, 'features': ['navigation.top', 'navigation.footer', 'search.highlight', 'toc.follow']},
-        plugins=['search', 'offline', {'mkdocs-jupyter': {'ignore_h1_titles': True, 'include_source': False}}],
+        plugins=['search', 'offline', {'mkdocs-jupyter': {'include': ['*.ipynb'], 'ignore_h1_titles': True, 'include_source': False}}],
         markdown_extensions=['tables', 'fenced_code', 'attr_list', 'md_in_html', {'toc': {'permalink': True}}])
     (out / 'mkdocs.yml').write_text(json.dumps(settings))  # JSON is YAML
     build(load_config(str(out / 'mkdocs.yml')))
