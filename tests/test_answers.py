@@ -19,8 +19,10 @@ from updetr.detr import build_detr
 from updetr.evaluate import CocoEvaluator
 from updetr.exchange import to_huggingface
 from updetr.finetune import finetune_config
-from updetr.oneshot_detector import Matches
+from updetr.oneshot import ask, build_oneshot
+from updetr.oneshot_detector import Matches, OneShotDetector
 from updetr.train import Processes, train
+from updetr.transforms import Sizes
 
 IDS, FAR = (7, 900), 3_000_000_000_000
 WIDTH, HEIGHT = 120, 80
@@ -104,6 +106,25 @@ def test_matches_carry_the_id_of_what_was_asked_for():
         assert [r['category_id'] for r in found.to_dict()] == [0, 0]
     assert rows == [{'image_id': 7, 'category_id': FAR, 'bbox': [1, 2, 3, 5], 'score': .5},
                     {'image_id': 7, 'category_id': FAR, 'bbox': [0, 0, 8, 8], 'score': .25}]
+
+
+def test_one_shot_answers_end_at_the_photo_and_fit_the_sets_file(noise, monkeypatch):
+    """Asked with an object of the set: what leaves the photo is cut off, nothing else is changed, and COCO's tool takes the results."""
+    small = dict(hidden_dim=16, nheads=2, enc_layers=1, dec_layers=1, dim_feedforward=16, num_queries=5)
+    torch.manual_seed(0)
+    model, data, said = build_oneshot(backbone='resnet18', **small), open_dataset(noise, 'val'), []
+    with torch.no_grad(): model.bbox_embed.layers[-1].bias.copy_(torch.tensor([-1., 1, 3, 3]))  # large, beyond the left and lower edge
+    monkeypatch.setattr('updetr.oneshot_detector.ask', lambda *args: said.append(ask(*args)) or said[-1])
+    sample = data[1]
+    found = OneShotDetector(model, Sizes().scaled(64))(sample['image'], sample['image'], sample['boxes'][0].tolist(), threshold=0.)
+    answer = said[0][0]
+    free = answer['boxes'][answer['scores'].argsort(descending=True)]
+    edges = torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
+    assert (free < 0).any() and (free > edges).any() and torch.equal(found.boxes, free.clamp(min=0).minimum(edges))
+    rows = json.loads(json.dumps(found.to_dict(data.image_ids[1], data.category_ids[sample['labels'][0]])))
+    assert {(r['image_id'], r['category_id']) for r in rows} == {(FAR + 1, IDS[1])}
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert len(COCO(str(noise / 'annotations/instances_val.json')).loadRes(rows).anns) == 5
 
 
 def test_ids_travel_to_transformers():

@@ -22,12 +22,13 @@ from tools.cells import run_cells
 from updetr.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.config import make_config, model_options
 from updetr.detr import build_detr
+from updetr.evaluate import classes_by_name
 from updetr.finetune import finetune_config
 from updetr.finetune_task import FinetuneTask
 from updetr.masks import DETRsegm
 from updetr.panoptic import PanopticEvaluator, open_panoptic, write_panoptic
 from updetr.panoptic_task import PanopticConfig, PanopticTask, evaluate_panoptic, panoptic_config, start_kind
-from updetr.segmenter import PanopticSegmenter
+from updetr.segmenter import PanopticSegmenter, segments_by_name
 from updetr.train import Processes, train
 from updetr.updetr import build_updetr
 
@@ -190,6 +191,49 @@ def test_the_segmenter_answers_as_the_run_measured(masks, fields):
     last = measured(masks)[-1]
     for k, v in evaluator.summary().items(): assert v == pytest.approx(last.get(f'test_{k}', v), abs=.05, nan_ok=True), k
     assert segmenter.threshold == .3 and list(segmenter.classes) == val.classes and len(found.attention) == len(found)
+
+
+def drawn(file, entry):
+    """{segment: (category id, its pixels)} of one entry of a panoptic JSON, read from its PNG."""
+    red, green, blue = np.moveaxis(np.asarray(Image.open(file.with_suffix('') / entry['file_name'])).astype(int), 2, 0)
+    numbers = red + 256 * green + 256**2 * blue
+    segments = {s['id']: (s['category_id'], numbers == s['id']) for s in entry['segments_info']}
+    assert sum(m.sum() for _, m in segments.values()) == (numbers > 0).sum()  # the list says all that is drawn
+    return segments
+
+
+def plain_pq(truth, found):
+    """{category id: (PQ, SQ, RQ)} of two files of COCO panoptic that have no crowds and no void: the definition, and nothing else."""
+    content, said = (json.loads(f.read_text()) for f in (truth, found))
+    answers = {row['image_id']: row for row in said['annotations']}
+    assert answers.keys() == {row['image_id'] for row in content['annotations']}
+    iou, right, wrong, missed = ({c['id']: 0. for c in content['categories']} for _ in range(4))
+    for row in content['annotations']:
+        theirs, ours, taken = drawn(truth, row), drawn(found, answers[row['image_id']]), set()
+        for kind, mask in theirs.values():
+            fits = {b: (mask & m).sum() / (mask | m).sum() for b, (k, m) in ours.items() if k == kind}
+            hit = [b for b, v in fits.items() if v > .5]
+            for b in hit: iou[kind] += fits[b]
+            right[kind] += len(hit)
+            missed[kind] += not hit
+            taken.update(hit)
+        for b, (kind, _) in ours.items(): wrong[kind] += b not in taken
+    whole = {k: right[k] + wrong[k] / 2 + missed[k] / 2 for k in iou}
+    return {k: (iou[k] / n, iou[k] / max(right[k], 1), right[k] / n) for k, n in whole.items() if n}
+
+
+def test_a_whole_sets_files_judged_by_themselves_give_the_pq_of_the_log(masks, fields, tmp_path):
+    """Panoptic results as COCO's JSON and PNGs: the set's own ids, and by an independent count the run's last numbers."""
+    segmenter, val = PanopticSegmenter.from_checkpoint(masks / 'checkpoint.pth'), open_panoptic(fields, 'val')
+    places = classes_by_name(segmenter.classes, val.classes)
+    answers = ((k, segments_by_name(segmenter(val[i]['image']), places)) for i, k in enumerate(val.image_ids))
+    write_panoptic(tmp_path / 'found.json', answers, val)
+    judged, last = plain_pq(fields / 'annotations/panoptic_val.json', tmp_path / 'found.json'), measured(masks)[-1]
+    assert judged.keys() == {70, 90}  # sky and soil by the file's own ids; the sun never shines
+    mean = [100 * v for v in np.mean([*judged.values()], 0)]
+    assert [last[f'test_{k}'] for k in ('PQ', 'SQ', 'RQ')] == pytest.approx(mean, abs=.01)
+    said = segmenter(val[0]['image']).to_dict(5)
+    assert {s['category_id'] for s in said['segments_info']} <= {70, 90} and said['image_id'] == 5
 
 
 # ---- where a stage starts -------------------------------------------------------------------------------------------
