@@ -1,4 +1,5 @@
 """The number of processes and of micro-batches is no hyper-parameter of fine-tuning; and two processes that are stopped go on as two."""
+import dataclasses
 import json
 import shutil
 import signal
@@ -16,6 +17,8 @@ from test_resume import as_in_the_processes, weights  # noqa: F401 (a fixture: o
 from test_task import save_photos
 from updetr import train as loop
 from updetr.checkpoint import read_json, write_json
+from updetr.cnn_task import CNN_PRESETS, CNNConfig
+from updetr.config import make_config
 from updetr.train import Processes, find_task
 
 
@@ -58,17 +61,40 @@ def crowded(tmp_path_factory):
     return folder.parent
 
 
+@pytest.fixture(scope='module')
+def half_empty(tmp_path_factory):
+    """A COCO folder in which five photos of eight show nothing, so that parts of a batch have classes for very different numbers of photos."""
+    (folder := tmp_path_factory.mktemp('half_empty') / 'annotations').mkdir()
+    for part, n in {'train': 8, 'val': 2}.items():
+        save_photos(folder.parent / part, n, (64, 48), start=n)
+        write_json(folder / f'instances_{part}.json', {
+            'images': [{'id': i, 'file_name': f'{i}.jpg', 'width': 64, 'height': 48} for i in range(n)],
+            'categories': [{'id': k, 'name': f'kind {k}'} for k in (3, 4)],
+            'annotations': [{'id': i, 'image_id': i, 'category_id': 3 + i % 2, 'bbox': [4, 4, 50, 40]} for i in range(min(n, 3))]})
+    return folder.parent
+
+
+def make_cnn(folder, data, labels):
+    """A run of a CNN whose norms do not average over photos: what a photo gives does not hang on those beside it."""
+    folder.mkdir(parents=True)
+    tiny = dict(backbone='convnext_atto', features='stages.0', crop_size=32, projection=8, batch_size=8, epochs=6, lr=1e-3)
+    cfg = make_config('demo', CNNConfig, CNN_PRESETS, **tiny, scenes=0, scenes_val=0, data=str(data), labels=labels, eval_every=0, log_every=1)
+    write_json(folder / 'cfg.json', dataclasses.asdict(cfg))
+    return folder
+
+
 SAME = dict(dropout=0., epochs=1, eval_every=0, square=64, frozen_backbone=False, num_queries=8)
 
 
 @pytest.fixture(scope='module')
-def in_two(crowded, tmp_path_factory):
+def in_two(crowded, half_empty, tmp_path_factory):
     """Runs of two processes, which are started once for all of them."""
     root = tmp_path_factory.mktemp('two')
     disturbed = dict(epochs=2, eval_every=0, frozen_backbone=False, ema=.8, dropout=.1, accumulate=2)
     ways = {'2': SAME, '2x2': SAME | dict(accumulate=2),
             'theirs': SAME | dict(ce_per_process=True), 'whole': disturbed, 'stopped': disturbed}
     folders = {name: make_run(root / name, crowded, **way) for name, way in ways.items()}
+    folders |= {f'cnn {labels}': make_cnn(root / f'cnn{labels}', half_empty, labels) for labels in (True, False)}
     mp.spawn(one_of, (2, list(folders.values()), root / 'meet'), nprocs=2)
     return folders
 
@@ -104,6 +130,18 @@ def test_masks_and_one_shot_too(crowded, tmp_path):
     for name in ('masks', 'oneshot'):
         first = [next(r for r in rows(tmp_path / f'{name}{n}')) for n in (1, 2, 4)]
         for k in ('train_loss', 'train_grad_norm'): assert [r[k] for r in first] == pytest.approx([first[0][k]] * 3, rel=1e-4), (name, k)
+
+
+@pytest.mark.parametrize('labels', [True, False])
+def test_a_cnn_learns_the_same_in_one_process_and_two(labels, half_empty, in_two, tmp_path):
+    """With classes, which most photos have not; and without, where every view is looked for among those of both processes."""
+    go(alone := make_cnn(tmp_path / 'alone', half_empty, labels), Processes())
+    ours, theirs = (list(rows(folder)) for folder in (alone, in_two[f'cnn {labels}']))
+    assert len(ours) == len(theirs) == 6
+    for k in ('train_loss', 'train_accuracy', 'train_grad_norm'):
+        assert [r[k] for r in theirs] == pytest.approx([r[k] for r in ours], rel=1e-4), k
+    a, b = weights(alone), weights(in_two[f'cnn {labels}'])
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a) and a.keys() == b.keys()
 
 
 def test_two_processes_that_are_stopped_are_two_undisturbed_ones(in_two):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CNN_PRESETS', 'TASK', 'CNNConfig', 'object_region', 'count_objects', 'ObjectViews', 'object_loader',
            'views_to_device', 'learning_body', 'CNN', 'contrast_loss', 'neighbour_accuracy', 'object_features',
-           'measure_features', 'CNNStep', 'CNNTask']
+           'measure_features', 'views_of_all', 'CNNStep', 'CNNTask']
 
 # %% ../nbs/28b_cnn_task.ipynb #c002
 from collections.abc import Iterator
@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -28,6 +30,7 @@ from .config import TrainConfig
 from .finetune import LabelledConfig, labelled_marks, open_sets
 from .finetune_task import save_preview
 from .loader import BatchPlan, data_loader, random_crop
+from .losses import average_over_processes
 from .resume import agree_on_data
 from .train import Processes
 
@@ -196,6 +199,13 @@ def measure_features(model: CNN,  # in any mode
     most = 100 * (asked[1] == known[1].mode().values).float().mean().item()
     return {'test_neighbours': neighbour_accuracy(*known, *asked), 'test_most': most}
 
+# %% ../nbs/28b_cnn_task.ipynb #c030v
+def views_of_all(z: Tensor,  # (B,2,d) answers of this process
+                 ) -> Tensor:  # (B times processes,2,d); a gradient finds its way to the process that the answer came from
+    "The answers of all processes."
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1): return z
+    return torch.cat(all_gather(z.contiguous()))
+
 # %% ../nbs/28b_cnn_task.ipynb #c030
 class CNNStep(nn.Module):
     "A batch of views to its loss and the logged numbers."
@@ -208,12 +218,15 @@ class CNNStep(nn.Module):
 
     def forward(self, batch):
         answers = self.model(batch['views'].flatten(0, 1))[1].float()
-        if not self.cfg.labels: loss, right = contrast_loss(answers.unflatten(0, (-1, 2)), self.cfg.temperature)
-        else:
-            truth = batch['label'].repeat_interleave(2)
-            loss = F.cross_entropy(answers, truth, ignore_index=-1, reduction='sum') / (truth >= 0).sum().clamp(min=1)
-            right = (answers.argmax(1) == truth).float().mean()
-        return loss, {'accuracy': right}
+        if not self.cfg.labels:
+            loss, right = contrast_loss(views_of_all(answers.unflatten(0, (-1, 2))), self.cfg.temperature)
+            return loss, {'accuracy': right}
+        truth = batch['label'].repeat_interleave(2)
+        # one process may have more photos without a class than another: all divide by the same number
+        known = average_over_processes((truth >= 0).sum().float())
+        known = known.masked_fill(known == 0, 1)
+        loss = F.cross_entropy(answers, truth, ignore_index=-1, reduction='sum') / known
+        return loss, {'accuracy': (answers.argmax(1) == truth).sum() / known}
 
 # %% ../nbs/28b_cnn_task.ipynb #c031
 class CNNTask:
