@@ -5,13 +5,16 @@ import io
 import json
 import warnings
 
+import nbformat
 import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from conftest import ROOT
 from test_finetune_runs import TINY, make_task, measured
 from test_task import save_photos
+from tools.cells import run_cells
 from updetr.checkpoint import export_weights, load_checkpoint, read_weights, save_checkpoint, write_json
 from updetr.datasets import open_dataset
 from updetr.detector import Detections, Detector, coco_results
@@ -19,6 +22,8 @@ from updetr.detr import build_detr
 from updetr.evaluate import CocoEvaluator
 from updetr.exchange import to_huggingface
 from updetr.finetune import finetune_config
+from updetr.finetune_task import evaluate, measurement
+from updetr.launch import read_log
 from updetr.oneshot import ask, build_oneshot
 from updetr.oneshot_detector import Matches, OneShotDetector
 from updetr.train import Processes, train
@@ -189,3 +194,50 @@ def test_a_class_that_sorts_first_shifts_no_other(noise, run, tmp_path):
     write_json(tmp_path / 'none.json', content)
     with pytest.raises(ValueError, match="share no class: it knows 'kind 7', 'kind 900', the set has 'cow'"):
         coco_results(detector, open_dataset(tmp_path / 'none.json', images=noise / 'val'))
+
+
+def test_a_score_is_called_a_score():
+    """Its correlation with the IoU is about zero (notebook 37), so no page of the kit calls it confidence."""
+    said = [(f.name, c.id, c.source) for f in (ROOT / 'nbs').rglob('*.ipynb') for c in nbformat.read(f, 4).cells]
+    assert not [(name, cell) for name, cell, text in said if 'confiden' in text.lower().replace('no confidence', '')]
+
+
+# ---- spread: one definition, in the log, in finetune's last table and in the guide -----------------------------------
+
+def slow_spread(coco, predictions):
+    """How far the centre of each query's box moves from photo to photo, as a share of the photo's sides; the mean of all."""
+    sides, moved = {p['id']: (p['width'], p['height']) for p in coco['images']}, []
+    for query in range(len(next(iter(predictions.values()))['boxes'])):
+        for axis in (0, 1):
+            places = [(p['boxes'][query][axis] + p['boxes'][query][axis + 2]) / 2 / sides[k][axis] for k, p in predictions.items()]
+            mean = sum(places) / len(places)
+            moved.append((sum((v - mean) ** 2 for v in places) / len(places)) ** .5)
+    return float(sum(moved) / len(moved))
+
+
+def test_the_last_table_of_a_fine_tuning_has_the_logs_spread(run):
+    """The cell itself, on a finished run: the number that is logged, which is that of the checkpoint, query by query."""
+    notebook = nbformat.read(ROOT / 'nbs/finetune.ipynb', 4)
+    cell, tables = next(c for c in notebook.cells if 'SIGNALS = ' in c.source), []
+    space = dict(runs={'detr': [run]}, logs={'detr': [read_log(run)]}, folder=run, epoch_curves=lambda *args: None,
+                 save_figure=lambda *args: None, markdown_table=tables.append, Markdown=str, display=lambda shown: None)
+    exec(cell.source, space)
+    task = make_task(run)
+    task.model.load_state_dict(load_checkpoint(run / 'checkpoint.pth')['model'])
+    evaluator = evaluate(task, task.model)
+    assert len(tables) == 1 and tables[0][0]['spread'] == measured(run)[-1]['test_spread'] > 0
+    assert tables[0][0]['spread'] == pytest.approx(slow_spread(evaluator.coco, evaluator.predictions), abs=1e-4)
+
+
+def test_the_guides_sign_of_a_collapse_is_the_logs(monkeypatch):
+    """Each cause of the guide: its `spread` is what a log would have, and what the slow way finds."""
+    guide, kept = run_cells(ROOT / 'nbs/guides/my_ap_is_0.ipynb', monkeypatch, 'def judge('), []
+    guide['CocoEvaluator'] = lambda truth: kept.append(CocoEvaluator(truth)) or kept[-1]
+    boxes = guide['perfect'](guide['samples'][0], torch.Generator().manual_seed(0))['boxes']
+    for change, near_zero in ((lambda p, i: p, False), (lambda p, i: p | {'boxes': boxes, 'scores': p['scores'].roll(i)}, True)):
+        said = guide['judge'](change)['spread']
+        evaluator = kept[-1]
+        assert said == pytest.approx(slow_spread(evaluator.coco, evaluator.predictions)) and (said < 1e-6) == near_zero
+        assert measurement(evaluator)['test_spread'] == round(said, 4)
+    monkeypatch.setattr('updetr.evaluate._spread', lambda *args: .125)  # one function, used by both
+    assert guide['judge'](lambda p, i: p)['spread'] == .125 == measurement(evaluator)['test_spread']

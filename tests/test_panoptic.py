@@ -234,7 +234,7 @@ def test_a_small_segment_gives_its_pixels_to_the_others():
     assert (paint(logits[2:], three[:1], [True], (2, 2)) == -1).all()  # nothing is left
 
 
-def confident(model, batch, seed=0):
+def opinionated(model, batch, seed=0):
     """Make the class head sure of different things for different queries, though an untrained decoder hardly tells them apart."""
     g, head = torch.Generator().manual_seed(seed), model.eval().detr.class_embed
     with torch.no_grad():
@@ -254,9 +254,9 @@ def batch_of(images, orig):
 
 
 def test_the_answer_of_a_batch_by_the_plain_model():
-    """Look once and draw what is confident = DETR's dictionary with all masks, thresholded afterwards."""
+    """Look once and draw what has the score = DETR's dictionary with all masks, thresholded afterwards."""
     batch, isthing = batch_of(photos(), [(64, 96), (120, 70)]), [True, True, True, False, False]
-    model = confident(make(), batch)
+    model = opinionated(make(), batch)
     answers, out = panoptic_segments(model, batch, isthing, .6), model(batch['images'], batch['mask'])
     counts = []
     for b, (ids, info) in enumerate(answers):
@@ -275,7 +275,7 @@ def test_the_answer_of_a_batch_by_the_plain_model():
 
 def test_instances_are_all_queries_that_say_thing():
     batch = batch_of(photos(), [(64, 96), (48, 32)])
-    model, count = confident(make(num_queries=9), batch), 0
+    model, count = opinionated(make(num_queries=9), batch), 0
     out = model(batch['images'], batch['mask'])
     isthing = [k == out['pred_logits'][0, 0, :-1].argmax() for k in range(5)]
     for b, p in enumerate(instance_masks(model, batch, isthing, chunk=2)):
@@ -298,14 +298,14 @@ def test_padding_is_cut_off_before_anything_else():
 
 def test_numbers_without_a_class_are_never_answered():
     batch = batch_of(photos(), [(64, 96), (120, 70)])
-    model = confident(make(), batch)
+    model = opinionated(make(), batch)
     said = {s['category_id'] for _, info in panoptic_segments(model, batch, [False] * 5, 0.) for s in info}
     some = sorted(said)[0]
     kinds = [None if k == some else False for k in range(5)]
     assert said - {some} and some not in {s['category_id'] for _, info in panoptic_segments(model, batch, kinds, 0.) for s in info}
 
 
-def test_no_confident_query_is_an_empty_answer():
+def test_no_score_at_the_threshold_is_an_empty_answer():
     answers = panoptic_segments(make().eval(), batch_of(photos(), [(10, 10), (20, 20)]), [True] * 5, 1.)
     assert [(a.shape, a.any().item(), i) for a, i in answers] == [((10, 10), False, []), ((20, 20), False, [])]
 

@@ -50,7 +50,7 @@ def own_ids(labels: Sequence[int],  # of what was found, 0..C-1
 # %% ../nbs/29_detector.ipynb #c008
 @dataclass(frozen=True, eq=False)
 class Detections:
-    "What a detector found in one picture, the surest first."
+    "What a detector found in one picture, the highest score first."
     image: Tensor  # (3,H,W) uint8
     boxes: Tensor  # (k,4) xyxy px
     labels: Tensor  # (k,) 0..C-1

@@ -28,7 +28,7 @@ from .updetr import UPDETR
 # %% ../nbs/33_oneshot_detector.ipynb #c005
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Matches(Detections):
-    "What a one-shot detector found in one photo, the surest first; `classes` is one word, 'match'."
+    "What a one-shot detector found in one photo, the highest score first; `classes` is one word, 'match'."
     query: Tensor = None  # (3,s,s) uint8, what was asked for
 
     def to_dict(self, image_id=0, category_id=0):
@@ -96,7 +96,7 @@ class OneShotDetector:
 
     def __call__(self, photos, query, box=None, threshold=.5, overlap=1.):
         """What matches `query` (any picture, or `box` xyxy px of it) with a score of at least `threshold` (0..1); a list gives a list.
-        Answers that overlap a surer one by more than `overlap` (IoU) are left out: a pre-trained model gives many for one place."""
+        Answers that overlap one of a higher score by more than `overlap` (IoU) are left out: a pre-trained model gives many for one place."""
         asked = self.query(query, box)
         if isinstance(photos, (list, tuple)): return [self.detect(as_image(p), asked, threshold, overlap) for p in photos]
         return self.detect(as_image(photos), asked, threshold, overlap)

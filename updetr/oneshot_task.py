@@ -271,9 +271,9 @@ def draw_oneshot(image: Tensor,  # (3,H,W) uint8
                  truth: Tensor,  # (t,4) xyxy px, what is to be found: white
                  boxes: Tensor,  # (k,4) xyxy px, what is found: red
                  scores: Tensor,  # (k,) 0..1
-                 most: int = 3,  # answers that are drawn, the surest
+                 most: int = 3,  # answers that are drawn, those with the highest scores
                  ) -> Tensor:  # (3,h,W) uint8
-    "The photo with the true boxes and the surest answers, the query below it."
+    "The photo with the true boxes and the answers with the highest scores, the query below it."
     drawn, best = image.clone(), scores.argsort(descending=True)[:most]
     if len(truth): drawn = draw_bounding_boxes(drawn, truth, colors='white', width=3)
     words, look = [f'{s:.2f}' for s in scores[best].tolist()], dict(label_colors='white', label_background_colors='red', fill_labels=True)
