@@ -63,7 +63,7 @@ def crowded(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def half_empty(tmp_path_factory):
-    """A COCO folder in which five photos of eight show nothing, so that parts of a batch have classes for very different numbers of photos."""
+    """A COCO folder in which five photos of eight show nothing, so parts of a batch differ in how many photos have a class."""
     (folder := tmp_path_factory.mktemp('half_empty') / 'annotations').mkdir()
     for part, n in {'train': 8, 'val': 2}.items():
         save_photos(folder.parent / part, n, (64, 48), start=n)
@@ -78,7 +78,8 @@ def make_cnn(folder, data, labels):
     """A run of a CNN whose norms do not average over photos: what a photo gives does not hang on those beside it."""
     folder.mkdir(parents=True)
     tiny = dict(backbone='convnext_atto', features='stages.0', crop_size=32, projection=8, batch_size=8, epochs=6, lr=1e-3)
-    cfg = make_config('demo', CNNConfig, CNN_PRESETS, **tiny, scenes=0, scenes_val=0, data=str(data), labels=labels, eval_every=0, log_every=1)
+    tiny |= dict(scenes=0, scenes_val=0, data=str(data), eval_every=0, log_every=1)
+    cfg = make_config('demo', CNNConfig, CNN_PRESETS, **tiny, labels=labels)
     write_json(folder / 'cfg.json', dataclasses.asdict(cfg))
     return folder
 
