@@ -255,6 +255,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'updetr.cnn_task.object_features': ('cnn_task.html#object_features', 'updetr/cnn_task.py'),
                                  'updetr.cnn_task.object_loader': ('cnn_task.html#object_loader', 'updetr/cnn_task.py'),
                                  'updetr.cnn_task.object_region': ('cnn_task.html#object_region', 'updetr/cnn_task.py'),
+                                 'updetr.cnn_task.views_of_all': ('cnn_task.html#views_of_all', 'updetr/cnn_task.py'),
                                  'updetr.cnn_task.views_to_device': ('cnn_task.html#views_to_device', 'updetr/cnn_task.py')},
             'updetr.config': { 'updetr.config.DataConfig': ('config.html#dataconfig', 'updetr/config.py'),
                                'updetr.config.DetectorConfig': ('config.html#detectorconfig', 'updetr/config.py'),

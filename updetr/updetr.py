@@ -142,7 +142,7 @@ def init_matching(model: UPDETR,  # changed in place; architecture and names sta
 def best_of_group(outputs: dict,  # of `UPDETR`
                   num_patches: int,  # m, the patches that were asked for
                   ) -> tuple[Tensor, Tensor]:  # boxes (B,m,4) cxcywh in 0..1, scores (B,m) in 0..1
-    "For each patch the box of its most confident query."
+    "For each patch the box of its query with the highest score."
     scores = outputs['pred_logits'].softmax(-1)[..., -2].unflatten(1, (num_patches, -1))
     best, index = scores.max(2)
     boxes = outputs['pred_boxes'].unflatten(1, (num_patches, -1))
