@@ -96,8 +96,7 @@ class OneShotDetector:
 
     def __call__(self, photos, query, box=None, threshold=.5, overlap=1.):
         """What matches `query` (any picture, or `box` xyxy px of it) with a score of at least `threshold` (0..1); a list gives a list.
-        Answers that overlap one of a higher score by more than `overlap` (IoU) are left out:
-        a pre-trained model gives many for one place."""
+        Answers that overlap one of a higher score by more than `overlap` (IoU) are left out: a pre-trained model has many a place."""
         asked = self.query(query, box)
         if isinstance(photos, (list, tuple)): return [self.detect(as_image(p), asked, threshold, overlap) for p in photos]
         return self.detect(as_image(photos), asked, threshold, overlap)
