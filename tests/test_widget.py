@@ -18,10 +18,11 @@ from updetr.photos import builtin_photos
 from updetr.updetr import build_updetr
 
 playwright = pytest.importorskip('playwright.sync_api', reason='the browser tests need playwright: pip install playwright')
-from tools.browser import CHROMIUM, Hand, chromium, opened, prepare, run_all  # noqa: E402 (needs playwright)
+from tools.browser import CHROMIUM, FRONTS, PHONE, Hand, chromium, opened, prepare, run  # noqa: E402 (needs playwright)
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='the browser tests need Chromium: apt install chromium fonts-dejavu, or name it by '
                                                      'the environment variable CHROMIUM')
+playwright.expect.set_options(timeout=120_000)  # a state is waited for, however busy the machine
 PATHS = {p.name: p.path for p in builtin_photos()}
 
 
@@ -57,10 +58,22 @@ def browser():
     with chromium() as browser: yield browser
 
 
+def installed(front):
+    "The program's name; skips where it is not installed (JupyterLab is, everywhere)."
+    if not find_spec(front): pytest.skip(f'every test of the widget in {front} needs it: pip install {front}')
+    return front
+
+
+@pytest.fixture(scope='module', params=FRONTS)
+def front(request):
+    "The programs that show the notebook, one after the other."
+    return installed(request.param)
+
+
 @pytest.fixture(scope='module')
-def lab(browser, folder, tmp_path_factory):
-    "The notebook in JupyterLab."
-    with opened(browser, 'jupyterlab', folder, tmp_path_factory.mktemp('jupyter')) as page: yield page
+def lab(front, browser, folder, tmp_path_factory):
+    "The notebook in one of the programs."
+    with opened(browser, front, folder, tmp_path_factory.mktemp('jupyter')) as page: yield page
 
 
 @pytest.fixture
@@ -69,19 +82,11 @@ def hand(lab, folder):
     hand = Hand(lab, folder)
     hand.choose('photo', 'chelsea')
     hand.choose('find it in', 'the same photo')
-    hand.page.get_by_role('button', name='clear').click()
+    hand.button('clear').click()
     hand.wait(lambda s: s['photo'] == 'chelsea' and s['target'] == 'the same photo' and s['boxes'] == [])
     hand.box(40, 50, 140, 150)
-    settle(hand)
+    hand.settle()
     return hand
-
-
-def settle(hand):
-    "Wait until nothing is on its way any more: what the kernel writes down comes after what it answers."
-    last = None
-    while last != hand.state()['sent']:
-        last = hand.state()['sent']
-        hand.page.wait_for_timeout(300)
 
 
 def test_the_widget_is_on_the_first_screen(lab, folder):
@@ -120,7 +125,7 @@ def test_drag_backwards_and_out_of_the_photo(hand):
 def test_a_click_draws_nothing(hand):
     sent = hand.state()['sent']
     hand.drag(200, 200, 201, 202)
-    hand.page.wait_for_timeout(300)
+    hand.settle()
     assert hand.drawn() == [[40, 50, 140, 150]] and hand.state()['sent'] == sent
 
 
@@ -140,6 +145,7 @@ def test_two_patches_moved_and_resized(hand):
 
 
 def test_keyboard(hand):
+    cells = hand.page.locator('.jp-Cell').count()
     box = hand.photo().locator('[data-box="0"]')
     box.focus()
     step = 5  # a hundredth of 451 px
@@ -151,11 +157,17 @@ def test_keyboard(hand):
     playwright.expect(slider.locator('.widget-readout')).to_have_text(re.compile(f'^{40 + step}\\D+140$'))  # it follows the box
     slider.locator('.noUi-handle').first.press('ArrowRight')
     hand.wait(lambda s: s['boxes'] == [[41 + step, 50 - step, 140, 150]])
+    targets = hand.control('.widget-dropdown', 'find it in').locator('select')
+    targets.press('ArrowDown')
+    target = hand.wait(lambda s: s['target'] != 'the same photo')['target']
+    assert targets.locator('option:checked').inner_text() == target
+    targets.press('ArrowUp')
+    hand.wait(lambda s: s['target'] == 'the same photo' and len(s['marks']) == 1)
     box.focus()
     box.press('Delete')
     state = hand.wait(lambda s: s['boxes'] == [])
     assert 'Drag a box' in state['text'] and state['marks'] == []
-    assert hand.page.locator('.jp-Cell').count() == 7, 'no key of the box reached the notebook'
+    assert hand.page.locator('.jp-Cell').count() == cells, 'no key of the box reached the notebook'
 
 
 def test_another_target_photo(hand):
@@ -192,11 +204,11 @@ def test_threshold_and_all_answers(hand):
     hand.page.wait_for_function('!document.querySelector(".updetr-photo .labels text")')
     handle.press('Home')
     hand.wait(lambda s: s['threshold'] == 0 and len(s['marks']) == 1)
-    hand.page.get_by_role('button', name='all answers').click()
+    hand.button('all answers').click()
     state = hand.wait(lambda s: len(s['marks']) > 1)
     assert len(state['marks']) <= 3, 'a group of 12 / 4 object queries'
     hand.shot('7_all_answers')
-    hand.page.get_by_role('button', name='best of each patch').click()
+    hand.button('best of each patch').click()
     hand.wait(lambda s: len(s['marks']) == 1)
 
 
@@ -208,12 +220,12 @@ def test_attention_changes_and_weights(hand):
     hand.photo().locator('.labels text').first.click()
     hand.wait(lambda s: s['heat'] == 0)
     first = hand.state()['text']
-    for change in ('jitter', 'blur', 'grey', 'flip', 'scale'): hand.page.get_by_role('button', name=change, exact=True).click()
+    for change in ('jitter', 'blur', 'grey', 'flip', 'scale'): hand.button(change).click()
     hand.wait(lambda s: s['text'] != first)
     hand.shot('9_changed')
-    for change in ('jitter', 'blur', 'grey', 'flip', 'scale'): hand.page.get_by_role('button', name=change, exact=True).click()
+    for change in ('jitter', 'blur', 'grey', 'flip', 'scale'): hand.button(change).click()
     for weights in ('one-shot', 'untrained', 'pre-trained'):
-        hand.page.get_by_role('button', name=weights, exact=True).click()
+        hand.button(weights).click()
         hand.wait(lambda s, w=weights: s['weights'] == w and 'found' in s['text'] and ('learnt nothing' in s['text']) == (w == 'untrained'))
 
 
@@ -223,10 +235,11 @@ def test_a_click_keeps_all_patches(hand):
     sent = hand.wait(lambda s: len(s['marks']) == 2)['sent']
     hand.photo().locator('[data-box="1"]').focus()
     hand.drag(250, 280, 251, 280)
-    hand.page.wait_for_timeout(200)
-    assert len(hand.drawn()) == 2 and hand.state()['sent'] == sent and hand.focus() == '1'
+    assert len(hand.drawn()) == 2 and hand.focus() == '1'
     hand.drag(250, 280, 350, 240, during=lambda: hand.page.keyboard.press('Escape'))
-    assert len(hand.drawn()) == 2 and hand.state()['sent'] == sent and hand.focus() == '1'
+    assert len(hand.drawn()) == 2 and hand.focus() == '1'
+    hand.settle()
+    assert hand.state()['sent'] == sent
     seen = []
     blur = 'document.querySelector(".updetr-photo [data-box]").dispatchEvent(new FocusEvent("focusout", {bubbles: true}))'
     hand.drag(250, 280, 350, 240, during=lambda: (hand.page.evaluate(blur), seen.append(hand.state()['sent'])))
@@ -243,6 +256,7 @@ def test_a_second_finger_is_ignored(hand):
 
 def test_the_focus_stays_on_a_patch(hand):
     "After a click on an answer arrows move the patch; after a deletion the next patch has the focus; never does a heading fold."
+    cells = hand.page.locator('.jp-Cell').count()
     hand.python('widget.c.canvas.boxes = [[40, 50, 140, 150], [200, 100, 320, 220]]')
     hand.wait(lambda s: len(s['marks']) == 2)
     mark = hand.state()['marks'][0]
@@ -260,7 +274,7 @@ def test_the_focus_stays_on_a_patch(hand):
     hand.wait(lambda s: s['boxes'] == [])
     for _ in range(3): hand.page.keyboard.press('ArrowLeft')
     assert hand.page.locator('.jp-collapseHeadingButton.jp-mod-collapsed, .jp-MarkdownHeadingCollapsed').count() == 0
-    assert hand.photo().is_visible() and hand.page.locator('.jp-Cell').count() == 7
+    assert hand.photo().is_visible() and hand.page.locator('.jp-Cell').count() == cells
 
 
 def test_large_photos_and_other_kinds(hand):
@@ -304,7 +318,7 @@ def test_labels_can_be_read_and_touched(hand):
     assert len(hand.drawn()) == 10
     hand.shot('10_ten_patches')
     hand.page.get_by_label('several patches').uncheck()
-    for _ in range(2): hand.page.get_by_role('button', name='remove patch').click()
+    for _ in range(2): hand.button('remove patch').click()
     hand.wait(lambda s: len(s['boxes']) == 8)
 
 
@@ -314,11 +328,14 @@ def test_names_and_words_for_those_who_cannot_see(hand):
     assert root.locator('.updetr-message[role=status]').count() == 1
     names = root.locator('.noUi-handle').evaluate_all('all => all.map(e => e.getAttribute("aria-label"))')
     assert names == ['x from', 'x to', 'y from', 'y to', 'threshold']
-    assert root.locator('.widget-slider:not([data-lm-suppress-shortcuts])').count() == 0
+    assert root.locator(':is(button, select, input, [tabindex]):not([data-lm-suppress-shortcuts])').count() == 0
     assert root.locator('.updetr-strip img').get_attribute('alt').startswith('1 query patch')
+    hand.python('late = type(widget.c.threshold)(description="late"); settings = widget.root.children[1]; settings.children += (late,)')
+    playwright.expect(root.locator('[data-lm-suppress-shortcuts][aria-label=late]')).to_have_count(1)
+    hand.python('settings.children = settings.children[:-1]')
     titles = root.locator('[title]').evaluate_all('all => all.map(e => e.title).filter(t => t)')
     assert len(titles) > 15 and not any(re.search('[{}=]', t) for t in titles), titles
-    hand.page.get_by_role('button', name='clear').click()
+    hand.button('clear').click()
     hand.wait(lambda s: s['boxes'] == [])
     playwright.expect(root.locator('img')).to_have_count(0)
 
@@ -328,7 +345,70 @@ def test_controls_stand_beside_the_photo(hand):
     assert right['x'] >= left['x'] + left['width'] and abs(right['y'] - left['y']) < 40
 
 
-def test_a_kernel_that_works_or_is_gone_is_seen(hand, lab, folder):
+# what can be touched and read, with its place, and whether its text is cut off; how many px of a slider's handle answer to a finger
+CONTROLS = """root => [...root.querySelectorAll('button, select, svg, img, .noUi-target, .widget-readout, .widget-label')]
+  .filter(e => e.getClientRects().length).map(e => {
+    const r = e.getBoundingClientRect(), cut = e.clientWidth && e.matches('button, .widget-readout, .widget-label');
+    return {what: e.outerHTML.slice(0, 80), button: e.matches('button, select'), left: r.left, right: r.right, height: r.height,
+            cut: cut && e.scrollWidth > e.clientWidth + 1};
+  })"""
+HANDLES = """root => [...root.querySelectorAll('.noUi-handle')].map(e => {
+  e.scrollIntoView({block: 'center'});
+  const r = e.getBoundingClientRect(), at = k => document.elementFromPoint(r.left + r.width / 2, r.top + r.height / 2 + k);
+  return [...Array(99).keys()].filter(k => at(k - 49) === e).length;
+})"""
+
+
+def check_fits_a_phone(hand):
+    "All within the widget's width, no word cut off, 44 px high for a finger."
+    root = hand.page.locator('.updetr-widget')
+    left, width = (root.bounding_box()[k] for k in ('x', 'width'))
+    controls = root.evaluate(CONTROLS)
+    assert len(controls) > 30
+    for c in controls:
+        assert left - 1 <= c['left'] and c['right'] <= left + width + 1 and not c['cut'], c
+        assert not c['button'] or c['height'] >= 44, c
+    assert min(root.evaluate(HANDLES)) >= 43
+
+
+def test_controls_fit_a_phone(hand):
+    "In 340 px, with a finger; a mouse has 24 px of a slider's handle."
+    assert min(hand.page.locator('.updetr-widget').evaluate(HANDLES)) >= 23
+    narrow = hand.page.add_style_tag(content='.updetr-widget {width: 340px !important}')
+    touch = hand.page.context.new_cdp_session(hand.page)
+    try:
+        touch.send('Emulation.setTouchEmulationEnabled', {'enabled': True})
+        hand.page.wait_for_function('matchMedia("(pointer: coarse)").matches')
+        check_fits_a_phone(hand)
+    finally:
+        touch.send('Emulation.setTouchEmulationEnabled', {'enabled': False})
+        narrow.evaluate('e => e.remove()')
+
+
+def test_a_phone(browser, folder, tmp_path):
+    "Voilà on 390 px: nothing to scroll sideways; a finger draws, adds, asks where it looked, and removes."
+    with opened(browser, installed('voila'), folder, tmp_path, PHONE) as page:
+        hand = Hand(page, folder)
+        assert page.evaluate('[...document.querySelectorAll("*")].every(e => e.scrollLeft === 0 && (e !== document.documentElement || '
+                             'e.scrollWidth <= innerWidth))')
+        check_fits_a_phone(hand)
+        hand.touch(100, 60, 240, 200)
+        near = hand.wait(lambda s: s['boxes'] != [[135, 90, 316, 210]] and len(s['marks']) == 1)['boxes']
+        assert np.abs(np.array(near) - [100, 60, 240, 200]).max() <= 2
+        page.get_by_label('several patches').tap()
+        hand.touch(300, 150, 400, 250)
+        hand.wait(lambda s: len(s['boxes']) == 2 and len(s['marks']) == 2)
+        hand.shot('12_phone')
+        hand.photo().locator('[data-mark]').first.tap()
+        hand.wait(lambda s: s['heat'] > 0)
+        for left in (1, 0):
+            hand.button('remove patch').tap()
+            hand.wait(lambda s, left=left: len(s['boxes']) == left)
+        hand.button('remove patch').scroll_into_view_if_needed()
+        hand.shot('13_phone_controls')
+
+
+def test_a_kernel_that_works_or_is_gone_is_seen(hand, lab, front, folder):
     "Working, restarted, killed: each is said, and answers of a kernel that is gone are faded."
     note = lab.locator('.updetr-state').first
     kernel = hand.state()['pid']
@@ -339,53 +419,32 @@ def test_a_kernel_that_works_or_is_gone_is_seen(hand, lab, folder):
     finally: os.kill(kernel, signal.SIGCONT)
     hand.wait(lambda s: s['boxes'] == [[200, 160, 320, 260]])
     playwright.expect(note).to_have_text('')
-    lab.evaluate('window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()')
-    playwright.expect(note).to_contain_text('was restarted')
-    assert lab.locator('.updetr-old').count() and float(hand.photo().locator('.labels').evaluate('e => getComputedStyle(e).opacity')) < .5
-    hand.shot('11_restarted')
-    (folder / 'state.json').unlink()
-    run_all(lab)
-    lab.wait_for_selector('.updetr-photo [data-box]')
-    playwright.expect(lab.locator('.updetr-old')).to_have_count(0)
-    hand.box(120, 80, 260, 200)
-    os.kill(hand.state()['pid'], signal.SIGKILL)
-    lab.locator('.jp-Dialog button').click()  # JupyterLab says so, too
-    lab.mouse.move(0, 0)
-    lab.wait_for_timeout(2500)  # the pointer comes back after a while
-    hand.photo().hover()
-    playwright.expect(lab.locator('.updetr-state').first).to_have_text(re.compile('does not answer|was restarted'), timeout=20_000)
-    assert lab.locator('.updetr-old').count()
-
-
-def test_all_cells_can_be_run_again(lab, folder):
-    "In the same kernel, and after the page was loaded again."
-    for again in (lambda: None, lab.reload):
-        again()
-        run_all(lab)
-        lab.wait_for_selector('.updetr-photo [data-box]')
-        assert lab.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
-        lab.wait_for_timeout(300)
-        Hand(lab, folder).box(120, 80, 260, 200)
-
-
-@pytest.mark.parametrize('front', ['notebook', 'voila'])
-def test_other_programs(front, browser, folder, tmp_path):
-    "The same widget in Jupyter Notebook 7 and in Voilà, where they are installed: a drag, a key, another target, a bad upload."
-    if not find_spec(front): pytest.skip(f'needs {front}: pip install {front}')
-    (folder / 'state.json').unlink(missing_ok=True)
-    with opened(browser, front, folder, tmp_path) as page:
-        hand = Hand(page, folder)
-        page.wait_for_timeout(500)
+    if front != 'voila':  # which has no button for it
+        lab.evaluate('window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()')
+        playwright.expect(note).to_contain_text('was restarted')
+        assert faded(hand)
+        hand.shot(f'11_restarted_{front}')
+        run(lab, front, folder)
+        playwright.expect(lab.locator('.updetr-old')).to_have_count(0)
         hand.box(120, 80, 260, 200)
-        box = hand.photo().locator('[data-box="0"]')
-        box.focus()
-        box.press('ArrowRight')
-        hand.wait(lambda s: s['boxes'] == [[125, 80, 265, 200]])
-        hand.control('.widget-hslider', 'x').locator('.noUi-handle').first.press('ArrowRight')
-        hand.wait(lambda s: s['boxes'] == [[126, 80, 265, 200]])
-        hand.upload('bad.jpg', 'another photo')
-        hand.wait(lambda s: 'bad.jpg: broken image' in s['text'])
-        hand.choose('find it in', 'coffee')
-        hand.wait(lambda s: s['target'] == 'coffee' and len(s['other']) == 1)
-        page.wait_for_function('document.querySelectorAll(".updetr-photo")[1]?.querySelector(".labels text")')
-        hand.shot(f'10_{front}')
+    os.kill(hand.state()['pid'], signal.SIGKILL)
+    if front != 'voila': lab.locator('.jp-Dialog button').click()  # these two say so, too
+    for _ in hand.tries('the widget to see that its kernel is gone'):  # which it asks for when the pointer comes back
+        if re.search('does not answer|was restarted', note.text_content()): break
+        lab.mouse.move(0, 0)
+        hand.photo().hover()
+    assert faded(hand)
+
+
+def faded(hand):
+    "Whether the answers on the photo are those of a kernel that is gone."
+    labels = hand.photo().locator('.labels')
+    return hand.page.locator('.updetr-old').count() and float(labels.evaluate('e => getComputedStyle(e).opacity')) < .5
+
+
+def test_all_cells_can_be_run_again(lab, front, folder):
+    "In the same kernel, and after the page was loaded again (which is all that can be done in Voilà)."
+    for load in (None, lab.reload)[front == 'voila':]:
+        run(lab, front, folder, load)
+        assert lab.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
+        Hand(lab, folder).box(120, 80, 260, 200)

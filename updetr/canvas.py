@@ -271,12 +271,19 @@ function state(s, el) {
 _AROUND = r"""
 function around(s) {
   const root = s.svg.closest('.updetr-widget');
-  root?.querySelectorAll('.updetr-message').forEach(e => set(e, {role: 'status', 'aria-live': 'polite'}));
-  root?.querySelectorAll('.widget-slider').forEach(e => {
-    e.setAttribute('data-lm-suppress-shortcuts', 'true');
-    const name = e.querySelector('.widget-label')?.textContent, handles = e.querySelectorAll('.noUi-handle');
-    handles.forEach((h, i) => h.setAttribute('aria-label', handles.length < 2 ? name : `${name} ${i ? 'to' : 'from'}`));
-  });
+  if (!root || s.late) return;
+  const add = () => {
+    root.querySelectorAll('.updetr-message').forEach(e => set(e, {role: 'status', 'aria-live': 'polite'}));
+    const focusable = root.querySelectorAll('button, select, input, [tabindex]');
+    focusable.forEach(e => e.setAttribute('data-lm-suppress-shortcuts', 'true'));
+    root.querySelectorAll('.widget-slider').forEach(e => {
+      const name = e.querySelector('.widget-label')?.textContent, handles = e.querySelectorAll('.noUi-handle');
+      handles.forEach((h, i) => h.setAttribute('aria-label', handles.length < 2 ? name : `${name} ${i ? 'to' : 'from'}`));
+    });
+  };
+  add();
+  s.late = new MutationObserver(add);
+  s.late.observe(root, {childList: true, subtree: true});
 }
 """
 
@@ -301,7 +308,7 @@ function render({model, el}) {
   pointer(s); keys(s);
   const watcher = new ResizeObserver(() => { draw(); around(s); }); watcher.observe(s.svg);
   return () => {
-    watcher.disconnect(); stop(); window.removeEventListener('keydown', s.keydown, true);
+    watcher.disconnect(); s.late?.disconnect(); stop(); window.removeEventListener('keydown', s.keydown, true);
     for (const [name, f] of Object.entries({...events, ...signs})) model.off(name, f);
     for (const url of Object.values(s.urls)) if (url) URL.revokeObjectURL(url);
   };
@@ -325,17 +332,23 @@ _CSS = """
 .updetr-photo .queries .hit {fill: transparent; cursor: nwse-resize}
 .updetr-photo .queries .knob {stroke: white; vector-effect: non-scaling-stroke; opacity: 0; pointer-events: none}
 .updetr-photo .queries g:is(:focus, :hover) .knob {opacity: 1}
-@media (pointer: coarse) {
-  .updetr-photo .queries .knob {opacity: 1}
-  .updetr-photo .queries .grip {stroke-width: 24}
-}
 .updetr-photo .queries g:focus {outline: none}
 .updetr-photo .queries g:focus .line:not(.light) {stroke-width: 4}
 .updetr-state {min-height: 1.4em; font-size: 13px; line-height: 1.4}
 .updetr-old .updetr-photo :is(.answers, .labels, .heat) {opacity: .3}
 .updetr-widget:has(.updetr-old) :is(.updetr-message, .updetr-strip) {opacity: .3}
 .updetr-old .updetr-state {color: #c00; font-weight: bold}
-.updetr-widget .noUi-handle::after {content: ''; position: absolute; inset: -5px; border-radius: 50%}
+/* noUiSlider draws a line there, 1 px wide: without its sizes the target is as small */
+.updetr-widget .noUi-handle::after {content: ''; position: absolute; inset: -5px; width: auto; height: auto; background: none}
+.updetr-widget .widget-readout {min-width: 92px; font-size: 13px}
+@media (pointer: coarse) {  /* a finger: 44 px for each control, and letters that a phone does not enlarge by itself */
+  .updetr-photo .queries .knob {opacity: 1}
+  .updetr-photo .queries .grip {stroke-width: 24}
+  .updetr-widget {--jp-widgets-inline-height: 44px; --jp-widgets-font-size: 15px; --jp-widgets-slider-handle-size: 24px}
+  .updetr-widget .noUi-handle::after {inset: -11px}
+  .updetr-widget input[type=checkbox] {width: 24px; height: 24px; flex: none; align-self: center; margin: 0 8px 0 2px}
+  .updetr-widget select {font-size: 16px}
+}
 """
 
 def _script():

@@ -201,6 +201,7 @@ class _Answering:
         c.other.marks, c.other.overlay = [], b''
         if not c.canvas.boxes:
             self.found, c.canvas.marks, c.canvas.overlay, c.queries.value = None, [], b'', ''
+            with self.silently(): c.attention.options = [('off', -1)]  # of the answers that are gone
             return self.say('Drag a box on the photo, or move the sliders x and y.')
         _ = target.encoded  # the photo itself is not part of the time of an answer
         start, change = time.perf_counter(), {k: v for n, b in c.changes.items() if b.value for k, v in CHANGES[n].items()}

@@ -13,28 +13,35 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+from jupyter_client import BlockingKernelClient
 from playwright import sync_api as playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = os.environ.get('CHROMIUM') or next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 SHOTS = ROOT / 'tests/artifacts'
-FLAGS = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking']
+# no name but this machine's is looked up: a page that asks the network for fonts (Voilà) would wait for them
+FLAGS = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
+         '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1']
+PHONE = dict(viewport=dict(width=390, height=844), device_scale_factor=3, has_touch=True, is_mobile=True)
 # what the last cell writes down: what the kernel knows
 PROBE = '''import json, os
 from pathlib import Path
-sent = []
+from ipykernel.connect import get_connection_file
+seen = [widget.c.canvas.boxes]
 
 def probe(*_):
     c = widget.c
-    state = dict(boxes=c.canvas.boxes, sent=len(sent), marks=c.canvas.marks, other=c.other.marks, photo=c.photo.value,
+    if c.canvas.boxes != seen[-1]: seen.append(c.canvas.boxes)
+    state = dict(boxes=c.canvas.boxes, sent=len(seen), marks=c.canvas.marks, other=c.other.marks, photo=c.photo.value,
                  heat=len(c.canvas.overlay), target=c.target.value, threshold=c.threshold.value,
-                 weights=c.weights.value, text=c.message.value, x=c.x.value, pid=os.getpid())
+                 weights=c.weights.value, text=c.message.value, x=c.x.value, several=c.several.value,
+                 pid=os.getpid(), connection=get_connection_file())
     Path('state.tmp').write_text(json.dumps(state))
     os.replace('state.tmp', 'state.json')
 
-widget.c.canvas.observe(lambda e: sent.append(e.new), 'boxes')
 widget.c.message.observe(probe, 'value')
 widget.c.canvas.observe(probe, ['boxes', 'overlay'])  # two boxes may be answered in the same words and milliseconds
+widget.c.several.observe(probe, 'value')
 probe()'''
 
 
@@ -69,7 +76,7 @@ def served(front, folder, home):
     news.mkdir(parents=True)
     (news / 'notification.jupyterlab-settings').write_text('{"fetchNews": "false", "checkForUpdates": false}')
     command = [sys.executable, '-m', front, '--no-browser', f'--port={port}', *(w.format(folder=folder) for w in words)]
-    if front == 'voila': command += ['--Voila.ip=127.0.0.1', '--port_retries=0']
+    if front == 'voila': command += ['--Voila.ip=127.0.0.1', '--Voila.port_retries=0']
     else: command += ['--allow-root', '--ip=127.0.0.1', '--ServerApp.port_retries=0', '--ServerApp.shutdown_no_activity_timeout=300',
                       f'--IdentityProvider.token={token}']
     with open(home / 'server.log', 'w') as log:
@@ -111,19 +118,27 @@ def chromium():
         browser.close()
 
 
+def run(page, front, folder, load=None):
+    "The page loaded by `load`, if it is given; every cell run; wait until the widget is drawn and the last cell has run."
+    (folder / 'state.json').unlink(missing_ok=True)
+    page.evaluate('document.querySelectorAll(".updetr-photo").forEach(e => { e.dataset.before = 1; })')
+    if load: load()
+    if front != 'voila': run_all(page)  # Voilà runs all cells by itself
+    page.wait_for_selector('.updetr-photo:not([data-before]) [data-box]')
+    playwright.expect(page.locator('[data-before]')).to_have_count(0)
+    end = time.monotonic() + 300
+    while not (folder / 'state.json').exists():
+        assert time.monotonic() < end, f'{front} has not run the last cell'
+        page.wait_for_timeout(100)
+
+
 @contextmanager
-def opened(browser, front, folder, home):
-    "The notebook in a page of the browser, opened and run."
+def opened(browser, front, folder, home, device=None):
+    "The notebook in a page of the browser, opened and run; `device`: options of a page, such as PHONE."
     with served(front, folder, home) as address:
-        page = browser.new_page(viewport=dict(width=1300, height=1000))
+        page = browser.new_page(**device or dict(viewport=dict(width=1300, height=1000)))
         page.set_default_timeout(300_000)
-        page.goto(address, wait_until='commit')
-        if front != 'voila': run_all(page)  # Voilà runs all cells by itself
-        page.wait_for_selector('.updetr-photo [data-box]')
-        end = time.monotonic() + 300
-        while not (folder / 'state.json').exists():  # the last cell has run
-            assert time.monotonic() < end, f'{front} has not run the last cell'
-            page.wait_for_timeout(100)
+        run(page, front, folder, lambda: page.goto(address, wait_until='commit'))
         yield page
         page.close()
 
@@ -132,10 +147,20 @@ class Hand:
     "What a person does, in the photo's pixels, and what the kernel then knows."
     def __init__(self, page, folder): self.page, self.folder = page, folder
 
-    def python(self, code, wait=True):
+    def python(self, code):
         "Run it in the notebook's kernel, as another cell would."
-        run = 'const f = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code});'
-        self.page.evaluate(f'async ([code, wait]) => {{ {run} if (wait) await f.done; }}', [code, wait])
+        client = BlockingKernelClient()
+        client.load_connection_file(self.state()['connection'])
+        client.start_channels()
+        try: reply = client.execute(code, reply=True, timeout=120)['content']
+        finally: client.stop_channels()
+        assert reply['status'] == 'ok', reply
+
+    def settle(self):
+        "All that the browser has sent has come to the kernel: messages are taken in turn, and these two are the last."
+        for on in (True, False):
+            self.page.get_by_label('several patches').set_checked(on)
+            self.wait(lambda s, on=on: s['several'] == on)
 
     def focus(self):
         "The number of the patch that has the focus; None: something else has it."
@@ -147,29 +172,47 @@ class Hand:
     def shot(self, name):
         "A screenshot to be looked at, once what the kernel sent last is drawn."
         SHOTS.mkdir(exist_ok=True)
-        self.page.wait_for_timeout(200)
+        self.page.evaluate('new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))')
         self.page.screenshot(path=str(SHOTS / f'{name}.png'))
+
+    def tries(self, what):
+        "Endless, a little pause after each; an error that names `what` after two minutes."
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            yield
+            self.page.wait_for_timeout(50)
+        raise AssertionError(f'waited for {what}; the kernel says {self.state()}')
 
     def wait(self, true, what='the kernel'):
         "The kernel's state, once `true` holds of it."
-        end = time.monotonic() + 120
-        while not true(state := self.state()):
-            assert time.monotonic() < end, f'waited for {what}; the kernel says {state}'
-            self.page.wait_for_timeout(50)
-        return state
+        for _ in self.tries(what):
+            if true(state := self.state()): return state
 
-    def drag(self, x, y, x2, y2, during=None):
-        "In steps, as a hand does; `during` is called before the button is released."
+    def path(self, *points):
+        "Places in the photo, as places on the screen."
         svg = self.photo()
         svg.scroll_into_view_if_needed()
         r, width = svg.bounding_box(), float(svg.get_attribute('viewBox').split()[2])
         scale = r['width'] / width
-        to = [(r['x'] + a * scale, r['y'] + b * scale) for a, b in ((x, y), ((x + x2) / 2, (y + y2) / 2), (x2, y2))]
-        self.page.mouse.move(*to[0])
+        return [(r['x'] + x * scale, r['y'] + y * scale) for x, y in points]
+
+    def drag(self, x, y, x2, y2, during=None):
+        "In steps, as a hand does; `during` is called before the button is released."
+        first, *rest = self.path((x, y), ((x + x2) / 2, (y + y2) / 2), (x2, y2))
+        self.page.mouse.move(*first)
         self.page.mouse.down()
-        for point in to[1:]: self.page.mouse.move(*point, steps=4)
+        for point in rest: self.page.mouse.move(*point, steps=4)
         if during: during()
         self.page.mouse.up()
+
+    def touch(self, x, y, x2, y2):
+        "The same with a finger."
+        screen = self.page.context.new_cdp_session(self.page)
+        kinds = ['touchStart', 'touchMove', 'touchMove', 'touchEnd']
+        path = self.path((x, y), ((x + x2) / 2, (y + y2) / 2), (x2, y2))
+        for kind, place in zip(kinds, [*path, None]):
+            points = [dict(x=place[0], y=place[1])] if place else []
+            screen.send('Input.dispatchTouchEvent', dict(type=kind, touchPoints=points))
 
     def drawn(self, which=0):
         "The query boxes on the screen."
@@ -185,6 +228,10 @@ class Hand:
         "Drag one box, backwards too, and wait for its answer."
         self.drag(*box)
         return self.wait(lambda s: len(s['boxes']) == 1 and s['boxes'][0] == list(box) and 'found' in s['text'])
+
+    def button(self, name):
+        "The widget's button with this name."
+        return self.page.locator('.updetr-widget').get_by_role('button', name=name, exact=True)
 
     def control(self, kind, name):
         "The control of this kind with this label."
