@@ -213,8 +213,10 @@ def _shard(rank, world, store, results, made):
 # %% ../nbs/41c_bench_data.ipynb #c021
 def _sharded(made, processes, folder):
     "(most seconds of processor time of any process, seconds by the clock, twelve numbers)"
-    results = mp.get_context('spawn').SimpleQueue()
-    mp.spawn(_shard, (processes, os.path.join(folder, 'store'), results, made), nprocs=processes)
+    context = mp.get_context('forkserver')
+    context.set_forkserver_preload(['updetr.bench_data'])  # imported once
+    results = context.SimpleQueue()
+    mp.start_processes(_shard, (processes, os.path.join(folder, 'store'), results, made), processes, start_method='forkserver')
     used, wall, stats = zip(*(results.get() for _ in range(processes)))
     if any(s != stats[0] for s in stats): raise RuntimeError(f'processes disagree: {stats}')
     return max(used), max(wall), stats[0]
