@@ -1,7 +1,10 @@
 "Shared by every test: where the project is, and what a test may need that is not everywhere."
+import ctypes
+import gc
 import os
 import shutil
 import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -54,11 +57,30 @@ def _lack(mark):
         if torch.cuda.device_count() < need: return f'needs {need} CUDA GPU(s), {torch.cuda.device_count()} found'
 
 
+# The notebooks that take longest, which begin before the others: one of them at the very end would keep all other cores waiting.
+LONG = ['43_bench', '28b_cnn_task', '05_backbone', '34_masks', '27_baselines', '26_handover', '28a_finetune_task', '41c_bench_data',
+        '30_exchange', '42_steps', '19_pretext', '16a_pretrain_task', '36_segmenter']
+
+
 def pytest_collection_modifyitems(items):
+    first = {f'test_notebook[{name}]': i - len(LONG) for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: first.get(item.name, 0))  # stable; xdist keeps it among what is not grouped
     for item in items:
         if item.originalname != 'test_notebook': item.add_marker(pytest.mark.xdist_group(item.path.name))  # files share what they prepare
         for mark in ('data', 'cuda', 'multigpu'):
             if item.get_closest_marker(mark) and (why := _lack(mark)): item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def little_memory():
+    "What a file's tests have left is given back to the system, else a process grows by gigabytes until its last test."
+    yield
+    give_back_memory()
+
+
+def give_back_memory():
+    gc.collect()
+    if sys.platform == 'linux': getattr(ctypes.CDLL(None), 'malloc_trim', lambda pad: None)(0)
 
 
 @pytest.fixture(scope='session')

@@ -13,7 +13,7 @@ from updetr.backbone import NORMS, Backbone, TrainedFold, fold_norms, join_featu
 @pytest.fixture
 def cnn():
     torch.manual_seed(0)
-    cnn = Backbone('resnet18', frozen=False).double()
+    cnn = Backbone('resnet18', ['layer3'], frozen=False).double()
     for m in cnn.modules():
         if isinstance(m, NORMS): m.running_mean.normal_(0, .1), m.running_var.uniform_(.5, 1.5), m.weight.uniform_(.5, 1.5)
     return cnn
@@ -54,7 +54,7 @@ def test_ddp_reduces_the_gradients_of_a_folded_cnn(cnn, x, tmp_path):
 def test_copies_and_pickles_go_on_by_themselves(cnn, x):
     cnn(x)
     for twin in (copy.deepcopy(cnn), pickle.loads(pickle.dumps(cnn))):
-        with torch.no_grad(): twin.body.get_parameter('layer4.0.conv1.weight').mul_(2)
+        with torch.no_grad(): twin.body.get_parameter('layer3.0.conv1.weight').mul_(2)
         torch.testing.assert_close(twin(x), plain(twin)(x))
         assert not torch.allclose(twin(x), cnn(x)) and gradients(twin, twin, x).keys() == gradients(plain(cnn), cnn, x).keys()
 

@@ -8,10 +8,10 @@ from contextlib import redirect_stdout
 import numpy as np
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from tools.processes import in_processes
 from updetr.evaluate import CocoEvaluator, voc_ap
 
 
@@ -98,7 +98,7 @@ def evaluate_part(rank, world, store, out, case):
 
 @pytest.mark.parametrize('world', [2, 3])
 def test_processes_give_the_numbers_of_one(world, case, tmp_path):
-    mp.spawn(evaluate_part, (world, tmp_path/'store', tmp_path, case), nprocs=world)
+    in_processes(evaluate_part, world, tmp_path/'store', tmp_path, case)
     expected = numbers(filled(*case))
     for rank in range(world):
         first, again, missing = json.loads((tmp_path/f'{rank}.json').read_text())

@@ -154,20 +154,19 @@ if __name__ == '__main__':
 
 def test_a_killed_runner_leaves_no_process_and_goes_on_to_the_same_numbers(tmp_path):
     "SIGKILL of the runner in the middle: its trainers save and leave, and the next call ends with the numbers of an undisturbed one."
-    def start(root):
-        (tmp_path / 'runner.py').write_text(RUNNER)
-        command = [sys.executable, tmp_path / 'runner.py', json.dumps(TINY), root]
-        return subprocess.Popen(command, env=os.environ | {'OMP_NUM_THREADS': '1'}, start_new_session=True)
-    assert start(tmp_path / 'whole').wait(300) == 0
-    folders = [job_folder(tmp_path / 'killed', job('pretrain', 'demo', **TINY), s) for s in (1, 2)]
-    runner, end = start(tmp_path / 'killed'), time.monotonic() + 200
+    jobs = [(job('pretrain', 'demo', **TINY), s) for s in (1, 2)]
+    run_jobs(jobs, tmp_path / 'whole', workers=2, show=lambda line: None)
+    folders = [job_folder(tmp_path / 'killed', *one) for one in jobs]
+    (tmp_path / 'runner.py').write_text(RUNNER)
+    command = [sys.executable, tmp_path / 'runner.py', json.dumps(TINY), tmp_path / 'killed']
+    runner, end = subprocess.Popen(command, start_new_session=True), time.monotonic() + 200
     while not any((f / 'checkpoint.pth').exists() for f in folders):
         assert time.monotonic() < end and runner.poll() is None
         time.sleep(.02)
     os.kill(runner.pid, signal.SIGKILL)
     runner.wait()
     assert not all((f / 'result.json').exists() for f in folders), 'the blow came too late'
-    assert start(tmp_path / 'killed').wait(300) == 0
+    run_jobs(jobs, tmp_path / 'killed', workers=2, show=lambda line: None)
     for f in folders:
         got, want = (json.loads((tmp_path / kind / f.name / 'result.json').read_text()) for kind in ('killed', 'whole'))
         assert {k: v for k, v in got.items() if k != 'train_seconds'} == {k: v for k, v in want.items() if k != 'train_seconds'}

@@ -1,13 +1,12 @@
 "Fine-tuning in real processes: killed and resumed, one process and two, evaluation, torchvision's detectors, real labelled photos."
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from test_resume import ENV, as_in_the_processes, command, kill_twice, weights  # noqa: F401 (a fixture: one thread here, too)
+from test_resume import as_in_the_processes, kill_twice, weights  # noqa: F401 (a fixture: one thread here, too)
+from tools.processes import trained
 from updetr.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.detector import Detector
 from updetr.finetune import finetune_config, open_sets
@@ -65,7 +64,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
     """Five photos on two processes: shards are filled up, each photo counts once; and features that two cached are those of one."""
     changes = dict(frozen_backbone=True, cached_views=2, dropout=0., epochs=2, eval_every=1, lr=1e-4)
     one, two = finish(make_run(tmp_path / 'a' / 'one', **changes)), make_run(tmp_path / 'b' / 'two', **changes)
-    subprocess.run(command(two, 2), env=ENV, check=True, capture_output=True, timeout=180)
+    trained(two, 2)
     for a, b in zip(measured(one), measured(two), strict=True): assert a == pytest.approx(b, abs=2e-3) and a[2] > .05
     banks = [sorted((folder.parent / 'banks').iterdir()) for folder in (one, two)]
     assert [f.name for f in banks[0]] == [f.name for f in banks[1]] and len(banks[0]) == 2
@@ -173,9 +172,3 @@ def test_coco_mini(data, tmp_path):
     task = TASK[1](cfg, tmp_path / 'run', Processes()) if (tmp_path / 'run').mkdir() is None else None
     assert len(task.train_set.classes) == 80 and len(task.val_set) == 12
     assert train(task, cfg, tmp_path / 'run', Processes()).step == 2 and 'test_AP' in read_log(tmp_path / 'run')[-1]
-
-
-def test_training_imports_no_notebook_tools():
-    code = ('import sys, updetr.finetune_task, updetr.detector; '
-            "print([m for m in ('nbdev', 'fastcore', 'ipywidgets', 'IPython', 'jupyter_core') if m in sys.modules])")
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from conftest import ROOT
 from test_papermill import FINETUNE, papermill
 from test_resume import as_in_the_processes, finish, weights  # noqa: F401 (a fixture: one thread here, too)
 from test_task import rows, save_photos
 from tools.cells import run_cells
+from tools.processes import in_processes
 from updetr.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.config import make_config, model_options
 from updetr.datasets import open_dataset
@@ -142,7 +142,7 @@ def test_two_processes_measure_what_one_measures(whole, labelled, tmp_path):
     """5 photos in batches of 2: shards are filled up with photos that count once. Live and cached; and the caches are equal."""
     settings = {'live': {}, 'cached': dict(square=64, cached_views=2, frozen_backbone=True)}
     one, two = ([make_run(tmp_path / who / name, labelled, **s) for name, s in settings.items()] for who in ('one', 'two'))
-    mp.spawn(shown_by_one_of, (2, two, whole), nprocs=2)
+    in_processes(shown_by_one_of, 2, two, whole)
     for alone, folder in zip(one, two):
         predictions, numbers = shown(alone, whole, Processes())
         assert 0 < numbers['test_AP50'] and 0 < numbers['test_best_iou'] < 1

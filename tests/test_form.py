@@ -149,12 +149,14 @@ def test_package_does_not_import_tools(path):
 
 
 def test_training_imports_no_tools():
-    "What training processes import brings in neither notebook tools nor matplotlib, however indirectly."
+    "What training processes import brings in neither notebook tools nor matplotlib, however indirectly; a detector, no notebook tools."
     main = ast.parse((ROOT/'updetr'/'__main__.py').read_text(encoding='utf-8'))
-    names = ['updetr.train', 'updetr.loader', *(n for _, n in names_imported(main))]  # importing __main__ itself would start a run
-    code = f'import sys, {", ".join(names)}; print(*sys.modules)'
+    tasks = [f'updetr.{p.stem}' for p in sorted((ROOT/'updetr').glob('*_task.py'))]
+    names = ['updetr.loader', *tasks, *(n for _, n in names_imported(main))]  # importing __main__ itself would start a run
+    code = f'import sys, {", ".join(names)}; print(*sys.modules); import updetr.detector; print(*sys.modules)'
     out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    found = {m.split('.')[0] for m in out.splitlines()[-1].split()} & (TOOLS | {'matplotlib'})
+    training, detector = ({m.split('.')[0] for m in line.split()} for line in out.splitlines()[-2:])
+    found = (training & (TOOLS | {'matplotlib'})) | (detector & TOOLS)
     assert not found, f'{names} also import {sorted(found)}: look with python -X importtime -c "{code}"'
 
 

@@ -126,7 +126,8 @@ def test_a_mask_head_logs_what_its_checkpoint_gives(changes, tmp_path, seen):
                                      dict(compile=True), dict(ema=.5)], ids=str)
 def test_a_preview_shows_what_the_checkpoint_answers(changes, tmp_path):
     """Pre-training measures nothing; it draws."""
-    cfg = make_config('paper', **MODEL | CNN | RATES | dict(num_patches=2, batch_size=4, epochs=1, views=8, view_size=64, patch_size=32),
+    cfg = make_config('paper', **MODEL | CNN | RATES | dict(num_patches=2, batch_size=4, epochs=1, views=8, view_size=64, patch_size=32,
+                                                          features='layer2'),
                       **{'amp': False} | changes)
     task = open_task(cfg, tmp_path / 'run')
     train(task, cfg, task.run_dir, task.processes)

@@ -7,19 +7,22 @@ import warnings
 
 import matplotlib
 import matplotlib.pyplot as plt
+import nbdev.test
 import numpy as np
 import pytest
 import torch
+from execnb.shell import CaptureShell
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook  # under its own name pytest would take it for a test
 
-from conftest import NOTEBOOKS, ROOT
+from conftest import NOTEBOOKS, ROOT, give_back_memory
 
 
 @contextlib.contextmanager
 def untouched():
     "What a notebook sets for the whole process is as before afterwards: all notebooks share this one."
     env, cwd, path, hooks = dict(os.environ), os.getcwd(), list(sys.path), (sys.displayhook, sys.excepthook)
+    main = sys.modules['__main__']  # which processes that are started ask for
     state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     switches = [(torch.set_grad_enabled, torch.is_grad_enabled()), (torch.set_num_threads, torch.get_num_threads()),
                 (torch.set_default_dtype, torch.get_default_dtype()), (torch.set_default_device, None),
@@ -40,23 +43,27 @@ def untouched():
         os.chdir(cwd)
         sys.path[:] = path
         sys.displayhook, sys.excepthook = hooks
+        sys.modules['__main__'] = main
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').with_suffix('').as_posix())
 def test_notebook(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    flags = get_config().tst_flags.split()
+    flags, shells = get_config().tst_flags.split(), []
+    monkeypatch.setattr(nbdev.test, 'CaptureShell', lambda *args: shells.append(shell := CaptureShell(*args)) or shell)
     with untouched():
         torch.manual_seed(0), np.random.seed(0), random.seed(0)
         ok, _ = run_notebook(path, skip_flags=flags, basepath=ROOT)
+    for shell in shells: shell.user_ns.clear()  # the shell itself is kept by what it registered for the end of the process
+    give_back_memory()
     assert ok, f'{path.name} fails: its traceback is under "Captured stderr"'
 
 
 def test_globals_are_kept():
-    draw = torch.get_rng_state().clone()
+    draw, main = torch.get_rng_state().clone(), sys.modules['__main__']
     with untouched():
         torch.manual_seed(5), torch.set_grad_enabled(False), torch.set_default_dtype(torch.float64), torch.set_num_threads(1)
-        os.environ['UPDETR_LEFT_BEHIND'] = '1'
+        os.environ['UPDETR_LEFT_BEHIND'], sys.modules['__main__'] = '1', sys
         plt.figure()
     assert torch.equal(torch.get_rng_state(), draw) and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
-    assert 'UPDETR_LEFT_BEHIND' not in os.environ and not plt.get_fignums()
+    assert 'UPDETR_LEFT_BEHIND' not in os.environ and not plt.get_fignums() and sys.modules['__main__'] is main

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from conftest import ROOT
 from test_finetune_runs import SIZES, logged, pretrained  # noqa: F401 (a fixture)
 from test_papermill import ONESHOT, papermill
 from test_resume import as_in_the_processes, finish, kill_twice, weights  # noqa: F401 (a fixture: one thread here, too)
 from test_task import rows, save_photos
+from tools.processes import in_processes
 from updetr.checkpoint import write_json
 from updetr.config import make_config
 from updetr.datasets import open_dataset
@@ -229,7 +229,7 @@ def test_two_processes_answer_as_one(how, tmp_path):
     """Bit by bit: each photo is a batch of its own."""
     alone = found_by(make_task(tmp_path / 'one' / 'run', **SETTINGS[how]))
     (folder := tmp_path / 'two' / 'run').mkdir(parents=True)
-    mp.spawn(found_by_one_of, (2, folder, SETTINGS[how]), nprocs=2)
+    in_processes(found_by_one_of, 2, folder, SETTINGS[how])
     for rank in (0, 1):
         theirs = torch.load(folder / f'{rank}.pth')
         for a, b in zip(alone, theirs, strict=True):

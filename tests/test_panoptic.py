@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 from torch.nn import functional as F
 from torchvision.io import write_png
 
 from test_masks import SIZES, make, photos
+from tools.processes import in_processes
 from updetr.checkpoint import write_json
 from updetr.detr import build_detr
 from updetr.evaluate import CocoEvaluator
@@ -166,7 +166,7 @@ def judged_by_one_of(rank, world, folder):
 def test_two_processes_find_what_one_finds(tmp_path):
     rng, alone = np.random.default_rng(5), PanopticEvaluator('abcd', [1, 1, 0, 0])
     for i, (t, a, f, b) in enumerate(random_photo(rng) for _ in range(11)): alone.update(i, (as_tensor(t), a), (as_tensor(f), b))
-    mp.spawn(judged_by_one_of, (2, tmp_path), nprocs=2)
+    in_processes(judged_by_one_of, 2, tmp_path)
     for rank in (0, 1): assert json.loads((tmp_path / f'{rank}.json').read_text()) == pytest.approx(alone.summary())
 
 

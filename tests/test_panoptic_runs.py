@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -19,6 +18,7 @@ from test_papermill import papermill, parameter_lines
 from test_resume import as_in_the_processes, finish, kill_twice, weights  # noqa: F401 (a fixture: one thread here, too)
 from test_task import rows
 from tools.cells import run_cells
+from tools.processes import in_processes
 from updetr.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.config import make_config, model_options
 from updetr.detr import build_detr
@@ -176,7 +176,7 @@ def shown(folder, processes):
 
 def test_two_processes_measure_what_one_measures(masks):
     """5 photos: one process gets one more than the other."""
-    mp.spawn(shown_by_one_of, (2, masks), nprocs=2)
+    in_processes(shown_by_one_of, 2, masks)
     last = measured(masks)[-1]
     for rank in (0, 1):
         theirs = json.loads((masks / f'{rank}.json').read_text())

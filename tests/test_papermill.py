@@ -10,6 +10,7 @@ import sys
 
 import nbformat
 import pytest
+from click.testing import CliRunner
 from papermill import cli
 
 from conftest import ROOT, copy_project
@@ -68,8 +69,7 @@ def test_every_hyper_parameter_can_be_given(notebook, kind):
 
 @pytest.mark.parametrize('notebook', [NOTEBOOK, FINETUNE, ONESHOT], ids=lambda p: p.stem)
 def test_the_help_lists_every_parameter(notebook):
-    command = [sys.executable, '-m', 'papermill', '--help-notebook', str(notebook)]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    out = CliRunner().invoke(cli.papermill, ['--help-notebook', str(notebook)]).output
     assert [n for n in parameter_lines(notebook) if not re.search(rf'^  {n}: ', out, re.M)] == []
 
 
@@ -120,17 +120,12 @@ def test_the_executed_notebook_is_small_and_drawn(report):
     assert any(k.startswith('image/') for k in kinds) and (report / 'runs/reports/pretrain/pretrain.ipynb').stat().st_size < 1_000_000
 
 
-def test_running_it_again_finds_it_finished(report):
+def test_running_it_again_finds_it_finished(report, monkeypatch, capsys):
     "The second call has nothing to train; what comes after the training is the first call's test."
-    begin = nbformat.read(NOTEBOOK, 4)
-    last = next(i for i, c in enumerate(begin.cells) if c.source.endswith('run_all(runs)'))
-    begin.cells = begin.cells[:last + 1]
-    nbformat.write(begin, report / 'runs' / 'begin.ipynb')
-    r = papermill(report / 'runs' / 'again.ipynb', report, report / 'runs' / 'begin.ipynb', **TINY)
-    assert r.returncode == 0, r.stderr[-3000:]
-    written = nbformat.read(report / 'runs' / 'again.ipynb', 4).cells
-    texts = [o.get('text', '') for c in written for o in c.get('outputs', [])]
-    assert any('finished: runs/demo-42' in t for t in texts)
+    monkeypatch.chdir(report)
+    monkeypatch.delenv('UPDETR_DATA', raising=False)
+    run_cells(NOTEBOOK, monkeypatch, '\nrun_all(runs)', **TINY)
+    assert 'finished: runs/demo-42' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('name, more', [

@@ -1,14 +1,13 @@
 """Runs that are killed, stopped, spread over processes or given impossible parameters.
 
-What is disturbed is a real `python -m updetr`. Undisturbed runs and last resumptions happen in this process, which has imported
-torch already.
+What is stopped is a real `python -m updetr`; what is killed is a fork that does what it does. Undisturbed runs and last resumptions
+happen in this process, which has imported torch already.
 """
 import dataclasses
 import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import time
 import pytest
 import torch
 
+from tools.processes import Trainer, trained
 from updetr.checkpoint import load_checkpoint, write_json
 from updetr.config import make_config
 from updetr.pretrain_task import PretrainTask
@@ -43,9 +43,9 @@ def make_run(folder, **changes):
     return folder
 
 
-def command(folder, processes=1, *more):
-    torchrun = ['-m', 'torch.distributed.run', *(more or ['--standalone']), '--nproc-per-node', str(processes)]
-    return [sys.executable, *(torchrun if processes > 1 or more else []), '-m', 'updetr', '--cfg', str(folder / 'cfg.json')]
+def command(folder, processes=1):
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
+    return [sys.executable, *(torchrun if processes > 1 else []), '-m', 'updetr', '--cfg', str(folder / 'cfg.json')]
 
 
 def finish(folder): run(folder / 'cfg.json')
@@ -89,11 +89,11 @@ def test_a_run_is_complete(whole):
 def kill_twice(folder, steps):
     """Run a folder and kill it after a random number of logged steps, two times."""
     for at in sorted(random.Random(0).sample(steps, 2)):
-        process = subprocess.Popen(command(folder), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        log = folder / 'log.txt'
-        while process.poll() is None and (not log.exists() or log.read_text().count('"train_loss"') < at): time.sleep(.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, 'the run was over before it could be killed'
+        process, log = Trainer(folder).processes[0], folder / 'log.txt'
+        while process.is_alive() and (not log.exists() or log.read_text().count('"train_loss"') < at): time.sleep(.005)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, 'the run was over before it could be killed'
 
 
 def test_killed_twice_and_resumed_is_the_same_run(whole, runs, capsys):
@@ -131,17 +131,9 @@ def test_another_number_of_processes_keeps_the_batches(one, tmp_path, capsys):
     assert logged(folder) == pytest.approx(logged(one), rel=1e-3)
 
 
-def test_two_agents_on_loopback_are_one_process(one, runs):
-    """Two `torch.distributed.run` agents, as on two machines: same losses, gradient norms and weights, within rounding."""
-    folder = make_run(runs / 'agents', dropout=0., epochs=2)
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    meet = f'--nnodes 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{port} --rdzv-id test --local-addr 127.0.0.1'.split()
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    agents = [subprocess.Popen(command(folder, 1, *meet), env=ENV, **pipes) for _ in range(2)]
-    out = [a.communicate(timeout=120)[0] for a in agents]
-    assert [a.returncode for a in agents] == [0, 0], out
+def test_two_processes_are_one(one, runs):
+    """Same losses, gradient norms and weights, within rounding. (test_launch shows that two agents on two machines find each other.)"""
+    trained(folder := make_run(runs / 'two', dropout=0., epochs=2), 2)
     assert len(logged(folder)) == 16 and (folder / 'done.json').exists()
     # Two micro-batches in one process are the same sums in the same order. A whole batch rounds otherwise: two steps agree, then kinks of
     # the losses (L1, GIoU) and AdamW's steps along gradients of nearly zero make more of it, how much depends on the CPU.

@@ -15,7 +15,7 @@ from updetr.checkpoint import load_checkpoint, load_updetr
 from updetr.config import make_config
 from updetr.loader import PatchTask, Views, epoch_batches
 from updetr.photos import BadPhoto, builtin_photos
-from updetr.pretrain_task import PretrainTask, encode_ahead, live_batches
+from updetr.pretrain_task import PretrainTask, encode_ahead, live_batches, photo_lists
 from updetr.train import Processes, TrainState, train, train_step
 from updetr.watch import skipped_photos
 
@@ -118,8 +118,8 @@ def test_lists_of_photos_that_were_damaged(tmp_path, capfd):
             if content is None: (run / f'photos_{name}.json').unlink()
             else: (run / f'photos_{name}.json').write_text(content)
             capfd.readouterr()
-            again = make_task(run, data=str(photos))
-            assert again.photos.paths == task.photos.paths and (again.photos.sizes == task.photos.sizes).all()
+            again, _ = photo_lists(task.cfg, run, Processes())  # as a task of this run begins
+            assert again.paths == task.photos.paths and (again.sizes == task.photos.sizes).all()
             assert capfd.readouterr().out.count('looked for anew') == 1, content
             assert (run / f'photos_{name}.json').read_text() == kept[name]
     (run / 'photos_train.json').write_text(json.dumps(old))

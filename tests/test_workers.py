@@ -1,8 +1,7 @@
 "Worker processes of the loaders that cannot go on: a named error in seconds, never a hang."
 import os
+import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from tools.processes import in_processes
 from updetr.cnn_task import object_loader
 from updetr.finetune import view_loader
 from updetr.loader import PatchTask, data_loader, make_sample, photo_loader
@@ -46,16 +46,18 @@ def load(kind):
     return list(LOADERS[kind](Large(kind), ITEMS, 2))
 
 
+def load_in_little_room(rank, world, kind, out):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+    try: load(kind)
+    except RuntimeError as e: out.write_text(str(e))
+
+
 @pytest.mark.parametrize('kind', LOADERS)
-def test_shared_memory_that_is_too_small_is_named(kind):
+def test_shared_memory_that_is_too_small_is_named(kind, tmp_path):
     "A limit on the size of files stands for a full /dev/shm: both refuse the room for a batch"
-    script = (f'import sys, resource; sys.path.insert(0, {str(Path(__file__).parent)!r})\n'
-              'from test_workers import load\n'
-              'resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))\n'
-              f'load({kind!r})')
-    told = subprocess.run([sys.executable, '-W', 'ignore', '-c', script], text=True, capture_output=True, timeout=60)
-    last = told.stderr.strip().splitlines()[-1]
-    assert last.startswith('RuntimeError: no room for a batch') and '--shm-size' in last and 'num_workers 0' in last
+    in_processes(load_in_little_room, 1, kind, tmp_path / 'said')
+    said = (tmp_path / 'said').read_text()
+    assert said.startswith('no room for a batch') and '--shm-size' in said and 'num_workers 0' in said
 
 
 @pytest.mark.parametrize('kind', LOADERS)

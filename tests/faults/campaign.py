@@ -46,9 +46,15 @@ CONTEXT.set_forkserver_preload(['updetr.pretrain_task'])
 
 # ---- a training process --------------------------------------------------------------------------------------------
 
-def child(folder, fault, rank, world, port):
+def take_environment(environment):
+    """Forks have the variables of the moment in which their server began; those of who asks for them count."""
+    os.environ.clear()
+    os.environ |= environment
+
+
+def child(folder, fault, rank, world, port, environment):
     """What the process does: `updetr.train.run`, as `python -m updetr` does, struck by a fault if there is one."""
-    os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    take_environment(environment | {'RANK': str(rank), 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)})
     os.environ['CUDA_VISIBLE_DEVICES'] = ''
     torch.set_num_threads(1)
     multiprocessing.set_start_method('fork', force=True)  # of data-loading children, as in `python -m updetr`
@@ -81,7 +87,7 @@ class Trainer:
             s.bind(('127.0.0.1', 0))
             port = s.getsockname()[1]
         self.folder, self.seen = folder, set()
-        self.processes = [CONTEXT.Process(target=child, args=(folder, fault, r, world, port)) for r in range(world)]
+        self.processes = [CONTEXT.Process(target=child, args=(folder, fault, r, world, port, dict(os.environ))) for r in range(world)]
         for r, p in enumerate(self.processes):
             (folder / f'out{r}.txt').write_text('')
             p.start()

@@ -1,0 +1,30 @@
+"""Processes for tests: forks of one server, which has imported what they need, instead of interpreters that start from nothing.
+
+Each of those would import torch and its companions anew, which takes longer than all that a test does in them.
+"""
+import multiprocessing
+import os
+
+from torch.multiprocessing import start_processes
+
+from faults.campaign import CONTEXT, Trainer, take_environment
+
+TASKS = [f'updetr.{name}' for name in ('pretrain_task', 'finetune_task', 'oneshot_task', 'panoptic_task', 'cnn_task')]
+CONTEXT.set_forkserver_preload([*TASKS, 'hypothesis', 'matplotlib', 'nbformat', 'papermill.cli', 'pytest'])
+
+
+def _call(rank, function, environment, *args):
+    take_environment(environment)
+    multiprocessing.set_start_method('fork', force=True)  # of data-loading children, as in `python -m updetr`
+    function(rank, *args)
+
+
+def in_processes(function, world, *args):
+    "Call function(rank, world, *args) in so many processes at once; raises what one of them raises."
+    start_processes(_call, (function, dict(os.environ), world, *args), nprocs=world, start_method='forkserver')
+
+
+def trained(folder, world):
+    "Train what a folder describes, in so many processes that do what `python -m updetr` does."
+    trainer = Trainer(folder, world=world)
+    assert trainer.wait(600) == [0] * world, trainer.said()
