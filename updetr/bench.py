@@ -99,9 +99,10 @@ def bench_memory(cfg: PretrainConfig,  # of the step
                  shrink: int = 1,  # divide all sides, for a trial
                  ) -> list[dict]:  # way, batch_size, gib (None: it does not fit)
     "Peak memory of a pre-training step, each in a process of its own."
-    rows = []
+    rows, context = [], get_context('forkserver')
+    context.set_forkserver_preload(['updetr.steps'])  # imported once
     for kind, n in itertools.product((Ours, Theirs), batch_sizes):
-        with ProcessPoolExecutor(1, get_context('spawn')) as fresh: gib = fresh.submit(peak_gib, kind, cfg, n, device, shrink).result()
+        with ProcessPoolExecutor(1, context) as fresh: gib = fresh.submit(peak_gib, kind, cfg, n, device, shrink).result()
         rows.append({'way': kind.name, 'batch_size': n, 'gib': gib})
     return rows
 
