@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import test_oneshot as oneshot
 import test_panoptic_runs as panoptic
 from test_finetune_runs import logged, make_run, no_data_by_the_way, rows  # noqa: F401 (a fixture)
 from test_resume import as_in_the_processes, weights  # noqa: F401 (a fixture: one thread here, too)
 from test_task import save_photos
+from tools.processes import in_processes
 from updetr import train as loop
 from updetr.checkpoint import read_json, write_json
 from updetr.cnn_task import CNN_PRESETS, CNNConfig
@@ -96,7 +96,7 @@ def in_two(crowded, half_empty, tmp_path_factory):
             'theirs': SAME | dict(ce_per_process=True), 'whole': disturbed, 'stopped': disturbed}
     folders = {name: make_run(root / name, crowded, **way) for name, way in ways.items()}
     folders |= {f'cnn {labels}': make_cnn(root / f'cnn{labels}', half_empty, labels) for labels in (True, False)}
-    mp.spawn(one_of, (2, list(folders.values()), root / 'meet'), nprocs=2)
+    in_processes(one_of, 2, list(folders.values()), root / 'meet')
     return folders
 
 
