@@ -11,7 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from updetr.backbone import cnn_numbers
 from updetr.checkpoint import load_updetr, save_checkpoint
 from updetr.config import make_config, model_options
 from updetr.detector import Detector, check_device, load_detector
@@ -82,6 +84,33 @@ def test_a_configuration_that_lies_is_refused_before_anything_is_built(tmp_path,
     state = _file(kind)
     save_checkpoint(path := tmp_path / 'liar.pth', state | {'args': state['args'] | lie})
     for loader in LOADERS[kind]: assert _refused(loader, path), loader
+
+
+class NothingBig(TorchDispatchMode):
+    """Whoever makes a tensor of more than ten million numbers, other than one without memory, is stopped."""
+    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        for t in made if isinstance(made, (list, tuple)) else [made]:
+            if isinstance(t, torch.Tensor) and t.device.type != 'meta': assert t.numel() < 10**7, f'{func} made {tuple(t.shape)}'
+        return made
+
+
+@pytest.mark.parametrize('features', ['', 's3'])
+@pytest.mark.parametrize('kind', [*LOADERS, 'another detector'])
+def test_a_giant_cnn_is_refused_before_it_is_made(tmp_path, kind, features):
+    """1.3 thousand million numbers are named, by a file of less than one: whole, and cut after a stage."""
+    if kind == 'another detector':
+        cfg = finetune_config('demo', detector='fcos', **SMALL | dict(channels=32, cached_views=0, square=64))
+        state = {'model': build_module(cfg, 3).state_dict(), 'args': dataclasses.asdict(cfg), 'class_names': NAMES}
+    else: state = _file(kind)
+    loaders = LOADERS.get(kind, (load_detector,))
+    lie = dict(backbone='regnety_2560', features=features)
+    save_checkpoint(path := tmp_path / 'liar.pth', state | {'args': state['args'] | lie})
+    cnn_numbers.cache_clear()
+    with NothingBig():
+        for loader in loaders:
+            said = _refused(loader, path)
+            assert 'contradicts itself' in said and 'regnety_2560' in said, said
 
 
 @pytest.mark.parametrize('kind', LOADERS)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'RESNETS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'STEM', 'WEIGHTS', 'PREFIXES', 'HEADS', 'cut', 'make_body',
-           'join_features', 'fold_pairs', 'refold', 'FrozenFold', 'fold_norms', 'TrainedFold', 'Backbone',
-           'open_levels', 'pyramid', 'WeightSource', 'weight_source', 'weights_path', 'fetch_weights',
+           'cnn_numbers', 'join_features', 'fold_pairs', 'refold', 'FrozenFold', 'fold_norms', 'TrainedFold',
+           'Backbone', 'open_levels', 'pyramid', 'WeightSource', 'weight_source', 'weights_path', 'fetch_weights',
            'read_state_dict', 'load_weights', 'build_backbone']
 
 # %% ../nbs/05_backbone.ipynb #c002
@@ -13,7 +13,7 @@ import copy
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -56,6 +56,16 @@ def make_body(name: str = 'resnet50',  # a torchvision ResNet, else any timm mod
     if features is None:
         return freeze_batch_norm_2d(timm.create_model(name, features_only=True, out_indices=(-1,)))
     return cut(freeze_batch_norm_2d(timm.create_model(name)), features)
+
+# %% ../nbs/05_backbone.ipynb #c009b
+@lru_cache(maxsize=8)
+def cnn_numbers(name: str = 'resnet50',  # as for `make_body`
+                features: tuple[str, ...] | None = None,  # layers to cut after; None: the last feature map
+                dilation: bool = False,  # as for `make_body`
+                ) -> int:
+    "Return how many numbers a network's tensors hold; none of them is made. Raises ValueError for an unknown name."
+    with torch.device('meta'): body = make_body(name, features, dilation)
+    return sum(v.numel() for v in body.state_dict().values())
 
 # %% ../nbs/05_backbone.ipynb #c011
 def join_features(maps: dict[str, Tensor] | list[Tensor],  # (B,C_i,h_i,w_i) each

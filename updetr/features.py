@@ -297,7 +297,8 @@ def _finish(folder, about, token, shares, world):
     made = {name: folder/f'{name}{token}' for name in names}
     sums = {name: [_size(path), checksum(path)] for name, path in made.items()}
     for name in names: os.replace(folder/f'{name}{token}', folder/name)
-    (folder/f'bank.json{token}').write_text(json.dumps(about | {'files': sums}, indent=1))
+    said = json.dumps(about | {'files': sums}, indent=1, allow_nan=False)
+    (folder/f'bank.json{token}').write_text(said)
     os.replace(folder/f'bank.json{token}', folder/'bank.json')
 
 # %% ../nbs/13a_features.ipynb #f026

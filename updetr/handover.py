@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .backbone import RESNETS
-from .checkpoint import architecture, check_file, check_sums, first_line, plain_tensors, read_weights
+from .checkpoint import architecture, check_cnn, check_file, check_sums, first_line, plain_tensors, read_weights
 from .config import check_names
 from .detr import DETR
 from .updetr import PatchQueries
@@ -163,7 +163,7 @@ def _detector(path, weights, detector_part):
     return {k: v for k, v in weights.items() if not k.endswith('.num_batches_tracked')}  # frozen norms count no batches
 
 # %% ../nbs/26_handover.ipynb #c019a
-def _check_traceless(path, options):
+def _check_traceless(path, weights, options):
     "ValueError if what the tensors do not show is impossible"
     heads, width = options['nheads'], options['hidden_dim']
     if type(heads) is not int or heads < 1 or width % heads:
@@ -175,6 +175,7 @@ def _check_traceless(path, options):
         raise ValueError(f'{path}: features is {features!r}, but must be names of layers')
     for k in ('dilation', 'pos_in_input', 'pre_norm', 'standardize'):
         if type(options[k]) is not bool: raise ValueError(f'{path}: {k} is {options[k]!r}, but must be True or False')
+    check_cnn(path, weights, cnn, features, options['dilation'])
 
 def _assumption(path, options):
     "What to say of options that are taken from the published models because nobody told them"
@@ -208,7 +209,7 @@ def open_pretrained(path: str | Path,  # .pth or .safetensors: of a run of this 
     otherwise = {k: v for k, v in (otherwise or {}).items() if k in NO_TRACE and k not in said | told}
     options |= otherwise
     assumed = tuple(k for k in NO_TRACE if k not in said | told | otherwise)
-    _check_traceless(path, options)
+    _check_traceless(path, weights, options)
     if assumed: print(_assumption(path, {k: options[k] for k in assumed}))
     kind, options = 'updetr' if 'patch2query.weight' in weights else 'detr', {k: options[k] for k in OPTIONS}
     return Pretrained(str(path), kind, weights, options, num_classes, names, args, assumed)

@@ -23,17 +23,12 @@ from pathlib import Path
 
 import psutil
 
+from .checkpoint import write_json
 from .config import cfg_changes
 from .resume import check_data, refuse_changes
 from .stop import file_locks
 
 # %% ../nbs/17_launch.ipynb #c006
-def _write_json(path, content):
-    "Write `content` as JSON so that a reader sees the old file or the new one, nothing between."
-    part = Path(f'{path}.part')
-    part.write_text(json.dumps(content, indent=1, default=os.fspath) + '\n')
-    os.replace(part, path)
-
 def _read_json(path):
     "The object in a JSON file, None if there is no such file; ValueError if it is damaged."
     try: content = json.loads(Path(path).read_bytes()) if Path(path).exists() else None
@@ -143,8 +138,8 @@ def _start(run, command, env):
         start = log.seek(0, os.SEEK_END)
         process = subprocess.Popen(['sh', '-c', script, 'sh', *command], env=env,
                                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    _write_json(run/'launch.json', dict(pid=process.pid, mark=env['UPDETR_LAUNCH'], host=socket.gethostname(),
-                                        folder=_identity(run), started=time.time(), log_start=start, command=command))
+    write_json(run/'launch.json', dict(pid=process.pid, mark=env['UPDETR_LAUNCH'], host=socket.gethostname(),
+                                       folder=_identity(run), started=time.time(), log_start=start, command=command))
     with suppress(psutil.Error):
         while process.poll() is None and psutil.Process(process.pid).cmdline()[:1] != command[:1]: time.sleep(.005)
     return process
@@ -182,12 +177,20 @@ def _goes_on(run):
     "Alive and not merely tidying up after its end."
     return is_alive(run) and not is_done(run)
 
+def _require_finite(cfg):
+    "ValueError that names an entry which JSON has no number for"
+    for name, value in cfg.items():
+        try: json.dumps(value, default=os.fspath, allow_nan=False)
+        except ValueError as e: raise ValueError(f'{name} is {value}, but must be finite') from e
+
 def prepare(
     run_dir: str | Path,  # folder of the run; made if missing
     cfg: dict,  # configuration; what JSON can hold, and paths
     may_change: tuple = (),  # keys that may differ from those the folder was started with, besides notebook 15b's
 ) -> Path:  # the configuration file
-    "Write `cfg.json`, unless the run goes on. Raises ValueError that names what differs from the configuration that is there."
+    """Write `cfg.json`, unless the run goes on.
+    Raises ValueError that names what differs from the configuration that is there, or is not finite."""
+    _require_finite(cfg)
     run = Path(run_dir)
     run.mkdir(parents=True, exist_ok=True)
     old = _read_json(run/'cfg.json') or cfg
@@ -195,7 +198,7 @@ def prepare(
     changed = cfg_changes(old, cfg)
     if not _goes_on(run):
         if changed: (run/'done.json').unlink(missing_ok=True)
-        _write_json(run/'cfg.json', cfg)
+        write_json(run/'cfg.json', cfg)
     return run/'cfg.json'
 
 # %% ../nbs/17_launch.ipynb #c026
@@ -259,10 +262,12 @@ def is_number(
     if type(x) is int: return abs(x) < 2**53
     return type(x) is float and (not finite or math.isfinite(x))
 
+def _measured(key): return key.startswith(('train_', 'test_'))
+
 def _sound(row):
     "Has every entry of a row the type that whoever draws it relies on?"
     if not isinstance(row, dict) or type(row.get('step')) is not int or not 0 <= row['step'] < 2**53: return False
-    measured = [v for k, v in row.items() if k.startswith(('train_', 'test_'))]
+    measured = [v for k, v in row.items() if _measured(k)]
     return all(is_number(row.get(k, 0)) for k in _FINITE) and all(is_number(v, finite=False) for v in measured)
 
 def _row(line):
@@ -270,6 +275,9 @@ def _row(line):
     begin = max(line.rfind('{'), 0)
     try: row = json.loads(line[begin:])
     except (ValueError, RecursionError): return None, False
+    if isinstance(row, dict):
+        # null is how a number that is not finite was written
+        row |= {k: math.nan for k, v in row.items() if v is None and _measured(k)}
     return (row, begin == 0) if _sound(row) else (None, False)
 
 # %% ../nbs/17_launch.ipynb #c030

@@ -330,7 +330,7 @@ class PhotoIndex:
     ):
         "Write the index, first aside and then renamed: a reader never sees half a file."
         content, aside = dict(asdict(self), sizes=self.sizes.tolist()), Path(f'{os.fspath(path)}.{os.getpid()}.tmp')
-        aside.write_text(json.dumps(content | {'sum': _list_sum(content)}))
+        aside.write_text(json.dumps(content | {'sum': _list_sum(content)}, allow_nan=False))
         os.replace(aside, path)
 
     @classmethod

@@ -11,7 +11,6 @@ __all__ = ['TASKS', 'lr_factor', 'build_optimizer', 'Processes', 'join_processes
 import argparse
 import dataclasses
 import errno
-import json
 import math
 import os
 import socket
@@ -27,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .checkpoint import gather_rng, read_json, save_checkpoint, set_rng_state, write_json
+from .checkpoint import gather_rng, json_text, read_json, save_checkpoint, set_rng_state, write_json
 from .config import TrainConfig, check_config
 from .resume import (SAVED, HeldFolder, keep_data, last_logged, last_saved, put_away, refuse_changes, refuse_data, saved_marks,
                            short_marks)
@@ -260,7 +259,7 @@ class RunLog:
         "One line, a flat dictionary, from one process; the clock for the speed starts anew. Raises OSError that names the file."
         try:
             if self.processes.rank == 0:
-                with open(self.path, 'a') as f: f.write(json.dumps(row) + '\n')
+                with open(self.path, 'a') as f: f.write(json_text(row, None) + '\n')
         except OSError as e: raise OSError(e.errno, f'{e.strerror}; what was saved before is good', str(self.path)) from e
         self.start = time.perf_counter()
 
