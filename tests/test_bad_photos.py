@@ -3,7 +3,9 @@ import io
 import os
 import struct
 import sys
+import warnings
 import zlib
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -267,6 +269,49 @@ def test_saved_index_that_is_none(tmp_path):
         with pytest.raises(ValueError, match='make it anew'): PhotoIndex.load(tmp_path / 'index.json')
 
 
+def _smooth(height, width):
+    """A picture without detail, of which halves and quarters show the same."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([255 * y / height, 255 * x / width, 128 + 0 * x], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize('limit, part', [(10**6, 1), (4000, 2), (1500, 4), (300, 8)])
+@pytest.mark.parametrize('turn', [1, 6])
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK'])
+def test_a_jpeg_beyond_the_limit_is_decoded_smaller(tmp_path, limit, part, turn, mode):
+    """At a half, a quarter or an eighth, the same way up; the header is still told of the whole."""
+    image = Image.fromarray(_smooth(96, 128)).convert(mode)
+    image.getexif()[0x0112] = turn
+    image.save(path := tmp_path / 'a.jpg', exif=image.getexif(), quality=95)
+    whole, less = read_photo(path), read_photo(path, limit, reduce=True)
+    assert less[0].numel() <= limit and less.shape[1:] == tuple(-(-v // part) for v in whole.shape[1:])
+    means = torch.nn.functional.avg_pool2d(whole.float(), part)
+    assert (less.float() - means).abs().max() < 6
+    assert photos.header_size(path, 1, limit, reduce=True) == tuple(whole.shape[1:])
+    if part > 1:
+        with pytest.raises(BadPhoto, match='too many pixels'): read_photo(path, limit)
+        assert photos.header_size(path, 1, limit).startswith('too many pixels')
+
+
+def test_what_cannot_be_decoded_smaller_is_named(tmp_path):
+    """Other formats, progressive JPEGs (all their coefficients lie in memory at once), and those too large for an eighth."""
+    image, path = Image.fromarray(_smooth(96, 128)), tmp_path / 'a.jpg'
+    for limit, save in ((4000, dict(format='PNG')), (4000, dict(format='JPEG', progressive=True)), (100, dict(format='JPEG'))):
+        image.save(path, **save)
+        with pytest.raises(BadPhoto, match='too many pixels: 128x96, limit .*UPDETR_MAX_PIXELS'): read_photo(path, limit, reduce=True)
+        assert photos.header_size(path, 1, limit, reduce=True).startswith('too many pixels')
+    image.save(path, format='JPEG')
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(BadPhoto, match='cannot be decoded: .*truncated'): read_photo(path, 4000, reduce=True)
+
+
+def test_nothing_as_large_as_the_whole_is_made(tmp_path):
+    """100 megapixels, more than PIL itself opens without a warning: the pixels that are made are a quarter of them."""
+    Image.new('L', (10_000, 10_000), 99).save(path := tmp_path / 'a.jpg')
+    with warnings.catch_warnings(action='error'), patch.object(photos, '_decode_jpeg', None):
+        assert read_photo(path, reduce=True).shape == (3, 5000, 5000)
+
+
 def test_any_damage_is_a_bad_photo_or_a_photo(tmp_path):
     "Random bytes changed in real files: an image or BadPhoto, never another exception"
     rng, path = np.random.default_rng(0), tmp_path / 'damaged'
@@ -275,8 +320,9 @@ def test_any_damage_is_a_bad_photo_or_a_photo(tmp_path):
             damaged = np.frombuffer(content, np.uint8).copy()
             damaged[rng.integers(0, min(len(damaged), 400), 4)] = rng.integers(0, 256, 4)
             path.write_bytes(damaged[:rng.integers(20, len(damaged) + 1)].tobytes())
-            try: x = read_photo(path, max_pixels=10 ** 6)
-            except BadPhoto as e: assert e.reason
-            else: assert x.dtype == torch.uint8 and x.shape[0] == 3
+            for limit, reduce in ((10**6, False), (1000, True)):
+                try: x = read_photo(path, limit, reduce)
+                except BadPhoto as e: assert e.reason
+                else: assert x.dtype == torch.uint8 and x.shape[0] == 3 and x[0].numel() <= limit
             try: index_photos(tmp_path, max_pixels=10 ** 6, workers=1)
             except ValueError: pass

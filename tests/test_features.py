@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -246,13 +247,16 @@ def test_query_pictures_follow_the_boxes(tmp_path, computed):
 ALONE = SimpleNamespace(rank=0, world=1, any=bool, gather=lambda x: [x], barrier=lambda: None)
 
 
-def toy(num=2, wait=0., calls=None):
-    """Items whose feature is their number."""
+def toy(num=2, wait=0., calls=None, bad=()):
+    """Items whose feature is their number; what is in `bad` is said of them."""
+    skipped = []
+
     def compute(numbers):
+        skipped.extend(bad)
         if calls is not None: calls.write(''.join(f'{os.getpid()} {i}\n' for i in numbers))
         time.sleep(wait)
         return {'feature': torch.tensor(numbers).view(-1, 1).expand(-1, 4).half()}, [[{'boxes': torch.ones(i, 4)}] for i in numbers]
-    return Source(lambda: {'cnn': 'toy'}, num, compute)
+    return Source(lambda: {'cnn': 'toy'}, num, compute, skipped=skipped)
 
 
 def is_whole(stored, num=2):
@@ -295,6 +299,31 @@ def test_whatever_is_in_a_file(bank, name, content, keep):
     folder, _ = bank
     (folder / name).write_bytes((folder / name).read_bytes()[:keep] + content)
     assert is_whole(open_features(folder.parent, toy(), ALONE))
+
+
+def test_what_was_wrong_with_photos_is_kept_with_a_checksum(tmp_path, capsys):
+    """Said to whoever takes the features over, each message once; whatever happens to the file, they are made anew."""
+    said = ['a.jpg: broken', 'caf\u00e9\n.jpg: cut']
+    assert open_features(tmp_path, toy(bad=said), ALONE).skipped == said
+    assert open_features(tmp_path, toy(bad=['not asked']), ALONE).skipped == said and 'made anew' not in capsys.readouterr().out
+    file, = tmp_path.glob('*/skipped.json')
+    content = file.read_bytes()
+    about = json.loads((file.parent / 'bank.json').read_text())
+    for spoilt in (content[:-3], content.replace(b'a.jpg', b'b.jpg'), b'', None):
+        file.unlink()
+        if spoilt is not None: file.write_bytes(spoilt)
+        assert open_features(tmp_path, toy(bad=said), ALONE).skipped == said and 'made anew' in capsys.readouterr().out
+    # a list of something else, with the right checksum
+    for lie in (b'[1]', b'{}', b'['):
+        file.write_bytes(lie)
+        about['files']['skipped.json'] = [len(lie), zlib.crc32(lie)]
+        (file.parent / 'bank.json').write_text(json.dumps(about))
+        assert open_features(tmp_path, toy(bad=said), ALONE).skipped == said and 'made anew' in capsys.readouterr().out
+    # a file that bank.json does not know is nobody's; a bank from before has none
+    file.write_text('["a lie"]')
+    del about['files']['skipped.json']
+    (file.parent / 'bank.json').write_text(json.dumps(about))
+    assert open_features(tmp_path, toy(), ALONE).skipped == [] and 'made anew' not in capsys.readouterr().out
 
 
 def test_no_files_at_all(tmp_path, capfd):

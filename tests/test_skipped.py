@@ -16,10 +16,12 @@ from updetr.oneshot import oneshot_config
 from updetr.oneshot_task import OneShotTask
 from updetr.panoptic import PanopticScenes, open_panoptic, write_panoptic
 from updetr.panoptic_task import PanopticTask, open_panoptic_sets, panoptic_config
-from updetr.photos import BadPhoto
+from updetr.photos import BadPhoto, read_photo
 from updetr.queries import QueryPool
 from updetr.scenes import Scenes
 from updetr.train import Processes
+from updetr.transforms import SMALL_SIZES, DetectionViews
+from updetr.watch import skipped_photos
 
 ONE_SHOT = dict(unseen='dog', query_size=32, unseen_objects='background')
 LIVE = dict(cached_views=0, frozen_backbone=False)
@@ -36,6 +38,14 @@ def no_data_by_the_way(monkeypatch): monkeypatch.delenv('UPDETR_DATA', raising=F
 
 
 def truncate(file): file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+
+
+def cut_off(file):
+    """A photo of another size than its annotation says."""
+    write_png(read_photo(file)[:, :-3], str(file))
+
+
+HARMS = {'truncated': truncate, 'of another size': cut_off}
 
 
 def panoptic(folder):
@@ -56,24 +66,25 @@ def data(tmp_path_factory):
     return {'coco': coco(root / 'coco'), 'panoptic': panoptic(root / 'panoptic')}
 
 
-def some_run(case, data, folder, broken, **changes):
-    """Task, configuration and folder of a tiny run of which one photo is truncated after it was listed; the photo's name."""
+def some_run(case, data, folder, broken, harm=truncate, **changes):
+    """Task, configuration and folder of a tiny run of which one photo is spoilt after it was listed; the photo's name."""
     task, config, settings = CASES[case]
     kind = 'panoptic' if case == 'panoptic' else 'coco'
     shutil.copytree(data[kind], folder / 'data')
     # photo 2 shows a cat, which one-shot detection is asked for
     file = next((folder / 'data' / broken).glob('2.*'))
-    truncate(file)
+    harm(file)
     cfg = config('demo', **TINY | settings | {'data': str(folder / 'data')} | changes)
     return task, cfg, configure(folder / 'runs/run', cfg), file
 
 
+@pytest.mark.parametrize('harm', HARMS)
 @pytest.mark.parametrize('case', CASES)
-def test_a_truncated_photo_is_skipped_counted_and_said(case, data, tmp_path, capsys):
-    _, _, run_dir, file = some_run(case, data, tmp_path, 'train', epochs=2, eval_every=2)
+def test_a_spoilt_photo_is_skipped_counted_and_said(case, harm, data, tmp_path, capsys):
+    _, _, run_dir, file = some_run(case, data, tmp_path, 'train', HARMS[harm], epochs=2, eval_every=2)
     finish(run_dir)
     noted = (run_dir / 'skipped.txt').read_text().splitlines()
-    assert len(noted) == 1 and noted[0].startswith(f'{file}: ')
+    assert len(noted) == 1 and noted[0].startswith(f'{file}: ') and (harm == 'truncated' or harm in noted[0])
     assert capsys.readouterr().out.count(f'photo skipped: {file}') == 1
     assert load_checkpoint(run_dir / 'checkpoint.pth')['step'] > 0
 
@@ -100,12 +111,41 @@ def test_its_place_is_taken_alike_by_workers_and_after_a_resume(case, data, tmp_
     assert not any('skipped' in t for b in whole for t in b['targets'])
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_one_to_evaluate_on_is_an_error_before_the_first_step(case, data, tmp_path):
-    _, _, run_dir, file = some_run(case, data, tmp_path, 'val', eval_every=1)
+@pytest.mark.parametrize('case, harm', [*((case, truncate) for case in CASES), ('finetune', cut_off)])
+def test_one_to_evaluate_on_is_an_error_before_the_first_step(case, harm, data, tmp_path):
+    _, _, run_dir, file = some_run(case, data, tmp_path, 'val', harm, eval_every=1)
     with pytest.raises(ValueError, match='photos to evaluate on that cannot be used: 1, first ') as e: finish(run_dir)
     assert str(file) in str(e.value) and 'check_dataset(ds, decode=True)' in str(e.value)
     assert not (run_dir / 'checkpoint.pth').exists()
+
+
+@pytest.mark.parametrize('spoil, said', [(lambda png: png[:, :-3], 'of another size'), (lambda png: png * 0, 'of other segments')])
+def test_a_png_that_is_not_that_of_its_list_is_skipped(spoil, said, data, tmp_path):
+    """In the second stage of a panoptic training, begun without the notebook, which decodes all of them."""
+    shutil.copytree(data['panoptic'], tmp_path / 'data')
+    file = tmp_path / 'data/annotations/panoptic_train/1.png'
+    write_png(spoil(read_photo(file)), str(file))
+    whole = open_panoptic(tmp_path / 'data', 'train')
+    views = DetectionViews(whole, sizes=SMALL_SIZES, square=64)
+    _, target = views[0, 1]
+    message, = target['skipped']
+    assert message.startswith(f'{file}: {said}') and int(target['image_id']) == 2
+    with pytest.raises(ValueError, match=said): require_readable(whole, what='to train on')
+
+
+@pytest.mark.parametrize('case', ['finetune, cached', 'oneshot, cached'])
+def test_whoever_takes_over_a_bank_is_told_which_photos_were_broken(case, data, tmp_path, capsys):
+    """Two runs of one configuration: the second computes nothing, and its folder says the same."""
+    _, cfg, first, file = some_run(case, data, tmp_path, 'train')
+    finish(first)
+    noted = (first / 'skipped.txt').read_text()
+    assert noted.startswith(f'{file}: ') and len(noted.splitlines()) == 1
+    times = {p: p.stat().st_mtime_ns for p in (first.parent / 'banks').rglob('*.npy')}
+    capsys.readouterr()
+    finish(second := configure(first.parent / 'second', cfg))
+    assert times and times == {p: p.stat().st_mtime_ns for p in (first.parent / 'banks').rglob('*.npy')}
+    assert (second / 'skipped.txt').read_text() == noted and capsys.readouterr().out.count(f'photo skipped: {file}') == 1
+    assert skipped_photos(second) == f'1 photo could not be read: {file.name}'
 
 
 class Boxes:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from updetr.checkpoint import load_checkpoint, load_updetr
 from updetr.config import make_config
-from updetr.loader import PatchTask, Views, epoch_batches
+from updetr.loader import PatchTask, Views, epoch_batches, read_or_less
 from updetr.photos import BadPhoto, builtin_photos
 from updetr.pretrain_task import PretrainTask, encode_ahead, live_batches, photo_lists
 from updetr.train import Processes, TrainState, train, train_step
@@ -76,6 +76,43 @@ def test_nested_folders_and_broken_files(tmp_path, setting, capsys):
     assert sorted('/'.join(Path(s.split(': ')[0]).parts[-2:]) for s in skipped) == ['b/1.jpg', 'c/0.jpg']
     told = [line.removeprefix('photo skipped: ') for line in capsys.readouterr().out.splitlines() if line.startswith('photo skipped: ')]
     assert told == skipped and skipped_photos(tmp_path / 'run').startswith('2 photos could not be read: ')
+
+
+def test_a_resumed_run_notes_nothing_twice(tmp_path, capsys):
+    """Also for a name in which lines end: each broken photo is one line of skipped.txt, however often it is met."""
+    save_photos(tmp_path / 'photos', 6, broken=(1,))
+    (tmp_path / 'photos/1.jpg').rename(tmp_path / 'photos/a\nb\u2028.jpg')
+    for epochs in (2, 4):
+        train_small(tmp_path / 'run', data=str(tmp_path / 'photos'), epochs=epochs, schedule='step', warmup=0., lr_drop=9)
+        noted = (tmp_path / 'run/skipped.txt').read_text().split('\n')
+        assert len(noted) == 2 and noted[0].startswith(f'{tmp_path}/photos/a b .jpg: cannot be decoded') and not noted[1]
+    assert capsys.readouterr().out.count('photo skipped: ') == 1
+    assert skipped_photos(tmp_path / 'run') == '1 photo could not be read: a b .jpg'
+
+
+def test_whoever_takes_over_the_bank_of_views_is_told_of_broken_photos(tmp_path):
+    save_photos(tmp_path / 'photos', 4, broken=(2,))
+    views = VIEWS | dict(cache_features=True, data=str(tmp_path / 'photos'), views=12)
+    for name in ('first', 'second'): make_task(tmp_path / name, **views).begin(resumed=False)
+    first, second = ((tmp_path / name / 'skipped.txt').read_text() for name in ('first', 'second'))
+    assert first == second and first.startswith(f'{tmp_path}/photos/2.jpg: ') and first.count('\n') == 1
+    assert len(list(tmp_path.glob('banks/*/bank.json'))) == 1
+
+
+def test_an_over_large_jpeg_is_trained_on_at_a_smaller_size(tmp_path, capsys):
+    """81 megapixels are beyond the limit: listed with their own size, read at a half of it, and said. A PNG of as many is left out."""
+    save_photos(tmp_path / 'photos', 4)
+    large = Image.new('L', (9000, 9001), 99)
+    large.save(tmp_path / 'photos/large.jpg')
+    large.save(tmp_path / 'photos/large.png', compress_level=1)
+    task, state = train_small(tmp_path / 'run', data=str(tmp_path / 'photos'))
+    said = capsys.readouterr().out
+    assert '5 photos' in said and 'large.png' not in task.photos.paths and state.step == 2
+    assert '1 of more than 80,000,000 px are read smaller, first large.jpg' in said
+    place = task.photos.paths.index('large.jpg')
+    assert task.photos.sizes[place].tolist() == [9001, 9000]
+    assert read_or_less(task.photos.path(place)).shape == (3, 4501, 4500)
+    assert not (tmp_path / 'run/skipped.txt').exists()
 
 
 def test_a_broken_heldout_photo_does_not_stop_the_picture(tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 
 from .datasets import DetectionSet
 from .photo_files import photo_turn, size_trouble
-from .photos import MAX_PIXELS, BadPhoto, _header, _printable, read_photo
+from .photos import BadPhoto, _printable, header_size, read_photo
 
 # %% ../nbs/23a_check.ipynb #c005
 @dataclass(eq=False)
@@ -109,7 +109,7 @@ def _photo_trouble(i, table, decode):
     if decode:
         try: real = tuple(read_photo(path).shape[1:])
         except BadPhoto as e: return 'broken', e.reason
-    elif isinstance(real := _header(path, 1, MAX_PIXELS), str): return 'broken', real
+    elif isinstance(real := header_size(path), str): return 'broken', real
     turn, real = photo_turn(path), tuple(real)
     lies = turn >= 5 and (table.exif == 'stored' or table.exif == 'sizes' and real == said[::-1] != said)
     if (real[::-1] if lies else real) != said: return 'of another size', size_trouble(real, said)

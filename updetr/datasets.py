@@ -22,7 +22,7 @@ from .annotations import (ID, NAME, OPTIONAL_FLAG, OPTIONAL_NUMBER, as_float, re
                                 require_unique, require_values)
 from .fingerprint import SetRows, column_rows, set_rows
 from .photo_files import EXIF, find_files, photo_turn, photos_by_stem, read_as_said
-from .photos import MAX_PIXELS, _header, _printable
+from .photos import _printable, header_size
 from .voc_files import need_split, read_xml, voc_classes, voc_ids, voc_names, voc_number, voc_objects
 
 # %% ../nbs/23_datasets.ipynb #c006
@@ -87,7 +87,7 @@ class DetectionSet:
     """Photos with labelled boxes.
 
     `ds[i]` is a sample: image uint8 (3,H,W); boxes float (k,4) xyxy px inside the photo, labels (k,) 0..C-1, iscrowd, area px^2, difficult;
-    image_id. Raises BadPhoto for a broken photo, ValueError for one that has not the stated size.
+    image_id. Raises BadPhoto for a broken photo, and for one that has not the stated size.
     """
     def __init__(self,
         table:Table,            # as read
@@ -209,7 +209,7 @@ def _sizes(said, root, files, exif, notes):
     sizes = np.where(stated[:, None], said, 0).astype(int)
     for i in np.flatnonzero(~stated):
         path = os.path.join(root, files[i])
-        found = _header(path, 1, MAX_PIXELS)
+        found = header_size(path)
         if isinstance(found, str): raise ValueError(f'{_printable(files[i])}: no size is stated, and the photo does not help: {found}')
         sizes[i] = found[::-1] if exif == 'stored' and photo_turn(path) >= 5 else found
     if not stated.all(): notes.append(f'sizes that are not stated, or are no whole numbers, are read from the photos: {(~stated).sum():,}')

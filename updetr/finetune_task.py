@@ -100,11 +100,12 @@ def labelled_source(
     views: DetectionViews,  # squashed to squares
     num_views: int,  # views a photo
     device: torch.device | str = 'cpu',  # where the CNN is
-    note=lambda messages: None,  # told what is wrong with photos that were skipped
 ) -> Source:
     "Features and targets of some views of each photo."
+    skipped = []
+
     def compute(numbers):
-        features, targets = zip(*(photo_features(cnn, views, i, num_views, device, note) for i in numbers))
+        features, targets = zip(*(photo_features(cnn, views, i, num_views, device, skipped.extend) for i in numbers))
         return {'feature': torch.stack(features).half()}, list(targets)
 
     def what():
@@ -114,7 +115,7 @@ def labelled_source(
         data = {'set': set_key(views.dataset), 'classes': list(views.dataset.classes)}
         return {'kind': 'labelled views', 'cnn': cnn_key(cnn), 'views': num_views} | shown | data
 
-    return Source(what, len(views), compute)
+    return Source(what, len(views), compute, skipped=skipped)
 
 # %% ../nbs/28a_finetune_task.ipynb #c016
 class CachedViews:
@@ -210,9 +211,11 @@ def open_bank(
     source: Source,  # what is wanted
     phase: str = "the frozen CNN's features",  # what a watcher reads while it is computed
 ) -> Stored:
-    "Features that a frozen CNN computes once, beside the run's folder."
+    "Features that a frozen CNN computes once, beside the run's folder. What was wrong with photos then is noted now."
     progress = progress_writer(task.run_dir, task.processes, phase)
-    return open_features(task.run_dir.parent / 'banks', source, task.processes, progress)
+    stored = open_features(task.run_dir.parent / 'banks', source, task.processes, progress)
+    if task.processes.rank == 0: note_skipped(task.run_dir, stored.skipped, set())
+    return stored
 
 def open_cache(
     task: LabelledRun,  # all processes call this
@@ -220,11 +223,8 @@ def open_cache(
 ) -> CachedViews:
     "Cached views of one set."
     views, number = (task.views, task.cfg.cached_views) if kind == 'train' else (task.val_views, 1)
-    skipped = []
-    source = labelled_source(task.cnn, views, number, task.processes.device, skipped.extend)
-    cached = CachedViews(open_bank(task, source))
-    note_skipped(task.run_dir, skipped, set())
-    return cached
+    source = labelled_source(task.cnn, views, number, task.processes.device)
+    return CachedViews(open_bank(task, source))
 
 # %% ../nbs/28a_finetune_task.ipynb #c023
 @torch.no_grad()

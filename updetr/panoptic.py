@@ -25,7 +25,7 @@ from .datasets import class_color, photo_ids
 from .evaluate import _from_all, _world, postprocess
 from .masks import DETRsegm
 from .photo_files import find_files, read_as_said, size_trouble
-from .photos import _printable, read_photo
+from .photos import BadPhoto, _printable, read_photo
 from .scenes import Scenes
 
 # %% ../nbs/35_panoptic.ipynb #c006
@@ -195,12 +195,12 @@ class PanopticSet(_Panoptic):
         return self.rows[i][2]
 
     def panoptic(self, i):
-        "Picture of segment numbers (H,W) and the list of segments."
+        "Picture of segment numbers (H,W) and the list of segments. Raises BadPhoto for a picture that is not that of the list."
         file, info = self.pngs / self.rows[i][1], self.segments(i)
         ids = rgb2id(read_photo(file))
-        if ids.shape != (said := tuple(self.sizes[i].tolist())): raise ValueError(f'{_printable(file)}: {size_trouble(ids.shape, said)}')
+        if ids.shape != (said := tuple(self.sizes[i].tolist())): raise BadPhoto(file, f'of another size: {size_trouble(ids.shape, said)}')
         missing = {s['id'] for s in info} - set(ids.unique().tolist())
-        if missing: raise ValueError(f'{_printable(file)}: segment {min(missing)} of {_printable(self.source)} has no pixels in it')
+        if missing: raise BadPhoto(file, f'of other segments: {min(missing)} of {_printable(self.source)} has no pixels in it')
         return ids, info
 
     def __getitem__(self, i):

@@ -135,9 +135,9 @@ def read_as_said(
     said:tuple,         # (height, width) in its annotation, px
     exif:str='sizes',   # 'sizes', 'upright' or 'stored'
 )->torch.Tensor:        # (3, *said) uint8
-    "A photo the way up in which it was labelled. Raises BadPhoto, or ValueError for one of another size."
+    "A photo the way up in which it was labelled. Raises BadPhoto, also for one of another size."
     image, said = read_photo(path), tuple(int(v) for v in said)
     lies = exif == 'sizes' and tuple(image.shape[1:]) == said[::-1] != said
     if lies or exif == 'stored': image = as_stored(image, photo_turn(path))
-    if tuple(image.shape[1:]) != said: raise ValueError(f'{_printable(path)}: {size_trouble(image.shape[1:], said)}')
+    if tuple(image.shape[1:]) != said: raise BadPhoto(path, f'of another size: {size_trouble(image.shape[1:], said)}')
     return image

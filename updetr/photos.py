@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SUFFIXES', 'MAX_PIXELS', 'MIN_SIDE', 'PRETRAIN_SIZES', 'PRETRAIN_MAX', 'BuiltinPhoto', 'builtin_photos',
-           'BadPhoto', 'read_photo', 'as_image', 'PhotoIndex', 'index_photos', 'resize_shape', 'resize']
+           'BadPhoto', 'read_photo', 'as_image', 'PhotoIndex', 'walk_files', 'header_size', 'index_photos',
+           'resize_shape', 'resize']
 
 # %% ../nbs/02_photos.ipynb #c002
 import io
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from torch.nn.functional import interpolate
 
 # %% ../nbs/02_photos.ipynb #c006
@@ -118,6 +120,8 @@ def _check_file(path):
     if not stat.S_ISREG(info.st_mode): raise BadPhoto(path, 'not a regular file')
     if info.st_size == 0: raise BadPhoto(path, 'empty file')
 
+_TOO_LARGE = 'too many pixels'
+
 _HEIC = frozenset(b'heic heix heim heis hevc hevx mif1 msf1'.split())
 
 def _other_kind(file):
@@ -143,11 +147,35 @@ def _open(path, file, max_pixels):
         known = os.path.splitext(path)[1].lower() in SUFFIXES
         plain = 'broken image: header not understood' if known else 'not an image'
         raise BadPhoto(path, _other_kind(file) or plain) from e
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e: raise BadPhoto(path, f'too many pixels: {e}. {way}') from e
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e: raise BadPhoto(path, f'{_TOO_LARGE}: {e}. {way}') from e
     except Exception as e: raise BadPhoto(path, f'broken image: {_words(e)}') from e    # anything from struct.error to SyntaxError
     if im.width * im.height > max_pixels:
-        raise BadPhoto(path, f'too many pixels: {im.width}x{im.height}, limit {max_pixels:,}. {way}')
+        raise BadPhoto(path, f'{_TOO_LARGE}: {im.width}x{im.height}, limit {max_pixels:,}. {way}')
     return im
+
+# %% ../nbs/02_photos.ipynb #c013b
+_WHOLE = 'size of the whole'  # in `info` of a PIL image that will be decoded smaller
+
+def _reduced(file, max_pixels):
+    "An over-large JPEG, to be decoded at 1/2, 1/4 or 1/8 of its size; None for what cannot be"
+    file.seek(0)
+    try: im = JpegImageFile(file)
+    except Exception: return None
+    width, height = im.size
+    for part in (2, 4, 8):
+        if -(-width // part) * -(-height // part) > max_pixels or im.info.get('progressive'): continue
+        im.info[_WHOLE] = im.size
+        # the smallest size at which this part is taken
+        im.draft(None, (max(1, width // part), max(1, height // part)))
+        return im
+
+def _open_or_less(path, file, max_pixels, reduce):
+    "As `_open`; with `reduce`, what is too large comes smaller if it can"
+    try: return _open(path, file, max_pixels)
+    except BadPhoto as e:
+        less = _reduced(file, max_pixels) if reduce and e.reason.startswith(_TOO_LARGE) else None
+        if less is None: raise
+        return less
 
 # %% ../nbs/02_photos.ipynb #c015
 _FLIPS = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}             # sides of (3, H, W): 1 = top/bottom, 2 = left/right
@@ -181,7 +209,7 @@ _decode_jpeg = getattr(getattr(torchvision, 'io', None), 'decode_jpeg', None)   
 
 def _decode(im, data):
     "Pixels of an open image: plain JPEGs by the fast decoder; everything else, and what that one refuses, by PIL"
-    if _decode_jpeg and im.format == 'JPEG' and im.mode in ('RGB', 'L'):
+    if _decode_jpeg and im.format == 'JPEG' and im.mode in ('RGB', 'L') and _WHOLE not in im.info:
         try: return _decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode='RGB')
         except Exception: pass                                              # PIL has the last word, and clearer ones
     return _rgb(im)
@@ -207,6 +235,7 @@ def _quick(data, max_pixels):
 def read_photo(
     path,                      # file, str or Path
     max_pixels:int=MAX_PIXELS, # refuse to decode more, px
+    reduce:bool=False,         # decode a JPEG that has more at a half, a quarter or an eighth of its size
 )->torch.Tensor:               # (3, H, W) uint8 RGB, upright; channels side by side in memory
     "Decode a photo of any usual kind. Raises BadPhoto with the reason."
     path = os.fspath(path)
@@ -215,7 +244,7 @@ def read_photo(
     except OSError as e: raise BadPhoto(path, f'cannot be read: {e.strerror}') from e
     if (quick := _quick(data, max_pixels)) is not None: return quick
     data = data.tobytes()
-    with _open(path, io.BytesIO(data), max_pixels) as im:
+    with _open_or_less(path, io.BytesIO(data), max_pixels, reduce) as im:
         turn = _orientation(im)
         try: return _upright(_decode(im, data), turn)
         except Exception as e: raise BadPhoto(path, f'cannot be decoded: {_words(e)}') from e
@@ -320,11 +349,19 @@ class PhotoIndex:
         "Where photo `i` lies, ready for `read_photo`."
         return os.path.join(self.root, self.paths[i])
 
+    @property
+    def large(self):
+        "Photos beyond the limit, which `read_photo(reduce=True)` reads smaller."
+        return [path for path, size in zip(self.paths, self.sizes.tolist()) if math.prod(size) > MAX_PIXELS]
+
     def summary(self,
         examples:int=2, # file names shown for each reason
     )->str:             # one line, and one more a reason
         "What was found and what was skipped, counted by reason."
-        return f'{len(self):,} photos in {_printable(self.root)}, {len(self.skipped):,} skipped' + _by_reason(self.skipped, examples)
+        large = self.large
+        less = f', {len(large):,} of more than {MAX_PIXELS:,} px are read smaller, first {_printable(large[0])}' if large else ''
+        found = f'{len(self):,} photos in {_printable(self.root)}{less}, {len(self.skipped):,} skipped'
+        return found + _by_reason(self.skipped, examples)
 
     def save(self, path # JSON file
     ):
@@ -346,8 +383,10 @@ class PhotoIndex:
             raise ValueError(f'{path} is no saved photo index ({e!r}): make it anew with index_photos') from e
 
 # %% ../nbs/02_photos.ipynb #c034
-def _walk(root):
-    "Sorted files below `root`, links followed, each folder once; and the folders that could not be listed"
+def walk_files(
+    root, # folder
+)->tuple: # names relative to `root`, sorted; (folder, reason) of those that could not be listed
+    "All files below a folder, links followed, each folder once."
     seen, files, closed = set(), [], []
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=closed.append):
         info = os.stat(folder)
@@ -357,14 +396,20 @@ def _walk(root):
         files += names if relative == '.' else [os.path.join(relative, name) for name in names]
     return sorted(files), [(os.path.relpath(e.filename, root), f'folder cannot be listed: {e.strerror}') for e in closed]
 
-def _header(path, min_side, max_pixels):
-    "Upright (height, width) of a photo from its header; the reason as text if it is unusable"
+def header_size(
+    path,                      # file
+    min_side:int=1,            # smallest side that will do, px
+    max_pixels:int=MAX_PIXELS, # a larger photo is unusable, px
+    reduce:bool=False,         # unless `read_photo(reduce=True)` would read it smaller
+):                             # (height, width) of the whole photo, upright, px; the reason as text if it is unusable
+    "What the header of a photo says of its size, without decoding it."
     try:
         _check_file(path)
-        with open(path, 'rb') as file, _open(path, file, max_pixels) as im:
-            if min(im.size) < min_side: return f'too small: {im.width}x{im.height}'
+        with open(path, 'rb') as file, _open_or_less(path, file, max_pixels, reduce) as im:
+            size = im.info.get(_WHOLE, im.size)
+            if min(size) < min_side: return f'too small: {size[0]}x{size[1]}'
             if im.mode == 'F': return 'cannot be decoded: floating-point pixels have no fixed range'
-            return im.size if _orientation(im) >= 5 else im.size[::-1]
+            return size if _orientation(im) >= 5 else size[::-1]
     except BadPhoto as e: return e.reason
     except OSError as e: return f'cannot be read: {e.strerror}'
 
@@ -378,14 +423,16 @@ def index_photos(
     min_side:int=MIN_SIDE,     # smallest side that is kept, px
     workers:int=8,             # threads that read headers
     max_pixels:int=MAX_PIXELS, # larger photos are skipped, px
+    reduce:bool=False,         # but not those that `read_photo(reduce=True)` reads smaller
 )->PhotoIndex:                 # sorted: the same on every run and machine
     "Find the usable photos below a folder by their headers. Raises FileNotFoundError, or ValueError if there is no photo in it."
     root = os.path.abspath(os.fspath(root))
     if not os.path.lexists(root): raise FileNotFoundError(f'there is no folder {_printable(root)}. {_TREE}')
     if not os.path.isdir(root): raise ValueError(f'{_printable(root)} is not a folder. {_TREE}')
-    files, skipped = _walk(root)
+    files, skipped = walk_files(root)
     with ThreadPool(workers) as pool:
-        found = list(pool.imap(lambda f: _header(os.path.join(root, f), min_side, max_pixels), files, chunksize=32))
+        def look(f): return header_size(os.path.join(root, f), min_side, max_pixels, reduce)
+        found = list(pool.imap(look, files, chunksize=32))
     good = [(f, size) for f, size in zip(files, found) if not isinstance(size, str)]
     skipped += [(f, reason) for f, reason in zip(files, found) if isinstance(reason, str)]
     index = PhotoIndex(root, [f for f, _ in good], np.array([s for _, s in good], int).reshape(-1, 2), sorted(skipped))

@@ -32,7 +32,8 @@ from .graphs import GraphedStep, judge, match, predict, stream_for
 from .loader import BatchPlan, PatchTask, SelfDet, Views, photo_loader, read_or_next, to_device
 from .losses import build_criterion
 from .patches import crop_patches
-from .photos import MAX_PIXELS, MIN_SIDE, PRETRAIN_SIZES, PhotoIndex, _header, _walk, builtin_photos, index_photos, read_photo, resize
+from .photos import (MIN_SIDE, PRETRAIN_SIZES, PhotoIndex, builtin_photos, header_size, index_photos, read_photo, resize,
+                           walk_files)
 from .resume import HeldFolder, agree_on_data, file_marks
 from .train import Processes, progress_writer
 from .updetr import UPDETR, best_of_group, build_updetr
@@ -62,8 +63,8 @@ def find_photos(cfg: PretrainConfig,  # data, heldout and views are read
     "The photos of a run. Raises FileNotFoundError or ValueError that shows what was expected."
     root, val = find_data(cfg, builtin=cfg.data == '' and cfg.views > 0)
     if not root: return builtin_index('train'), builtin_index('heldout')
-    index = index_photos(root)
-    if val: return index, index_photos(val)
+    index = index_photos(root, reduce=True)
+    if val: return index, index_photos(val, reduce=True)
     return choose(index, lambda p: not is_heldout(p, cfg.heldout)), choose(index, lambda p: is_heldout(p, cfg.heldout))
 
 # %% ../nbs/16a_pretrain_task.ipynb #c008
@@ -87,7 +88,7 @@ def _look(cfg, files):
     for index, file in zip(found, files): index.save(file)
     print(f'{len(found[0])} photos to train on, {len(found[1])} held out', flush=True)
     for index in found[:1 + (found[0].root != found[1].root)]:
-        if index.skipped: print(dataclasses.replace(index, root=Path(index.root).name).summary(), flush=True)
+        if index.skipped or index.large: print(dataclasses.replace(index, root=Path(index.root).name).summary(), flush=True)
 
 def _follow(cfg, files):
     """The same photos where they are now: folders and installed packages may have moved. A list that was damaged or edited is made
@@ -120,8 +121,9 @@ def pretrain_marks(cfg: PretrainConfig,  # of the run
 
 def _newcomers(root, known):
     "Usable photos below a folder that a list does not know"
-    new = [name for name in _walk(root)[0] if name not in known]
-    return [name for name in new if not isinstance(_header(os.path.join(root, name), MIN_SIDE, MAX_PIXELS), str)]
+    new = [name for name in walk_files(root)[0] if name not in known]
+    def usable(name): return not isinstance(header_size(os.path.join(root, name), MIN_SIDE, reduce=True), str)
+    return [name for name in new if usable(name)]
 
 # %% ../nbs/16a_pretrain_task.ipynb #6b5bb0d5
 def build_dataset(cfg: PretrainConfig,  # of the run
@@ -171,6 +173,8 @@ def note_skipped(run_dir: Path,  # folder of the run
                  known: set[str],  # messages that were noted before; grows
                  ) -> None:
     "Add each new message to skipped.txt, once, and print it: the output of a run is its train.log."
+    # a name may hold anything that ends a line
+    messages = [' '.join(m.splitlines()) for m in messages]
     if known.issuperset(messages): return
     # what other processes, or the run before it was resumed, have noted
     file = run_dir / 'skipped.txt'
@@ -187,11 +191,11 @@ def open_bank(cfg: PretrainConfig,  # of the run
               processes: Processes,  # all of them call this
               ) -> FeatureBank:
     "The feature bank of a run, computed first where it is not there yet."
-    dataset, p, skipped = build_dataset(cfg, photos, cfg.cached_patches or cfg.num_patches), processes, []
-    source = view_source(model, dataset, cfg.view_size, p.device, skipped.extend)
+    dataset, p = build_dataset(cfg, photos, cfg.cached_patches or cfg.num_patches), processes
+    source = view_source(model, dataset, cfg.view_size, p.device)
     progress = progress_writer(run_dir, p, "the frozen CNN's features")
     stored = open_features(run_dir.parent / 'banks', source, p, progress)
-    note_skipped(run_dir, skipped, set())
+    if p.rank == 0: note_skipped(run_dir, stored.skipped, set())
     return FeatureBank(stored, dataclasses.replace(dataset.task, num_patches=cfg.num_patches), cfg.seed, p.device)
 
 # %% ../nbs/16a_pretrain_task.ipynb #c013
