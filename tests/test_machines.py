@@ -8,6 +8,7 @@ import pytest
 
 from updetr.config import check_config
 from updetr.finetune import finetune_config
+from updetr.stop import file_locks
 
 ROOT = Path(__file__).parents[1]
 BARE = '''
@@ -40,6 +41,15 @@ for start in (lambda: launch({str(tmp_path / 'run')!r}, {{}}), lambda: only_trai
     assert 'all of it\n' in done.stdout, done.stderr[-2000:]
     assert done.stdout.splitlines()[1:] and done.stdout.count('WSL') == 2, done.stdout + done.stderr[-2000:]
     assert '\n5\n' in '\n' + done.stdout
+
+
+def test_the_readme_says_what_the_error_says(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'fcntl', None)
+    with pytest.raises(RuntimeError) as e: file_locks()
+    first, second = str(e.value).split('. ')
+    line, = [line for line in (ROOT / 'README.md').read_text().splitlines() if line.startswith('- **Windows and macOS**')]
+    plain = line.replace('`', '')
+    assert first in plain and second.split(' runs ')[0] in plain, (first, second)
 
 
 @pytest.mark.parametrize('changes, words', [

@@ -220,7 +220,8 @@ def _load(folder, about, with_targets):
         offset = len(_header(kind, shape))
         # with mode r a file that is too short is an error; r+ would make it longer, with zeros
         rows = np.memmap(folder/f'{name}.npy', kind, 'r', offset, tuple(shape))
-        with warnings.catch_warnings(action='ignore'):  # torch has no tensors that are only read
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch has no tensors that are only read
             arrays[name] = torch.from_numpy(rows)
     num = next(iter(about['arrays'].values()))[1][0]
     targets = _load_targets(folder/'targets.safetensors', num) if with_targets else []
