@@ -1,4 +1,5 @@
 "A photo that breaks after the check: skipped and counted in every training on labelled photos, an error in an evaluation."
+import dataclasses
 import shutil
 
 import numpy as np
@@ -10,6 +11,8 @@ from test_data_changes import TINY, coco, configure
 from test_resume import as_in_the_processes, finish  # noqa: F401 (a fixture: one thread here, too)
 from updetr.check import require_readable
 from updetr.checkpoint import load_checkpoint
+from updetr.cnn_task import CNN_PRESETS, CNNConfig, CNNTask
+from updetr.config import make_config
 from updetr.finetune import finetune_config
 from updetr.finetune_task import FinetuneTask
 from updetr.oneshot import oneshot_config
@@ -25,7 +28,14 @@ from updetr.watch import skipped_photos
 
 ONE_SHOT = dict(unseen='dog', query_size=32, unseen_objects='background')
 LIVE = dict(cached_views=0, frozen_backbone=False)
+def cnn_config(preset, **changes):
+    """The training of a CNN, which has fewer parameters than that of a detector."""
+    fields = {f.name for f in dataclasses.fields(CNNConfig)}
+    return make_config(preset, CNNConfig, CNN_PRESETS, **{k: v for k, v in changes.items() if k in fields})
+
+
 CASES = {
+    'cnn': (CNNTask, cnn_config, dict(crop_size=32)),
     'finetune': (FinetuneTask, finetune_config, LIVE),
     'finetune, cached': (FinetuneTask, finetune_config, dict(cached_views=2)),
     'oneshot': (OneShotTask, oneshot_config, ONE_SHOT | LIVE),

@@ -25,7 +25,7 @@ class Large(Dataset):
     def __getitem__(self, i):
         pixels = torch.zeros(3, 1000, 1000, dtype=torch.uint8)
         if self.kind == 'view': return pixels, {'image_id': torch.tensor(i)}
-        if self.kind == 'object': return {'views': pixels, 'index': i}
+        if self.kind == 'object': return {'views': pixels, 'index': i, 'skipped': []}
         task = PatchTask(2, 4, 16)
         return make_sample(np.random.default_rng(i), pixels, task, (900, 900)) | {'index': i, 'skipped': []}
 
