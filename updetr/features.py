@@ -158,9 +158,17 @@ def _size(path):
     if not stat.S_ISREG(info.st_mode): raise Misfit(f'{path.name} is no regular file')
     return info.st_size
 
-# %% ../nbs/13a_features.ipynb #f020
 SKIPPED = 'skipped.json'  # what was wrong with photos; it is there if something was
 
+def _load_skipped(folder):
+    "What was wrong with photos when the features were computed. Raises Misfit"
+    if SKIPPED not in json.loads((folder/'bank.json').read_bytes())['files']: return []
+    try: said = json.loads((folder/SKIPPED).read_bytes())
+    except (ValueError, RecursionError) as e: raise Misfit(f'{SKIPPED} is broken') from e
+    if isinstance(said, list) and all(isinstance(text, str) for text in said): return said
+    raise Misfit(f'{SKIPPED} is no list of texts')
+
+# %% ../nbs/13a_features.ipynb #f020
 def _about(source, first):
     "What bank.json must say, but for the checksums"
     arrays, _ = first
@@ -204,14 +212,6 @@ def _load_targets(path, num):
     views = len(targets) // num
     if not views or len(targets) != views * num: raise Misfit(f'{path.name} is of other items')
     return [targets[i:i + views] for i in range(0, len(targets), views)]
-
-def _load_skipped(folder):
-    "What was wrong with photos when the features were computed. Raises Misfit"
-    if SKIPPED not in json.loads((folder/'bank.json').read_bytes())['files']: return []
-    try: said = json.loads((folder/SKIPPED).read_bytes())
-    except (ValueError, RecursionError) as e: raise Misfit(f'{SKIPPED} is broken') from e
-    if isinstance(said, list) and all(isinstance(text, str) for text in said): return said
-    raise Misfit(f'{SKIPPED} is no list of texts')
 
 def _load(folder, about, with_targets):
     "The features in a folder; the arrays stay on the disk until they are used, and are never written"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SUFFIXES', 'MAX_PIXELS', 'MIN_SIDE', 'PRETRAIN_SIZES', 'PRETRAIN_MAX', 'BuiltinPhoto', 'builtin_photos',
-           'BadPhoto', 'read_photo', 'as_image', 'PhotoIndex', 'walk_files', 'header_size', 'index_photos',
-           'resize_shape', 'resize']
+           'BadPhoto', 'read_photo', 'as_image', 'over_large', 'PhotoIndex', 'walk_files', 'header_size',
+           'index_photos', 'resize_shape', 'resize']
 
 # %% ../nbs/02_photos.ipynb #c002
 import io
@@ -96,6 +96,7 @@ FORMATS = tuple(f for f in 'JPEG MPO PNG WEBP AVIF HEIF BMP GIF TIFF PPM'.split(
 SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .mpo .png .apng .webp .avif .heic .heif '
                      '.bmp .gif .tif .tiff .ppm .pgm .pbm .pnm'.split())
 MAX_PIXELS = _most_pixels()
+_TOO_LARGE = 'too many pixels'
 MIN_SIDE = 17                                            # photos with a side of 16 px or less are skipped (reference code)
 
 def _printable(path): return os.fsencode(path).decode(errors='backslashreplace')    # names need not be UTF-8
@@ -119,8 +120,6 @@ def _check_file(path):
     except OSError as e: raise BadPhoto(path, 'broken link' if os.path.islink(path) else f'cannot be read: {e.strerror}') from e
     if not stat.S_ISREG(info.st_mode): raise BadPhoto(path, 'not a regular file')
     if info.st_size == 0: raise BadPhoto(path, 'empty file')
-
-_TOO_LARGE = 'too many pixels'
 
 _HEIC = frozenset(b'heic heix heim heis hevc hevx mif1 msf1'.split())
 
@@ -311,6 +310,17 @@ def _by_reason(skipped, examples):
     return ''.join(f'\n  {len(ps):,} {reason} ({", ".join(ps[:examples])}{", ..." if len(ps) > examples else ""})'
                    for reason, ps in sorted(names.items(), key=lambda item: -len(item[1])))
 
+def over_large(
+    index, # `PhotoIndex`
+)->list:   # paths
+    "Photos beyond the limit, which `read_photo(reduce=True)` reads smaller."
+    return [path for path, size in zip(index.paths, index.sizes.tolist()) if math.prod(size) > MAX_PIXELS]
+
+def _read_smaller(index):
+    "What to say of such photos"
+    large = over_large(index)
+    return f', {len(large):,} of more than {MAX_PIXELS:,} px are read smaller, first {_printable(large[0])}' if large else ''
+
 # %% ../nbs/02_photos.ipynb #c032a
 def _list_sum(content):
     "A checksum of a saved index, wherever its photos lie"
@@ -340,7 +350,6 @@ class PhotoIndex:
     paths: list       # relative to `root`, sorted
     sizes: np.ndarray # (n, 2) int, upright (height, width), px
     skipped: list     # of (path, reason), sorted
-
     def __len__(self): return len(self.paths)
 
     def path(self,
@@ -349,19 +358,12 @@ class PhotoIndex:
         "Where photo `i` lies, ready for `read_photo`."
         return os.path.join(self.root, self.paths[i])
 
-    @property
-    def large(self):
-        "Photos beyond the limit, which `read_photo(reduce=True)` reads smaller."
-        return [path for path, size in zip(self.paths, self.sizes.tolist()) if math.prod(size) > MAX_PIXELS]
-
     def summary(self,
         examples:int=2, # file names shown for each reason
     )->str:             # one line, and one more a reason
         "What was found and what was skipped, counted by reason."
-        large = self.large
-        less = f', {len(large):,} of more than {MAX_PIXELS:,} px are read smaller, first {_printable(large[0])}' if large else ''
-        found = f'{len(self):,} photos in {_printable(self.root)}{less}, {len(self.skipped):,} skipped'
-        return found + _by_reason(self.skipped, examples)
+        found = f'{len(self):,} photos in {_printable(self.root)}'
+        return f'{found}{_read_smaller(self)}, {len(self.skipped):,} skipped{_by_reason(self.skipped, examples)}'
 
     def save(self, path # JSON file
     ):

@@ -32,8 +32,8 @@ from .graphs import GraphedStep, judge, match, predict, stream_for
 from .loader import BatchPlan, PatchTask, SelfDet, Views, photo_loader, read_or_next, to_device
 from .losses import build_criterion
 from .patches import crop_patches
-from .photos import (MIN_SIDE, PRETRAIN_SIZES, PhotoIndex, builtin_photos, header_size, index_photos, read_photo, resize,
-                           walk_files)
+from .photos import (MIN_SIDE, PRETRAIN_SIZES, PhotoIndex, builtin_photos, header_size, index_photos, over_large, read_photo,
+                           resize, walk_files)
 from .resume import HeldFolder, agree_on_data, file_marks
 from .train import Processes, progress_writer
 from .updetr import UPDETR, best_of_group, build_updetr
@@ -88,7 +88,7 @@ def _look(cfg, files):
     for index, file in zip(found, files): index.save(file)
     print(f'{len(found[0])} photos to train on, {len(found[1])} held out', flush=True)
     for index in found[:1 + (found[0].root != found[1].root)]:
-        if index.skipped or index.large: print(dataclasses.replace(index, root=Path(index.root).name).summary(), flush=True)
+        if index.skipped or over_large(index): print(dataclasses.replace(index, root=Path(index.root).name).summary(), flush=True)
 
 def _follow(cfg, files):
     """The same photos where they are now: folders and installed packages may have moved. A list that was damaged or edited is made
