@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CNN_PRESETS', 'TASK', 'CNNConfig', 'object_region', 'count_objects', 'ObjectViews', 'object_loader',
            'views_to_device', 'learning_body', 'CNN', 'contrast_loss', 'neighbour_accuracy', 'object_features',
-           'measure_features', 'views_of_all', 'CNNStep', 'CNNTask']
+           'measure_features', 'views_of_all', 'CNNStep', 'skips_noted', 'CNNTask']
 
 # %% ../nbs/28b_cnn_task.ipynb #c002
 from collections.abc import Iterator
@@ -20,18 +20,21 @@ import torchvision
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.utils import make_grid
 
 from .augment import augment, draw_factors, normalize
 from .backbone import RESNETS, Backbone, join_features
+from .check import require_readable
 from .config import TrainConfig
 from .finetune import LabelledConfig, labelled_marks, open_sets
 from .finetune_task import save_preview
-from .loader import BatchPlan, data_loader, random_crop
+from .loader import BatchPlan, data_loader, random_crop, read_or_next
 from .losses import average_over_processes
-from .resume import agree_on_data
+from .photos import BadPhoto
+from .pretrain_task import note_skipped
+from .resume import HeldFolder, agree_on_data
 from .train import Processes
 
 # %% ../nbs/28b_cnn_task.ipynb #c006
@@ -91,17 +94,23 @@ class ObjectViews(Dataset):
 
     def __getitem__(self, item):
         epoch, index, size = item
-        rng, sample = np.random.default_rng((self.seed, epoch, index)), self.dataset[index]
+        rng = np.random.default_rng((self.seed, epoch, index))
+        sample, skipped = read_or_next(range(len(self)), index, read=self.dataset.__getitem__)
         region, label = object_region(sample, int(rng.integers(count_objects(sample))))
         views = torch.stack([random_crop(rng, region, size, size) for _ in range(2)])
-        return {'views': views, 'factors': draw_factors(rng, 2), 'label': label, 'index': index}
+        return {'views': views, 'factors': draw_factors(rng, 2), 'label': label, 'index': index, 'skipped': skipped}
+
+def _join(samples):
+    "A batch, with one list of what was wrong with photos in whose place others were taken"
+    skipped = [message for s in samples for message in s.pop('skipped')]
+    return default_collate(samples) | {'skipped': skipped}
 
 def object_loader(views: ObjectViews,  # to be read
                   plan: BatchPlan,  # which photos make which batch
                   num_workers: int = 0,  # processes that decode; 0 = this one
                   ) -> DataLoader:  # of CPU batches
     "A loader that draws nothing from the training's generator."
-    return data_loader(views, plan, num_workers=num_workers)
+    return data_loader(views, plan, _join, num_workers)
 
 def views_to_device(batch: dict,  # views uint8 (B,2,3,s,s), factors (B,2,F), label (B,), index (B,)
                     device: torch.device | str,  # where the CNN is
@@ -170,11 +179,16 @@ def object_features(model: CNN,  # in evaluation mode
                     size: int,  # px, side to which each object is brought
                     limit: int = 2000,  # objects at most
                     stop=lambda: False,  # true: leave early
+                    skip: bool = False,  # leave out what cannot be read, as a training does
                     ) -> tuple[Tensor, Tensor] | None:  # (n,C) features and (n,) classes on the CPU; None after a stop
     "Features of all labelled objects, each seen once, as it is."
     device, found, labels = next(model.parameters()).device, [], []
-    for sample in (dataset[i] for i in range(len(dataset))):
+    for i in range(len(dataset)):
         if stop(): return None
+        try: sample = dataset[i]
+        except BadPhoto:
+            if skip: continue
+            raise
         regions = [object_region(sample, i) for i in range(count_objects(sample))]
         regions = [(F.interpolate(r[None].float() / 255, (size, size), mode='bilinear', antialias=True), c) for r, c in regions if c >= 0]
         if not regions: continue
@@ -193,7 +207,7 @@ def measure_features(model: CNN,  # in any mode
                      ) -> dict[str, float] | None:  # None after a stop
     "test_neighbours: % of objects whose nearest neighbours are right; test_most: % of the commonest class."
     training = model.training
-    known, asked = (object_features(model.eval(), s, size, stop=stop) for s in (train_set, val_set))
+    known, asked = (object_features(model.eval(), s, size, stop=stop, skip=s is train_set) for s in (train_set, val_set))
     model.train(training)
     if known is None or asked is None: return None
     most = 100 * (asked[1] == known[1].mode().values).float().mean().item()
@@ -228,6 +242,15 @@ class CNNStep(nn.Module):
         loss = F.cross_entropy(answers, truth, ignore_index=-1, reduction='sum') / known
         return loss, {'accuracy': (answers.argmax(1) == truth).sum() / known}
 
+def skips_noted(run_dir: Path,  # folder of the run
+                batches: Iterator[dict],  # of `object_loader`
+                ) -> Iterator[dict]:  # the same, without `skipped`
+    "What is wrong with photos that were skipped goes into skipped.txt and the log."
+    folder, known = HeldFolder(run_dir), set()  # it may be renamed meanwhile
+    for batch in batches:
+        note_skipped(folder.now(), batch.pop('skipped'), known)
+        yield batch
+
 # %% ../nbs/28b_cnn_task.ipynb #c031
 class CNNTask:
     "A CNN's own training as a task for `updetr.train.train`."
@@ -252,11 +275,12 @@ class CNNTask:
         return BatchPlan(np.asarray(self.train_set.sizes), cfg.batch_size, total, cfg.seed, (cfg.crop_size,), start, p.rank, p.world)
 
     def begin(self, resumed: bool) -> None:
-        "Nothing comes before the first step."
+        "Readable photos to evaluate on, else ValueError."
+        if not resumed: require_readable(self.val_set, self.processes.rank, self.processes.world)
 
     def batches(self, start: int, total: int) -> Iterator[dict]:
         "This process's batches between two steps, on its device."
-        for batch in object_loader(self.views, self.plan(start, total), self.cfg.num_workers):
+        for batch in skips_noted(self.run_dir, object_loader(self.views, self.plan(start, total), self.cfg.num_workers)):
             yield views_to_device(batch, self.processes.device, self.model.mean, self.model.std)
 
     def measure(self, model: CNN, stop) -> dict[str, float] | None:
@@ -268,4 +292,5 @@ class CNNTask:
         views = [self.views[0, i, self.cfg.crop_size]['views'] for i in range(min(8, len(self.views)))]
         save_preview(path, make_grid(torch.stack(views).transpose(0, 1).flatten(0, 1), len(views)))
 
+# %% ../nbs/28b_cnn_task.ipynb #c031a
 TASK = CNNConfig, CNNTask

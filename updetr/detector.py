@@ -22,7 +22,8 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes
 
 from .augment import normalize
-from .checkpoint import built, check_architecture, class_names, fill, plain_tensors, read_weights, stored_config, write_atomic
+from .checkpoint import (built, check_architecture, check_cnn, class_names, fill, plain_tensors, read_weights, stored_config,
+                               write_atomic)
 from .config import model_options
 from .datasets import class_color
 from .detr import build_detr
@@ -94,8 +95,10 @@ def _own_detector(path, weights, args, told):
     cfg, names = stored_config(path, FinetuneConfig, args), class_names(path, args)
     weights = plain_tensors(path, weights)
     if cfg.detector == 'detr': check_architecture(path, weights, model_options(cfg), len(names), told)
-    elif not any(cfg.channels in v.shape for v in weights.values()):
-        raise ValueError(f'{path} contradicts itself: its configuration says channels {cfg.channels}, its tensors do not')
+    else:
+        if not any(cfg.channels in v.shape for v in weights.values()):
+            raise ValueError(f'{path} contradicts itself: its configuration says channels {cfg.channels}, its tensors do not')
+        check_cnn(path, weights, cfg.backbone, model_options(cfg)['features'])
     module = built(path, build_module, dataclasses.replace(cfg, weights='none'), len(names))
     fill(path, module.model if cfg.detector == 'detr' else module, weights)
     return module.eval(), cfg, names, args.get('category_ids')

@@ -30,7 +30,6 @@ from .finetune_task import LabelledRun, open_bank, skips_noted
 from .losses import build_criterion
 from .oneshot import (OneShotConfig, OneShotEvaluator, OneShotViews, ask, build_oneshot, match_features, oneshot_summary,
                             oneshot_table, random_answer, with_query)
-from .pretrain_task import note_skipped
 from .queries import Asker, QueryPool, answer_to, training_photos, unseen_classes
 from .scenes import Scenes
 from .train import Processes
@@ -80,11 +79,14 @@ def picture_source(
     cnn: nn.Module,  # frozen `Backbone`
     pool: QueryPool,  # of training or test photos
     device: torch.device | str = 'cpu',  # where the CNN is
-    note=None,  # in training: told what is wrong with photos in whose place another was taken
+    replace: bool = False,  # in training: another picture takes the place of one whose photo cannot be read
 ) -> Source:
     "The features of all pictures of a pool, each plain and mirrored."
+    skipped = []
+
     def compute(rows):
-        features = [picture_features(cnn, both_ways(pool, row, note), device) for row in rows]
+        pictures = [both_ways(pool, row, skipped.extend if replace else None) for row in rows]
+        features = [picture_features(cnn, both, device) for both in pictures]
         return {'feature': torch.stack(features).half()}, []
 
     def what():
@@ -92,7 +94,7 @@ def picture_source(
         data = {'set': set_key(pool.dataset), 'boxes': cut, 'cnn': cnn_key(cnn)}
         return {'kind': 'query pictures', 'size': pool.size, 'shape': pool.shape} | data
 
-    return Source(what, len(pool), compute)
+    return Source(what, len(pool), compute, skipped=skipped)
 
 def cached_pictures(
     task: LabelledRun,  # with a frozen CNN
@@ -100,11 +102,8 @@ def cached_pictures(
 ) -> Tensor:  # (len(pool),2,C): plain and mirrored
     "Features of all pictures of a pool, from the disk; computed first where they are not there yet."
     if not len(pool): return torch.zeros(0, 2, task.cnn.num_channels, dtype=torch.half)
-    skipped = []
-    note = skipped.extend if pool is task.pools[0] else None
-    source = picture_source(task.cnn, pool, task.processes.device, note)
+    source = picture_source(task.cnn, pool, task.processes.device, replace=pool is task.pools[0])
     stored = open_bank(task, source, "the frozen CNN's features of query pictures")
-    note_skipped(task.run_dir, skipped, set())
     return stored.arrays['feature']
 
 def live_pictures(task: LabelledRun,  # all processes call this
