@@ -16,6 +16,8 @@ from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook  # under its own name pytest would take it for a test
 
 from conftest import NOTEBOOKS, ROOT, give_back_memory
+from updetr.finetune import Subset
+from updetr.fingerprint import set_rows
 
 
 @contextlib.contextmanager
@@ -23,6 +25,7 @@ def untouched():
     "What a notebook sets for the whole process is as before afterwards: all notebooks share this one."
     env, cwd, path, hooks = dict(os.environ), os.getcwd(), list(sys.path), (sys.displayhook, sys.excepthook)
     main = sys.modules['__main__']  # which processes that are started ask for
+    answers = dict(set_rows.registry)  # a notebook registers its own functions, whose names are gone when it has ended
     state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     switches = [(torch.set_grad_enabled, torch.is_grad_enabled()), (torch.set_num_threads, torch.get_num_threads()),
                 (torch.set_default_dtype, torch.get_default_dtype()), (torch.set_default_device, None),
@@ -44,6 +47,7 @@ def untouched():
         sys.path[:] = path
         sys.displayhook, sys.excepthook = hooks
         sys.modules['__main__'] = main
+        for kind, answer in answers.items(): set_rows.register(kind, answer)
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').with_suffix('').as_posix())
@@ -60,10 +64,12 @@ def test_notebook(path, monkeypatch):
 
 
 def test_globals_are_kept():
-    draw, main = torch.get_rng_state().clone(), sys.modules['__main__']
+    draw, main, answer = torch.get_rng_state().clone(), sys.modules['__main__'], set_rows.dispatch(Subset)
     with untouched():
         torch.manual_seed(5), torch.set_grad_enabled(False), torch.set_default_dtype(torch.float64), torch.set_num_threads(1)
         os.environ['UPDETR_LEFT_BEHIND'], sys.modules['__main__'] = '1', sys
         plt.figure()
+        set_rows.register(Subset, str)
+    assert set_rows.dispatch(Subset) is answer is not str
     assert torch.equal(torch.get_rng_state(), draw) and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     assert 'UPDETR_LEFT_BEHIND' not in os.environ and not plt.get_fignums() and sys.modules['__main__'] is main

@@ -282,7 +282,7 @@ def losses(folder):
     """{step: loss}; of a step that was done twice, both must agree."""
     seen = {}
     for row in map(json.loads, (folder / 'log.txt').read_text().splitlines()):
-        if 'train_loss' in row and np.isfinite(row['train_loss']):
+        if row.get('train_loss') is not None:  # null: not finite
             assert seen.setdefault(row['step'], row['train_loss']) == row['train_loss'], f'step {row["step"]} has two results'
     return seen
 
