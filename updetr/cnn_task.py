@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
@@ -31,7 +30,7 @@ from .config import TrainConfig
 from .finetune import LabelledConfig, labelled_marks, open_sets
 from .finetune_task import save_preview
 from .loader import BatchPlan, data_loader, random_crop, read_or_next
-from .losses import average_over_processes
+from .losses import average_over_processes, process_count
 from .photos import BadPhoto
 from .pretrain_task import note_skipped
 from .resume import HeldFolder, agree_on_data
@@ -217,8 +216,7 @@ def measure_features(model: CNN,  # in any mode
 def views_of_all(z: Tensor,  # (B,2,d) answers of this process
                  ) -> Tensor:  # (B times processes,2,d); a gradient finds its way to the process that the answer came from
     "The answers of all processes."
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1): return z
-    return torch.cat(all_gather(z.contiguous()))
+    return torch.cat(all_gather(z.contiguous())) if process_count() > 1 else z
 
 # %% ../nbs/28b_cnn_task.ipynb #c030
 class CNNStep(nn.Module):

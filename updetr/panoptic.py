@@ -22,7 +22,8 @@ from .annotations import (BOX, FLAG, ID, NAME, NUMBER, OPTIONAL_FLAG, by_id, out
                                 require_inside, require_keys, require_unique, require_values)
 from .checkpoint import write_atomic, write_json
 from .datasets import class_color, photo_ids
-from .evaluate import _from_all, _world, postprocess
+from .evaluate import from_all_processes, postprocess
+from .losses import process_count
 from .masks import DETRsegm
 from .photo_files import find_files, read_as_said, size_trouble
 from .photos import BadPhoto, _printable, read_photo
@@ -440,7 +441,7 @@ class PanopticEvaluator:
 
     def gather(self):
         "Exchange what all processes have: to be called by all of them."
-        if _world() > 1: self.stats = {i: s for part in _from_all(self.stats) for i, s in part.items()}
+        if process_count() > 1: self.stats = {i: s for part in from_all_processes(self.stats) for i, s in part.items()}
         return self
 
     def summary(self):
