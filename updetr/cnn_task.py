@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CNN_PRESETS', 'TASK', 'CNNConfig', 'object_region', 'count_objects', 'ObjectViews', 'object_loader',
            'views_to_device', 'learning_body', 'CNN', 'contrast_loss', 'neighbour_accuracy', 'object_features',
-           'measure_features', 'views_of_all', 'CNNStep', 'skips_noted', 'CNNTask']
+           'measure_features', 'views_of_all', 'CNNStep', 'CNNTask']
 
 # %% ../nbs/28b_cnn_task.ipynb #c002
 from collections.abc import Iterator
@@ -28,12 +28,11 @@ from .backbone import RESNETS, Backbone, join_features
 from .check import require_readable
 from .config import TrainConfig
 from .finetune import LabelledConfig, labelled_marks, open_sets
-from .finetune_task import save_preview
+from .finetune_task import save_preview, skips_noted
 from .loader import BatchPlan, data_loader, random_crop, read_or_next
 from .losses import average_over_processes, process_count
 from .photos import BadPhoto
-from .pretrain_task import note_skipped
-from .resume import HeldFolder, agree_on_data
+from .resume import agree_on_data
 from .train import Processes
 
 # %% ../nbs/28b_cnn_task.ipynb #c006
@@ -240,15 +239,6 @@ class CNNStep(nn.Module):
         loss = F.cross_entropy(answers, truth, ignore_index=-1, reduction='sum') / known
         return loss, {'accuracy': (answers.argmax(1) == truth).sum() / known}
 
-def skips_noted(run_dir: Path,  # folder of the run
-                batches: Iterator[dict],  # of `object_loader`
-                ) -> Iterator[dict]:  # the same, without `skipped`
-    "What is wrong with photos that were skipped goes into skipped.txt and the log."
-    folder, known = HeldFolder(run_dir), set()  # it may be renamed meanwhile
-    for batch in batches:
-        note_skipped(folder.now(), batch.pop('skipped'), known)
-        yield batch
-
 # %% ../nbs/28b_cnn_task.ipynb #c031
 class CNNTask:
     "A CNN's own training as a task for `updetr.train.train`."
@@ -278,7 +268,8 @@ class CNNTask:
 
     def batches(self, start: int, total: int) -> Iterator[dict]:
         "This process's batches between two steps, on its device."
-        for batch in skips_noted(self.run_dir, object_loader(self.views, self.plan(start, total), self.cfg.num_workers)):
+        batches = object_loader(self.views, self.plan(start, total), self.cfg.num_workers)
+        for batch in skips_noted(self.run_dir, batches, lambda batch: batch.pop('skipped')):
             yield views_to_device(batch, self.processes.device, self.model.mean, self.model.std)
 
     def measure(self, model: CNN, stop) -> dict[str, float] | None:

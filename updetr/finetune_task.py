@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TASK', 'DetectStep', 'build_module', 'with_model', 'photo_features', 'labelled_source', 'CachedViews', 'save_preview',
-           'class_notes', 'open_checked', 'LabelledRun', 'open_bank', 'open_cache', 'fit_statistics', 'skips_noted',
-           'train_batches', 'val_batches', 'evaluate', 'measurement', 'draw_answer', 'FinetuneTask']
+           'class_notes', 'open_checked', 'LabelledRun', 'open_bank', 'open_cache', 'fit_statistics', 'target_skips',
+           'skips_noted', 'train_batches', 'val_batches', 'evaluate', 'measurement', 'draw_answer', 'FinetuneTask']
 
 # %% ../nbs/28a_finetune_task.ipynb #c002
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -238,14 +238,19 @@ def fit_statistics(task: LabelledRun,  # with option `standardize` and a model f
     task.model.feature_norm.fit(tokens[None].to(task.processes.device))
 
 # %% ../nbs/28a_finetune_task.ipynb #c023a
-def skips_noted(task: LabelledRun,  # whose run folder is written to
-                batches: Iterator[dict],  # of `batch_to_device`
-                ) -> Iterator[dict]:  # the same, without `skipped` in their targets
+def target_skips(batch: dict,  # of `batch_to_device`; `skipped` is taken out of its targets
+                 ) -> list[str]:
+    "Return what was wrong with photos in whose place a batch has others."
+    return [m for target in batch['targets'] for m in target.pop('skipped', [])]
+
+def skips_noted(run_dir: str | Path,  # folder of the run, which is written to
+                batches: Iterator[dict],  # on any device
+                take: Callable[[dict], list[str]] = target_skips,  # how a batch is asked, once, what was skipped for it
+                ) -> Iterator[dict]:  # the same batches
     "What is wrong with photos that were skipped goes into skipped.txt and the log."
-    folder, known = HeldFolder(task.run_dir), set()  # the folder may be renamed meanwhile
+    folder, known = HeldFolder(run_dir), set()  # the folder may be renamed meanwhile
     for batch in batches:
-        skipped = [m for target in batch['targets'] for m in target.pop('skipped', [])]
-        note_skipped(folder.now(), skipped, known)
+        note_skipped(folder.now(), take(batch), known)
         yield batch
 
 # %% ../nbs/28a_finetune_task.ipynb #c024
@@ -257,7 +262,7 @@ def train_batches(task: LabelledRun,  # begun
     cfg, p = task.cfg, task.processes
     plan = train_plan(cfg, task.train_set, start, total, p.rank, p.world)
     batches = map(task.cached[0].batch, plan) if task.cached else view_loader(task.views, plan, cfg.num_workers)
-    yield from skips_noted(task, (batch_to_device(b, p.device, task.cnn.mean, task.cnn.std) for b in batches))
+    yield from skips_noted(task.run_dir, (batch_to_device(b, p.device, task.cnn.mean, task.cnn.std) for b in batches))
 
 def val_batches(task: LabelledRun,  # begun
                 ) -> Iterator[dict]:  # on the task's device

@@ -193,7 +193,7 @@ def oneshot_batches(task: OneShotRun,  # begun
     cfg, p = task.cfg, task.processes
     plan = train_plan(cfg, task.train_set, start, total, p.rank, p.world)
     batches = (with_question(task, items) for items in plan) if task.cached else view_loader(task.views, plan, cfg.num_workers)
-    yield from skips_noted(task, (batch_to_device(b, p.device, task.cnn.mean, task.cnn.std) for b in batches))
+    yield from skips_noted(task.run_dir, (batch_to_device(b, p.device, task.cnn.mean, task.cnn.std) for b in batches))
 
 # %% ../nbs/32a_oneshot_task.ipynb #c014
 def val_photos(task: OneShotRun,  # begun
