@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .photos import _printable
+from .photos import printable
 
 # %% ../nbs/22a_annotations.ipynb #c005
 LISTS = ('images', 'annotations', 'categories')
@@ -32,7 +32,7 @@ def read_annotations(
     outlines:bool=False, # keep the outlines
 )->dict:                 # with the lists `images`, `annotations`, `categories`
     "The content of a COCO file. Raises ValueError that names the file and says what is expected."
-    name = _printable(file)
+    name = printable(file)
     try: data = json.loads(Path(file).read_bytes(), object_hook=None if outlines else _slim)
     except OSError as e: raise ValueError(f'{name} cannot be read: {e.strerror}') from e
     except (ValueError, RecursionError) as e: raise ValueError(f'{name} is no JSON file: {e}') from e

@@ -15,8 +15,8 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 
 from .datasets import DetectionSet
-from .photo_files import photo_turn, size_trouble
-from .photos import BadPhoto, _printable, header_size, read_photo
+from .photo_files import size_trouble
+from .photos import BadPhoto, header_size, photo_turn, printable, read_photo
 
 # %% ../nbs/23a_check.ipynb #c005
 @dataclass(eq=False)
@@ -54,7 +54,7 @@ def _tell(table, bad, what, advice=''):
     "[text] for the boxes marked in `bad`, with the first of them as an example; [] if there are none"
     if not bad.any(): return []
     i = int(np.flatnonzero(bad)[0])
-    photo = _printable(table.files[table.image[i]]) if table.image[i] >= 0 else 'a photo that is not listed'
+    photo = printable(table.files[table.image[i]]) if table.image[i] >= 0 else 'a photo that is not listed'
     box = ', '.join(f'{v:g}' for v in table.boxes[i])
     return [f'{what}: {int(bad.sum()):,}, first annotation {table.ids[i]!r} of {photo}, x y w h = {box}{advice and f". {advice}"}']
 
@@ -125,8 +125,8 @@ def _photo_errors(table, decode, workers):
     with ThreadPool(workers) as pool: found = pool.map(partial(_photo_trouble, table=table, decode=decode), range(len(table.files)), 64)
     kinds, turned = {}, {}
     for name, (kind, text) in ((n, t) for n, t in zip(table.files, found) if t):
-        if kind == 'turned': turned.setdefault(text, []).append(_printable(name))
-        else: kinds.setdefault(kind, []).append((_printable(name), text))
+        if kind == 'turned': turned.setdefault(text, []).append(printable(name))
+        else: kinds.setdefault(kind, []).append((printable(name), text))
     texts = [f'photos {kind}: {len(bad):,}, first {bad[0][0]}{bad[0][1] and f" ({bad[0][1]})"}{_WAYS_OUT.get(kind, "")}'
              for kind, bad in kinds.items()]
     return {f'photos {kind}': len(bad) for kind, bad in kinds.items()}, texts, turned
@@ -195,7 +195,7 @@ def check_dataset(
     twice = [name for name, k in names.items() if k > 1]
     warnings += t.notes + _box_warnings(t)
     if queries and (text := query_trouble(ds, queries)): warnings.append(text)
-    if twice: warnings.append(f'photos listed more than once: {len(twice):,}, first {_printable(twice[0])}')
+    if twice: warnings.append(f'photos listed more than once: {len(twice):,}, first {printable(twice[0])}')
     if empty and len(ds.rows): warnings.append(f'classes without a box: {len(empty)}, {", ".join(empty[:8])}{", ..." * (len(empty) > 8)}')
     counts = {'photos': len(ds), 'boxes': len(ds.rows), 'photos without a box': int((np.diff(ds.starts) == 0).sum()),
               'boxes only for evaluation': int(ds.columns['iscrowd'].sum()), 'boxes clamped': ds.clamped,
@@ -227,8 +227,8 @@ def start_notes(
             notes += getattr(ds, 'notes', [])
             continue
         gone = [f for f in ds.table.files if not os.path.lexists(os.path.join(ds.table.root, f))]
-        errors = [f'photos missing: {len(gone):,}, first {_printable(gone[0])}{_WAYS_OUT["missing"]}'] if gone else []
-        if errors := errors + _nothing_to_learn(ds): raise ValueError(f'{_printable(ds.table.source)}: {"; ".join(errors)}')
+        errors = [f'photos missing: {len(gone):,}, first {printable(gone[0])}{_WAYS_OUT["missing"]}'] if gone else []
+        if errors := errors + _nothing_to_learn(ds): raise ValueError(f'{printable(ds.table.source)}: {"; ".join(errors)}')
         notes += [repr(ds), *ds.table.notes]
     if queries and (text := query_trouble(train, queries)): notes.append(f'warning: {text}')
     return notes

@@ -21,8 +21,8 @@ from torchvision.utils import draw_bounding_boxes
 from .annotations import (ID, NAME, OPTIONAL_FLAG, OPTIONAL_NUMBER, as_float, read_annotations, require_inside, require_keys,
                                 require_unique, require_values)
 from .fingerprint import SetRows, column_rows, set_rows
-from .photo_files import EXIF, find_files, photo_turn, photos_by_stem, read_as_said
-from .photos import _printable, header_size
+from .photo_files import EXIF, find_files, photos_by_stem, read_as_said
+from .photos import header_size, photo_turn, printable
 from .voc_files import need_split, read_xml, voc_classes, voc_ids, voc_names, voc_number, voc_objects
 
 # %% ../nbs/23_datasets.ipynb #c006
@@ -150,7 +150,7 @@ def _summary(ds):
     notes = [f'left out, {reason}: {k:,}' for reason, k in ds.left_out.items() if k]
     if ds.clamped: notes.append(f'clamped: {ds.clamped:,}')
     if crowd: notes.append(f'only for evaluation: {crowd:,}')
-    found = f'{_printable(ds.table.source)}: photos {len(ds):,}, boxes {len(ds.rows):,}, classes {len(ds.classes)}'
+    found = f'{printable(ds.table.source)}: photos {len(ds):,}, boxes {len(ds.rows):,}, classes {len(ds.classes)}'
     return '; '.join([found, *notes])
 
 # %% ../nbs/23_datasets.ipynb #c022
@@ -210,7 +210,7 @@ def _sizes(said, root, files, exif, notes):
     for i in np.flatnonzero(~stated):
         path = os.path.join(root, files[i])
         found = header_size(path)
-        if isinstance(found, str): raise ValueError(f'{_printable(files[i])}: no size is stated, and the photo does not help: {found}')
+        if isinstance(found, str): raise ValueError(f'{printable(files[i])}: no size is stated, and the photo does not help: {found}')
         sizes[i] = found[::-1] if exif == 'stored' and photo_turn(path) >= 5 else found
     if not stated.all(): notes.append(f'sizes that are not stated, or are no whole numbers, are read from the photos: {(~stated).sum():,}')
     return sizes
@@ -224,7 +224,7 @@ def _upright_sizes(table):
     turned = [i for i in np.flatnonzero(odd) if photo_turn(os.path.join(table.root, table.files[i])) >= 5]
     table.sizes[turned] = table.sizes[turned, ::-1]
     if turned: table.notes.append(f'photos turned by an EXIF note whose boxes fit only upright: {len(turned):,}, first '
-                                  f'{_printable(table.files[turned[0]])}. The file states the size of the stored pixels: exchanged')
+                                  f'{printable(table.files[turned[0]])}. The file states the size of the stored pixels: exchanged')
     return table
 
 # %% ../nbs/23_datasets.ipynb #c026
@@ -235,8 +235,8 @@ def _there(root, files, missing, notes):
     if missing not in MISSING: raise ValueError(f'missing must be one of {MISSING}, not {missing!r}')
     there = np.array([missing == 'refuse' or os.path.lexists(os.path.join(root, f)) for f in files], bool)
     gone = np.flatnonzero(~there)
-    if not there.any(): raise ValueError(f'none of the {len(files):,} photos is in {_printable(root)}')
-    if len(gone): notes.append(f'photos missing and left out: {len(gone):,} of {len(files):,}, first {_printable(files[gone[0]])}')
+    if not there.any(): raise ValueError(f'none of the {len(files):,} photos is in {printable(root)}')
+    if len(gone): notes.append(f'photos missing and left out: {len(gone):,} of {len(files):,}, first {printable(files[gone[0]])}')
     return there
 
 def _required(data, source):
@@ -264,7 +264,7 @@ def coco_table(
     notes=(),            # texts: what was decided before
 )->Table:                # columns
     "Columns of a COCO dictionary. Raises ValueError that names the entry which cannot be understood."
-    source, root, notes, unknown = _printable(source), os.fspath(root), list(notes), {}
+    source, root, notes, unknown = printable(source), os.fspath(root), list(notes), {}
     _required(data, source)
     files = [p['file_name'] for p in data['images']] if files is None else files
     require_inside(files, source)
@@ -296,14 +296,14 @@ def _voc_photos(folders, split, images, notes):
             file = photos.get(name, [f'{name}.jpg'])[0]
             chosen.append((folder, name, file if images is not None else f'{folder.name}/JPEGImages/{file}'))
         several = [photos[name] for f, name, _ in chosen if f == folder and len(photos.get(name, ())) > 1]
-        if several: notes.append(f'photos of one name: {len(several):,}, first {_printable(several[0][0])}, which is taken, and '
-                                 f'{", ".join(map(_printable, several[0][1:]))}, left out')
+        if several: notes.append(f'photos of one name: {len(several):,}, first {printable(several[0][0])}, which is taken, and '
+                                 f'{", ".join(map(printable, several[0][1:]))}, left out')
     return chosen, os.fspath(root)
 
 def _thin_boxes(found, paths):
     "What to say of boxes that begin and end at the same number"
     thin = [paths[i].name for i, _, (x1, y1, x2, y2), _ in found if x1 == x2 or y1 == y2]
-    return [f'boxes with xmin = xmax or ymin = ymax: {len(thin):,}, first in {_printable(thin[0])}. As VOC counts, they are one pixel wide '
+    return [f'boxes with xmin = xmax or ymin = ymax: {len(thin):,}, first in {printable(thin[0])}. As VOC counts, they are one pixel wide '
             'or high, and are kept; one_based=False (for tools that count from 0) leaves them out as empty'] if thin else []
 
 def _voc_columns(found, label, one_based):
@@ -372,17 +372,17 @@ def _tree(folder, depth=3, most=6):
     entries = sorted(os.scandir(folder), key=lambda e: e.name)
     folders, files = [e for e in entries if e.is_dir()], [e.name for e in entries if not e.is_dir()]
     kinds = Counter(os.path.splitext(f)[1] or 'no suffix' for f in files)
-    lines = [_printable(f) for f in files] if len(files) <= 3 else [f'{k:,} files {kind}' for kind, k in kinds.most_common(most)]
-    for e in folders[:most]: lines += [f'{_printable(e.name)}/'] + [f'  {s}' for s in (_tree(e.path, depth - 1) if depth > 1 else [])]
+    lines = [printable(f) for f in files] if len(files) <= 3 else [f'{k:,} files {kind}' for kind, k in kinds.most_common(most)]
+    for e in folders[:most]: lines += [f'{printable(e.name)}/'] + [f'  {s}' for s in (_tree(e.path, depth - 1) if depth > 1 else [])]
     return lines + ([f'... {len(folders) - most:,} more folders'] if len(folders) > most else [])
 
 def _layout_error(path):
     "The tree expected beside the tree seen"
-    seen = [f'{_printable(path)}/'] + [f'  {s}' for s in _tree(path)]
+    seen = [f'{printable(path)}/'] + [f'  {s}' for s in _tree(path)]
     rows = max(len(seen), len(_EXPECTED))
     pairs = zip(_EXPECTED + [''] * (rows - len(_EXPECTED)), seen + [''] * (rows - len(seen)))
     hint = '\nYOLO label files are not read: export the set as COCO.' if any(Path(path).rglob('data.yaml')) else ''
-    return ValueError(f'{_printable(path)} has no layout that is known.{hint}\n{"EXPECTED":42}SEEN\n'
+    return ValueError(f'{printable(path)} has no layout that is known.{hint}\n{"EXPECTED":42}SEEN\n'
                       + '\n'.join(f'{a:42}{b}'.rstrip() for a, b in pairs))
 
 # %% ../nbs/23_datasets.ipynb #c037
@@ -415,7 +415,7 @@ def _pick_file(path, found, split, year):
     if split not in found and split in ('val', 'valid'): split = 'valid' if split == 'val' else 'val'
     need_split(split, list(found), path, [k for k in found if not re.search(r'\d$', k)] or list(found))
     files = [f for f in found[split] if year is None or f.stem.endswith(str(year))]
-    if len(files) != 1: raise ValueError(f'{_printable(path)} has {[f.name for f in found[split]]} for split {split!r}: '
+    if len(files) != 1: raise ValueError(f'{printable(path)} has {[f.name for f in found[split]]} for split {split!r}: '
                                           f'say which of them by its whole name or its year, not {year!r}')
     return files[0]
 
@@ -429,7 +429,7 @@ def _usual_places(file, images):
 
 def _open_coco(file, classes, images, exif, missing):
     "Table of a COCO file"
-    data, source = read_annotations(file), _printable(file)
+    data, source = read_annotations(file), printable(file)
     require_keys(data['images'], 'images', ('id', 'file_name'), source)
     if not data['images']: raise ValueError(f'{source} lists no images')
     names = [p['file_name'] for p in data['images']]
@@ -462,8 +462,8 @@ def open_dataset(
     if exif not in EXIF: raise ValueError(f'exif must be one of {EXIF}, not {exif!r}')
     if missing not in MISSING: raise ValueError(f'missing must be one of {MISSING}, not {missing!r}')
     if not path.exists():
-        raise FileNotFoundError(f'there is nothing at {_printable(path)}: give a VOC, COCO or Roboflow folder, or a COCO file')
-    if images is not None and not images.is_dir(): raise FileNotFoundError(f'there is no folder of photos {_printable(images)}')
+        raise FileNotFoundError(f'there is nothing at {printable(path)}: give a VOC, COCO or Roboflow folder, or a COCO file')
+    if images is not None and not images.is_dir(): raise FileNotFoundError(f'there is no folder of photos {printable(images)}')
     return DetectionSet(_open_table(path, split, year, classes, one_based, images, exif, missing), difficult)
 
 # %% ../nbs/23_datasets.ipynb #c043

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOREIGN', 'PICKLES', 'PARTS', 'EXTRA', 'OPTIONS', 'NO_TRACE', 'foreign_weights', 'load_official', 'Pretrained',
-           'open_pretrained', 'Part', 'HandOver', 'hand_over']
+           'weights_and_options', 'open_pretrained', 'Part', 'HandOver', 'hand_over']
 
 # %% ../nbs/26_handover.ipynb #c002
 import argparse
@@ -147,6 +147,11 @@ def _own(path):
     except (ValueError, TypeError): return None  # `load_official` says what is wrong with it
     return (weights, cfg) if isinstance(cfg, dict) else None
 
+def weights_and_options(path: str | Path,  # of this kit, or a published one
+                        ) -> tuple[dict, dict]:  # tensors by name; configuration, or the reference's arguments
+    "Return what a checkpoint holds, whoever wrote it. Raises FileNotFoundError, or ValueError for a file that is none."
+    return _own(path) or load_official(path)
+
 def _detector(path, weights, detector_part):
     "The tensors under DETR's names; ValueError for panoptic files (unless asked for) and for unknown names"
     if any(k.startswith('detr.') for k in weights):
@@ -195,7 +200,7 @@ def open_pretrained(path: str | Path,  # .pth or .safetensors: of a run of this 
                     ) -> Pretrained:
     "Find out what is in a file. Raises FileNotFoundError, or ValueError for anything but one consistent (UP-)DETR."
     check_names(told, OPTIONS)
-    weights, args = _own(path) or load_official(path)
+    weights, args = weights_and_options(path)
     weights = _detector(path, plain_tensors(path, weights), detector_part)
     try: seen = architecture(weights)
     except ValueError as e: raise ValueError(f'{path}: {e}') from e

@@ -26,7 +26,7 @@ from .evaluate import from_all_processes, postprocess
 from .losses import process_count
 from .masks import DETRsegm
 from .photo_files import find_files, read_as_said, size_trouble
-from .photos import BadPhoto, _printable, read_photo
+from .photos import BadPhoto, printable, read_photo
 from .scenes import Scenes
 
 # %% ../nbs/35_panoptic.ipynb #c006
@@ -111,7 +111,7 @@ def instance_truth(ds,  # a panoptic set
                    file: str | Path,  # COCO's instances_*.json, with outlines
                    ) -> dict:  # for `CocoEvaluator(..., 'segm')`
     "Ground truth of the things' masks as COCO's instance file has them. Raises ValueError for a file of other photos or without outlines."
-    data, source = read_annotations(file, outlines=True), _printable(file)
+    data, source = read_annotations(file, outlines=True), printable(file)
     mine = dict(zip(getattr(ds, 'file_ids', ds.image_ids), zip(ds.image_ids, ds.sizes.tolist())))
     label = {k: i for i, (k, thing) in enumerate(zip(ds.category_ids, ds.isthing)) if thing and k is not None}
     require_keys(data['images'], 'images', ('id',), source)
@@ -190,7 +190,7 @@ class PanopticSet(_Panoptic):
         require_inside([*self.files, *(png for _, png, _ in self.rows)], source)
 
     def __len__(self): return len(self.rows)
-    def __repr__(self): return _summary(_printable(self.source), self)
+    def __repr__(self): return _summary(printable(self.source), self)
     def segments(self, i):
         "The list of segments alone."
         return self.rows[i][2]
@@ -201,7 +201,7 @@ class PanopticSet(_Panoptic):
         ids = rgb2id(read_photo(file))
         if ids.shape != (said := tuple(self.sizes[i].tolist())): raise BadPhoto(file, f'of another size: {size_trouble(ids.shape, said)}')
         missing = {s['id'] for s in info} - set(ids.unique().tolist())
-        if missing: raise BadPhoto(file, f'of other segments: {min(missing)} of {_printable(self.source)} has no pixels in it')
+        if missing: raise BadPhoto(file, f'of other segments: {min(missing)} of {printable(self.source)} has no pixels in it')
         return ids, info
 
     def __getitem__(self, i):
@@ -225,12 +225,12 @@ def _segments(data, label, isthing, source):
 def _find_file(path, split):
     "The JSON of a split"
     if path.is_file(): return path
-    if not path.exists(): raise FileNotFoundError(f'there is nothing at {_printable(path)}: give a folder in the layout of COCO panoptic')
+    if not path.exists(): raise FileNotFoundError(f'there is nothing at {printable(path)}: give a folder in the layout of COCO panoptic')
     found = sorted(path.glob('annotations/panoptic_*.json'))
     mine = [f for f in found if f.stem.removeprefix('panoptic_').rstrip('0123456789') == split]
     if len(mine) == 1: return mine[0]
     seen = ', '.join(f.name for f in found) or 'none: expected annotations/panoptic_train2017.json, annotations/panoptic_val2017.json'
-    raise ValueError(f'{_printable(path)} has {len(mine) or "no"} panoptic files for split {split!r}; it has {seen}')
+    raise ValueError(f'{printable(path)} has {len(mine) or "no"} panoptic files for split {split!r}; it has {seen}')
 
 def _gone(ds):
     "{number: file} of photos that are not there, or whose PNGs are not"
@@ -249,7 +249,7 @@ def open_panoptic(path: str | Path,  # folder with annotations/panoptic_SPLIT*.j
                   ) -> PanopticSet:
     "Open COCO panoptic data in either layout. Raises FileNotFoundError, or ValueError that names the entry which cannot be understood."
     file = _find_file(Path(path).expanduser(), split)
-    data, source = read_annotations(file), _printable(file)
+    data, source = read_annotations(file), printable(file)
     if not data['images'] or not data['annotations']: raise ValueError(f'{source} lists no photos')
     for kind in ('images', 'annotations'): require_keys(data[kind], kind, ('file_name',), source)
     part, here = file.stem.removeprefix('panoptic_'), (file.parent, file.parent.parent)
@@ -265,7 +265,7 @@ def open_panoptic(path: str | Path,  # folder with annotations/panoptic_SPLIT*.j
     ds = PanopticSet(data, os.fspath(file), *folders, coco_ids, masks, exif)
     if missing == 'skip' and (gone := _gone(ds)):
         if len(gone) == len(ds): raise ValueError(f'{source}: none of the {len(ds):,} photos has its files')
-        notes.append(f'photos missing, or without a PNG, and left out: {len(gone):,} of {len(ds):,}, first {_printable(gone[min(gone)])}')
+        notes.append(f'photos missing, or without a PNG, and left out: {len(gone):,} of {len(ds):,}, first {printable(gone[min(gone)])}')
         lost = {ds.file_ids[i] for i in gone}
         data |= {kind: [row for row in data[kind] if row[key] not in lost] for kind, key in (('images', 'id'), ('annotations', 'image_id'))}
         ds = PanopticSet(data, os.fspath(file), *folders, coco_ids, masks, exif)

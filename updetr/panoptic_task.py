@@ -22,7 +22,7 @@ from .fingerprint import SetRows, photo_contents, set_rows
 from .finetune import (COCO, SMALL, Subset, TransferConfig, batch_to_device, collate_targets, divided, some_photos,
                              transfer_config)
 from .finetune_task import DetectStep, LabelledRun, draw_answer, evaluate, measurement, train_batches, val_batches
-from .handover import _own, hand_over, load_official, open_pretrained
+from .handover import hand_over, open_pretrained, weights_and_options
 from .losses import build_criterion
 from .masks import DETRsegm, MaskStep
 from .panoptic import (COCO_CLASSES, PanopticEvaluator, PanopticScenes, PanopticSet, coco_truth, draw_segments, open_panoptic,
@@ -74,7 +74,7 @@ PANOPTIC_DESCRIPTIONS = {
 def start_kind(path: str | Path,  # checkpoint of this kit or a published one
                ) -> str:  # pretrained, oneshot, detector, boxes or masks
     "What a checkpoint was trained for. Raises FileNotFoundError, or ValueError for a file that is none."
-    weights, args = _own(path) or load_official(path)
+    weights, args = weights_and_options(path)
     if any(k.startswith(('detr.', 'mask_head.')) for k in weights): return 'masks'
     if args.get('task') == 'oneshot': return 'oneshot'
     if 'patch2query.weight' in weights: return 'pretrained'

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SUFFIXES', 'MAX_PIXELS', 'MIN_SIDE', 'PRETRAIN_SIZES', 'PRETRAIN_MAX', 'BuiltinPhoto', 'builtin_photos',
-           'BadPhoto', 'read_photo', 'as_image', 'over_large', 'PhotoIndex', 'walk_files', 'header_size',
-           'index_photos', 'resize_shape', 'resize']
+           'printable', 'BadPhoto', 'photo_turn', 'as_stored', 'read_photo', 'as_image', 'over_large', 'PhotoIndex',
+           'walk_files', 'header_size', 'index_photos', 'resize_shape', 'resize']
 
 # %% ../nbs/02_photos.ipynb #c002
 import io
@@ -99,7 +99,11 @@ MAX_PIXELS = _most_pixels()
 _TOO_LARGE = 'too many pixels'
 MIN_SIDE = 17                                            # photos with a side of 16 px or less are skipped (reference code)
 
-def _printable(path): return os.fsencode(path).decode(errors='backslashreplace')    # names need not be UTF-8
+def printable(
+    path, # of a file or folder; its name need not be UTF-8
+)->str:
+    "Return a path as text that can be printed and written anywhere."
+    return os.fsencode(path).decode(errors='backslashreplace')
 
 class BadPhoto(Exception):
     "A file that cannot be used as a photo, and why: `path`, `reason`."
@@ -109,7 +113,7 @@ class BadPhoto(Exception):
     ):
         super().__init__(path, reason)                   # both in args, so that it can be pickled: workers raise it
         self.path, self.reason = path, reason
-    def __str__(self): return f'{_printable(self.path)}: {self.reason}'
+    def __str__(self): return f'{printable(self.path)}: {self.reason}'
 
 # %% ../nbs/02_photos.ipynb #c013
 def _words(error): return str(error) or type(error).__name__
@@ -191,6 +195,23 @@ def _upright(x, orientation):
     "Undo the EXIF orientation of an image (3, H, W)"
     if orientation >= 5: x = x.mT
     return x.flip(_FLIPS[orientation]) if orientation in _FLIPS else x
+
+# %% ../nbs/02_photos.ipynb #c017b
+def photo_turn(
+    path, # file
+)->int:   # EXIF orientation 1..8; 1 also for a file that is no photo
+    "Return how a photo has to be turned."
+    try:
+        with open(path, 'rb') as file, _open(path, file, MAX_PIXELS) as im: return _orientation(im)
+    except (BadPhoto, OSError): return 1
+
+def as_stored(
+    image:torch.Tensor, # (3, H, W), upright
+    turn:int,           # EXIF orientation 1..8
+)->torch.Tensor:        # (3, H, W) or (3, W, H)
+    "Return the pixels as the file has them."
+    if turn in _FLIPS: image = image.flip(_FLIPS[turn])
+    return (image.mT if turn >= 5 else image).contiguous()
 
 # %% ../nbs/02_photos.ipynb #c019
 def _rgb(im):
@@ -306,7 +327,7 @@ def as_image(
 def _by_reason(skipped, examples):
     "Lines with the number of skipped files and some of their names, one a reason, the most frequent first"
     names = {}
-    for path, reason in skipped: names.setdefault(reason.split(':')[0], []).append(_printable(path))
+    for path, reason in skipped: names.setdefault(reason.split(':')[0], []).append(printable(path))
     return ''.join(f'\n  {len(ps):,} {reason} ({", ".join(ps[:examples])}{", ..." if len(ps) > examples else ""})'
                    for reason, ps in sorted(names.items(), key=lambda item: -len(item[1])))
 
@@ -319,7 +340,7 @@ def over_large(
 def _read_smaller(index):
     "What to say of such photos"
     large = over_large(index)
-    return f', {len(large):,} of more than {MAX_PIXELS:,} px are read smaller, first {_printable(large[0])}' if large else ''
+    return f', {len(large):,} of more than {MAX_PIXELS:,} px are read smaller, first {printable(large[0])}' if large else ''
 
 # %% ../nbs/02_photos.ipynb #c032a
 def _list_sum(content):
@@ -362,7 +383,7 @@ class PhotoIndex:
         examples:int=2, # file names shown for each reason
     )->str:             # one line, and one more a reason
         "What was found and what was skipped, counted by reason."
-        found = f'{len(self):,} photos in {_printable(self.root)}'
+        found = f'{len(self):,} photos in {printable(self.root)}'
         return f'{found}{_read_smaller(self)}, {len(self.skipped):,} skipped{_by_reason(self.skipped, examples)}'
 
     def save(self, path # JSON file
@@ -429,8 +450,8 @@ def index_photos(
 )->PhotoIndex:                 # sorted: the same on every run and machine
     "Find the usable photos below a folder by their headers. Raises FileNotFoundError, or ValueError if there is no photo in it."
     root = os.path.abspath(os.fspath(root))
-    if not os.path.lexists(root): raise FileNotFoundError(f'there is no folder {_printable(root)}. {_TREE}')
-    if not os.path.isdir(root): raise ValueError(f'{_printable(root)} is not a folder. {_TREE}')
+    if not os.path.lexists(root): raise FileNotFoundError(f'there is no folder {printable(root)}. {_TREE}')
+    if not os.path.isdir(root): raise ValueError(f'{printable(root)} is not a folder. {_TREE}')
     files, skipped = walk_files(root)
     with ThreadPool(workers) as pool:
         def look(f): return header_size(os.path.join(root, f), min_side, max_pixels, reduce)

@@ -14,7 +14,7 @@ import numpy as np
 
 from .annotations import is_number, require_inside
 from .photo_files import read_list
-from .photos import _printable
+from .photos import printable
 
 # %% ../nbs/22c_voc_files.ipynb #c005
 class _Plain(ElementTree.TreeBuilder):
@@ -26,8 +26,8 @@ def read_xml(
 ):        # its root element
     "An XML file. Raises ValueError that names the file."
     try: return ElementTree.parse(path, ElementTree.XMLParser(target=_Plain())).getroot()
-    except OSError as e: raise ValueError(f'{_printable(path)} cannot be read: {e.strerror}') from e
-    except (ElementTree.ParseError, ValueError, LookupError) as e: raise ValueError(f'{_printable(path)} is no VOC annotation: {e}') from e
+    except OSError as e: raise ValueError(f'{printable(path)} cannot be read: {e.strerror}') from e
+    except (ElementTree.ParseError, ValueError, LookupError) as e: raise ValueError(f'{printable(path)} is no VOC annotation: {e}') from e
 
 def voc_number(
     text, # of an element; None: there is no such element
@@ -50,7 +50,7 @@ def voc_objects(
     "The objects of an annotation. Raises ValueError for one without a name or a box."
     objects = []
     for node in root.iterfind('object'):
-        where = f'{_printable(path)}: object {len(objects) + 1}'
+        where = f'{printable(path)}: object {len(objects) + 1}'
         name, box = (node.findtext('name') or '').strip(), node.find('bndbox')
         if not name or box is None: raise ValueError(f'{where} has no <{"bndbox" if name else "name"}>')
         edges = [voc_number(box.findtext(k)) for k in ('xmin', 'ymin', 'xmax', 'ymax')]
@@ -74,7 +74,7 @@ def need_split(
 ):
     "Raises ValueError unless a split is there."
     if split not in found:
-        raise ValueError(f'{_printable(path)} has no split {split!r}; it has: {", ".join(shown or found) or "none"}')
+        raise ValueError(f'{printable(path)} has no split {split!r}; it has: {", ".join(shown or found) or "none"}')
 
 def voc_names(
     folder:Path, # VOC2007, ...
@@ -87,8 +87,8 @@ def voc_names(
     need_split(split, every, folder, shown)
     file = folder / 'ImageSets' / 'Main' / f'{split}.txt'
     names, absent = read_list(file, known)
-    if absent: notes.append(f'photos marked -1 in {_printable(file.name)} are left out: {absent:,}')
-    require_inside(names, _printable(file))
+    if absent: notes.append(f'photos marked -1 in {printable(file.name)} are left out: {absent:,}')
+    require_inside(names, printable(file))
     return names
 
 # %% ../nbs/22c_voc_files.ipynb #c009
