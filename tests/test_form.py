@@ -140,6 +140,14 @@ def test_imports_are_alone_in_their_cells(path):
 
 
 @pytest.mark.parametrize('path', sorted((ROOT/'updetr').rglob('*.py')), ids=lambda p: p.stem)
+def test_modules_share_public_names_only(path):
+    "What another module needs has a name and a docstring for its reader; `_name` is a module's own."
+    imports = [s for s in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(s, ast.ImportFrom) and s.level]
+    private = [f'{s.module}.{a.name}' for s in imports for a in s.names if a.name.startswith('_')]
+    assert not private, f'{path.name} imports private names: {private}'
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'updetr').rglob('*.py')), ids=lambda p: p.stem)
 def test_package_does_not_import_tools(path):
     "Exported code needs no notebook tools; a module that shows widgets or notebooks may have them inside the functions that do."
     tree = ast.parse(path.read_text(encoding='utf-8'))
