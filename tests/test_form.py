@@ -21,7 +21,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # comes with pytest
 
-EXPORT_LINES, CODE_LINES, OUTPUT_BYTES = 40, 600, 200_000
+FUNCTION_LINES = CELL_LINES = 40  # what a screen shows at once
+CLASS_LINES = 120  # a class may be read as a whole
+CODE_LINES, OUTPUT_BYTES = 900, 200_000
 NUMBERED = [p for p in NOTEBOOKS if re.match(r'\d', p.name)]
 GUIDES = [p for p in NOTEBOOKS if p.parent.name in ('guides', 'tutorials')]
 RUNNABLE = [p for p in NOTEBOOKS if p not in NUMBERED + GUIDES and p.stem != 'index']
@@ -170,12 +172,23 @@ def test_training_imports_no_tools():
 
 # ---- limits ---------------------------------------------------------------------------------------------------------
 
+def too_long(source):
+    "(lines, name) of the cell and of its functions that are longer than they may be."
+    tree = ast.parse(source)
+    has_class = any(isinstance(node, ast.ClassDef) for node in tree.body)
+    lines = source.splitlines()
+    if len(lines) > (CLASS_LINES if has_class else CELL_LINES): yield len(lines), f'cell {lines[0]!r}'
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef): continue
+        length = node.end_lineno - node.lineno + 1
+        if length > FUNCTION_LINES: yield length, node.name
+
+
 @each_notebook
 def test_sizes(path):
     cells = code_cells(path)
-    exports = [no_directives(c.source).splitlines() for c in cells if exported(c)]
-    long = [(len(lines), lines[0]) for lines in exports if len(lines) > EXPORT_LINES]
-    assert not long, f'{path.name}: export cells of more than {EXPORT_LINES} lines: {long}'
+    long = [found for cell in cells if exported(cell) for found in too_long(no_directives(cell.source))]
+    assert not long, f'{path.name}: cells or functions of more than {CELL_LINES} lines, or {CLASS_LINES} with a class: {long}'
     lines = sum(len(c.source.splitlines()) for c in cells)
     assert lines <= CODE_LINES, f'{path.name}: {lines} lines of code, more than {CODE_LINES}'
     size = len(json.dumps([c.outputs for c in cells]))

@@ -1072,6 +1072,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'updetr.pictures._frame': ('pictures.html#_frame', 'updetr/pictures.py'),
                                  'updetr.pictures._pixels': ('pictures.html#_pixels', 'updetr/pictures.py'),
                                  'updetr.pictures.plain_label': ('pictures.html#plain_label', 'updetr/pictures.py'),
+                                 'updetr.pictures.raises': ('pictures.html#raises', 'updetr/pictures.py'),
                                  'updetr.pictures.show_grid': ('pictures.html#show_grid', 'updetr/pictures.py'),
                                  'updetr.pictures.show_image': ('pictures.html#show_image', 'updetr/pictures.py'),
                                  'updetr.pictures.show_patches': ('pictures.html#show_patches', 'updetr/pictures.py')},
