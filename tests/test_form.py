@@ -52,19 +52,32 @@ def module_of(path):
     return m and m[1]
 
 
+def source_of(module):
+    "The code of updetr's `module`."
+    return ROOT.joinpath('updetr', *module.split('.')).with_suffix('.py').read_text(encoding='utf-8')
+
+
 def order(path):
     "The place of a numbered notebook: (12, 'a') for 12a_stop.ipynb."
     m = re.match(r'(\d+)([a-z]*)_', path.name)
     return int(m[1]), m[2]
 
 
-def names_imported(tree):
-    "(line, module) for each absolute import in `tree`, relative ones written out as updetr's."
+def dotted(path):
+    "The module's name within the package: model.losses."
+    return path.relative_to(ROOT/'updetr').with_suffix('').as_posix().replace('/', '.')
+
+
+def names_imported(tree, module=''):
+    "(line, name) for each import in `tree`, the code of updetr's `module`; relative imports are written out."
+    folders = ['updetr', *module.split('.')[:-1]]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): yield from ((node.lineno, a.name) for a in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ('updetr.' if node.level else '') + (node.module or '')
-            if base.strip('.') == 'updetr': yield from ((node.lineno, f'updetr.{a.name}') for a in node.names)
+            above = folders[:len(folders) - node.level + 1] if node.level else []
+            base = '.'.join([*above, *([node.module] if node.module else [])])
+            is_package = base == 'updetr' or (ROOT.joinpath(*base.split('.'))/'__init__.py').exists()
+            if is_package: yield from ((node.lineno, f'{base}.{a.name}') for a in node.names)
             else: yield node.lineno, base
 
 
@@ -85,8 +98,8 @@ def test_every_module_has_its_notebook():
     modules = [module_of(p) for p in NUMBERED]
     assert None not in modules, f'no default_exp: {[p.name for p, m in zip(NUMBERED, modules) if m is None]}'
     assert len(set(modules)) == len(modules), 'two notebooks export the same module'
-    written = {p.relative_to(ROOT/'updetr').with_suffix('').as_posix().replace('/', '.') for p in (ROOT/'updetr').rglob('*.py')}
-    assert written - BY_HAND == set(modules)
+    written = {dotted(p) for p in (ROOT/'updetr').rglob('*.py') if p.stem not in BY_HAND}
+    assert written == set(modules)
 
 
 def test_numbers_are_unique():
@@ -119,9 +132,9 @@ def test_imports_come_from_lower_numbers(path):
     "The module and the notebook's own cells use only modules of lower-numbered notebooks (the cells also their own)."
     place = {module_of(p): order(p) for p in NUMBERED}
     mine = module_of(path)
-    module = ast.parse((ROOT/'updetr'/f'{mine}.py').read_text(encoding='utf-8'))
+    module = ast.parse(source_of(mine))
     cells = [ast.Module(statements(c.source), []) for c in code_cells(path) if not exported(c)]
-    uses = [('module', n) for _, n in names_imported(module)] + [('cell', n) for tree in cells for _, n in names_imported(tree)]
+    uses = [('module', n) for _, n in names_imported(module, mine)] + [('cell', n) for tree in cells for _, n in names_imported(tree)]
     bad = []
     for where, name in uses:
         if name.split('.')[0] != 'updetr': continue
@@ -161,9 +174,11 @@ def test_package_does_not_import_tools(path):
 def test_training_imports_no_tools():
     "What training processes import brings in neither notebook tools nor matplotlib, however indirectly; a detector, no notebook tools."
     main = ast.parse((ROOT/'updetr'/'__main__.py').read_text(encoding='utf-8'))
-    tasks = [f'updetr.{p.stem}' for p in sorted((ROOT/'updetr').glob('*_task.py'))]
-    names = ['updetr.loader', *tasks, *(n for _, n in names_imported(main))]  # importing __main__ itself would start a run
-    code = f'import sys, {", ".join(names)}; print(*sys.modules); import updetr.detector; print(*sys.modules)'
+    modules = {p.stem: f'updetr.{dotted(p)}' for p in sorted((ROOT/'updetr').rglob('*.py'))}
+    tasks = [name for stem, name in modules.items() if stem.endswith('_task')]
+    assert len(tasks) == 5, tasks
+    names = [modules['loader'], *tasks, *(n for _, n in names_imported(main))]  # importing __main__ itself would start a run
+    code = f'import sys, {", ".join(names)}; print(*sys.modules); import {modules["detector"]}; print(*sys.modules)'
     out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     training, detector = ({m.split('.')[0] for m in line.split()} for line in out.splitlines()[-2:])
     found = (training & (TOOLS | {'matplotlib'})) | (detector & TOOLS)
@@ -248,7 +263,7 @@ def undocumented(source):
 
 @each_numbered
 def test_public_names_are_documented(path):
-    missing = list(undocumented((ROOT/'updetr'/f'{module_of(path)}.py').read_text(encoding='utf-8')))
+    missing = list(undocumented(source_of(module_of(path))))
     assert not missing, f'{path.name}: no docstring or docment for {missing}'
 
 

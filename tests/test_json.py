@@ -93,7 +93,7 @@ def test_whoever_writes_json_says_what_becomes_of_nan():
     """Every `json.dump(s)` of the package either cannot write NaN, or its text goes into no file."""
     no_file = {'fingerprint.py', 'panoptic_task.py', 'jobs.py', 'config.py', 'scenes.py', 'study.py'}  # digests and comparisons
     found = []
-    for file in sorted((Path(__file__).parents[1] / 'updetr').glob('*.py')):
+    for file in sorted((Path(__file__).parents[1] / 'updetr').rglob('*.py')):
         for node in ast.walk(ast.parse(file.read_text())):
             named = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ('dump', 'dumps')
             if not named or ast.unparse(node.func.value) != 'json' or file.name in no_file: continue

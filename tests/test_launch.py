@@ -22,7 +22,7 @@ from updetr.watch import watch
 
 FAKE = '''
 import json, os, pathlib, sys, time
-from stop import StopFlag, ignore_stop
+from signals import StopFlag, ignore_stop
 cfg = pathlib.Path(sys.argv[sys.argv.index('--cfg') + 1])
 run, cfg, rank = cfg.parent, json.loads(cfg.read_text()), int(os.environ['RANK'])
 last = run/'last'
@@ -79,7 +79,7 @@ def runs(tmp_path, monkeypatch):
     code = tmp_path/'code'
     code.mkdir()
     (code/'fake.py').write_text(FAKE)
-    shutil.copy(updetr.stop.__file__, code/'stop.py')      # alone, so that the fake trainer need not import all of updetr
+    shutil.copy(updetr.stop.__file__, code/'signals.py')      # alone, so that the fake trainer need not import all of updetr
     monkeypatch.setenv('PYTHONPATH', f"{code}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     yield tmp_path
     for record in tmp_path.glob('*/launch.json'): stop(record.parent, timeout=0)

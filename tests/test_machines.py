@@ -25,7 +25,7 @@ def test_every_module_can_be_imported_a_detector_answers_and_training_is_refused
     code = f'''
 import importlib, pathlib, updetr
 for name in updetr.__all__: getattr(updetr, name)
-for p in sorted(pathlib.Path('updetr').glob('[a-z]*.py')): importlib.import_module(f'updetr.{{p.stem}}')
+for p in sorted(pathlib.Path('updetr').rglob('[a-z]*.py')): importlib.import_module('.'.join(p.with_suffix('').parts))
 print('all of it')
 import torch
 from updetr import Detector, build_detr
