@@ -9,46 +9,81 @@ __all__ = ['paired_iou', 'paired_giou', 'pad_images']
 import torch
 
 # %% ../nbs/00_boxes.ipynb #c008
-def _areas(a, b):
-    "Shared and covered area, box by box"
-    if a.shape[-1] != 4 or b.shape[-1] != 4: raise ValueError(f'boxes must be (..., 4) xyxy, got {tuple(a.shape)} and {tuple(b.shape)}')
-    w, h = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).unbind(-1)
-    areas = [w * h for w, h in ((x[..., 2:] - x[..., :2]).clamp(min=0).unbind(-1) for x in (a, b))]
-    return w * h, sum(areas) - w * h
+def _area(boxes):
+    "Return the areas of boxes (..., 4) xyxy, 0 where the corners have changed places."
+    w, h = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).unbind(-1)
+    return w * h
 
-def _share(part, whole): return torch.where(whole > 0, part / whole.where(whole > 0, 1), 0)
+def _areas(a, b):
+    "Return the shared and the covered area, box by box."
+    if a.shape[-1] != 4 or b.shape[-1] != 4:
+        raise ValueError(f'boxes must be (..., 4) xyxy, got {tuple(a.shape)} and {tuple(b.shape)}')
+    # the box that lies in both; no area where they do not touch
+    top_left = torch.maximum(a[..., :2], b[..., :2])      # (..., 2)
+    bottom_right = torch.minimum(a[..., 2:], b[..., 2:])  # (..., 2)
+    w, h = (bottom_right - top_left).clamp(min=0).unbind(-1)
+    # what both share is counted once
+    covered = _area(a) + _area(b) - w * h
+    return w * h, covered
+
+def _share(part, whole):
+    # the inner `where` keeps the slope finite where the whole is 0
+    return torch.where(whole > 0, part / whole.where(whole > 0, 1), 0)
 
 def paired_iou(
-    a:torch.Tensor, # boxes, (..., 4) xyxy, any unit
-    b:torch.Tensor, # boxes, broadcastable with `a`, xyxy, the same unit
-)->torch.Tensor:    # (...), 0..1; 0 where both boxes have no area
-    "IoU of each box of `a` with the box at the same place in `b`. Raises ValueError if the last side is not 4."
-    return _share(*_areas(*(x if x.is_floating_point() else x.float() for x in (a, b))))
+    a: torch.Tensor,  # boxes (..., 4) xyxy, any unit
+    b: torch.Tensor,  # boxes, broadcastable with `a`, xyxy, the same unit
+) -> torch.Tensor:    # IoU (...), 0..1; 0 where both boxes have no area
+    """Return the IoU of each box of `a` with the box at the same place in `b`.
+
+    Raises ValueError if the last side is not 4."""
+    # whole numbers have no room for a quotient
+    if not a.is_floating_point(): a = a.float()
+    if not b.is_floating_point(): b = b.float()
+    shared, covered = _areas(a, b)
+    return _share(shared, covered)
 
 # %% ../nbs/00_boxes.ipynb #989b900b
 def paired_giou(
-    a:torch.Tensor, # boxes, (..., 4) float xyxy, any unit
-    b:torch.Tensor, # boxes, broadcastable with `a`, xyxy, the same unit
-)->torch.Tensor:    # (...), -1..1; 0 where both are the same point
-    "Generalised IoU of each box of `a` with the box at the same place in `b`. Raises ValueError if the last side is not 4."
+    a: torch.Tensor,  # boxes (..., 4) float xyxy, any unit
+    b: torch.Tensor,  # boxes, broadcastable with `a`, xyxy, the same unit
+) -> torch.Tensor:    # GIoU (...), -1..1; 0 where both are the same point
+    """Return the generalised IoU of each box of `a` with the box at the same place in `b`.
+
+    Raises ValueError if the last side is not 4."""
     shared, covered = _areas(a, b)
-    w, h = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).unbind(-1)
-    return _share(shared, covered) - _share(w * h - covered, w * h)
+    # the smallest box around both
+    top_left = torch.minimum(a[..., :2], b[..., :2])      # (..., 2)
+    bottom_right = torch.maximum(a[..., 2:], b[..., 2:])  # (..., 2)
+    w, h = (bottom_right - top_left).unbind(-1)
+    empty = w * h - covered
+    return _share(shared, covered) - _share(empty, w * h)
 
 # %% ../nbs/00_boxes.ipynb #c020
-def pad_images(
-    images:list, # photos, each (C, H, W), of one dtype and one channel count
-)->tuple:        # batch (B, C, Hmax, Wmax), zeros at the bottom and right; mask (B, Hmax, Wmax) bool, True = padding
-    "One batch out of photos of different sizes. Raises ValueError for an empty list or photos that do not fit together."
-    if not images: raise ValueError('pad_images got an empty list: a batch needs at least one photo')
+def _check_images(images):
+    "Refuse photos that do not fit into one block."
+    if not images:
+        raise ValueError('pad_images got an empty list: a batch needs at least one photo')
     kinds = {(x.ndim, x.shape[0], x.dtype) for x in images}
     if len(kinds) > 1 or images[0].ndim != 3:
-        raise ValueError('pad_images wants photos (C, H, W) of one channel count and dtype, got '
-                         + ', '.join(f'{tuple(x.shape)} {x.dtype}' for x in images[:8]))
-    height, width = (max(x.shape[d] for x in images) for d in (1, 2))
+        got = ', '.join(f'{tuple(x.shape)} {x.dtype}' for x in images[:8])
+        raise ValueError('pad_images wants photos (C, H, W) of one channel count and dtype, '
+                         f'got {got}')
+
+def pad_images(
+    images: list,  # photos, each (C, H, W), of one dtype and one channel count
+) -> tuple:        # batch (B, C, Hmax, Wmax); mask (B, Hmax, Wmax) bool, True = padding
+    """Return one batch of photos of different sizes, with zeros at the bottom and right.
+
+    Raises ValueError for an empty list or photos that do not fit together."""
+    _check_images(images)
+    height = max(x.shape[1] for x in images)
+    width = max(x.shape[2] for x in images)
+    # all is padding until a photo lies on it
     batch = images[0].new_zeros(len(images), images[0].shape[0], height, width)
     mask = torch.ones(len(images), height, width, dtype=torch.bool, device=batch.device)
     for i, x in enumerate(images):
-        batch[i, :, :x.shape[1], :x.shape[2]] = x
-        mask[i, :x.shape[1], :x.shape[2]] = False
+        _, h, w = x.shape
+        batch[i, :, :h, :w] = x
+        mask[i, :h, :w] = False
     return batch, mask
