@@ -14,9 +14,10 @@ from torch.nn.functional import interpolate
 
 # %% ../nbs/03_patches.ipynb #c006
 def _uniform_side(rng, side, n, min_pixel):
-    "Start and length of `n` intervals in 0..side; the last possible start is never drawn"
+    "Return start and length of `n` intervals in 0..side; the last possible start is never drawn."
     length = rng.integers(min_pixel, side - min_pixel, n, endpoint=True)
-    return rng.integers(0, side - length), length
+    start = rng.integers(0, side - length)
+    return start, length
 
 def _uniform_boxes(rng, height, width, n, min_pixel, **_):
     x, w = _uniform_side(rng, width, n, min_pixel)
@@ -24,71 +25,105 @@ def _uniform_boxes(rng, height, width, n, min_pixel, **_):
     return np.stack([x, y, x + w, y + h], 1)
 
 # %% ../nbs/03_patches.ipynb #c013
-def _place(rng, sides, w, h):
-    "Boxes of the given widths and heights anywhere in the photo, borders included"
-    (height, width), (w, h) = sides, (w.astype(int), h.astype(int))
-    x, y = rng.integers(0, width - w, endpoint=True), rng.integers(0, height - h, endpoint=True)
+def _place(rng, height, width, h, w):
+    "Return boxes of heights `h` and widths `w` anywhere in the photo, borders included."
+    w, h = w.astype(int), h.astype(int)
+    x = rng.integers(0, width - w, endpoint=True)
+    y = rng.integers(0, height - h, endpoint=True)
     return np.stack([x, y, x + w, y + h], 1)
 
 def _range_boxes(rng, height, width, n, min_pixel, low, high, **_):
-    w, h = (np.rint(rng.uniform(low, high, n) * side).clip(min_pixel, side) for side in (width, height))
-    return _place(rng, (height, width), w, h)
+    # whole pixels, none below the smallest side
+    w = np.rint(rng.uniform(low, high, n) * width).clip(min_pixel, width)
+    h = np.rint(rng.uniform(low, high, n) * height).clip(min_pixel, height)
+    return _place(rng, height, width, h, w)
 
 def _fixed_boxes(rng, height, width, n, pixels, **_):
-    w, h = (rng.integers(*pixels, n, endpoint=True).clip(max=side) for side in (width, height))
-    return _place(rng, (height, width), w, h)
+    # a side may be as long as the photo's, never longer
+    w = rng.integers(*pixels, n, endpoint=True).clip(max=width)
+    h = rng.integers(*pixels, n, endpoint=True).clip(max=height)
+    return _place(rng, height, width, h, w)
 
 # %% ../nbs/03_patches.ipynb #c014
 def _grid_boxes(rng, height, width, n, **_):
+    # about square cells, at least as many as patches
     columns = min(n, max(1, round(math.sqrt(n * width / height))))
     rows = math.ceil(n / columns)
-    xs, ys = np.linspace(0, width, columns + 1).astype(int), np.linspace(0, height, rows + 1).astype(int)
+    xs = np.linspace(0, width, columns + 1).astype(int)
+    ys = np.linspace(0, height, rows + 1).astype(int)
+    # n different cells
     row, column = np.divmod(rng.permutation(rows * columns)[:n], columns)
     return np.stack([xs[column], ys[row], xs[column + 1], ys[row + 1]], 1)
 
 def _mixed_boxes(rng, height, width, n, **settings):
-    halves = _uniform_boxes(rng, height, width, n - n // 2, **settings), _range_boxes(rng, height, width, n // 2, **settings)
-    return rng.permutation(np.concatenate(halves))
+    half = n // 2
+    uniform = _uniform_boxes(rng, height, width, n - half, **settings)
+    ranged = _range_boxes(rng, height, width, half, **settings)
+    return rng.permutation(np.concatenate([uniform, ranged]))
 
-LAWS = dict(uniform=_uniform_boxes, range=_range_boxes, fixed=_fixed_boxes, grid=_grid_boxes, mixed=_mixed_boxes)
+LAWS = dict(uniform=_uniform_boxes, range=_range_boxes, fixed=_fixed_boxes,
+            grid=_grid_boxes, mixed=_mixed_boxes)
 
 # %% ../nbs/03_patches.ipynb #c016
-def sample_boxes(
-    rng:np.random.Generator, # the sample's own generator
-    height:int,              # of the photo, px
-    width:int,               # of the photo, px
-    num_patches:int,         # M
-    law:str='uniform',       # 'uniform' (the reference's), 'range', 'fixed', 'grid' or 'mixed'
-    min_pixel:int=8,         # smallest side, px
-    low:float=.15,           # 'range', 'mixed': smallest side as a share of the photo's
-    high:float=.75,          # 'range', 'mixed': largest side as a share of the photo's
-    pixels:tuple=(32, 128),  # 'fixed': smallest and largest side, px
-)->torch.Tensor:             # (M, 4) int64 xyxy px, inside the photo
-    "Boxes of the query patches (Sections 3.2, 4). Raises ValueError for an unknown law, impossible settings or a small photo."
-    if law not in LAWS: raise ValueError(f'unknown patch law {law!r}: choose one of {", ".join(LAWS)}')
-    if num_patches < 1 or min_pixel < 1: raise ValueError(f'num_patches and min_pixel must be positive, got {num_patches} and {min_pixel}')
+def _check_law(law, height, width, num_patches, min_pixel, low, high, pixels):
+    "Refuse settings that no law can follow, and photos that are too small."
+    if law not in LAWS:
+        raise ValueError(f'unknown patch law {law!r}: choose one of {", ".join(LAWS)}')
+    if num_patches < 1 or min_pixel < 1:
+        raise ValueError('num_patches and min_pixel must be positive, '
+                         f'got {num_patches} and {min_pixel}')
     if min(height, width) <= 2 * min_pixel:
-        raise ValueError(f'a photo of {width}x{height} px is too small for patches: both sides must exceed {2 * min_pixel} px')
-    if not 0 < low <= high <= 1: raise ValueError(f'0 < low <= high <= 1 is needed, got low={low}, high={high}')
-    if not 1 <= pixels[0] <= pixels[1]: raise ValueError(f'pixels must be (smallest, largest) side, got {pixels}')
-    boxes = LAWS[law](rng, height, width, num_patches, min_pixel=min_pixel, low=low, high=high, pixels=pixels)
-    if (boxes[:, 2:] <= boxes[:, :2]).any(): raise ValueError(f'{num_patches} patches are too many for {law!r} in {width}x{height} px')
+        raise ValueError(f'a photo of {width}x{height} px is too small for patches: '
+                         f'both sides must exceed {2 * min_pixel} px')
+    if not 0 < low <= high <= 1:
+        raise ValueError(f'0 < low <= high <= 1 is needed, got low={low}, high={high}')
+    if not 1 <= pixels[0] <= pixels[1]:
+        raise ValueError(f'pixels must be (smallest, largest) side, got {pixels}')
+
+def sample_boxes(
+    rng: np.random.Generator,   # the sample's own generator
+    height: int,                # of the photo, px
+    width: int,                 # of the photo, px
+    num_patches: int,           # M
+    law: str = 'uniform',       # 'uniform' (the reference's), 'range', 'fixed', 'grid' or 'mixed'
+    min_pixel: int = 8,         # smallest side, px
+    low: float = .15,           # 'range', 'mixed': smallest side as a share of the photo's
+    high: float = .75,          # 'range', 'mixed': largest side as a share of the photo's
+    pixels: tuple = (32, 128),  # 'fixed': smallest and largest side, px
+) -> torch.Tensor:              # boxes (M, 4) int64 xyxy px, inside the photo
+    """Return the boxes of the query patches (Sections 3.2, 4).
+
+    Raises ValueError for an unknown law, impossible settings or a small photo."""
+    _check_law(law, height, width, num_patches, min_pixel, low, high, pixels)
+    boxes = LAWS[law](rng, height, width, num_patches,
+                      min_pixel=min_pixel, low=low, high=high, pixels=pixels)
+    # a fine grid has cells of less than a pixel
+    if (boxes[:, 2:] <= boxes[:, :2]).any():
+        raise ValueError(f'{num_patches} patches are too many for {law!r} in {width}x{height} px')
     return torch.from_numpy(boxes)
 
 # %% ../nbs/03_patches.ipynb #c027
 def crop_patches(
-    image:torch.Tensor,    # photo (3, H, W) uint8, at its original resolution
-    boxes:torch.Tensor,    # (M, 4) int xyxy px
-    size:int=128,          # side of a patch, px
-    out:torch.Tensor=None, # where they go, like the result; None: new memory, channels side by side
-)->torch.Tensor:           # (M, 3, size, size) uint8
-    "Cut boxes out of a photo and squash each to a square (Section 4). Raises ValueError for a box without area or outside the photo."
+    image: torch.Tensor,       # photo (3, H, W) uint8, at its original resolution
+    boxes: torch.Tensor,       # boxes (M, 4) int xyxy px
+    size: int = 128,           # side of a patch, px
+    out: torch.Tensor = None,  # where they go, None: into new memory, channels side by side
+) -> torch.Tensor:             # patches (M, 3, size, size) uint8
+    """Return the boxes cut out of a photo, each squashed to a square (Section 4).
+
+    Raises ValueError for a box without area or outside the photo."""
     height, width = image.shape[-2:]
-    pixels = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)                         # strides as in `updetr.photos.resize`
-    if out is None: out = image.new_empty(len(boxes), size, size, len(image)).permute(0, 3, 1, 2)
-    if len(out) != len(boxes): raise ValueError(f'{len(boxes)} boxes do not fit into {len(out)} places')
-    for patch, (x1, y1, x2, y2) in zip(out, boxes.tolist()):
+    if out is None:
+        out = image.new_empty(len(boxes), size, size, len(image)).permute(0, 3, 1, 2)
+    if len(out) != len(boxes):
+        raise ValueError(f'{len(boxes)} boxes do not fit into {len(out)} places')
+    # strides as in `updetr.photos.resize`
+    pixels = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # (1, 3, H, W)
+    for place, (x1, y1, x2, y2) in zip(out, boxes.tolist()):
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-            raise ValueError(f'box {(x1, y1, x2, y2)} is empty or outside the photo of {width}x{height} px')
-        patch.copy_(interpolate(pixels[:, :, y1:y2, x1:x2], (size, size), mode='bilinear', antialias=True)[0])
+            raise ValueError(f'box {(x1, y1, x2, y2)} is empty or outside '
+                             f'the photo of {width}x{height} px')
+        piece = pixels[:, :, y1:y2, x1:x2]
+        patch = interpolate(piece, (size, size), mode='bilinear', antialias=True)
+        place.copy_(patch[0])
     return out
