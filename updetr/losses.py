@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stack_layers', 'pick', 'process_count', 'average_over_processes', 'loss_labels', 'loss_boxes', 'loss_feature',
-           'watch_predictions', 'count_amounts', 'LossScale', 'SetCriterion', 'name_layers', 'build_criterion']
+           'watch_predictions', 'count_amounts', 'SetCriterion', 'name_layers', 'build_criterion']
 
 # %% ../nbs/12_losses.ipynb #c002
 from contextlib import contextmanager
@@ -20,207 +20,273 @@ from .detr import DETR
 from .matcher import HungarianMatcher, pad_targets
 
 # %% ../nbs/12_losses.ipynb #c005
-def stack_layers(outputs: dict,  # DETR's dictionary
-                 ) -> dict[str, Tensor]:  # (layers,B,N,...) each, the last layer last
-    "Auxiliary and final predictions as stacked tensors."
+def stack_layers(
+    outputs: dict,  # DETR's dictionary
+) -> dict[str, Tensor]:  # (layers, B, N, ...) each, the last layer last
+    "Return auxiliary and final predictions as stacked tensors."
     layers = [*outputs.get('aux_outputs', []), outputs]
-    return {k: torch.stack([layer[k] for layer in layers]).float() for k in ('pred_logits', 'pred_boxes', 'pred_feature') if k in outputs}
+    names = [k for k in ('pred_logits', 'pred_boxes', 'pred_feature') if k in outputs]
+    return {k: torch.stack([layer[k] for layer in layers]).float() for k in names}
 
-def pick(predictions: Tensor,  # (L,B,N,D)
-         match: Tensor,  # (L,B,T) int, -1 where there is no target
-         ) -> Tensor:  # (L,B,T,D); of query 0 where there is no target
-    "The predictions of the matched queries."
-    return predictions.gather(2, match.clamp(min=0)[..., None].expand(-1, -1, -1, predictions.shape[-1]))
+def pick(
+    predictions: Tensor,  # (L, B, N, D)
+    match: Tensor,        # query of each target (L, B, T) int, -1 where there is no target
+) -> Tensor:  # (L, B, T, D); of query 0 where there is no target
+    "Return the predictions of the matched queries."
+    query = match.clamp(min=0)[..., None]  # (L, B, T, 1)
+    # `gather` wants the query's number once for each of the D values
+    return predictions.gather(2, query.expand(-1, -1, -1, predictions.shape[-1]))
 
 def process_count() -> int:  # 1 where none has joined others
     "Return how many processes train together."
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-def average_over_processes(number: Tensor,  # a count on this process
-                           ) -> Tensor:  # the same number on every process
-    "The mean of a number over all processes (itself where there is one)."
+def average_over_processes(
+    number: Tensor,  # a count on this process
+) -> Tensor:  # the same number on every process
+    "Return the mean of a number over all processes (itself where there is one)."
     if process_count() == 1: return number
-    dist.all_reduce(number := number.clone())
-    return number / process_count()
+    total = number.clone()
+    dist.all_reduce(total)
+    return total / process_count()
 
 # %% ../nbs/12_losses.ipynb #c008
-def loss_labels(logits: Tensor,  # (L,B,N,K)
-                match: Tensor,  # (L,B,T)
-                labels: Tensor,  # (B,T) int
-                class_weight: Tensor,  # (K,), the last one is `eos_coef`
-                divisor: Tensor | None = None,  # number to divide by; None: the sum of these queries' weights
-                ) -> tuple[Tensor, Tensor]:  # (L,) weighted cross entropy; (L,B,N) the class each query should have
-    "Cross entropy of every query against its match or 'no object' (the last class)."
+def loss_labels(
+    logits: Tensor,        # (L, B, N, K)
+    match: Tensor,         # query of each target (L, B, T), -1 where there is none
+    labels: Tensor,        # (B, T) int
+    class_weight: Tensor,  # (K,), the last one is `eos_coef`
+    divisor: Tensor | None = None,  # number to divide by; None: these queries' sum of weights
+) -> tuple[Tensor, Tensor]:  # (L,) weighted cross entropy; (L, B, N) class each query should have
+    "Return the cross entropy of every query against its match or 'no object' (the last class)."
     L, B, N, K = logits.shape
+    # what each query should say: "no object", unless it is matched; slot N swallows the padding
     target = torch.full((L, B, N + 1), K - 1, device=logits.device)
-    target.scatter_(2, match.where(match >= 0, N), labels.expand(L, -1, -1))  # slot N swallows the padding
+    slot = match.where(match >= 0, N)                    # (L, B, T)
+    target.scatter_(2, slot, labels.expand(L, -1, -1))
     target = target[..., :N]
-    loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction='none').view(L, -1)
-    weight = class_weight[target.flatten(1)]
-    return (loss * weight).sum(1) / (weight.sum(1) if divisor is None else divisor), target
+    # every query's cross entropy, and its weight
+    loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction='none')
+    loss = loss.view(L, -1)                              # (L, B*N)
+    weight = class_weight[target.flatten(1)]             # (L, B*N)
+    if divisor is None: divisor = weight.sum(1)
+    return (loss * weight).sum(1) / divisor, target
 
 # %% ../nbs/12_losses.ipynb #c010
-def loss_boxes(boxes: Tensor,  # (L,B,T,4) cxcywh of the matched queries
-               target: Tensor,  # (B,T,4) cxcywh
-               real: Tensor,  # (L,B,T) bool: there is a target and it was matched
-               num_boxes: Tensor,  # number to divide by
-               ) -> tuple[Tensor, Tensor]:  # (L,) L1 and (L,) 1 - GIoU
-    "Box losses of the matched pairs."
+def loss_boxes(
+    boxes: Tensor,      # (L, B, T, 4) cxcywh of the matched queries
+    target: Tensor,     # (B, T, 4) cxcywh
+    real: Tensor,       # (L, B, T) bool: there is a target and it was matched
+    num_boxes: Tensor,  # number to divide by
+) -> tuple[Tensor, Tensor]:  # (L,) L1 and (L,) 1 - GIoU
+    "Return the box losses of the matched pairs."
     target = target.expand_as(boxes)
-    l1 = ((boxes - target).abs().sum(-1) * real).sum((1, 2))
-    giou = paired_giou(*(box_convert(b, 'cxcywh', 'xyxy') for b in (boxes, target)))
+    # L1 in cxcywh; where there is no target, nothing counts
+    distance = (boxes - target).abs().sum(-1)            # (L, B, T)
+    l1 = (distance * real).sum((1, 2))
+    # 1 - GIoU, which wants corners
+    corners = box_convert(boxes, 'cxcywh', 'xyxy')
+    target_corners = box_convert(target, 'cxcywh', 'xyxy')
+    giou = paired_giou(corners, target_corners)          # (L, B, T)
     return l1 / num_boxes, ((1 - giou) * real).sum((1, 2)) / num_boxes
 
 # %% ../nbs/12_losses.ipynb #c012
-def loss_feature(features: Tensor,  # (L,B,T,C) reconstructed by the matched queries
-                 target: Tensor,  # (B,T,C) features of the patches
-                 real: Tensor,  # (L,B,T) bool
-                 num_boxes: Tensor,  # number to divide by
-                 detach: bool = True,  # no gradient into the target; False: the reference's, which matters where the CNN is trained
-                 ) -> Tensor:  # (L,), 0..4
-    "Squared distance of L2-normalised features (Eq. 2)."
-    target = target.detach() if detach else target
-    distance = (F.normalize(features.float(), dim=-1) - F.normalize(target.float(), dim=-1)).square().sum(-1)
+def loss_feature(
+    features: Tensor,      # (L, B, T, C) reconstructed by the matched queries
+    target: Tensor,        # (B, T, C) features of the patches
+    real: Tensor,          # (L, B, T) bool
+    num_boxes: Tensor,     # number to divide by
+    detach: bool = True,   # no gradient into the target; False: the reference's, for a trained CNN
+) -> Tensor:  # (L,), 0..4
+    "Return the squared distance of L2-normalised features (Eq. 2)."
+    if detach: target = target.detach()
+    # only directions are compared, not lengths
+    p = F.normalize(features.float(), dim=-1)            # (L, B, T, C)
+    p_hat = F.normalize(target.float(), dim=-1)          # (B, T, C)
+    distance = (p - p_hat).square().sum(-1)              # (L, B, T)
     return (distance * real).sum((1, 2)) / num_boxes
 
 # %% ../nbs/12_losses.ipynb #c015
 @torch.no_grad()
-def watch_predictions(stacked: dict[str, Tensor],  # of `stack_layers`
-                      match: Tensor,  # (L,B,T)
-                      target_class: Tensor,  # (L,B,N) of `loss_labels`
-                      boxes: Tensor,  # (B,T,4) cxcywh
-                      counts: list[int] | Tensor,  # targets of each photo
-                      ) -> dict[str, Tensor]:  # numbers
-    "What is logged but not trained: class_error, cardinality_error, matched_iou, query_spread."
-    logits, pred = stacked['pred_logits'], stacked['pred_boxes'][-1]
-    none = logits.shape[-1] - 1
-    matched = target_class[-1] != none
-    right = (logits[-1].argmax(-1) == target_class[-1]) & matched
-    found = (logits.argmax(-1) != none).sum(2) - torch.as_tensor(counts, device=logits.device)
-    real = match[-1] >= 0
-    iou = paired_iou(box_convert(pick(stacked['pred_boxes'], match)[-1], 'cxcywh', 'xyxy'), box_convert(boxes, 'cxcywh', 'xyxy'))
+def watch_predictions(
+    stacked: dict[str, Tensor],  # predictions of `stack_layers`
+    match: Tensor,               # query of each target (L, B, T), -1 where there is none
+    target_class: Tensor,        # (L, B, N) of `loss_labels`
+    boxes: Tensor,               # (B, T, 4) cxcywh
+    counts: list[int] | Tensor,  # targets of each photo
+) -> dict[str, Tensor]:  # numbers; `cardinality_error` has one of each layer
+    "Return what is logged, not trained: class and cardinality error, matched IoU, query spread."
+    said = stacked['pred_logits'].argmax(-1)             # (L, B, N)
+    no_object = stacked['pred_logits'].shape[-1] - 1
+    # of the matched queries of the last layer: how many say another class
+    matched = target_class[-1] != no_object              # (B, N)
+    right = (said[-1] == target_class[-1]) & matched
+    # objects found, too many or too few
+    found = (said != no_object).sum(2)                   # (L, B)
+    surplus = found - torch.as_tensor(counts, device=found.device)
+    # how well the last layer's boxes lie on their targets
+    real = match[-1] >= 0                                # (B, T)
+    picked = pick(stacked['pred_boxes'], match)[-1]      # (B, T, 4)
+    iou = paired_iou(box_convert(picked, 'cxcywh', 'xyxy'), box_convert(boxes, 'cxcywh', 'xyxy'))
+    # how far apart the queries of one photo put their boxes
+    centres = stacked['pred_boxes'][-1, ..., :2]         # (B, N, 2)
     return {'class_error': 100 - 100 * right.sum() / matched.sum().clamp(min=1),
-            'cardinality_error': found.abs().float().mean(1),
+            'cardinality_error': surplus.abs().float().mean(1),
             'matched_iou': (iou * real).sum() / real.sum().clamp(min=1),
-            'query_spread': pred[..., :2].std(1, correction=0).mean()}
+            'query_spread': centres.std(1, correction=0).mean()}
 
 # %% ../nbs/12_losses.ipynb #c015o
-def count_amounts(counts: list[int] | Tensor,  # objects of each photo
-                  num_queries: int,  # N
-                  eos_coef: Tensor,  # (), weight of "no object"
-                  ) -> Tensor:  # (2,): objects, and weights of all queries; on the device of `eos_coef`
-    "What the losses of a batch are divided by."
+def count_amounts(
+    counts: list[int] | Tensor,  # objects of each photo
+    num_queries: int,            # N
+    eos_coef: Tensor,            # weight of "no object", ()
+) -> Tensor:  # (2,): objects, and weights of all queries; on the device of `eos_coef`
+    "Return what the losses of a batch are divided by."
     objects = torch.as_tensor(counts, device=eos_coef.device)
+    # a photo with more objects than queries has all its queries matched
     matched = objects.clamp(max=num_queries).sum()
-    return torch.stack((objects.sum().float(), matched + eos_coef * (num_queries * len(objects) - matched)))
+    unmatched = num_queries * len(objects) - matched
+    return torch.stack((objects.sum().float(), matched + eos_coef * unmatched))
 
-# %% ../nbs/12_losses.ipynb #c015n
-class LossScale(nn.Module):
-    "What losses are divided by, the same on all processes and for all micro-batches of a step, and the weights of their sum."
-    def __init__(self,
-                 weights: dict[str, float],  # of each loss
-                 num_layers: int = 6,  # decoder layers with a loss
-                 num_queries: int | None = None,  # N of the model; None: each batch divides its class loss by its own weights
-                 ce_per_process: bool = False,  # the reference's way: so does each process
-                 ):
+# %% ../nbs/12_losses.ipynb #c017
+class SetCriterion(nn.Module):
+    """DETR's loss with UP-DETR's reconstruction (Eq. 1); returns unweighted losses.
+
+    What they are divided by is the same on all processes and for all micro-batches of a step.
+    Raises ValueError unless `eos_coef` > 0."""
+    def __init__(
+        self,
+        num_classes: int,             # classes without "no object"
+        matcher: HungarianMatcher,    # pairs predictions with targets, for each layer anew
+        weights: dict[str, float],    # of loss_ce, loss_bbox, loss_giou and maybe loss_feature
+        eos_coef: float = .1,         # class weight of "no object" (lambda_{c=0} of Eq. 1), > 0
+        num_layers: int = 6,          # decoder layers with a loss
+        num_queries: int | None = None,  # N of the model; None: each batch uses its own weights
+        ce_per_process: bool = False,  # the reference's class loss: so does each process
+        detach_recon: bool = True,    # no gradient into the reconstruction's target
+    ):
         super().__init__()
-        self.weights, names = weights, ('', *(f'_{i}' for i in range(num_layers - 1)))
-        self.weight_dict = {k + s: w for s in names for k, w in weights.items()}
-        self.num_queries, self.ce_per_process, self.step = num_queries, ce_per_process, None
+        if not eos_coef > 0:
+            raise ValueError(f'eos_coef {eos_coef} must be positive: '
+                             'else nothing teaches a query to say "no object"')
+        self.num_classes, self.num_queries = num_classes, num_queries
+        self.matcher, self.weights = matcher, weights
+        self.ce_per_process, self.detach_recon = ce_per_process, detach_recon
+        # the last decoder layer's losses have plain names, the earlier ones' end in _0, _1, ...
+        suffixes = ('', *(f'_{i}' for i in range(num_layers - 1)))
+        self.weight_dict = {k + s: w for s in suffixes for k, w in weights.items()}
+        class_weight = torch.cat((torch.ones(num_classes), torch.tensor([eos_coef])))
+        self.register_buffer('empty_weight', class_weight)
+        self.step = None  # within `shared`: what its micro-batches divide by
+
+    def forward(
+        self,
+        outputs,  # predictions of a DETR or UPDETR
+        targets,  # a photo each: labels (t,), boxes (t, 4) cxcywh in 0..1; or of `pad_targets`
+    ):
+        # all layers as one tensor, all targets padded
+        stacked = stack_layers(outputs)
+        padded = targets if isinstance(targets, tuple) else pad_targets(targets)
+        # who answers for whom, then what that costs
+        match = self.match(stacked, padded)
+        losses = self.losses(stacked, padded, match, outputs.get('gt_feature'))
+        return name_layers(losses)
+
+    def match(self, stacked, padded):
+        "Return the query of each target (L, B, T), -1 where there is none."
+        return self.matcher.match(stacked['pred_logits'], stacked['pred_boxes'], *padded)
+
+    def losses(self, stacked, padded, match, gt_feature=None, num_boxes=None, recon=None):
+        """Return all losses of matched predictions and what is only watched, (L,) or () each.
+
+        `recon` (L, B, T, C): the reconstruction, if only matched queries have one."""
+        labels, boxes, counts = padded
+        real = match >= 0                                # (L, B, T)
+        losses, weight = {}, None
+        if num_boxes is None: num_boxes, weight = self.divide_by(counts, boxes.device)
+        # L_cls, of all queries
+        losses['loss_ce'], target_class = loss_labels(
+            stacked['pred_logits'], match, labels, self.empty_weight, weight)
+        # L_box, of the matched ones
+        matched_boxes = pick(stacked['pred_boxes'], match)  # (L, B, T, 4)
+        l1, giou = loss_boxes(matched_boxes, boxes, real, num_boxes)
+        losses['loss_bbox'], losses['loss_giou'] = l1, giou
+        # L_rec, of the matched ones of a UP-DETR
+        if recon is None and 'pred_feature' in stacked: recon = pick(stacked['pred_feature'], match)
+        if 'loss_feature' in self.weights and recon is not None:
+            losses['loss_feature'] = loss_feature(recon, gt_feature, real, num_boxes,
+                                                  self.detach_recon)
+        return losses | watch_predictions(stacked, match, target_class, boxes, counts)
 
     @contextmanager
     def shared(self, batches: list[list[dict]]):
-        "A step's micro-batches, targets of each: within this context losses are divided by their mean, over processes too."
+        "Divide losses by the mean over a step's micro-batches (targets of each) and processes."
         device = batches[0][0]['labels'].device
-        amounts = [self._amounts([len(t['labels']) for t in targets], device) for targets in batches]
+        amounts = [self._amounts([len(t['labels']) for t in targets], device)
+                   for targets in batches]
         self.step = self._mean(torch.stack(amounts).mean(0), len(batches))
         try: yield
         finally: self.step = None
 
     def divide_by(self, counts, device):
-        "Number of objects, and sum of the weights (None: those of the batch)."
-        boxes, weight = self._mean(self._amounts(counts, device), 1) if self.step is None else self.step
-        return boxes, None if self.ce_per_process or self.num_queries is None else weight
+        "Return the number of objects, and the sum of weights (None: those of the batch)."
+        amounts = self.step
+        if amounts is None: amounts = self._mean(self._amounts(counts, device), 1)
+        boxes, weight = amounts
+        own_weights = self.ce_per_process or self.num_queries is None
+        return boxes, None if own_weights else weight
 
-    def _amounts(self, counts, device): return count_amounts(counts, self.num_queries or 0, self.empty_weight[-1].to(device))
+    def _amounts(self, counts, device):
+        return count_amounts(counts, self.num_queries or 0, self.empty_weight[-1].to(device))
 
     def _mean(self, amounts, parts):
-        "Over processes. A batch without any object divides by 1, in each of its `parts` by the share of it"
         boxes, weight = average_over_processes(amounts)
+        # a step without any object divides by 1, each of its parts by the share of it
         return boxes.clamp(min=1 / (parts * process_count())), weight
 
     def total(self, losses):
-        "The number to minimise: the weighted sum of what `forward` returned."
+        "Return the number to minimise: the weighted sum of what `forward` returned."
         return sum(losses[k] * w for k, w in self.weight_dict.items() if k in losses)
 
-# %% ../nbs/12_losses.ipynb #c017
-class SetCriterion(LossScale):
-    "DETR's loss with UP-DETR's reconstruction (Eq. 1); returns unweighted losses. Raises ValueError unless `eos_coef` > 0."
-    def __init__(self,
-                 num_classes: int,  # without "no object"
-                 matcher: HungarianMatcher,  # pairs predictions with targets, for each decoder layer anew
-                 weights: dict[str, float],  # of loss_ce, loss_bbox, loss_giou and, with reconstruction, loss_feature
-                 eos_coef: float = .1,  # class weight of "no object" (lambda_{c=0} of Eq. 1), > 0
-                 num_layers: int = 6,  # decoder layers with a loss
-                 num_queries: int | None = None,  # N of the model; None: micro-batches and processes are not counted together
-                 ce_per_process: bool = False,  # the reference's class loss: each process divides by its own weights
-                 detach_recon: bool = True,  # no gradient into the target of the reconstruction; False: the reference's
-                 ):
-        super().__init__(weights, num_layers, num_queries, ce_per_process)
-        if not eos_coef > 0: raise ValueError(f'eos_coef {eos_coef} must be positive: else nothing teaches a query to say "no object"')
-        self.num_classes, self.matcher, self.detach_recon = num_classes, matcher, detach_recon
-        self.register_buffer('empty_weight', torch.cat((torch.ones(num_classes), torch.tensor([eos_coef]))))
-
-    def forward(self,
-                outputs,  # of a DETR or UPDETR
-                targets,  # one dictionary a photo: labels (t,), boxes (t,4) cxcywh in 0..1; or the same as `pad_targets` returns them
-                ):
-        stacked, padded = stack_layers(outputs), targets if isinstance(targets, tuple) else pad_targets(targets)
-        return name_layers(self.losses(stacked, padded, self.match(stacked, padded), outputs.get('gt_feature')))
-
-    def match(self, stacked, padded):
-        "Predictions of `stack_layers` and targets of `pad_targets` to the query of each target (L,B,T), -1 where there is none."
-        return self.matcher.match(stacked['pred_logits'], stacked['pred_boxes'], *padded)
-
-    def losses(self, stacked, padded, match, gt_feature=None, num_boxes=None, recon=None):
-        "All losses of matched predictions and what is only watched, (L,) or () each; `recon` (L,B,T,C): if only matched queries have it."
-        (labels, boxes, counts), real, losses, weight = padded, match >= 0, {}, None
-        if num_boxes is None: num_boxes, weight = self.divide_by(counts, boxes.device)
-        losses['loss_ce'], target_class = loss_labels(stacked['pred_logits'], match, labels, self.empty_weight, weight)
-        losses['loss_bbox'], losses['loss_giou'] = loss_boxes(pick(stacked['pred_boxes'], match), boxes, real, num_boxes)
-        if recon is None and 'pred_feature' in stacked: recon = pick(stacked['pred_feature'], match)
-        if 'loss_feature' in self.weights and recon is not None:
-            losses['loss_feature'] = loss_feature(recon, gt_feature, real, num_boxes, self.detach_recon)
-        return losses | watch_predictions(stacked, match, target_class, boxes, counts)
-
 # %% ../nbs/12_losses.ipynb #c018
-def name_layers(values: dict[str, Tensor],  # () or (L,), the last layer last
-                ) -> dict[str, Tensor]:  # numbers; earlier layers get the suffix _0, _1, ...
-    "Per-layer values under DETR's names."
+def name_layers(
+    values: dict[str, Tensor],  # () or (L,) each, the last layer last
+) -> dict[str, Tensor]:  # numbers; earlier layers get the suffix _0, _1, ...
+    "Return per-layer values under DETR's names."
     named = {}
-    for k, v in values.items():
-        *earlier, named[k] = v.unbind() if v.dim() else (v,)
-        named |= {f'{k}_{i}': e for i, e in enumerate(earlier)}
+    for name, value in values.items():
+        layers = value.unbind() if value.dim() else (value,)
+        named[name] = layers[-1]
+        for i, earlier in enumerate(layers[:-1]): named[f'{name}_{i}'] = earlier
     return named
 
-def build_criterion(model: DETR,  # a DETR or UPDETR
-                    eos_coef: float | None = .1,  # weight of "no object"; None: the paper's M/N for a UPDETR
-                    bbox_loss_coef: float = 5,  # weight of the L1 loss
-                    giou_loss_coef: float = 2,  # weight of 1 - GIoU
-                    feature_loss_coef: float = 1,  # weight of the reconstruction, where the model reconstructs
-                    set_cost_class: float = 1,  # weight of the class probability in the matching
-                    set_cost_bbox: float = 5,  # weight of L1 in the matching
-                    set_cost_giou: float = 2,  # weight of GIoU in the matching
-                    own_group: bool = False,  # match patches within their own group of queries
-                    ce_per_process: bool = False,  # of `SetCriterion`
-                    detach_recon: bool = True,  # of `SetCriterion`
-                    ) -> SetCriterion:
-    "The criterion that fits a model, with DETR's weights. Raises ValueError for an `eos_coef` that this model cannot have."
-    if eos_coef is None and not hasattr(model, 'num_patches'):
-        raise ValueError("eos_coef None (0 in a configuration) is the paper's M/N, which a detector has not: give a number such as .1")
-    if eos_coef is None: eos_coef = model.num_patches / model.num_queries
+# %% ../nbs/12_losses.ipynb #c018b
+def build_criterion(
+    model: DETR,                     # a DETR or UPDETR
+    eos_coef: float | None = .1,     # weight of "no object"; None: the paper's M/N for a UPDETR
+    bbox_loss_coef: float = 5,       # weight of the L1 loss
+    giou_loss_coef: float = 2,       # weight of 1 - GIoU
+    feature_loss_coef: float = 1,    # weight of the reconstruction, where the model reconstructs
+    set_cost_class: float = 1,       # weight of the class probability in the matching
+    set_cost_bbox: float = 5,        # weight of L1 in the matching
+    set_cost_giou: float = 2,        # weight of GIoU in the matching
+    own_group: bool = False,         # match patches within their own group of queries
+    ce_per_process: bool = False,    # the reference's class loss, as in `SetCriterion`
+    detach_recon: bool = True,       # no gradient into the target, as in `SetCriterion`
+) -> SetCriterion:
+    """Return the criterion that fits a model, with DETR's weights.
+
+    Raises ValueError for an `eos_coef` that this model cannot have."""
+    if eos_coef is None:
+        if not hasattr(model, 'num_patches'):
+            raise ValueError("eos_coef None (0 in a configuration) is the paper's M/N, "
+                             'which a detector has not: give a number such as .1')
+        eos_coef = model.num_patches / model.num_queries
     weights = {'loss_ce': 1, 'loss_bbox': bbox_loss_coef, 'loss_giou': giou_loss_coef}
-    if getattr(model, 'feature_align', None) is not None: weights['loss_feature'] = feature_loss_coef
+    # only a model that reconstructs has the loss
+    if getattr(model, 'feature_align', None) is not None:
+        weights['loss_feature'] = feature_loss_coef
     matcher = HungarianMatcher(set_cost_class, set_cost_bbox, set_cost_giou, own_group)
     layers = len(model.transformer.decoder.layers) if model.aux_loss else 1
-    return SetCriterion(model.num_classes, matcher, weights, eos_coef, layers, model.num_queries, ce_per_process, detach_recon)
+    return SetCriterion(model.num_classes, matcher, weights, eos_coef, layers,
+                        model.num_queries, ce_per_process, detach_recon)
