@@ -13,94 +13,137 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou
 
 # %% ../nbs/11_matcher.ipynb #c005
-def pad_targets(targets: list[dict],  # one a photo: labels (t,), boxes (t,4) cxcywh in 0..1
-                ) -> tuple[Tensor, Tensor, list[int]]:  # labels (B,T), boxes (B,T,4), number of real ones
-    "Targets of a batch as padded tensors; padding is class 0 with a harmless box."
+def pad_targets(
+    targets: list[dict],  # one a photo: labels (t,), boxes (t, 4) cxcywh in 0..1
+) -> tuple[Tensor, Tensor, list[int]]:  # labels (B, T), boxes (B, T, 4), number of real ones
+    "Return the targets of a batch as padded tensors; padding is class 0 with a harmless box."
     counts = [len(t['labels']) for t in targets]
-    first = targets[0]
-    labels = first['labels'].new_zeros(len(targets), max(counts), dtype=torch.long)
-    boxes = first['boxes'].new_tensor([.5, .5, 1, 1], dtype=torch.float32).repeat(*labels.shape, 1)
-    for b, (t, n) in enumerate(zip(targets, counts)): labels[b, :n], boxes[b, :n] = t['labels'], t['boxes']
+    shape = len(targets), max(counts)
+    # as if nothing were there ...
+    labels = targets[0]['labels'].new_zeros(shape, dtype=torch.long)
+    whole_photo = targets[0]['boxes'].new_tensor([.5, .5, 1, 1], dtype=torch.float32)
+    boxes = whole_photo.repeat(*shape, 1)
+    # ... then what is there
+    for b, (target, n) in enumerate(zip(targets, counts)):
+        labels[b, :n] = target['labels']
+        boxes[b, :n] = target['boxes']
     return labels, boxes, counts
 
 # %% ../nbs/11_matcher.ipynb #c008
-def match_cost(logits: Tensor,  # (...,B,N,K)
-               pred_boxes: Tensor,  # (...,B,N,4) cxcywh in 0..1
-               labels: Tensor,  # (B,T) int
-               boxes: Tensor,  # (B,T,4) cxcywh in 0..1
-               weights: tuple[float, float, float] = (1, 5, 2),  # of class, L1, GIoU
-               ) -> Tensor:  # (...,B,N,T)
-    "The matching cost of every prediction with every target of the same photo; leading dimensions are batched."
+def match_cost(
+    logits: Tensor,      # (..., B, N, K)
+    pred_boxes: Tensor,  # (..., B, N, 4) cxcywh in 0..1
+    labels: Tensor,      # (B, T) int
+    boxes: Tensor,       # (B, T, 4) cxcywh in 0..1
+    weights: tuple[float, float, float] = (1, 5, 2),  # of class, L1, GIoU
+) -> Tensor:  # (..., B, N, T)
+    "Return the matching cost of every prediction with every target of the same photo."
     lead = logits.shape[:-2]
-    labels, boxes = labels.expand(*lead, -1), boxes.expand(*lead, -1, -1)
-    logits, pred_boxes, boxes = logits.flatten(0, -3).float(), pred_boxes.flatten(0, -3).float(), boxes.flatten(0, -3)
-    probability = logits.softmax(-1).gather(2, labels.flatten(0, -2)[:, None].expand(-1, logits.shape[1], -1))
-    l1 = torch.cdist(pred_boxes, boxes, p=1)
-    giou = generalized_box_iou(box_convert(pred_boxes, 'cxcywh', 'xyxy'), box_convert(boxes, 'cxcywh', 'xyxy'))
-    return (weights[1] * l1 - weights[0] * probability - weights[2] * giou).unflatten(0, lead)
+    # layers and photos become one dimension P
+    labels = labels.expand(*lead, -1).flatten(0, -2)              # (P, T)
+    boxes = boxes.expand(*lead, -1, -1).flatten(0, -3).float()    # (P, T, 4)
+    pred_boxes = pred_boxes.flatten(0, -3).float()                # (P, N, 4)
+    logits = logits.flatten(0, -3).float()                        # (P, N, K)
+    # the probability that each query gives to the class of each target
+    target_class = labels[:, None].expand(-1, logits.shape[1], -1)
+    probability = logits.softmax(-1).gather(2, target_class)      # (P, N, T)
+    # how far the boxes are from each other
+    l1 = torch.cdist(pred_boxes, boxes, p=1)                      # (P, N, T)
+    pred_corners = box_convert(pred_boxes, 'cxcywh', 'xyxy')
+    corners = box_convert(boxes, 'cxcywh', 'xyxy')
+    giou = generalized_box_iou(pred_corners, corners)             # (P, N, T)
+    # a good pair is cheap
+    class_weight, l1_weight, giou_weight = weights
+    cost = l1_weight * l1 - class_weight * probability - giou_weight * giou
+    return cost.unflatten(0, lead)
 
 # %% ../nbs/11_matcher.ipynb #c012
-def check_finite(cost: Tensor,  # (L,B,N,T)
-                 ) -> None:
-    "Raises FloatingPointError that names the first decoder layer and photo with a cost that is not a number."
-    bad = ~torch.isfinite(cost).flatten(2).all(2)
-    if bad.any():
-        layer, image = bad.nonzero()[0].tolist()
-        raise FloatingPointError(f'matching cost is not finite in decoder layer {layer}, image {image} of the batch: '
-                                 'the predictions have blown up (too high a learning rate?) or a target box is not finite')
+def check_finite(
+    cost: Tensor,  # (L, B, N, T)
+) -> None:
+    "Raise FloatingPointError with the first decoder layer and photo whose cost is not a number."
+    bad = ~torch.isfinite(cost).flatten(2).all(2)                 # (L, B)
+    if not bad.any(): return
+    layer, image = bad.nonzero()[0].tolist()
+    raise FloatingPointError(
+        f'matching cost is not finite in decoder layer {layer}, image {image} of the batch: '
+        'the predictions have blown up (too high a learning rate?) or a target box is not finite')
 
-def assign(cost: Tensor,  # (L,B,N,T) on any device
-           counts: list[int],  # real targets of each photo
-           ) -> Tensor:  # (L,B,T) int: the query of each target, -1 where there is none
-    "The cheapest one-to-one assignment for every layer and photo. Raises FloatingPointError for a cost that is not finite."
+def assign(
+    cost: Tensor,       # (L, B, N, T) on any device
+    counts: list[int],  # real targets of each photo
+) -> Tensor:  # (L, B, T) int: the query of each target, -1 where there is none
+    """Return the cheapest one-to-one assignment for every layer and photo.
+
+    Raises FloatingPointError for a cost that is not finite."""
+    # scipy works on the host: one copy for all layers
     host = cost.detach().cpu()
     check_finite(host)
-    match = np.full((*host.shape[:2], host.shape[3]), -1)
-    for layer, per_layer in enumerate(host.numpy()):
-        for image, (c, n) in enumerate(zip(per_layer, counts)):
-            queries, objects = linear_sum_assignment(c[:, :n])
+    L, B, N, T = host.shape
+    match = np.full((L, B, T), -1)
+    for layer, costs in enumerate(host.numpy()):
+        for image, (pairs, n) in enumerate(zip(costs, counts)):
+            # padding, from column n on, takes no query away
+            queries, objects = linear_sum_assignment(pairs[:, :n])
             match[layer, image, objects] = queries
     return torch.from_numpy(match).to(cost.device)
 
 # %% ../nbs/11_matcher.ipynb #c016
-def assign_own_group(cost: Tensor,  # (L,B,N,M): the targets are the M patches in order
-                     ) -> Tensor:  # (L,B,M) int
-    "The cheapest query of each patch's own group. Raises ValueError unless M divides N."
+def assign_own_group(
+    cost: Tensor,  # (L, B, N, M): the targets are the M patches in order
+) -> Tensor:  # (L, B, M) int
+    "Return the cheapest query of each patch's own group. Raises ValueError unless M divides N."
     N, M = cost.shape[2:]
-    if N % M: raise ValueError(f'own-group matching needs one target a patch: {M} targets do not divide {N} queries')
+    if N % M:
+        raise ValueError('own-group matching needs one target a patch: '
+                         f'{M} targets do not divide {N} queries')
     check_finite(cost)
-    own = torch.diagonal(cost.unflatten(2, (M, N // M)), dim1=2, dim2=4)
-    return own.argmin(2) + torch.arange(M, device=cost.device) * (N // M)
+    size = N // M  # queries of a group
+    # of group g and patch m only g = m counts
+    by_group = cost.unflatten(2, (M, size))                       # (L, B, M, N/M, M)
+    own = torch.diagonal(by_group, dim1=2, dim2=4)                # (L, B, N/M, M)
+    # a number within the group, and the group's first query
+    return own.argmin(2) + torch.arange(M, device=cost.device) * size
 
 # %% ../nbs/11_matcher.ipynb #c019
 class HungarianMatcher(nn.Module):
-    "Pairs predictions with targets: `matcher(outputs, targets)` as DETR's, `matcher.match` for all layers. Raises ValueError for no cost."
-    def __init__(self,
-                 cost_class: float = 1,  # weight of minus the probability of the target's class
-                 cost_bbox: float = 5,  # weight of the L1 distance of boxes in cxcywh
-                 cost_giou: float = 2,  # weight of minus the GIoU
-                 own_group: bool = False,  # pre-training only: match a patch with the queries it was added to
-                 ):
+    """Pairs predictions with targets: called like DETR's, or `match` for all layers.
+
+    Raises ValueError for no cost."""
+    def __init__(
+        self,
+        cost_class: float = 1,    # weight of minus the probability of the target's class
+        cost_bbox: float = 5,     # weight of the L1 distance of boxes in cxcywh
+        cost_giou: float = 2,     # weight of minus the GIoU
+        own_group: bool = False,  # pre-training only: match a patch within its own queries
+    ):
         super().__init__()
-        if not any((cost_class, cost_bbox, cost_giou)): raise ValueError('all matching costs are zero')
-        self.weights, self.own_group, self.strict = (cost_class, cost_bbox, cost_giou), own_group, True
+        self.weights = cost_class, cost_bbox, cost_giou
+        if not any(self.weights): raise ValueError('all matching costs are zero')
+        self.own_group, self.strict = own_group, True
 
     @torch.no_grad()
     def match(self, logits, pred_boxes, labels, boxes, counts):
-        "(L,B,N,K), (L,B,N,4), padded targets -> (L,B,T): the query of each target, -1 where there is none."
-        cost = match_cost(logits, pred_boxes, labels, boxes, self.weights)
-        if not self.strict: cost = cost.nan_to_num(1e6, 1e6, 1e6)  # the last choice
+        """Return the query of each target (L, B, T), -1 where there is none.
+
+        Predictions are (L, B, N, K) and (L, B, N, 4), targets padded by `pad_targets`."""
+        cost = match_cost(logits, pred_boxes, labels, boxes, self.weights)  # (L, B, N, T)
+        # what is not finite becomes the last choice
+        if not self.strict: cost = cost.nan_to_num(1e6, 1e6, 1e6)
         return assign_own_group(cost) if self.own_group else assign(cost, counts)
 
-    def forward(self,
-                outputs,  # pred_logits (B,N,K), pred_boxes (B,N,4)
-                targets,  # one dictionary a photo: labels (t,), boxes (t,4) cxcywh in 0..1
-                ):
-        "DETR's form: a pair (query indices, target indices) of each photo, in the order of the queries."
-        labels, boxes, counts = pad_targets(targets)
-        match = self.match(outputs['pred_logits'][None], outputs['pred_boxes'][None], labels, boxes, counts)[0].cpu()
+    def forward(
+        self,
+        outputs,  # pred_logits (B, N, K), pred_boxes (B, N, 4)
+        targets,  # one dictionary a photo: labels (t,), boxes (t, 4) cxcywh in 0..1
+    ):
+        "Return DETR's form: a pair (query indices, target indices) of each photo, by query."
+        # one layer is a stack of one
+        logits, pred_boxes = outputs['pred_logits'][None], outputs['pred_boxes'][None]
+        match = self.match(logits, pred_boxes, *pad_targets(targets))[0].cpu()  # (B, T)
         pairs = []
         for queries in match:
+            # without the padding, in the order of the queries
             objects = (queries >= 0).nonzero()[:, 0]
             order = queries[objects].argsort()
             pairs.append((queries[objects][order], objects[order]))
