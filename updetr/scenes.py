@@ -30,114 +30,159 @@ STUFF = ('sky', 'brick', 'grass', 'gravel')
 # %% ../nbs/22_scenes.ipynb #c008
 _OUTLINES = [  # class, photo, outline
     ('person', 'grace_hopper', '''
-        211,0 210,12 198,18 210,25 208,45 183,65 176,86 159,102 160,133 174,146 164,177 175,193 174,222 183,266 176,286 195,296
-        198,319 188,330 172,332 159,348 74,374 34,599 511,599 511,545 504,540 492,397 464,379 423,368 359,341 327,312 337,269
-        359,261 373,194 365,181 369,135 363,90 353,87 342,66 325,52 302,43 272,23 230,26 226,22 228,9 218,8'''),
+        211,0 210,12 198,18 210,25 208,45 183,65 176,86 159,102 160,133 174,146 164,177 175,193
+        174,222 183,266 176,286 195,296 198,319 188,330 172,332 159,348 74,374 34,599 511,599
+        511,545 504,540 492,397 464,379 423,368 359,341 327,312 337,269 359,261 373,194 365,181
+        369,135 363,90 353,87 342,66 325,52 302,43 272,23 230,26 226,22 228,9 218,8'''),
     ('person', 'astronaut', '''
-        256,23 235,18 207,22 158,59 156,91 164,109 172,166 159,174 151,200 172,218 172,231 181,240 181,248 173,252 152,239 133,217
-        123,197 92,228 69,245 46,283 33,327 53,339 47,410 36,418 35,441 43,460 43,511 248,511 247,502 236,489 234,474 240,469
-        243,446 254,438 257,388 270,385 272,376 284,368 298,328 354,313 350,288 338,263 318,242 302,235 290,208 261,178 274,147
+        256,23 235,18 207,22 158,59 156,91 164,109 172,166 159,174 151,200 172,218 172,231 181,240
+        181,248 173,252 152,239 133,217 123,197 92,228 69,245 46,283 33,327 53,339 47,410 36,418
+        35,441 43,460 43,511 248,511 247,502 236,489 234,474 240,469 243,446 254,438 257,388 270,385
+        272,376 284,368 298,328 354,313 350,288 338,263 318,242 302,235 290,208 261,178 274,147
         278,127 294,106 298,82 294,59 284,41'''),
     ('person', 'camera', '''
-        205,65 225,68 245,80 261,97 268,115 267,130 260,133 254,142 322,142 324,148 318,152 320,170 329,178 331,192 322,210
-        310,230 298,250 303,272 288,285 248,311 225,303 206,294 180,324 154,360 141,382 148,420 148,440 1,440 1,252 20,227 50,182
-        75,148 110,130 131,125 153,108 163,107 167,97 177,82 192,70'''),
+        205,65 225,68 245,80 261,97 268,115 267,130 260,133 254,142 322,142 324,148 318,152 320,170
+        329,178 331,192 322,210 310,230 298,250 303,272 288,285 248,311 225,303 206,294 180,324
+        154,360 141,382 148,420 148,440 1,440 1,252 20,227 50,182 75,148 110,130 131,125 153,108
+        163,107 167,97 177,82 192,70'''),
     ('motorcycle', 'motorcycle_left', '''
-        682,407 677,369 663,341 639,312 641,302 617,282 576,262 549,208 545,180 553,169 559,145 578,135 578,123 571,120 556,131
-        539,124 533,114 537,99 521,93 504,76 496,82 498,110 458,140 421,121 406,130 390,125 392,135 385,147 359,169 363,171
-        387,153 396,159 396,165 384,184 362,195 343,190 314,198 288,196 266,188 245,170 198,170 170,160 157,146 141,154 146,196
-        142,204 134,205 125,197 109,197 97,203 97,216 111,224 111,233 103,241 103,255 116,250 123,238 138,230 150,235 153,249
-        137,265 126,288 124,326 141,363 175,390 236,394 257,383 278,358 287,356 313,363 324,372 331,386 332,408 334,397 342,391
-        340,377 346,372 391,378 428,373 455,351 469,328 476,301 469,273 479,253 466,243 466,237 495,226 510,239 510,246 501,254
-        516,257 526,274 526,282 511,290 507,327 516,334 524,363 552,406 591,419 645,446 655,445 671,433'''),
+        682,407 677,369 663,341 639,312 641,302 617,282 576,262 549,208 545,180 553,169 559,145
+        578,135 578,123 571,120 556,131 539,124 533,114 537,99 521,93 504,76 496,82 498,110 458,140
+        421,121 406,130 390,125 392,135 385,147 359,169 363,171 387,153 396,159 396,165 384,184
+        362,195 343,190 314,198 288,196 266,188 245,170 198,170 170,160 157,146 141,154 146,196
+        142,204 134,205 125,197 109,197 97,203 97,216 111,224 111,233 103,241 103,255 116,250
+        123,238 138,230 150,235 153,249 137,265 126,288 124,326 141,363 175,390 236,394 257,383
+        278,358 287,356 313,363 324,372 331,386 332,408 334,397 342,391 340,377 346,372 391,378
+        428,373 455,351 469,328 476,301 469,273 479,253 466,243 466,237 495,226 510,239 510,246
+        501,254 516,257 526,274 526,282 511,290 507,327 516,334 524,363 552,406 591,419 645,446
+        655,445 671,433'''),
     ('flower', 'flower', '''
-        319,87 283,99 263,97 249,101 230,114 216,117 190,149 190,167 178,177 180,194 172,201 176,237 174,261 202,313 247,348
-        264,346 290,357 335,355 395,329 428,279 441,244 443,213 438,193 430,182 425,149 410,134 408,126 372,101'''),
+        319,87 283,99 263,97 249,101 230,114 216,117 190,149 190,167 178,177 180,194 172,201 176,237
+        174,261 202,313 247,348 264,346 290,357 335,355 395,329 428,279 441,244 443,213 438,193
+        430,182 425,149 410,134 408,126 372,101'''),
     ('pagoda', 'china', '''
-        193,31 210,31 210,45 213,60 232,80 262,99 285,106 317,120 316,125 303,133 296,136 296,160 305,165 326,175 326,180 319,185
-        319,218 325,226 325,235 338,242 348,252 347,257 339,265 339,305 345,309 345,317 300,336 285,344 160,341 140,334 77,330
-        75,325 83,317 81,285 67,271 77,257 96,246 94,230 101,222 101,190 86,178 91,171 119,164 119,140 109,131 97,127 98,110
+        193,31 210,31 210,45 213,60 232,80 262,99 285,106 317,120 316,125 303,133 296,136 296,160
+        305,165 326,175 326,180 319,185 319,218 325,226 325,235 338,242 348,252 347,257 339,265
+        339,305 345,309 345,317 300,336 285,344 160,341 140,334 77,330 75,325 83,317 81,285 67,271
+        77,257 96,246 94,230 101,222 101,190 86,178 91,171 119,164 119,140 109,131 97,127 98,110
         120,100 140,97 170,80 190,60 195,46'''),
     ('retina', 'retina', '10,7 1398,1398'),
     ('cat', 'chelsea', '''
-        100,58 125,20 160,2 330,2 342,40 352,70 362,105 362,140 350,170 335,195 318,225 300,255 275,272 250,278 225,272 195,262
-        160,248 125,225 100,195 88,150 85,110 90,80'''),
+        100,58 125,20 160,2 330,2 342,40 352,70 362,105 362,140 350,170 335,195 318,225 300,255
+        275,272 250,278 225,272 195,262 160,248 125,225 100,195 88,150 85,110 90,80'''),
     ('cup', 'coffee', '''
-        269,20 245,25 220,36 192,60 182,75 152,85 114,118 89,154 79,192 78,226 93,241 100,264 113,288 112,296 153,335 190,355
-        229,367 303,372 367,358 401,342 429,322 455,297 466,280 477,237 475,203 470,196 457,158 443,138 434,135 414,113 421,81
-        417,71 390,70 366,45 337,29 299,20''')]
+        269,20 245,25 220,36 192,60 182,75 152,85 114,118 89,154 79,192 78,226 93,241 100,264
+        113,288 112,296 153,335 190,355 229,367 303,372 367,358 401,342 429,322 455,297 466,280
+        477,237 475,203 470,196 457,158 443,138 434,135 414,113 421,81 417,71 390,70 366,45 337,29
+        299,20''')]
 
 # %% ../nbs/22_scenes.ipynb #c009
 _COINS = '''
-    305,16,364,72 132,28,179,74 192,30,240,73 22,34,67,74 255,34,297,72 81,39,120,74 245,95,296,144 25,104,67,146 186,105,226,145
-    317,105,356,145 84,107,122,145 134,110,174,145 315,156,380,218 189,170,237,217 251,172,297,217 80,175,124,217 25,178,63,217
-    135,179,174,217 18,233,75,288 144,236,201,288 274,239,326,289 220,240,270,288 92,245,136,287 335,248,384,289'''
+    305,16,364,72 132,28,179,74 192,30,240,73 22,34,67,74 255,34,297,72 81,39,120,74
+    245,95,296,144 25,104,67,146 186,105,226,145 317,105,356,145 84,107,122,145 134,110,174,145
+    315,156,380,218 189,170,237,217 251,172,297,217 80,175,124,217 25,178,63,217 135,179,174,217
+    18,233,75,288 144,236,201,288 274,239,326,289 220,240,270,288 92,245,136,287 335,248,384,289'''
 
 # %% ../nbs/22_scenes.ipynb #c011
 @dataclass(frozen=True, eq=False)
 class Cutout:
     "A thing with a soft edge, cut out of a photo."
-    label: int    # index into `CLASSES`
-    photo: str    # name of the built-in photo
-    levels: tuple # RGBA PIL images, the first at full size (at most 256 px), each next one halved
+    label: int     # index into `CLASSES`
+    photo: str     # name of the built-in photo
+    levels: tuple  # RGBA PIL images, the first at full size (at most 256 px), each next one halved
 
-def _points(outline): return np.array([p.split(',') for p in outline.split()], float)
+def _points(outline):
+    "Corners (n, 2) of an outline, px"
+    corners = [corner.split(',') for corner in outline.split()]
+    return np.array(corners, float)
 
 def _draw_outline(points, size, times=4):
     "Alpha channel of an outline; `size` (w, h) and points in pixels"
     alpha = Image.new('L', (size[0] * times, size[1] * times))
-    points = [(x * times, y * times) for x, y in points]
     draw = ImageDraw.Draw(alpha)
-    (draw.ellipse if len(points) == 2 else draw.polygon)(points, fill=255)
+    shape = draw.ellipse if len(points) == 2 else draw.polygon
+    shape([(x * times, y * times) for x, y in points], fill=255)
     return alpha.reduce(times)
 
 def _cut(photo, outline, largest=256):
     "Pyramid of RGBA images of what lies inside the outline"
     points = _points(outline)
-    corner, end = np.floor(points.min(0)), np.ceil(points.max(0))
-    shrink = min(1, largest / (end - corner).max())
-    size = tuple(int(round(s)) for s in (end - corner) * shrink)
-    image = photo.convert('RGB').resize(size, Image.Resampling.BICUBIC, box=(*corner, *end), reducing_gap=3)
+    corner = np.floor(points.min(0))
+    end = np.ceil(points.max(0))
+    extent = end - corner
+    shrink = min(1, largest / extent.max())
+    size = tuple(int(round(side)) for side in extent * shrink)
+    # one resampling takes the box out of the photo and shrinks it
+    box = (*corner, *end)
+    image = photo.convert('RGB').resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3)
+    # drawn in the reduced picture's own pixels, so that the edge is soft there
     image.putalpha(_draw_outline(((points - corner) * shrink).tolist(), size))
     levels = [image]
     while min(levels[-1].size) >= 24: levels.append(levels[-1].reduce(2))
     return tuple(levels)
 
 # %% ../nbs/22_scenes.ipynb #c012
+def _coin_outlines():
+    "The coins as outlines: (class, photo, two corners)"
+    boxes = [box.split(',') for box in _COINS.split()]
+    return [('coin', 'coins', f'{x1},{y1} {x2},{y2}') for x1, y1, x2, y2 in boxes]
+
 @lru_cache(None)
 def cutouts(
-)->tuple: # of `Cutout`, by class
-    "All cut-outs, made once a process. Raises FileNotFoundError if a package with photos is missing."
+) -> tuple:  # of `Cutout`, by class
+    """Return all cut-outs, made once a process.
+    Raises FileNotFoundError if a package with photos is missing."""
     paths = {p.name: p.path for p in builtin_photos()}
-    coins = [('coin', 'coins', f'{x1},{y1} {x2},{y2}') for x1, y1, x2, y2 in (c.split(',') for c in _COINS.split())]
-    photos = {name: Image.open(paths[name]) for name in {photo for _, photo, _ in _OUTLINES + coins}}
-    cuts = [Cutout(CLASSES.index(kind), photo, _cut(photos[photo], outline)) for kind, photo, outline in _OUTLINES + coins]
+    outlines = _OUTLINES + _coin_outlines()
+    # each photo is opened once, however many things are cut out of it
+    names = {photo for _, photo, _ in outlines}
+    photos = {name: Image.open(paths[name]) for name in names}
+    cuts = []
+    for kind, photo, outline in outlines:
+        levels = _cut(photos[photo], outline)
+        cuts.append(Cutout(CLASSES.index(kind), photo, levels))
     return tuple(sorted(cuts, key=lambda c: c.label))
 
 # %% ../nbs/22_scenes.ipynb #c018
 def _turned(levels, width, height, angle, mirror):
-    "RGBA array (h, w, 4) of a cut-out brought to width x height px, then turned by `angle` (radians)"
-    source = next(im for im in reversed(levels) if im is levels[0] or (im.width >= width and im.height >= height))
+    "RGBA array (h, w, 4) of a cut-out brought to width x height px, then turned by `angle` radians"
+    # the smallest level that need not be enlarged; the full size where all would be
+    for source in reversed(levels):
+        if source.width >= width and source.height >= height: break
+    # the box around the turned picture; the tiny number keeps a rounding error from adding a pixel
     c, s = math.cos(angle), math.sin(angle)
-    out = tuple(math.ceil(v - 1e-6) for v in (abs(c) * width + abs(s) * height, abs(s) * width + abs(c) * height))
-    fx, fy = source.width / width * (-1 if mirror else 1), source.height / height
+    turned_width = abs(c) * width + abs(s) * height
+    turned_height = abs(s) * width + abs(c) * height
+    size = (math.ceil(turned_width - 1e-6), math.ceil(turned_height - 1e-6))
+    # the inverse map, from output pixels to source pixels, that takes the centre to the centre
+    fx = source.width / width * (-1 if mirror else 1)
+    fy = source.height / height
     back = np.array([[c * fx, s * fx], [-s * fy, c * fy]])
-    start = np.array(source.size) / 2 - back @ (np.array(out) / 2)
-    return np.asarray(source.transform(out, Image.Transform.AFFINE, (*back[0], start[0], *back[1], start[1]), Image.Resampling.BILINEAR))
+    start = np.array(source.size) / 2 - back @ (np.array(size) / 2)
+    affine = (*back[0], start[0], *back[1], start[1])
+    image = source.transform(size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+    return np.asarray(image)
 
 # %% ../nbs/22_scenes.ipynb #c021
 _AROUND_GREY = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3 ** .5
-_HUE = dict(person=.1, motorcycle=1., coin=0., flower=1., pagoda=.4, retina=.2, cat=.15, cup=1.)   # radians to either side
+_HUE = {  # radians to either side
+    'person': .1, 'motorcycle': 1., 'coin': 0., 'flower': 1.,
+    'pagoda': .4, 'retina': .2, 'cat': .15, 'cup': 1.}
 
 def _colour_matrix(rng, hue):
-    "3x3 matrix that turns the hue by at most `hue` radians and changes brightness and colour of the light"
+    "3x3 matrix that turns the hue by at most `hue` radians and changes the light"
+    # Rodrigues' formula; the axis is the grey diagonal
     angle = rng.uniform(-hue, hue)
     turn = math.cos(angle) * np.eye(3) + math.sin(angle) * _AROUND_GREY + (1 - math.cos(angle)) / 3
-    return (rng.uniform(.7, 1.2) * rng.uniform(.92, 1.08, 3)[:, None] * turn).astype(np.float32)
+    brightness = rng.uniform(.7, 1.2)
+    light = rng.uniform(.92, 1.08, 3)[:, None]  # a gain for each channel
+    return (brightness * light * turn).astype(np.float32)
 
 # %% ../nbs/22_scenes.ipynb #c024
 _TEXTURES = {  # kind: (file, crop xyxy or None, colours to draw between)
-    'sky': [('china', (360, 0, 560, 140), None), ('rocket', (110, 0, 540, 100), None), ('hubble_deep_field', None, None)],
+    'sky': [('china', (360, 0, 560, 140), None),
+            ('rocket', (110, 0, 540, 100), None),
+            ('hubble_deep_field', None, None)],
     'brick': [('brick', None, ((.8, .45, .35), (1.25, .85, .7)))],
     'grass': [('grass', None, ((.5, .8, .2), (.9, 1.1, .5)))],
     'gravel': [('gravel', None, ((.6, .57, .52), (1.1, 1.08, 1.05)))]}
@@ -146,101 +191,189 @@ _TEXTURES = {  # kind: (file, crop xyxy or None, colours to draw between)
 def _photo(name, crop):
     "A built-in photo or texture, at most 512 px"
     paths = {p.name: p.path for p in builtin_photos()}
-    beside = Path(paths['astronaut']).with_name(f'{name}.png')                 # the textures are no photos to pre-train on: see there
-    image = Image.open(paths.get(name, beside)).crop(crop)
+    # textures are no photos to pre-train on, so they are not listed: they lie beside one that is
+    texture = Path(paths['astronaut']).with_name(f'{name}.png')
+    image = Image.open(paths.get(name, texture)).crop(crop)
     image.thumbnail((512, 512))
     return image
 
 def _texture(rng, kind, height, width):
     "float32 (h, w, 3): a random piece of one kind of stuff"
-    name, crop, tint = _TEXTURES[kind][rng.integers(len(_TEXTURES[kind]))]
+    choice = _TEXTURES[kind]
+    name, crop, tint = choice[rng.integers(len(choice))]
     photo = _photo(name, crop)
+    # a random box of the picture's shape, 40 to 100 % of the largest one that fits
     share = rng.uniform(.4, 1) * min(photo.width / width, photo.height / height)
     w, h = width * share, height * share
     x, y = rng.uniform(0, photo.width - w), rng.uniform(0, photo.height - h)
-    piece = np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR, box=(x, y, x + w, y + h)), np.float32)
+    piece = photo.resize((width, height), Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
+    piece = np.asarray(piece, np.float32)
     if rng.random() < .5: piece = piece[:, ::-1]
+    # coloured photos get another brightness, grey ones a colour
     if tint is None: return piece * rng.uniform(.75, 1.15)
     dark, bright = np.array(tint)
-    return piece[..., None] * (dark + rng.random() * (bright - dark) + rng.uniform(-.04, .04, 3)).astype(np.float32)
+    colour = dark + rng.random() * (bright - dark) + rng.uniform(-.04, .04, 3)
+    return piece[..., None] * colour.astype(np.float32)
 
 # %% ../nbs/22_scenes.ipynb #c027
+def _border(rng, place, height, width):
+    "(1, W) px from the top: a wavy border about `place` (0..1) of the height"
+    x = np.linspace(-1, 1, width, dtype=np.float32)
+    slope = rng.uniform(-.15, .15)
+    amplitude = rng.uniform(0, .06)
+    frequency = rng.uniform(2, 6)
+    phase = rng.uniform(0, 6.3)
+    return height * (place + slope * x + amplitude * np.sin(frequency * x + phase))
+
 def _ground(rng, height, width):
     "Canvas float32 (h, w, 3), owner int64 (h, w) from 1, and the class of each region"
     kinds = rng.permutation(len(STUFF))[:rng.integers(1, 4)]
-    kinds = sorted(kinds.tolist(), key=lambda k: STUFF[k] != 'sky')           # stable: only sky moves, to the top
-    canvas, owner = _texture(rng, STUFF[kinds[0]], height, width), np.ones((height, width), np.int64)
-    x, y = np.linspace(-1, 1, width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
+    # a stable sort: only sky moves, to the top
+    kinds = sorted(kinds.tolist(), key=lambda k: STUFF[k] != 'sky')
+    canvas = _texture(rng, STUFF[kinds[0]], height, width)
+    owner = np.ones((height, width), np.int64)
+    y = np.arange(height, dtype=np.float32)[:, None]
+    # each further region is painted over what lies below its border
     for i, kind in enumerate(kinds[1:], 1):
-        level, slope, wave = (i + rng.uniform(-.25, .25)) / len(kinds), rng.uniform(-.15, .15), rng.uniform(0, .06)
-        border = height * (level + slope * x + wave * np.sin(rng.uniform(2, 6) * x + rng.uniform(0, 6.3)))
-        alpha = (y - border + .5).clip(0, 1)
+        place = (i + rng.uniform(-.25, .25)) / len(kinds)
+        alpha = (y - _border(rng, place, height, width) + .5).clip(0, 1)
         canvas += alpha[..., None] * (_texture(rng, STUFF[kind], height, width) - canvas)
         owner[alpha >= .5] = i + 1
     return canvas, owner, kinds
 
 # %% ../nbs/22_scenes.ipynb #c032
-_SHOWN = 1 / 3                                                               # the part of each thing that must stay visible
+_SHOWN = 1 / 3  # the part of each thing that must stay visible
+
+def _overlap(size, full, start):
+    "Along one axis: slices of a thing (`size` px, put at `start`) and of the picture (`full` px)"
+    first = max(-start, 0)
+    last = max(min(size, full - start), first)
+    place = max(start, 0)
+    return slice(first, last), slice(place, place + last - first)
+
+def _extent(solid, axis):
+    "First row or column of a thing with a solid pixel, and the one after the last"
+    filled = np.flatnonzero(solid.any(axis))
+    return filled[0], filled[-1] + 1
 
 class _Canvas:
-    "A scene while it is painted: `image`, `owner`, and for each thing its class, its whole box and its whole area"
+    "A scene while it is painted: its image, who owns each pixel, and lists of what is on it"
     def __init__(self, rng, height, width):
         self.image, self.owner, self.stuff = _ground(rng, height, width)
-        self.labels, self.boxes, self.areas, self.left = [], [], [], []      # left: visible px
+        self.labels = []  # class of each thing
+        self.boxes = []   # xyxy px, whole
+        self.areas = []   # px, whole
+        self.left = []    # visible px
 
     def paste(self, label, rgba, x, y, colour):
-        "Put a thing with its upper left corner at (x, y), unless too little of it or of another would be seen; True if it was done"
+        """Put a thing with its upper left corner at (x, y), unless too little of it or of another
+        would be seen. Return whether it was done."""
+        # what of the thing is in the picture, and where
         solid = rgba[..., 3] >= 128
-        H, W = self.owner.shape
-        (h, w), top, left = solid.shape, max(-y, 0), max(-x, 0)
-        part = np.s_[top:max(min(h, H - y), top), left:max(min(w, W - x), left)]
-        here = np.s_[max(y, 0):max(y, 0) + solid[part].shape[0], max(x, 0):max(x, 0) + solid[part].shape[1]]
+        rows, rows_here = _overlap(solid.shape[0], self.owner.shape[0], y)
+        columns, columns_here = _overlap(solid.shape[1], self.owner.shape[1], x)
+        part = np.s_[rows, columns]
+        here = np.s_[rows_here, columns_here]
+        visible = solid[part]
+        # who would lose how many pixels
         first = len(self.stuff) + 1
-        lost = np.bincount(self.owner[here][solid[part]], minlength=first + len(self.left))[first:]
-        area, shown = np.count_nonzero(solid), np.count_nonzero(solid[part])
-        if shown < _SHOWN * area or any(v - n < _SHOWN * a for v, n, a in zip(self.left, lost, self.areas)): return False
-        alpha, spot = rgba[part][..., 3:].astype(np.float32) / 255, self.image[here]
-        spot += alpha * ((rgba[part][..., :3].astype(np.float32) @ colour.T).clip(0, 255) - spot)
-        self.owner[here][solid[part]] = first + len(self.labels)
-        (y1, y2), (x1, x2) = (np.flatnonzero(solid.any(a))[[0, -1]] for a in (1, 0))
-        self.left = [v - n for v, n in zip(self.left, lost)] + [shown]
-        self.labels.append(label); self.areas.append(area); self.boxes.append((x + x1, y + y1, x + x2 + 1, y + y2 + 1))
+        lost = np.bincount(self.owner[here][visible], minlength=first + len(self.left))[first:]
+        left = [before - n for before, n in zip(self.left, lost)] + [np.count_nonzero(visible)]
+        areas = self.areas + [np.count_nonzero(solid)]
+        if any(n < _SHOWN * area for n, area in zip(left, areas)): return False
+        # paint: the soft edge mixes colours, the solid part takes the pixels over
+        alpha = rgba[part][..., 3:].astype(np.float32) / 255
+        colours = (rgba[part][..., :3].astype(np.float32) @ colour.T).clip(0, 255)
+        spot = self.image[here]
+        spot += alpha * (colours - spot)
+        self.owner[here][visible] = first + len(self.labels)
+        # write down
+        y1, y2 = _extent(solid, 1)
+        x1, x2 = _extent(solid, 0)
+        self.boxes.append((x + x1, y + y1, x + x2, y + y2))
+        self.labels.append(label)
+        self.left = left
+        self.areas = areas
         return True
 
 # %% ../nbs/22_scenes.ipynb #c036
 @dataclass(frozen=True, eq=False)
 class Scene:
     "One picture and who owns each pixel of it."
-    image: Tensor  # (3, H, W) uint8
-    owner: Tensor  # (H, W) int64: 1..S regions of stuff, then things in the order they were painted
-    stuff: list    # class of each region, index into `STUFF`
-    labels: Tensor # (n,) class of each thing, index into `CLASSES`
-    whole: Tensor  # (n, 4) xyxy px: the box of the whole thing, also where it is hidden or out of the picture
-    shown: Tensor  # (n,) the visible share of each thing, 1/3..1
+    image: Tensor   # (3, H, W) uint8
+    owner: Tensor   # (H, W) int64: 1..S regions of stuff, then things in the order of painting
+    stuff: list     # class of each region, index into `STUFF`
+    labels: Tensor  # (n,) class of each thing, index into `CLASSES`
+    whole: Tensor   # (n, 4) xyxy px: box of the whole thing, hidden parts and all
+    shown: Tensor   # (n,) visible share of each thing, 1/3..1
 
 # %% ../nbs/22_scenes.ipynb #c037
+def _size(rng, scale):
+    "A size drawn log-uniformly from `scale`"
+    return math.exp(rng.uniform(*np.log(scale)))
+
+def _scattered(rng, allowed, scale):
+    "Yield (label, size, x, y) of things of any class, anywhere in the picture, without end."
+    while True:
+        label = int(rng.choice(allowed))
+        size = _size(rng, scale)
+        x, y = rng.uniform(.08, .92, 2)
+        yield label, size, x, y
+
+def _together(rng, label, scale, typical, center):
+    "Yield (label, size, x, y) of things of one class, alike in size and close together, endlessly."
+    while True:
+        size = typical * rng.uniform(.8, 1.25)
+        x, y = center + 1.2 * typical * rng.normal(size=2)
+        yield label, min(max(size, scale[0]), scale[1]), x, y
+
 def _recipe(rng, allowed, max_objects, scale, crowd):
-    "Generator of (label, size, x, y), all relative to the picture, without end; and how many of them are wanted"
-    n = int(rng.integers(1, max_objects + 1))
-    def size(): return math.exp(rng.uniform(*np.log(scale)))
-    def scattered():
-        while True: yield int(rng.choice(allowed)), size(), *rng.uniform(.08, .92, 2)
-    def together(kind, typical, center, spread):
-        while True: yield kind, min(max(typical * rng.uniform(.8, 1.25), scale[0]), scale[1]), *(center + spread * rng.normal(size=2))
-    if rng.random() >= crowd: return n, scattered()
-    typical = size() ** .5 * scale[0] ** .5                                  # small enough that many fit in
-    return 2 * n, together(int(rng.choice(allowed)), typical, rng.uniform(.3, .7, 2), 1.2 * typical)
+    "Return the number of things wanted, and a generator of (label, size, x, y), all relative."
+    wanted = int(rng.integers(1, max_objects + 1))
+    if rng.random() >= crowd: return wanted, _scattered(rng, allowed, scale)
+    # the geometric mean of a drawn size and the smallest: small enough that many fit in
+    typical = _size(rng, scale) ** .5 * scale[0] ** .5
+    label = int(rng.choice(allowed))
+    center = rng.uniform(.3, .7, 2)
+    return 2 * wanted, _together(rng, label, scale, typical, center)
+
+# %% ../nbs/22_scenes.ipynb #c037f
+def _finished(rng, canvas):
+    "The `Scene` of a canvas, in a light that is brighter to one side"
+    width = canvas.image.shape[1]
+    ramp = np.linspace(-1, 1, width, dtype=np.float32)[:, None]  # (W, 1): the same for all channels
+    light = rng.uniform(.85, 1.1) + rng.uniform(-.15, .15) * ramp
+    image = (canvas.image * light.astype(np.float32)).clip(0, 255).astype(np.uint8)
+    return Scene(
+        image=torch.from_numpy(image).permute(2, 0, 1),
+        owner=torch.from_numpy(canvas.owner),
+        stuff=canvas.stuff,
+        labels=torch.tensor(canvas.labels),
+        whole=torch.tensor(canvas.boxes, dtype=torch.float32),
+        shown=torch.tensor(canvas.left, dtype=torch.float32) / torch.tensor(canvas.areas))
 
 # %% ../nbs/22_scenes.ipynb #c038
+_ROUND = ('coin', 'flower', 'retina')  # turned all around, others by up to 20 degrees
+
+def _drawn(rng, label, side):
+    "RGBA array of a random cut-out of a class, longer side about `side` px, turned and mirrored"
+    choice = [c for c in cutouts() if c.label == label]
+    cut = choice[rng.integers(len(choice))]
+    full = cut.levels[0].size
+    w, h = side * np.array(full) / max(full) * np.exp(rng.uniform(-.12, .12, 2))
+    largest = math.pi if CLASSES[label] in _ROUND else math.pi / 9
+    angle = rng.uniform(-1, 1) * largest
+    return _turned(cut.levels, w, h, angle, rng.random() < .5)
+
 def compose(
-    rng:np.random.Generator, # makes the scene
-    height:int,              # px
-    width:int,               # px
-    allowed:list,            # classes that may appear, indices into `CLASSES`
-    max_objects:int=6,       # things are 1 to this many; a crowd up to twice as many
-    scale:tuple=(.15, 1.),    # the longer side of a thing as a share of the picture's shorter side
-    crowd:float=.2,          # probability of a crowd
-)->Scene:
+    rng: np.random.Generator,    # makes the scene
+    height: int,                 # px
+    width: int,                  # px
+    allowed: list,               # classes that may appear, indices into `CLASSES`
+    max_objects: int = 6,        # things are 1 to this many; a crowd up to twice as many
+    scale: tuple = (.15, 1.),    # longer side of a thing as a share of the picture's shorter side
+    crowd: float = .2,           # probability of a crowd
+) -> Scene:
     "Paint one scene; at least one thing is in it."
     canvas = _Canvas(rng, height, width)
     wanted, things = _recipe(rng, allowed, max_objects, scale, crowd)
@@ -248,74 +381,88 @@ def compose(
     while len(canvas.labels) < wanted and (tries > 0 or not canvas.labels):
         tries -= 1
         label, size, x, y = next(things)
-        choice = [c for c in cutouts() if c.label == label]
-        cut, side = choice[rng.integers(len(choice))], max(size * min(height, width), 8)
-        w, h = side * np.array(cut.levels[0].size) / max(cut.levels[0].size) * np.exp(rng.uniform(-.12, .12, 2))
-        angle = rng.uniform(-1, 1) * (math.pi if CLASSES[label] in ('coin', 'flower', 'retina') else math.pi / 9)
-        rgba = _turned(cut.levels, w, h, angle, rng.random() < .5)
-        x, y = round(x * width - rgba.shape[1] / 2), round(y * height - rgba.shape[0] / 2)
-        canvas.paste(label, rgba, x, y, _colour_matrix(rng, _HUE[CLASSES[label]]))
-    light = rng.uniform(.85, 1.1) + rng.uniform(-.15, .15) * np.linspace(-1, 1, width, dtype=np.float32)[:, None]     # brighter to one side
-    image = (canvas.image * light.astype(np.float32)).clip(0, 255).astype(np.uint8)
-    shown = torch.tensor(canvas.left, dtype=torch.float32) / torch.tensor(canvas.areas)
-    return Scene(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(canvas.owner), canvas.stuff, torch.tensor(canvas.labels),
-                 torch.tensor(canvas.boxes, dtype=torch.float32), shown)
+        rgba = _drawn(rng, label, max(size * min(height, width), 8))
+        left = round(x * width - rgba.shape[1] / 2)
+        top = round(y * height - rgba.shape[0] / 2)
+        canvas.paste(label, rgba, left, top, _colour_matrix(rng, _HUE[CLASSES[label]]))
+    return _finished(rng, canvas)
 
 # %% ../nbs/22_scenes.ipynb #c040
 _PARTS = {'train': 0, 'val': 1}
 _KINDS = {'all': CLASSES, 'seen': SEEN, 'unseen': UNSEEN}
 
+def _check_names(names):
+    "ValueError for no class or one that there is not"
+    unknown = [n for n in names if n not in CLASSES]
+    if names and not unknown: return
+    raise ValueError(f"classes must be 'all', 'seen', 'unseen' or some of {CLASSES}; "
+                     f"unknown: {unknown if names else 'nothing given'}")
+
 def _check_scenes(num, size, seed, split, names, max_objects, scale, crowd):
     "ValueError for a set that cannot be"
     if split not in _PARTS: raise ValueError(f"split must be 'train' or 'val', not {split!r}")
-    if not names or (unknown := [n for n in names if n not in CLASSES]):
-        raise ValueError(f"classes must be 'all', 'seen', 'unseen' or some of {CLASSES}; unknown: {unknown if names else 'nothing given'}")
-    if min(num, seed, max_objects - 1) < 0: raise ValueError(f'num {num}, seed {seed}, max_objects {max_objects}: at least 0, 0 and 1')
+    _check_names(names)
+    if min(num, seed, max_objects - 1) < 0:
+        raise ValueError(f'num {num}, seed {seed}, max_objects {max_objects}: at least 0, 0 and 1')
     if min(size) < 32: raise ValueError(f'size {size}: a scene needs 32 px or more on each side')
-    if not 0 < scale[0] <= scale[1] <= 1.5: raise ValueError(f'scale {scale} must rise within 0..1.5')
+    if not 0 < scale[0] <= scale[1] <= 1.5:
+        raise ValueError(f'scale {scale} must rise within 0..1.5')
     if not 0 <= crowd <= 1: raise ValueError(f'crowd {crowd} is a probability, 0..1')
 
 # %% ../nbs/22_scenes.ipynb #c041
-@lru_cache(maxsize=512)  # of the module, so that a dataset can be sent to workers; some 300 MB at 256 px
+# a cache of the module, not of the set, so that a set can be sent to workers; 300 MB at 256 px
+@lru_cache(maxsize=512)
 def _painted(seed, height, width, allowed, *settings):
     "The scene of a seed, painted once"
     return compose(np.random.default_rng(seed), height, width, list(allowed), *settings)
 
 # %% ../nbs/22_scenes.ipynb #c042
 class Scenes:
-    "Labelled scenes: a detection set that paints scene i when asked for it. Raises ValueError for impossible settings."
+    """Labelled scenes: a detection set that paints scene i when asked for it.
+    Raises ValueError for impossible settings."""
     def __init__(self,
-        num:int,              # number of scenes
-        size=192,             # side in px, or (height, width)
-        seed:int=0,           # another seed, other scenes
-        split:str='train',    # 'train' or 'val': they share no scene
-        classes='all',        # which things appear: 'all', 'seen', 'unseen', or a list of names out of `CLASSES`
-        max_objects:int=6,    # as in `compose`
-        scale:tuple=(.15, 1.), # as in `compose`
-        crowd:float=.2,       # as in `compose`
+        num: int,                  # number of scenes
+        size=192,                  # side in px, or (height, width)
+        seed: int = 0,             # another seed, other scenes
+        split: str = 'train',      # 'train' or 'val': they share no scene
+        classes='all',             # 'all', 'seen', 'unseen', or a list of names out of `CLASSES`
+        max_objects: int = 6,      # as in `compose`
+        scale: tuple = (.15, 1.),  # as in `compose`
+        crowd: float = .2,         # as in `compose`
     ):
         self.height, self.width = (size, size) if isinstance(size, int) else size
-        self.names = list(_KINDS.get(classes, (classes,)) if isinstance(classes, str) else classes)
-        _check_scenes(num, (self.height, self.width), seed, split, self.names, max_objects, scale, crowd)
-        self.num, self.seed, self.split, self.settings = num, seed, split, (max_objects, tuple(scale), crowd)
-        self.classes, self.stuff = list(CLASSES), list(STUFF)
-        self.image_ids, self.sizes = list(range(num)), np.full((num, 2), (self.height, self.width))
+        if isinstance(classes, str): classes = _KINDS.get(classes, (classes,))
+        self.names = list(classes)
+        shape = (self.height, self.width)
+        _check_scenes(num, shape, seed, split, self.names, max_objects, scale, crowd)
+        self.num = num
+        self.seed = seed
+        self.split = split
+        self.settings = (max_objects, tuple(scale), crowd)
+        # what every labelled set has
+        self.classes = list(CLASSES)
+        self.stuff = list(STUFF)
+        self.image_ids = list(range(num))
+        self.sizes = np.full((num, 2), shape)
 
     def __len__(self): return self.num
 
     def scene(self, i):
-        "Scene i with all that is known of it. Raises IndexError past the end."
+        "Return scene i with all that is known of it. Raises IndexError past the end."
         if not 0 <= i < self.num: raise IndexError(f'scene {i} of {self.num}')
-        return _painted((self.seed, _PARTS[self.split], i), self.height, self.width, tuple(map(CLASSES.index, self.names)), *self.settings)
+        seed = (self.seed, _PARTS[self.split], i)
+        allowed = tuple(CLASSES.index(name) for name in self.names)
+        return _painted(seed, self.height, self.width, allowed, *self.settings)
 
     def __getitem__(self, i): return _sample(self.scene(i), i)
 
     def panoptic(self, i):
-        "(H, W) int64 segment ids, and segments_info: id, category_id (things as in `classes`, then stuff), isthing, area, bbox, iscrowd."
+        """Return (H, W) int64 segment ids, and segments_info: id, category_id (things as in
+        `classes`, then stuff), isthing, area, bbox, iscrowd."""
         return _segments(self.scene(i))
 
     def coco(self):
-        "COCO's ground truth, masks included: a dict that can be written as JSON."
+        "Return COCO's ground truth, masks included: a dict that can be written as JSON."
         return _coco(self)
 
     @cached_property
@@ -323,50 +470,83 @@ class Scenes:
 
 # %% ../nbs/22_scenes.ipynb #c044
 def _boxes(scene):
-    "(S + n, 4) xyxy px around the pixels that each number owns; zeros for a region that is hidden altogether"
-    places = find_objects(scene.owner.numpy(), max_label=len(scene.stuff) + len(scene.labels))
-    return torch.tensor([(p[1].start, p[0].start, p[1].stop, p[0].stop) if p else (0, 0, 0, 0) for p in places], dtype=torch.float32)
+    "(S + n, 4) xyxy px around the pixels that each number owns; zeros for a region wholly hidden"
+    numbers = len(scene.stuff) + len(scene.labels)
+    boxes = []
+    for place in find_objects(scene.owner.numpy(), max_label=numbers):
+        if place is None:
+            boxes.append((0, 0, 0, 0))
+        else:
+            rows, columns = place
+            boxes.append((columns.start, rows.start, columns.stop, rows.stop))
+    return torch.tensor(boxes, dtype=torch.float32)
 
 def _sample(scene, image_id):
     "The detection sample of a scene"
-    first, n = len(scene.stuff) + 1, len(scene.labels)
-    masks, no = scene.owner == torch.arange(first, first + n)[:, None, None], torch.zeros(n, dtype=torch.bool)
-    return dict(image=scene.image, boxes=_boxes(scene)[first - 1:], labels=scene.labels, iscrowd=no, difficult=no.clone(), masks=masks,
-                area=masks.sum((1, 2)).float(), image_id=image_id)
+    first = len(scene.stuff) + 1
+    n = len(scene.labels)
+    masks = scene.owner == torch.arange(first, first + n)[:, None, None]  # (n, H, W)
+    none = torch.zeros(n, dtype=torch.bool)
+    return {
+        'image': scene.image,
+        'boxes': _boxes(scene)[first - 1:],
+        'labels': scene.labels,
+        'iscrowd': none,
+        'difficult': none.clone(),
+        'masks': masks,
+        'area': masks.sum((1, 2)).float(),
+        'image_id': image_id}
 
 # %% ../nbs/22_scenes.ipynb #c051
 def _segments(scene):
     "owner and COCO's segments_info"
-    boxes, areas = _boxes(scene), torch.bincount(scene.owner.flatten(), minlength=len(scene.stuff) + len(scene.labels) + 1)[1:].tolist()
+    # things have the categories 0..C-1, stuff those behind
     kinds = [len(CLASSES) + k for k in scene.stuff] + scene.labels.tolist()
-    boxes[:, 2:] -= boxes[:, :2]
-    info = [dict(id=i, category_id=k, isthing=int(k < len(CLASSES)), area=a, bbox=b, iscrowd=0)
-            for i, (k, a, b) in enumerate(zip(kinds, areas, boxes.tolist()), 1)]
-    return scene.owner, [s for s in info if s['area']]
+    areas = torch.bincount(scene.owner.flatten(), minlength=len(kinds) + 1)[1:].tolist()
+    boxes = _boxes(scene)
+    boxes[:, 2:] -= boxes[:, :2]  # xywh
+    info = []
+    for i, (kind, area, box) in enumerate(zip(kinds, areas, boxes.tolist()), 1):
+        # a region that is hidden altogether is no segment
+        if area == 0: continue
+        is_thing = int(kind < len(CLASSES))
+        info.append({'id': i, 'category_id': kind, 'isthing': is_thing, 'area': area, 'bbox': box,
+                     'iscrowd': 0})
+    return scene.owner, info
 
 # %% ../nbs/22_scenes.ipynb #c055
 def _run_lengths(mask):
     "COCO's uncompressed run lengths of a bool mask (H, W)"
+    # column by column; the False in front makes the first run one of zeros, as COCO wants it
     flat = np.concatenate([[False], mask.T.ravel()])
     change = np.flatnonzero(flat[1:] != flat[:-1])
-    return dict(size=list(mask.shape), counts=np.diff(change, prepend=0, append=mask.size).tolist())
+    counts = np.diff(change, prepend=0, append=mask.size)
+    return {'size': list(mask.shape), 'counts': counts.tolist()}
 
 def _annotate(scene):
-    "[(label, box xyxy, area, run lengths)] of a scene's things"
+    "COCO's annotations of a scene's things, as yet without ids"
     s = _sample(scene, 0)
-    return list(zip(s['labels'].tolist(), s['boxes'].tolist(), s['area'].tolist(), map(_run_lengths, s['masks'].numpy())))
+    boxes = s['boxes'].clone()
+    boxes[:, 2:] -= boxes[:, :2]  # xywh
+    rows = zip(s['labels'].tolist(), boxes.tolist(), s['area'].tolist(), s['masks'].numpy())
+    return [{'category_id': label, 'bbox': box, 'area': area, 'iscrowd': 0,
+             'segmentation': _run_lengths(mask)} for label, box, area, mask in rows]
 
 def _coco(ds):
     "COCO's dict of a set of scenes"
-    found = [(i, *a) for i, some in enumerate(ds._annotations) for a in some]
-    return dict(
-        images=[dict(id=i, height=ds.height, width=ds.width, file_name=f'{ds.split}{ds.seed}_{i:06}.png') for i in ds.image_ids],
-        categories=[dict(id=k, name=name) for k, name in enumerate(ds.classes)],
-        annotations=[dict(id=j, image_id=i, category_id=k, bbox=[x1, y1, x2 - x1, y2 - y1], area=area, iscrowd=0, segmentation=runs)
-                     for j, (i, k, (x1, y1, x2, y2), area, runs) in enumerate(found, 1)])
+    images, annotations = [], []
+    for i, things in zip(ds.image_ids, ds._annotations):
+        file_name = f'{ds.split}{ds.seed}_{i:06}.png'
+        images.append({'id': i, 'height': ds.height, 'width': ds.width, 'file_name': file_name})
+        for thing in things:
+            annotations.append({'id': len(annotations) + 1, 'image_id': i, **thing})
+    categories = [{'id': k, 'name': name} for k, name in enumerate(ds.classes)]
+    return {'images': images, 'categories': categories, 'annotations': annotations}
 
 # %% ../nbs/22_scenes.ipynb #b9834955
 @set_rows.register
 def _(dataset: Scenes):
-    rule = [dataset.split, dataset.seed, dataset.height, dataset.width, dataset.names, dataset.settings]
-    return SetRows(list(map(str, dataset.image_ids)), None, dataset.classes, dataset.image_ids, rule=json.dumps(rule))
+    ds = dataset
+    rule = [ds.split, ds.seed, ds.height, ds.width, ds.names, ds.settings]
+    names = [str(i) for i in ds.image_ids]
+    return SetRows(names, None, ds.classes, ds.image_ids, rule=json.dumps(rule))
