@@ -26,8 +26,9 @@ from .datasets import draw_sample
 from .detr import Standardize, build_detr
 from .evaluate import CocoEvaluator, diagnose, postprocess
 from .features import Source, Stored, cnn_key, open_features, set_key
-from .finetune import (FinetuneConfig, TransferConfig, batch_to_device, collate_targets, labelled_marks, open_sets, train_plan,
-                             train_views, val_items, val_views, view_loader)
+from .finetune import (FinetuneConfig, TransferConfig, batch_to_device, collate_targets,
+                             labelled_marks, open_sets, train_plan, train_views, val_items,
+                             val_views, view_loader)
 from .handover import hand_over, open_pretrained
 from .losses import build_criterion
 from .photos import resize
@@ -38,16 +39,20 @@ from .transforms import DetectionViews
 
 # %% ../nbs/28a_finetune_task.ipynb #c006
 class DetectStep(nn.Module):
-    "A DETR and its criterion: `forward(batch)` is (loss, numbers), `predict(batch)` a list of predictions."
-    def __init__(self,
-                 model: nn.Module,  # `DETR`
-                 criterion: nn.Module,  # of `build_criterion`
-                 ):
+    """A DETR and its criterion.
+
+    `forward(batch)` gives loss and numbers, `predict(batch)` a list of predictions."""
+    def __init__(
+        self,
+        model: nn.Module,      # a `DETR`
+        criterion: nn.Module,  # of `build_criterion`
+    ):
         super().__init__()
-        self.model, self.criterion = model, criterion
+        self.model = model
+        self.criterion = criterion
 
     def outputs(self, batch):
-        "DETR's dictionary, from images or from features that were computed before."
+        "Return DETR's dictionary, from images or from features that were computed before."
         if 'feature' in batch: return self.model.forward_features(batch['feature'], batch['mask'])
         return self.model(batch['images'], batch['mask'])
 
@@ -57,147 +62,207 @@ class DetectStep(nn.Module):
 
     @torch.no_grad()
     def predict(self, batch):
-        "One dict a photo: scores (N,), labels (N,) 0..C-1, boxes (N,4) xyxy px of the original photo."
-        return postprocess(self.outputs(batch), torch.stack([t['orig_size'] for t in batch['targets']]))
+        """Return one dict a photo: scores (N,), labels (N,) 0..C-1, boxes (N, 4).
+
+        The boxes are xyxy, in pixels of the original photo."""
+        original = torch.stack([t['orig_size'] for t in batch['targets']])  # (B, 2)
+        return postprocess(self.outputs(batch), original)
 
 # %% ../nbs/28a_finetune_task.ipynb #c007
-def build_module(cfg: FinetuneConfig,  # of the run
-                 num_classes: int,  # of the data set
-                 ) -> nn.Module:  # with `forward(batch)` and `predict(batch)`
-    "The detector of a run with its losses. Raises ValueError or FileNotFoundError (weights)."
-    if cfg.detector == 'detr':
-        model = build_detr(num_classes, **model_options(cfg))
-        for part in (model.transformer.encoder, model.transformer.decoder): part.gradient_checkpointing = cfg.gradient_checkpointing
-        return DetectStep(model, build_criterion(model, **loss_options(cfg)))
-    cnn = [model_options(cfg)[k] for k in ('backbone', 'weights', 'features', 'frozen_backbone')]
-    return build_baseline(cfg.detector, num_classes, *cnn, cfg.channels)
+def build_module(
+    cfg: FinetuneConfig,  # configuration of the run
+    num_classes: int,     # classes of the data set
+) -> nn.Module:           # module with `forward(batch)` and `predict(batch)`
+    """Return the detector of a run with its losses.
 
-def with_model(module: nn.Module,  # of `build_module`
-               model: nn.Module,  # its model, or an averaged copy of it
-               ) -> nn.Module:  # with `predict(batch)`
-    "The same step around another copy of the model."
+    Raises ValueError, or FileNotFoundError for its weights."""
+    options = model_options(cfg)
+    if cfg.detector != 'detr':
+        cnn = [options[k] for k in ('backbone', 'weights', 'features', 'frozen_backbone')]
+        return build_baseline(cfg.detector, num_classes, *cnn, cfg.channels)
+    model = build_detr(num_classes, **options)
+    for part in (model.transformer.encoder, model.transformer.decoder):
+        part.gradient_checkpointing = cfg.gradient_checkpointing
+    return DetectStep(model, build_criterion(model, **loss_options(cfg)))
+
+def with_model(
+    module: nn.Module,  # of `build_module`
+    model: nn.Module,   # its model, or an averaged copy of it
+) -> nn.Module:         # module with `predict(batch)`
+    "Return the same step around another copy of the model."
+    # torchvision's detectors are their own step
     return DetectStep(model, module.criterion) if isinstance(module, DetectStep) else model
 
 # %% ../nbs/28a_finetune_task.ipynb #c013
 @torch.no_grad()
-def photo_features(backbone: nn.Module,  # frozen `Backbone`
-                   views: DetectionViews,  # squashed to squares
-                   index: int,  # number of the photo
-                   num_views: int,  # views of it, those of the epochs 0, 1, ...
-                   device: torch.device | str = 'cpu',  # where the CNN is
-                   note=lambda messages: None,  # told what is wrong with photos that were skipped
-                   ) -> tuple[Tensor, list[dict]]:  # (num_views,C,h,w) on the CPU, and the targets
-    "The CNN's features of some views of one photo."
+def photo_features(
+    backbone: nn.Module,                 # frozen `Backbone`
+    views: DetectionViews,               # views, squashed to squares
+    index: int,                          # number of the photo
+    num_views: int,                      # views of it, those of the epochs 0, 1, ...
+    device: torch.device | str = 'cpu',  # where the CNN is
+    note=lambda messages: None,          # told what is wrong with photos that were skipped
+) -> tuple[Tensor, list[dict]]:          # features (num_views, C, h, w) on the CPU; targets
+    "Return the CNN's features of some views of one photo, and the views' targets."
+    # the photo is read once, whatever the number of its views
     sample, skipped = views.read(index)
     note(skipped)
-    images, targets = zip(*(views.look(sample, k, index) for k in range(num_views)))
-    ready = normalize(torch.stack(images).to(device).float() / 255, backbone.mean, backbone.std)
-    return backbone(ready).cpu(), [{k: v for k, v in t.items() if k != 'masks'} for t in targets]
+    looks = [views.look(sample, k, index) for k in range(num_views)]
+    images = torch.stack([image for image, _ in looks])  # (num_views, 3, H, W) uint8
+    # the CNN runs once, over all of them
+    ready = normalize(images.to(device).float() / 255, backbone.mean, backbone.std)
+    features = backbone(ready).cpu()
+    # masks of the photo's size are not kept: no cached view is trained on them
+    targets = [{k: v for k, v in t.items() if k != 'masks'} for _, t in looks]
+    return features, targets
 
 # %% ../nbs/28a_finetune_task.ipynb #c014
 def labelled_source(
-    cnn: nn.Module,  # frozen `Backbone`
-    views: DetectionViews,  # squashed to squares
-    num_views: int,  # views a photo
+    cnn: nn.Module,                      # frozen `Backbone`
+    views: DetectionViews,               # views, squashed to squares
+    num_views: int,                      # views a photo
     device: torch.device | str = 'cpu',  # where the CNN is
-) -> Source:
-    "Features and targets of some views of each photo."
+) -> Source:                             # source for `open_features`
+    "Return a source of the features and targets of some views of each photo."
     skipped = []
 
     def compute(numbers):
-        features, targets = zip(*(photo_features(cnn, views, i, num_views, device, skipped.extend) for i in numbers))
-        return {'feature': torch.stack(features).half()}, list(targets)
+        features, targets = [], []
+        for i in numbers:
+            feature, found = photo_features(cnn, views, i, num_views, device, skipped.extend)
+            features.append(feature)
+            targets.append(found)
+        return {'feature': torch.stack(features).half()}, targets
 
     def what():
         # nothing is drawn for an evaluation
         seed = views.seed if views.train else None
         shown = {'seed': seed, 'sizes': dataclasses.asdict(views.sizes), 'square': views.square}
         data = {'set': set_key(views.dataset), 'classes': list(views.dataset.classes)}
-        return {'kind': 'labelled views', 'cnn': cnn_key(cnn), 'views': num_views} | shown | data
+        kind = {'kind': 'labelled views', 'cnn': cnn_key(cnn), 'views': num_views}
+        return kind | shown | data
 
     return Source(what, len(views), compute, skipped=skipped)
 
 # %% ../nbs/28a_finetune_task.ipynb #c016
 class CachedViews:
-    "Views whose features were computed before; `batch(items)` is what a loader's batch is, behind the CNN."
-    def __init__(self,
-                 stored: Stored,  # of `labelled_source`
-                 ):
-        self.num_views, self.feature = stored.arrays['feature'].shape[1], stored.arrays['feature'].flatten(0, 1)
+    """Views whose features were computed before.
+
+    `batch(items)` is what a loader's batch is, behind the CNN."""
+    def __init__(
+        self,
+        stored: Stored,  # of `labelled_source`
+    ):
+        feature = stored.arrays['feature']  # (photos, views, C, h, w)
+        self.num_views = feature.shape[1]
+        self.feature = feature.flatten(0, 1)
         self.targets = dict(enumerate(stored.targets))
 
-    def batch(self,
-              items: list[tuple],  # (epoch, index, ...), as a `BatchPlan` yields them
-              ) -> dict:  # feature (B,C,h,w), mask None, targets; on the CPU
-        "The view of each item's epoch; after the last view the first comes again."
-        which = [(e % self.num_views, i) for e, i, *_ in items]
+    def batch(
+        self,
+        items: list[tuple],  # (epoch, index, ...), as a `BatchPlan` yields them
+    ) -> dict:               # feature (B, C, h, w), mask None, targets; on the CPU
+        "Return the view of each item's epoch; after the last view the first comes again."
+        which = [(epoch % self.num_views, i) for epoch, i, *_ in items]
         rows = torch.tensor([i * self.num_views + k for k, i in which])
-        return {'feature': self.feature[rows].float(), 'mask': None, 'targets': [self.targets[i][k] for k, i in which]}
+        targets = [self.targets[i][k] for k, i in which]
+        return {'feature': self.feature[rows].float(), 'mask': None, 'targets': targets}
 
 # %% ../nbs/28a_finetune_task.ipynb #c020
-def save_preview(path: str | Path,  # PNG file
-                 picture: Tensor,  # (3,H,W) uint8
-                 height: int = 256,  # px, at most
-                 ) -> None:
+def save_preview(
+    path: str | Path,   # PNG file to be written
+    picture: Tensor,    # picture (3, H, W) uint8
+    height: int = 256,  # largest height, px
+) -> None:
     "Write a picture that a watcher shows."
     height = min(picture.shape[1], height)
-    picture = resize(picture, height, round(picture.shape[2] * height / picture.shape[1]))
+    width = round(picture.shape[2] * height / picture.shape[1])
+    picture = resize(picture, height, width)
+    # a watcher may read at any moment: the whole picture takes the old one's place
     write_atomic(path, lambda p: write_png(picture, str(p)))
 
 # %% ../nbs/28a_finetune_task.ipynb #15a3abdb
-def class_notes(dataset,  # detection or panoptic set to train on
-                ) -> dict:  # class_names, category_ids
-    "What a checkpoint keeps of the classes. A set without files of its own has its labels as ids."
+def class_notes(
+    dataset,  # detection or panoptic set to train on
+) -> dict:    # class_names, category_ids
+    """Return what a checkpoint keeps of the classes.
+
+    A set without files of its own has its labels as ids."""
     ids = getattr(dataset, 'category_ids', range(len(dataset.classes)))
     return {'class_names': list(dataset.classes), 'category_ids': list(ids)}
 
-def open_checked(task: 'LabelledRun',  # that begins
-                 ) -> tuple:  # set to train on, set to evaluate on, fingerprints of both
-    """Open the sets of a run, and say what has to be said of them. Raises ValueError, on all processes, if the run has learnt from other
-    ones, or if nothing can be learnt from these."""
+def open_checked(
+    task: 'LabelledRun',  # task that begins
+) -> tuple:               # set to train on, set to evaluate on, fingerprints of both
+    """Open the sets of a run, and say what has to be said of them.
+
+    Raises ValueError, on all processes, if the run has learnt from other ones, or if nothing can be
+    learnt from these."""
+    cfg = task.cfg
     train_set, val_set = task.open_sets()
-    # one query finds one object of a photo; in one-shot detection, one of the class that is asked for
-    finds_all = getattr(task.cfg, 'detector', 'detr') == 'detr' and not task.cfg.with_patches
-    notes = start_notes(train_set, val_set, task.cfg.num_queries if finds_all else 0)
+    # one query finds one object of a photo; in one-shot detection, one of the class asked for
+    finds_all = getattr(cfg, 'detector', 'detr') == 'detr' and not cfg.with_patches
+    notes = start_notes(train_set, val_set, cfg.num_queries if finds_all else 0)
     if notes and task.processes.rank == 0: print(*notes, sep='\n', flush=True)
-    def find(): return labelled_marks(task.cfg, train_set, val_set)
-    return train_set, val_set, agree_on_data(find, task.run_dir, dataclasses.asdict(task.cfg), task.processes)
+    # the fingerprints are those that the run began with
+    def find(): return labelled_marks(cfg, train_set, val_set)
+    marks = agree_on_data(find, task.run_dir, dataclasses.asdict(cfg), task.processes)
+    return train_set, val_set, marks
 
 # %% ../nbs/28a_finetune_task.ipynb #c021
 class LabelledRun:
-    "What every run on labelled photos is made of. A task adds `build` (the module to train), `draw`, `batches`, `measure`."
-    def __init__(self,
-                 cfg: TransferConfig,  # of the run
-                 run_dir: str | Path,  # folder of the run; it must exist
-                 processes: Processes):  # of `join_processes`
-        self.cfg, self.run_dir, self.processes, self.cached, self.measure_every = cfg, Path(run_dir), processes, None, cfg.eval_every
+    """The common part of all runs on labelled photos.
+
+    A task adds `build` (the module to train), `draw`, `batches`, `measure`."""
+    def __init__(
+        self,
+        cfg: TransferConfig,   # configuration of the run
+        run_dir: str | Path,   # folder of the run; it must exist
+        processes: Processes,  # of `join_processes`
+    ):
+        self.cfg = cfg
+        self.run_dir = Path(run_dir)
+        self.processes = processes
+        self.cached = None  # views whose features are stored, from `begin` on
+        self.measure_every = cfg.eval_every
+        # the photos: sets, views of them, and the truth once somebody asks for it
         self.train_set, self.val_set, self.marks = open_checked(self)
-        self.views, self.val_views = train_views(cfg, self.train_set), val_views(cfg, self.val_set)
-        self.notes, self.truth = class_notes(self.train_set), None
-        self.steps_per_epoch = train_plan(cfg, self.train_set, rank=processes.rank, world=processes.world).steps_per_epoch
+        self.views = train_views(cfg, self.train_set)
+        self.val_views = val_views(cfg, self.val_set)
+        self.notes = class_notes(self.train_set)
+        self.truth = None
+        plan = train_plan(cfg, self.train_set, rank=processes.rank, world=processes.world)
+        self.steps_per_epoch = plan.steps_per_epoch
+        # the network: the same numbers in all processes
         torch.manual_seed(cfg.seed)
         self.module = self.build().to(processes.device)
         self.model, self.cnn = self.parts()
+        # a run that is resumed has its own weights
         if cfg.pretrain and not (self.run_dir / 'checkpoint.pth').exists():
             report = self.hand_over(open_pretrained(cfg.pretrain, otherwise=vars(cfg)))
             if processes.rank == 0: print(report, flush=True)
 
     def open_sets(self):
-        "Detection sets to train on and to evaluate on."
+        "Return the detection sets to train on and to evaluate on."
         return open_sets(self.cfg)
 
     def parts(self):
-        "The network whose weights are kept, and its CNN."
+        "Return the network whose weights are kept, and its CNN."
         return self.module.model, self.module.model.backbone[0]
 
     def hand_over(self, pretrained):
-        "Start from a checkpoint; what went where, to be printed."
-        return hand_over(self.model, pretrained, self.cfg.num_queries, self.train_set.classes, self.cfg.fresh_queries)
+        "Start from a checkpoint, and return a report to be printed: what went where."
+        cfg, classes = self.cfg, self.train_set.classes
+        return hand_over(self.model, pretrained, cfg.num_queries, classes, cfg.fresh_queries)
 
     def begin(self, resumed):
-        "Readable photos to evaluate on, else ValueError; features; and channel statistics unless they came with a checkpoint."
+        """Make ready for the first step: stored features and the CNN's channel statistics.
+
+        Raises ValueError where photos to evaluate on cannot be read. Statistics that came with a
+        checkpoint stay."""
         if not resumed: require_readable(self.val_set, self.processes.rank, self.processes.world)
-        if self.cfg.cached_views: self.cached = [open_cache(self, kind) for kind in ('train', 'val')]
+        if self.cfg.cached_views:
+            self.cached = [open_cache(self, kind) for kind in ('train', 'val')]
         standardize = isinstance(getattr(self.model, 'feature_norm', None), Standardize)
         if standardize and not (resumed or self.cfg.pretrain): fit_statistics(self)
 
@@ -207,131 +272,177 @@ class LabelledRun:
 
 # %% ../nbs/28a_finetune_task.ipynb #c022
 def open_bank(
-    task: LabelledRun,  # all processes call this
-    source: Source,  # what is wanted
-    phase: str = "the frozen CNN's features",  # what a watcher reads while it is computed
-) -> Stored:
-    "Features that a frozen CNN computes once, beside the run's folder. What was wrong with photos then is noted now."
+    task: LabelledRun,                         # task of the run; all processes call this
+    source: Source,                            # what is wanted
+    phase: str = "the frozen CNN's features",  # words for a watcher while it is computed
+) -> Stored:                                   # features, read or computed
+    """Return features that a frozen CNN computes once, beside the run's folder.
+
+    What was wrong with photos then is noted now."""
     progress = progress_writer(task.run_dir, task.processes, phase)
     stored = open_features(task.run_dir.parent / 'banks', source, task.processes, progress)
     if task.processes.rank == 0: note_skipped(task.run_dir, stored.skipped, set())
     return stored
 
 def open_cache(
-    task: LabelledRun,  # all processes call this
-    kind: str,  # 'train' or 'val'
-) -> CachedViews:
-    "Cached views of one set."
-    views, number = (task.views, task.cfg.cached_views) if kind == 'train' else (task.val_views, 1)
-    source = labelled_source(task.cnn, views, number, task.processes.device)
+    task: LabelledRun,  # task of the run; all processes call this
+    kind: str,          # 'train' or 'val'
+) -> CachedViews:       # views behind the CNN
+    "Return the cached views of one set."
+    if kind == 'train':
+        views, num_views = task.views, task.cfg.cached_views
+    else:
+        # nothing is drawn for an evaluation: one view is all there is
+        views, num_views = task.val_views, 1
+    source = labelled_source(task.cnn, views, num_views, task.processes.device)
     return CachedViews(open_bank(task, source))
 
 # %% ../nbs/28a_finetune_task.ipynb #c023
 @torch.no_grad()
-def fit_statistics(task: LabelledRun,  # with option `standardize` and a model from scratch
-                   n: int = 256,  # largest number of photos
-                   ) -> None:
-    "Mean and spread of the CNN's channels over up to `n` training photos."
-    n = min(n, len(task.views))
-    if task.cached: tokens = task.cached[0].batch([(0, i) for i in range(n)])['feature'].flatten(2).transpose(0, 1).flatten(1)
-    else: tokens = torch.cat([photo_features(task.cnn, task.views, i, 1, task.processes.device)[0].flatten(2)[0] for i in range(n)], 1)
-    task.model.feature_norm.fit(tokens[None].to(task.processes.device))
+def fit_statistics(
+    task: LabelledRun,  # task with option `standardize` and a model from scratch
+    n: int = 256,       # largest number of photos
+) -> None:
+    "Set the mean and spread of the CNN's channels from up to `n` training photos."
+    n, device = min(n, len(task.views)), task.processes.device
+    # the first view of each photo, with one column a place of its map: (C, n h w)
+    if task.cached:
+        feature = task.cached[0].batch([(0, i) for i in range(n)])['feature']  # (n, C, h, w)
+        tokens = feature.flatten(2).transpose(0, 1).flatten(1)
+    else:
+        maps = [photo_features(task.cnn, task.views, i, 1, device)[0] for i in range(n)]
+        tokens = torch.cat([m.flatten(2)[0] for m in maps], 1)
+    task.model.feature_norm.fit(tokens[None].to(device))
 
 # %% ../nbs/28a_finetune_task.ipynb #c023a
-def target_skips(batch: dict,  # of `batch_to_device`; `skipped` is taken out of its targets
-                 ) -> list[str]:
+def target_skips(
+    batch: dict,  # of `batch_to_device`; `skipped` is taken out of its targets
+) -> list[str]:   # messages, one a photo
     "Return what was wrong with photos in whose place a batch has others."
     return [m for target in batch['targets'] for m in target.pop('skipped', [])]
 
-def skips_noted(run_dir: str | Path,  # folder of the run, which is written to
-                batches: Iterator[dict],  # on any device
-                take: Callable[[dict], list[str]] = target_skips,  # how a batch is asked, once, what was skipped for it
-                ) -> Iterator[dict]:  # the same batches
-    "What is wrong with photos that were skipped goes into skipped.txt and the log."
-    folder, known = HeldFolder(run_dir), set()  # the folder may be renamed meanwhile
+def skips_noted(
+    run_dir: str | Path,                               # folder of the run, which is written to
+    batches: Iterator[dict],                           # batches on any device
+    take: Callable[[dict], list[str]] = target_skips,  # asked once what a batch skipped
+) -> Iterator[dict]:                                   # the same batches
+    """Yield the batches as they are.
+
+    What is wrong with photos that were skipped goes into skipped.txt and the log."""
+    folder = HeldFolder(run_dir)  # it may be renamed meanwhile
+    known = set()
     for batch in batches:
         note_skipped(folder.now(), take(batch), known)
         yield batch
 
 # %% ../nbs/28a_finetune_task.ipynb #c024
-def train_batches(task: LabelledRun,  # begun
-                  start: int,  # first step
-                  total: int,  # steps in all
-                  ) -> Iterator[dict]:  # on the task's device
-    "This process's micro-batches between two steps."
+def train_batches(
+    task: LabelledRun,  # task that has begun
+    start: int,         # first step
+    total: int,         # steps in all
+) -> Iterator[dict]:    # batches on the task's device
+    "Yield this process's micro-batches between two steps."
     cfg, p = task.cfg, task.processes
     plan = train_plan(cfg, task.train_set, start, total, p.rank, p.world)
-    batches = map(task.cached[0].batch, plan) if task.cached else view_loader(task.views, plan, cfg.num_workers)
-    yield from skips_noted(task.run_dir, (batch_to_device(b, p.device, task.cnn.mean, task.cnn.std) for b in batches))
+    if task.cached:
+        batches = map(task.cached[0].batch, plan)
+    else:
+        batches = view_loader(task.views, plan, cfg.num_workers)
+    moved = (batch_to_device(b, p.device, task.cnn.mean, task.cnn.std) for b in batches)
+    yield from skips_noted(task.run_dir, moved)
 
-def val_batches(task: LabelledRun,  # begun
-                ) -> Iterator[dict]:  # on the task's device
-    "This process's share of the photos to evaluate on."
+def val_batches(
+    task: LabelledRun,  # task that has begun
+) -> Iterator[dict]:    # batches on the task's device
+    "Yield this process's share of the photos to evaluate on."
     cfg, p = task.cfg, task.processes
-    items = val_items(task.val_set.sizes, max(1, cfg.batch_size // (p.world * cfg.accumulate)), p.rank, p.world)
-    batches = map(task.cached[1].batch, items) if task.cached else view_loader(task.val_views, items, cfg.num_workers)
+    # as many photos as a micro-batch of the training has
+    batch_size = max(1, cfg.batch_size // (p.world * cfg.accumulate))
+    items = val_items(task.val_set.sizes, batch_size, p.rank, p.world)
+    if task.cached:
+        batches = map(task.cached[1].batch, items)
+    else:
+        batches = view_loader(task.val_views, items, cfg.num_workers)
     for batch in batches: yield batch_to_device(batch, p.device, task.cnn.mean, task.cnn.std)
 
-def evaluate(task: LabelledRun,  # begun
-             model: nn.Module,  # the task's, or an averaged copy
-             stop=False,  # true as soon as the run is to be stopped
-             ) -> CocoEvaluator | None:  # with all predictions; None if a stop came in between
+# %% ../nbs/28a_finetune_task.ipynb #c024e
+def evaluate(
+    task: LabelledRun,      # task that has begun
+    model: nn.Module,       # the task's, or an averaged copy
+    stop=False,             # true as soon as the run is to be stopped
+) -> CocoEvaluator | None:  # evaluator with all predictions; None if a stop came in between
     "Show all photos of the evaluation set to a model; all processes call this."
     task.truth = task.truth or task.val_set.coco()
-    evaluator, step, training = CocoEvaluator(task.truth, backend=task.cfg.eval_backend), with_model(task.module, model), model.training
+    evaluator = CocoEvaluator(task.truth, backend=task.cfg.eval_backend)
+    step = with_model(task.module, model)
+    training = model.training
     model.eval()
     try:
         for batch in val_batches(task):
+            # all leave together, or one would wait for the others for ever
             if task.processes.any(bool(stop)): return None
-            evaluator.update([int(t['image_id']) for t in batch['targets']], step.predict(batch))
-    finally: model.train(training)
+            ids = [int(t['image_id']) for t in batch['targets']]
+            evaluator.update(ids, step.predict(batch))
+    finally:
+        model.train(training)
+    # the shares of all processes become one
     return evaluator.gather()
 
 # %% ../nbs/28a_finetune_task.ipynb #c025
-def measurement(evaluator: CocoEvaluator,  # with all predictions
-                ) -> dict[str, float]:  # test_AP, test_AP50, ..., 0..100; test_recall50, ..., 0..1; only what can be measured
-    "What is logged of an evaluation."
+def measurement(
+    evaluator: CocoEvaluator,  # evaluator with all predictions
+) -> dict[str, float]:         # test_AP, test_AP50, ..., 0..100; test_recall50, ..., 0..1
+    "Return what is logged of an evaluation; only what can be measured."
     found = evaluator.summary() | diagnose(evaluator.coco, evaluator.predictions)
     return {f'test_{k}': round(v, 4) for k, v in found.items() if math.isfinite(v)}
 
 @torch.no_grad()
-def draw_answer(task: LabelledRun,  # begun
-                threshold: float = .5,  # smallest score that is drawn, 0..1
-                index: int = 0,  # number of a photo to evaluate on
-                ) -> Tensor:  # (3,H,W) uint8: the truth beside the answer
-    "One photo with its true boxes, and with those that the model finds."
-    sample, step, training = task.val_set[index], task.module, task.model.training
+def draw_answer(
+    task: LabelledRun,      # task that has begun
+    threshold: float = .5,  # smallest score that is drawn, 0..1
+    index: int = 0,         # number of a photo to evaluate on
+) -> Tensor:                # picture (3, H, W) uint8: the truth beside the answer
+    "Return one photo with its true boxes, and with those that the model finds."
+    sample = task.val_set[index]
     image, target = task.val_views.look(sample, 0, index)
+    cnn, training = task.cnn, task.model.training
+    # the model's answer for the one view
     task.model.eval()
-    batch = batch_to_device(collate_targets([(image, target)]), task.processes.device, task.cnn.mean, task.cnn.std)
-    answer = {k: v.cpu() for k, v in step.predict(batch)[0].items()}
+    batch = collate_targets([(image, target)])
+    batch = batch_to_device(batch, task.processes.device, cnn.mean, cnn.std)
+    answer = {k: v.cpu() for k, v in task.module.predict(batch)[0].items()}
     task.model.train(training)
+    # what it is sure of, drawn as the truth is
     keep = answer['scores'] >= threshold
-    found = {k: answer[k][keep] for k in ('boxes', 'labels')} | {'image': sample['image'], 'iscrowd': torch.zeros(len(keep))[keep]}
+    found = {k: answer[k][keep] for k in ('boxes', 'labels')}
+    found |= {'image': sample['image'], 'iscrowd': torch.zeros(int(keep.sum()))}
     return torch.cat((draw_sample(sample), draw_sample(found)), 2)
 
 # %% ../nbs/28a_finetune_task.ipynb #c027
 class FinetuneTask(LabelledRun):
     "Detection as a task for `updetr.train.train`."
     def build(self):
-        "The detector of the configuration with its losses."
+        "Return the detector of the configuration with its losses."
         return build_module(self.cfg, len(self.train_set.classes))
 
     def parts(self):
-        "The network whose weights are kept, and its CNN: torchvision's detectors are their own."
-        return super().parts() if isinstance(self.module, DetectStep) else (self.module, self.module)
+        """Return the network whose weights are kept, and its CNN.
+
+        torchvision's detectors are their own."""
+        if isinstance(self.module, DetectStep): return super().parts()
+        return self.module, self.module
 
     def batches(self, start, total):
-        "This process's micro-batches between two steps, on its device."
+        "Return this process's micro-batches between two steps, on its device."
         return train_batches(self, start, total)
 
     def measure(self, model, stop):
-        "COCO's numbers and the early signals, for the log; None if a stop came in between."
+        "Return COCO's numbers and the early signals, for the log; None if a stop came in between."
         evaluator = evaluate(self, model, stop)
         return evaluator and measurement(evaluator)
 
     def draw(self):
-        "The truth and the answer for one photo."
+        "Return a picture of the truth and the answer for one photo."
         return draw_answer(self)
 
 TASK = FinetuneConfig, FinetuneTask
