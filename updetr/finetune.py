@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VOC', 'COCO', 'LONG', 'SMALL', 'FINETUNE_PRESETS', 'FINETUNE_DESCRIPTIONS', 'FREE', 'NO_DATA', 'LabelledConfig',
-           'TransferConfig', 'FinetuneConfig', 'transfer_config', 'finetune_config', 'checkpoint_sizes', 'open_sets',
-           'Subset', 'divided', 'labelled_marks', 'draw_evenly', 'some_photos', 'view_sizes', 'train_views',
+           'TransferConfig', 'FinetuneConfig', 'checkpoint_sizes', 'transfer_config', 'finetune_config', 'Subset',
+           'divided', 'draw_evenly', 'some_photos', 'labelled_marks', 'open_sets', 'view_sizes', 'train_views',
            'val_views', 'train_plan', 'collate_targets', 'batch_to_device', 'view_loader', 'val_items']
 
 # %% ../nbs/28_finetune.ipynb #c002
@@ -36,34 +36,46 @@ from .transforms import DetectionViews, Sizes
 # %% ../nbs/28_finetune.ipynb #c006
 @dataclass(frozen=True)
 class LabelledConfig:
-    "What is seen, and the answers to it."
-    data: str = ''  # VOC, COCO or Roboflow folder, or a COCO file; '' = UPDETR_DATA, or the built-in scenes
+    "The photos of a run and the answers to them."
+    # VOC, COCO or Roboflow folder, or a COCO file; '' = UPDETR_DATA, or the built-in scenes
+    data: str = ''
     data_val: str = ''  # the same for the photos to evaluate on; '' = in data
     images: str = ''  # folder of the photos to train on, if they are in none of the usual places
     images_val: str = ''  # the same for the photos to evaluate on; '' = images
     split: str = 'train'  # photos to train on
     split_val: str = 'val'  # photos to evaluate on
-    year: str = ''  # to train on: 2007, 2012 or 07+12 (VOC), 2017 (COCO); '' = the only one there is
+    # to train on: 2007, 2012 or 07+12 (VOC), 2017 (COCO); '' = the only one there is
+    year: str = ''
     year_val: str = ''  # to evaluate on
     classes: str = ''  # names, comma-separated; '' = all
     difficult: str = 'ignore'  # VOC's difficult objects: ignore, keep or drop
-    exif: str = 'sizes'  # photos that lie on their side: as the stated sizes tell, all upright or all as stored
+    # photos that lie on their side: as the stated sizes tell, all upright or all as stored
+    exif: str = 'sizes'
     missing: str = 'refuse'  # photos that are not there: refuse the set, or skip them
-    val_share: float = .2  # of one file without a set to evaluate on: so much of it, drawn by a fixed seed
-    photos: int = 0  # train on so many photos, drawn by the seed with classes as even as they allow; 0 = all
+    # of one file without a set to evaluate on: so much of it, drawn by a fixed seed
+    val_share: float = .2
+    # train on so many photos, drawn by the seed with classes as even as they allow; 0 = all
+    photos: int = 0
     scenes: int = 0  # built-in scenes to train on where there is no data
     scenes_val: int = 0  # built-in scenes to evaluate on
     scene_size: int = 192  # px, side of a scene
-    val_size: int = 800  # px, short side in evaluation; the training sizes keep DETR's proportion to it
-    square: int = 0  # small-scale option: px, side to which all photos are squashed; 0 = the aspect is kept
-    cached_views: int = 0  # small-scale option: so many fixed views a photo, their CNN features computed once; 0 = live
+    # px, short side in evaluation; the training sizes keep DETR's proportion to it
+    val_size: int = 800
+    # small-scale option: px, side to which all photos are squashed; 0 = the aspect is kept
+    square: int = 0
+    # small-scale option: so many fixed views a photo, their CNN features computed once; 0 = live
+    cached_views: int = 0
 
 # %% ../nbs/28_finetune.ipynb #c008
 @dataclass(frozen=True)
 class TransferConfig(TrainConfig, LabelledConfig, SetLossConfig, DetectorConfig):
-    "What all runs on labelled photos have in common: detection, one-shot detection, panoptic segmentation."
-    pretrain: str = ''  # checkpoint to start from, ours or a published one; '' = a transformer from scratch
-    fresh_queries: bool = False  # small-scale option: object queries start at random, not from the checkpoint
+    """The common part of all runs on labelled photos.
+
+    They are detection, one-shot detection and panoptic segmentation."""
+    # checkpoint to start from, ours or a published one; '' = a transformer from scratch
+    pretrain: str = ''
+    # small-scale option: object queries start at random, not from the checkpoint
+    fresh_queries: bool = False
     frozen_backbone: bool = False  # the paper fine-tunes the CNN, all but stem and norms
     lr_backbone: float = 5e-5  # of the CNN
     epochs: int = 150  # times that all photos are seen
@@ -77,17 +89,25 @@ class TransferConfig(TrainConfig, LabelledConfig, SetLossConfig, DetectorConfig)
     def problems(self):
         "Yield what is wrong between fields."
         if not (self.eos_coef or self.with_patches):
-            yield "eos_coef 0 is pre-training's M/N, and a detector has no patches: give a number such as 0.1"
+            yield ("eos_coef 0 is pre-training's M/N, and a detector has no patches: "
+                   'give a number such as 0.1')
         if self.cached_views and not (self.frozen_backbone and self.square):
-            yield 'cached_views needs frozen_backbone=True and square > 0: features of fixed views by a fixed CNN'
-        if self.exif not in EXIF: yield f'exif {self.exif!r} must be one of {", ".join(EXIF)}'
-        if self.missing not in MISSING: yield f'missing {self.missing!r} must be one of {", ".join(MISSING)}'
-        if not 0 < self.val_share < 1: yield f'val_share {self.val_share} must lie between 0 and 1'
-        if bool(self.scenes) != bool(self.scenes_val): yield 'scenes and scenes_val belong together: give both or none'
-        if min(self.photos, self.scenes, self.scenes_val, self.square, self.cached_views, self.eval_every) < 0:
-            yield 'photos, scenes, scenes_val, square, cached_views and eval_every must not be negative'
+            yield ('cached_views needs frozen_backbone=True and square > 0: '
+                   'features of fixed views by a fixed CNN')
+        if self.exif not in EXIF:
+            yield f'exif {self.exif!r} must be one of {", ".join(EXIF)}'
+        if self.missing not in MISSING:
+            yield f'missing {self.missing!r} must be one of {", ".join(MISSING)}'
+        if not 0 < self.val_share < 1:
+            yield f'val_share {self.val_share} must lie between 0 and 1'
+        if bool(self.scenes) != bool(self.scenes_val):
+            yield 'scenes and scenes_val belong together: give both or none'
+        counts = ('photos', 'scenes', 'scenes_val', 'square', 'cached_views', 'eval_every')
+        if min(getattr(self, k) for k in counts) < 0:
+            yield f'{", ".join(counts[:-1])} and {counts[-1]} must not be negative'
         if self.scene_size < 32 or self.val_size < 1:
-            yield f'scene_size {self.scene_size} must be at least 32, val_size {self.val_size} at least 1'
+            yield (f'scene_size {self.scene_size} must be at least 32, '
+                   f'val_size {self.val_size} at least 1')
 
 # %% ../nbs/28_finetune.ipynb #c010
 @dataclass(frozen=True)
@@ -100,222 +120,316 @@ class FinetuneConfig(TransferConfig):
     def problems(self):
         "Yield what is wrong between fields."
         yield from super().problems()
-        if self.detector not in ('detr', *BASELINES): yield f'detector {self.detector!r} is unknown: detr or {", ".join(BASELINES)}'
-        if self.detector != 'detr' and (self.pretrain or self.compile or self.gradient_checkpointing or self.cached_views):
-            yield f'pretrain, compile, gradient_checkpointing and cached_views are for detector detr, not {self.detector}'
+        if self.detector not in ('detr', *BASELINES):
+            yield f'detector {self.detector!r} is unknown: detr or {", ".join(BASELINES)}'
+        own = ('pretrain', 'compile', 'gradient_checkpointing', 'cached_views')
+        if self.detector != 'detr' and any(getattr(self, k) for k in own):
+            yield f'{", ".join(own[:-1])} and {own[-1]} are for detector detr, not {self.detector}'
 
 # %% ../nbs/28_finetune.ipynb #c011
-VOC = dict(weights='swav', split='trainval', year='07+12', split_val='test', year_val='2007', num_workers=4)
+VOC = dict(weights='swav', split='trainval', year='07+12', split_val='test', year_val='2007',
+           num_workers=4)
 COCO = dict(weights='swav', split='train', split_val='val', num_workers=4)
 LONG = dict(epochs=300, lr_drop=200)
 SMALL = dict(  # a model and views of the built-in scenes for two CPU cores
-    backbone='tf_efficientnet_lite0', weights='builtin', features='blocks.4', standardize=True, frozen_backbone=True,
-    hidden_dim=128, nheads=4, enc_layers=1, dec_layers=3, dim_feedforward=128, dropout=0., num_queries=20,
-    pos_in_input=True, fresh_queries=True, scenes=400, scenes_val=100, scene_size=256, val_size=256, square=256, cached_views=8,
-    lr=1e-3, clip_max_norm=1., schedule='cosine', warmup=.05, batch_size=8, epochs=20, eval_every=2, keep_every=0)
-FINETUNE_PRESETS = {'voc150': VOC, 'voc300': VOC | LONG, 'coco150': COCO, 'coco300': COCO | LONG, 'demo': SMALL | dict(channels=64)}
+    backbone='tf_efficientnet_lite0', weights='builtin', features='blocks.4', standardize=True,
+    frozen_backbone=True, hidden_dim=128, nheads=4, enc_layers=1, dec_layers=3,
+    dim_feedforward=128, dropout=0., num_queries=20, pos_in_input=True, fresh_queries=True,
+    scenes=400, scenes_val=100, scene_size=256, val_size=256, square=256, cached_views=8,
+    lr=1e-3, clip_max_norm=1., schedule='cosine', warmup=.05, batch_size=8, epochs=20,
+    eval_every=2, keep_every=0)
+FINETUNE_PRESETS = {
+    'voc150': VOC,
+    'voc300': VOC | LONG,
+    'coco150': COCO,
+    'coco300': COCO | LONG,
+    'demo': SMALL | dict(channels=64),
+}
 FINETUNE_DESCRIPTIONS = {
-    'demo': 'minutes on two CPU cores: built-in scenes, EfficientNet-Lite0, 1+3 layers, cached features',
-    'voc150': 'VOC trainval 07+12 to test 2007, 150 epochs (Table 1)', 'voc300': 'the same, 300 epochs (Table 1)',
-    'coco150': 'COCO train2017 to val2017, 150 epochs (Table 2)', 'coco300': 'the same, 300 epochs (Table 2)'}
+    'demo': 'minutes on two CPU cores: built-in scenes, EfficientNet-Lite0, 1+3 layers, '
+            'cached features',
+    'voc150': 'VOC trainval 07+12 to test 2007, 150 epochs (Table 1)',
+    'voc300': 'the same, 300 epochs (Table 1)',
+    'coco150': 'COCO train2017 to val2017, 150 epochs (Table 2)',
+    'coco300': 'the same, 300 epochs (Table 2)',
+}
 
 # %% ../nbs/28_finetune.ipynb #c014
-FREE = ('weights', 'frozen_backbone', 'num_queries', 'dropout')  # of DetectorConfig: a checkpoint does not decide these
+# fields of DetectorConfig that a checkpoint does not decide
+FREE = ('weights', 'frozen_backbone', 'num_queries', 'dropout')
 
-def transfer_config(preset: str,  # a name in `presets`
-                    kind: type,  # of configuration, a `TransferConfig`
-                    presets: Mapping,  # name -> changes to the defaults of `kind`
-                    **changes,  # any field of `kind`; None leaves the preset's value
-                    ) -> TransferConfig:  # a `kind`
-    "A preset with changes and, where `pretrain` is given, the checkpoint's architecture. Raises ValueError or FileNotFoundError."
+def checkpoint_sizes(
+    pretrained: Pretrained,  # of `open_pretrained`
+) -> dict:                   # field of `DetectorConfig` -> value, as a configuration has it
+    "Return the architecture of a checkpoint."
+    known = {f.name for f in dataclasses.fields(DetectorConfig)} - set(FREE)
+    sizes = {k: v for k, v in pretrained.options.items() if k in known}
+    return sizes | {'features': ','.join(sizes['features'] or [])}
+
+# %% ../nbs/28_finetune.ipynb #c015
+def transfer_config(
+    preset: str,       # a name in `presets`
+    kind: type,        # class of the configuration, a `TransferConfig`
+    presets: Mapping,  # name -> changes to the defaults of `kind`
+    **changes,         # any field of `kind`; None leaves the preset's value
+) -> TransferConfig:   # a `kind`
+    """Return a preset with changes and, where `pretrain` is given, the checkpoint's architecture.
+
+    Raises ValueError or FileNotFoundError."""
     changes = {k: v for k, v in changes.items() if v is not None}
     if not changes.get('pretrain'): return make_config(preset, kind, presets, **changes)
     path = os.path.abspath(os.path.expanduser(changes['pretrain']))
     pretrained = open_pretrained(path, otherwise=changes)
     sizes = checkpoint_sizes(pretrained)
-    wrong = [f'{k} {changes[k]!r} (it has {v!r})' for k, v in sizes.items() if changes.get(k, v) != v]
-    if wrong: raise ValueError(f'{path} is of another architecture than {", ".join(wrong)}: leave these parameters out')
-    queries = changes.get('num_queries') or presets.get(preset, {}).get('num_queries') or pretrained.options['num_queries']
-    return make_config(preset, kind, presets, **changes | sizes | {'pretrain': path, 'weights': 'none', 'num_queries': queries})
+    # whoever asks for another architecture is told at once
+    differ = {k: v for k, v in sizes.items() if changes.get(k, v) != v}
+    if differ:
+        wrong = ', '.join(f'{k} {changes[k]!r} (it has {v!r})' for k, v in differ.items())
+        raise ValueError(f'{path} is of another architecture than {wrong}: '
+                         'leave these parameters out')
+    # the number of queries is the caller's, else the preset's, else the checkpoint's
+    preset_queries = presets.get(preset, {}).get('num_queries')
+    queries = changes.get('num_queries') or preset_queries or pretrained.options['num_queries']
+    # the CNN comes with the checkpoint
+    start = {'pretrain': path, 'weights': 'none', 'num_queries': queries}
+    return make_config(preset, kind, presets, **changes | sizes | start)
 
-def finetune_config(preset: str = 'demo',  # a name in `FINETUNE_PRESETS`
-                    **changes,  # any field of `FinetuneConfig`; None leaves the preset's value
-                    ) -> FinetuneConfig:
-    "The configuration of a detector's run. Raises as `transfer_config` does."
+def finetune_config(
+    preset: str = 'demo',  # a name in `FINETUNE_PRESETS`
+    **changes,             # any field of `FinetuneConfig`; None leaves the preset's value
+) -> FinetuneConfig:       # configuration of the run
+    "Return the configuration of a detector's run. Raises as `transfer_config` does."
     return transfer_config(preset, FinetuneConfig, FINETUNE_PRESETS, **changes)
 
-# %% ../nbs/28_finetune.ipynb #c015
-def checkpoint_sizes(pretrained: Pretrained,  # of `open_pretrained`
-                     ) -> dict:  # field of `DetectorConfig` -> value, as a configuration has it
-    "The architecture of a checkpoint."
-    known = {f.name for f in dataclasses.fields(DetectorConfig)} - set(FREE)
-    sizes = {k: v for k, v in pretrained.options.items() if k in known}
-    return sizes | {'features': ','.join(sizes['features'] or [])}
-
 # %% ../nbs/28_finetune.ipynb #c018
-NO_DATA = ('no labelled photos: give them with -p data PATH or UPDETR_DATA=PATH (VOCdevkit, a COCO or Roboflow folder, or a COCO file '
-           'with or without -p data_val FILE), or paint some with -p scenes 400 -p scenes_val 100')
-
-def open_sets(cfg: TransferConfig,  # of the run
-              ) -> tuple:  # detection set to train on, detection set to evaluate on
-    "The two labelled sets of a run. Raises FileNotFoundError or ValueError that shows what was expected."
-    if cfg.scenes and not cfg.data:
-        train = Scenes(cfg.scenes, cfg.scene_size)
-        return (some_photos(train, cfg.photos, cfg.seed) if cfg.photos else train), Scenes(cfg.scenes_val, cfg.scene_size, 0, 'val')
-    path = cfg.data or os.environ.get('UPDETR_DATA', '')
-    if not path: raise FileNotFoundError(NO_DATA)
-    classes = [c.strip() for c in cfg.classes.split(',') if c.strip()] or None
-    more = {'difficult': cfg.difficult, 'exif': cfg.exif, 'missing': cfg.missing}
-    train = open_dataset(path, cfg.split, cfg.year or None, classes, images=cfg.images or None, **more)
-    if os.path.isfile(path) and not cfg.data_val: train, val = divided(train, cfg.val_share)
-    else:
-        val = open_dataset(cfg.data_val or path, cfg.split_val, cfg.year_val or None, classes or train.classes,
-                           images=cfg.images_val or cfg.images or None, **more)
-    return (some_photos(train, cfg.photos, cfg.seed) if cfg.photos else train), val
-
-# %% ../nbs/28_finetune.ipynb #c019
 class Subset:
     "Some photos of a detection set."
-    def __init__(self,
-                 dataset: DetectionSet,  # whose photos are taken
-                 chosen: np.ndarray,  # (n,) numbers of photos, rising
-                 note: str = '',  # what has to be said about the choice
-                 ):
+    def __init__(
+        self,
+        dataset: DetectionSet,  # set whose photos are taken
+        chosen: np.ndarray,     # numbers of photos (n,), rising
+        note: str = '',         # words on the choice that have to be said
+    ):
+        self.dataset = dataset
+        self.chosen = np.asarray(chosen, int)
         self.note = note
-        self.dataset, self.classes, self.chosen = dataset, dataset.classes, np.asarray(chosen, int)
+        self.classes = dataset.classes
         self.category_ids = getattr(dataset, 'category_ids', list(range(len(self.classes))))
-        self.sizes, self.image_ids = np.asarray(dataset.sizes)[self.chosen], [dataset.image_ids[i] for i in self.chosen]
+        self.sizes = np.asarray(dataset.sizes)[self.chosen]
+        self.image_ids = [dataset.image_ids[i] for i in self.chosen]
 
     def __len__(self): return len(self.chosen)
     def __getitem__(self, i): return self.dataset[int(self.chosen[i])]
 
     def coco(self):
-        "The ground truth of these photos as a COCO dictionary."
+        "Return the ground truth of these photos as a COCO dictionary."
         full, mine = self.dataset.coco(), set(self.image_ids)
-        return full | {'images': [p for p in full['images'] if p['id'] in mine],
-                       'annotations': [a for a in full['annotations'] if a['image_id'] in mine]}
+        photos = [p for p in full['images'] if p['id'] in mine]
+        objects = [a for a in full['annotations'] if a['image_id'] in mine]
+        return full | {'images': photos, 'annotations': objects}
+
+# %% ../nbs/28_finetune.ipynb #c019
+def divided(
+    dataset: DetectionSet,   # set whose photos are dealt out
+    share: float,            # part of the photos to evaluate on, 0..1
+    seed: int = 0,           # seed of the draw, no run's: all runs are measured on the same photos
+) -> tuple[Subset, Subset]:  # set to train on, set to evaluate on
+    "Return two parts of one set. Raises ValueError for a set of fewer than two photos."
+    n = len(dataset)
+    if n < 2:
+        raise ValueError(f'{n} photo cannot be divided into photos to train on and to evaluate on: '
+                         'give the latter with -p data_val')
+    order = np.random.default_rng(seed).permutation(n)
+    # each part has a photo at least
+    k = min(n - 1, max(1, round(share * n)))
+    note = (f'one file without photos to evaluate on: {k:,} of its {n:,} are drawn for that '
+            f'(seed {seed}; other ones: -p data_val)')
+    train, val = np.sort(order[k:]), np.sort(order[:k])
+    return Subset(dataset, train, note), Subset(dataset, val, note)
 
 # %% ../nbs/28_finetune.ipynb #c019a
-def divided(dataset: DetectionSet,  # whose photos are dealt out
-            share: float,  # of the photos to evaluate on, 0..1
-            seed: int = 0,  # of the draw; no run's seed, so that all runs are measured on the same photos
-            ) -> tuple[Subset, Subset]:  # to train on, to evaluate on
-    "Two parts of one set. Raises ValueError for a set of fewer than two photos."
-    n = len(dataset)
-    if n < 2: raise ValueError(f'{n} photo cannot be divided into photos to train on and to evaluate on: give the latter with -p data_val')
-    order, k = np.random.default_rng(seed).permutation(n), min(n - 1, max(1, round(share * n)))
-    note = f'one file without photos to evaluate on: {k:,} of its {n:,} are drawn for that (seed {seed}; other ones: -p data_val)'
-    return Subset(dataset, np.sort(order[k:]), note), Subset(dataset, np.sort(order[:k]), note)
+def draw_evenly(
+    labels: list[list[int]],  # labels of each photo's objects, 0..C-1
+    num_classes: int,         # C
+    num: int,                 # photos to draw
+    seed: int,                # seed of the draw
+) -> list[int]:               # numbers of photos
+    """Draw photos one by one, each with an object of the class that has fewest so far.
+
+    Those without objects come last."""
+    order = np.random.default_rng(seed).permutation(len(labels)).tolist()
+    # photos of each class that were not looked at yet, in the order of the draw
+    left = [[i for i in order if c in labels[i]] for c in range(num_classes)]
+    count = np.zeros(num_classes, int)
+    taken = {}  # photo -> None: a set that keeps its order
+    while len(taken) < num and any(left):
+        rarest = min((c for c in range(num_classes) if left[c]), key=lambda c: count[c])
+        photo = left[rarest].pop(0)
+        # a photo of several classes stands in several lists
+        if photo in taken: continue
+        taken[photo] = None
+        count += np.bincount(labels[photo], minlength=num_classes)
+    # the rest follows at random
+    return list({**taken, **dict.fromkeys(order)})[:num]
+
+def some_photos(
+    dataset: DetectionSet,  # set whose photos are taken
+    num: int,               # photos to take
+    seed: int,              # seed of the draw
+) -> Subset:                # part of the set
+    """Return a random part of a detection set, with classes as even as they allow.
+
+    Raises ValueError if there are not so many photos."""
+    if num > len(dataset): raise ValueError(f'photos {num}: there are only {len(dataset)}')
+    truth = dataset.coco()
+    place = {c['id']: i for i, c in enumerate(truth['categories'])}
+    labels = {k: [] for k in dataset.image_ids}
+    for thing in truth['annotations']:
+        if not thing.get('empty'): labels[thing['image_id']].append(place[thing['category_id']])
+    chosen = draw_evenly(list(labels.values()), len(place), num, seed)
+    return Subset(dataset, np.sort(chosen))
 
 # %% ../nbs/28_finetune.ipynb #d33759e2
 @set_rows.register
 def _(dataset: Subset):
     whole, chosen = set_rows(dataset.dataset), dataset.chosen.tolist()
     def some(x): return x and [x[i] for i in chosen]
-    labels = some(whole.labels)
     # how many objects are left nobody needs to count: their bytes tell
-    return SetRows(some(whole.names), some(whole.paths), whole.classes, some(whole.ids), labels, 0, whole.rule)
+    num_objects = 0
+    return SetRows(some(whole.names), some(whole.paths), whole.classes, some(whole.ids),
+                   some(whole.labels), num_objects, whole.rule)
 
-def labelled_marks(cfg: LabelledConfig,  # of the run
-                   train_set,  # data set to train on
-                   val_set,  # data set to evaluate on
-                   ) -> dict:  # part -> fingerprint, and 'files': digests of what it starts from
+def labelled_marks(
+    cfg: LabelledConfig,  # configuration of the run
+    train_set,            # data set to train on
+    val_set,              # data set to evaluate on
+) -> dict:                # part -> fingerprint, and 'files': digests of what it starts from
     "Return what a run on labelled photos is begun with, see notebook 15b."
-    return {'train': mark_set(train_set), 'val': mark_set(val_set), 'files': file_marks(dataclasses.asdict(cfg))}
+    files = file_marks(dataclasses.asdict(cfg))
+    return {'train': mark_set(train_set), 'val': mark_set(val_set), 'files': files}
 
 # %% ../nbs/28_finetune.ipynb #c020
-def draw_evenly(labels: list[list[int]],  # of each photo's objects, 0..C-1
-                num_classes: int,  # C
-                num: int,  # of photos
-                seed: int,  # of the draw
-                ) -> list[int]:  # numbers of photos
-    "Draw photos one by one at random, each with an object of the class that has fewest so far; those without objects come last."
-    order = np.random.default_rng(seed).permutation(len(labels)).tolist()
-    left = [[i for i in order if c in labels[i]] for c in range(num_classes)]
-    count, taken = np.zeros(num_classes, int), {}
-    while len(taken) < num and any(left):
-        c = min((c for c in range(num_classes) if left[c]), key=lambda c: count[c])
-        if (i := left[c].pop(0)) in taken: continue
-        taken[i] = None
-        count += np.bincount(labels[i], minlength=num_classes)
-    return list({**taken, **dict.fromkeys(order)})[:num]
+NO_DATA = ('no labelled photos: give them with -p data PATH or UPDETR_DATA=PATH (VOCdevkit, a COCO '
+           'or Roboflow folder, or a COCO file with or without -p data_val FILE), or paint some '
+           'with -p scenes 400 -p scenes_val 100')
 
-def some_photos(dataset: DetectionSet,  # whose photos are taken
-                num: int,  # of photos
-                seed: int,  # of the draw
-                ) -> Subset:
-    "A random part of a detection set with classes as even as they allow. Raises ValueError if there are not so many photos."
-    if num > len(dataset): raise ValueError(f'photos {num}: there are only {len(dataset)}')
-    truth, labels = dataset.coco(), {k: [] for k in dataset.image_ids}
-    place = {c['id']: i for i, c in enumerate(truth['categories'])}
-    things = [a for a in truth['annotations'] if not a.get('empty')]
-    for a in things: labels[a['image_id']].append(place[a['category_id']])
-    return Subset(dataset, np.sort(draw_evenly(list(labels.values()), len(place), num, seed)))
+def _training_part(dataset, cfg):
+    "Return the photos that a run trains on: all, or as many as it says."
+    return some_photos(dataset, cfg.photos, cfg.seed) if cfg.photos else dataset
+
+def open_sets(
+    cfg: TransferConfig,  # configuration of the run
+) -> tuple:               # detection set to train on, detection set to evaluate on
+    """Return the two labelled sets of a run.
+
+    Raises FileNotFoundError or ValueError that shows what was expected."""
+    if cfg.scenes and not cfg.data:
+        train = Scenes(cfg.scenes, cfg.scene_size)
+        return _training_part(train, cfg), Scenes(cfg.scenes_val, cfg.scene_size, 0, 'val')
+    path = cfg.data or os.environ.get('UPDETR_DATA', '')
+    if not path: raise FileNotFoundError(NO_DATA)
+    classes = [c.strip() for c in cfg.classes.split(',') if c.strip()] or None
+    rules = {'difficult': cfg.difficult, 'exif': cfg.exif, 'missing': cfg.missing}
+    train = open_dataset(path, cfg.split, cfg.year or None, classes,
+                         images=cfg.images or None, **rules)
+    # one file without a second one is divided
+    if os.path.isfile(path) and not cfg.data_val:
+        train, val = divided(train, cfg.val_share)
+    else:
+        images = cfg.images_val or cfg.images or None
+        val = open_dataset(cfg.data_val or path, cfg.split_val, cfg.year_val or None,
+                           classes or train.classes, images=images, **rules)
+    return _training_part(train, cfg), val
 
 # %% ../nbs/28_finetune.ipynb #c025
-def view_sizes(cfg: TransferConfig,  # of the run
-               ) -> Sizes:
-    "DETR's training sizes in proportion to `val_size`."
+def view_sizes(
+    cfg: TransferConfig,  # configuration of the run
+) -> Sizes:               # sizes, px
+    "Return DETR's training sizes in proportion to `val_size`."
     return Sizes().scaled(cfg.val_size)
 
-def train_views(cfg: TransferConfig,  # of the run
-                dataset,  # detection set to train on
-                ) -> DetectionViews:
-    "Random views of the training photos."
+def train_views(
+    cfg: TransferConfig,  # configuration of the run
+    dataset,              # detection set to train on
+) -> DetectionViews:      # views by epoch and photo
+    "Return random views of the training photos."
     return DetectionViews(dataset, cfg.seed, view_sizes(cfg), square=cfg.square)
 
-def val_views(cfg: TransferConfig,  # of the run
-              dataset,  # detection set to evaluate on
-              ) -> DetectionViews:
-    "The views for evaluation: the whole photo, nothing random."
+def val_views(
+    cfg: TransferConfig,  # configuration of the run
+    dataset,              # detection set to evaluate on
+) -> DetectionViews:      # one view a photo
+    "Return the views for evaluation: the whole photo, nothing random."
     return DetectionViews(dataset, cfg.seed, view_sizes(cfg), train=False, square=cfg.square)
 
-def train_plan(cfg: TransferConfig,  # of the run
-               dataset,  # detection set to train on
-               start: int = 0,  # steps that are done
-               total: int = 0,  # steps in all
-               rank: int = 0,  # number of this process
-               world: int = 1,  # number of processes
-               ) -> BatchPlan:
-    "Which photos make which batch. Raises ValueError for a batch size that does not fit the photos or the processes."
+def train_plan(
+    cfg: TransferConfig,  # configuration of the run
+    dataset,              # detection set to train on
+    start: int = 0,       # steps that are done
+    total: int = 0,       # steps in all
+    rank: int = 0,        # number of this process
+    world: int = 1,       # number of processes
+) -> BatchPlan:           # plan of this process
+    """Return a plan that says which photos make which batch.
+
+    Raises ValueError for a batch size that does not fit the photos or the processes."""
     sides = (cfg.square,) if cfg.square else view_sizes(cfg).short
-    return BatchPlan(np.asarray(dataset.sizes), cfg.batch_size, total, cfg.seed, sides, start, rank, world, cfg.accumulate)
+    return BatchPlan(np.asarray(dataset.sizes), cfg.batch_size, total, cfg.seed, sides,
+                     start, rank, world, cfg.accumulate)
 
 # %% ../nbs/28_finetune.ipynb #c026
-def collate_targets(samples: list[tuple],  # (image uint8 (3,H,W), target) pairs
-                    ) -> dict:  # images uint8 (B,3,H,W), mask (B,H,W) or None, targets
-    "A batch on the CPU. In the mask True is padding; None means that all photos have one size."
-    images, targets = [list(x) for x in zip(*samples)]
-    if len({i.shape for i in images}) == 1: return {'images': torch.stack(images), 'mask': None, 'targets': targets}
-    images, mask = pad_images(images)
-    return {'images': images, 'mask': mask, 'targets': targets}
+def collate_targets(
+    samples: list[tuple],  # pairs of an image (3, H, W) uint8 and its target
+) -> dict:                 # images (B, 3, H, W) uint8, mask (B, H, W) or None, targets
+    """Return a batch on the CPU.
 
-def batch_to_device(batch: dict,  # of `collate_targets`, or with `feature` instead of `images`
-                    device: torch.device | str,  # where the model is
-                    mean: tuple,  # of the backbone, (3,), for values in 0..1
-                    std: tuple,  # of the backbone, (3,)
-                    ) -> dict:  # images (B,3,H,W) float, normalised, padding zero; the rest moved
-    "Move a batch and normalise it."
+    In the mask True is padding; None means that all photos have one size."""
+    images = [image for image, _ in samples]
+    targets = [target for _, target in samples]
+    if len({i.shape for i in images}) == 1:
+        return {'images': torch.stack(images), 'mask': None, 'targets': targets}
+    padded, mask = pad_images(images)
+    return {'images': padded, 'mask': mask, 'targets': targets}
+
+def batch_to_device(
+    batch: dict,  # of `collate_targets`, or with `feature` instead of `images`
+    device: torch.device | str,  # where the model is
+    mean: tuple,  # of the backbone, (3,), for values in 0..1
+    std: tuple,   # of the backbone, (3,)
+) -> dict:        # images (B, 3, H, W) float, normalised, padding zero; the rest moved
+    "Return a batch that was moved and normalised."
     def move(x): return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
-    batch = {k: move(v) for k, v in batch.items()} | {'targets': [{k: move(v) for k, v in t.items()} for t in batch['targets']]}
+    targets = [{k: move(v) for k, v in t.items()} for t in batch['targets']]
+    batch = {k: move(v) for k, v in batch.items()} | {'targets': targets}
+    # stored features are behind the CNN and its normalisation
     if 'images' not in batch: return batch
     images = normalize(batch['images'].float() / 255, mean, std)
-    return batch | {'images': images if batch['mask'] is None else images.masked_fill(batch['mask'][:, None], 0)}
+    # black is not 0 any more: the padding is
+    if batch['mask'] is not None: images = images.masked_fill(batch['mask'][:, None], 0)
+    return batch | {'images': images}
 
 # %% ../nbs/28_finetune.ipynb #c027
-def view_loader(views: DetectionViews,  # random views, or those for evaluation
-                items,  # a `BatchPlan`, or lists of (epoch, index)
-                num_workers: int = 0,  # processes that decode; 0 = this one
-                ) -> DataLoader:  # of CPU batches
-    "A loader that draws nothing from the training's generator."
+def view_loader(
+    views: DetectionViews,  # random views, or those for evaluation
+    items,                  # a `BatchPlan`, or lists of (epoch, index)
+    num_workers: int = 0,   # processes that decode; 0 = this one
+) -> DataLoader:            # loader of CPU batches
+    "Return a loader that draws nothing from the training's generator."
     return data_loader(views, items, collate_targets, num_workers)
 
-def val_items(sizes,  # (n,2) height and width of the photos, px
-              batch_size: int,  # photos a batch and process
-              rank: int = 0,  # number of this process
-              world: int = 1,  # number of processes
-              ) -> list[list[tuple]]:  # lists of (0, index): as many in each process, every photo in one of them
-    "Batches for evaluation, photos of like aspect together; the last ones are filled up with repeated photos."
-    order = np.argsort([w / h for h, w in np.asarray(sizes)], kind='stable')
-    pieces = math.ceil(len(order) / (batch_size * world)) * world
-    return [[(0, int(i)) for i in piece] for piece in np.resize(order, (pieces, batch_size))[rank::world]]
+def val_items(
+    sizes,               # heights and widths (n, 2) of the photos, px
+    batch_size: int,     # photos a batch and process
+    rank: int = 0,       # number of this process
+    world: int = 1,      # number of processes
+) -> list[list[tuple]]:  # batches of (0, index)
+    """Return this process's batches for evaluation, photos of like aspect together.
+
+    Every photo is in one of all processes' batches, and each process has as many; the last ones are
+    filled up with repeated photos."""
+    aspects = [w / h for h, w in np.asarray(sizes)]
+    order = np.argsort(aspects, kind='stable')
+    # as many batches as divide evenly, filled up from the beginning of the order
+    num_batches = math.ceil(len(order) / (batch_size * world)) * world
+    batches = np.resize(order, (num_batches, batch_size))
+    return [[(0, int(i)) for i in batch] for batch in batches[rank::world]]
