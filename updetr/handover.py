@@ -19,113 +19,197 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .backbone import RESNETS
-from .checkpoint import architecture, check_cnn, check_file, check_sums, first_line, plain_tensors, read_weights
+from .checkpoint import (architecture, check_cnn, check_file, check_sums, first_line,
+                               plain_tensors, read_weights)
 from .config import check_names
 from .detr import DETR
 from .updetr import PatchQueries
 
 # %% ../nbs/26_handover.ipynb #c004a
-FOREIGN = {  # whose names they are -> what to do with such a file
-    "Hugging Face's transformers": "Hugging Face's transformers: updetr.exchange.from_huggingface(state, config) "
-                                   "takes a DETR over, from the file's tensors and its config.json",
-    'MMDetection': "MMDetection's DETR: no function here renames it; its CNN alone can be used, with weights=FILE",
-    'Ultralytics': 'Ultralytics (YOLO): another network than DETR, which cannot be taken over',
-    'Detectron2': 'Detectron2: its detectors cannot be taken over; give a DETR under the names of the reference code',
-    'torchvision': "torchvision's detection: another network than DETR; updetr.baselines builds and trains it",
-    'Deformable DETR': 'Deformable DETR or its like: another transformer than DETR, which cannot be taken over',
-    'an image network': 'a CNN alone, no detector: it can be the CNN of one, with weights=FILE'}
-_NAMES = {  # patterns of names that only these have
-    "Hugging Face's transformers": r'class_labels_classifier\.|model\.(backbone\.|input_projection\.|query_position_embeddings\.)',
-    'MMDetection': r'bbox_head\.|query_embedding\.|neck\.convs\.|encoder\.layers\.\d+\.self_attn\.attn\.',
-    'Ultralytics': r'(model\.)+\d+\.(conv|cv\d|bn|m|dfl|attn)\b',
-    'Detectron2': r'backbone\.bottom_up\.|proposal_generator\.|roi_heads\.box_predictor\.|detr\.backbone\.0\.backbone\.',
-    'torchvision': r'rpn\.head\.|roi_heads\.box_head\.|backbone\.fpn\.',
-    'Deformable DETR': r'(model\.)?transformer\.(level_embed|.*sampling_offsets)',
-    'an image network': r'(backbone\.|model\.)?(conv1|layer1\.0\.conv1|conv_stem|features\.0|stem\.0)\.'}
-PICKLES = {k: f', as {FOREIGN[owner]}' for owner, roots in {
-    'Ultralytics': ('ultralytics', 'models'), 'MMDetection': ('mmengine', 'mmcv', 'mmdet'), 'Detectron2': ('detectron2', 'numpy'),
-    "Hugging Face's transformers": ('transformers',)}.items() for k in roots} | dict.fromkeys(
-        ('lightning', 'pytorch_lightning', 'lightning_fabric', 'omegaconf'), ', as a checkpoint of Lightning')
+FOREIGN = {  # project -> words on its files
+    "Hugging Face's transformers":
+        "Hugging Face's transformers: updetr.exchange.from_huggingface(state, config) takes a DETR "
+        "over, from the file's tensors and its config.json",
+    'MMDetection':
+        "MMDetection's DETR: no function here renames it; its CNN alone can be used, with "
+        'weights=FILE',
+    'Ultralytics':
+        'Ultralytics (YOLO): another network than DETR, which cannot be taken over',
+    'Detectron2':
+        'Detectron2: its detectors cannot be taken over; give a DETR under the names of the '
+        'reference code',
+    'torchvision':
+        "torchvision's detection: another network than DETR; updetr.baselines builds and trains it",
+    'Deformable DETR':
+        'Deformable DETR or its like: another transformer than DETR, which cannot be taken over',
+    'an image network':
+        'a CNN alone, no detector: it can be the CNN of one, with weights=FILE',
+}
+_NAMES = {  # project -> beginnings of tensors' names that only its files have
+    "Hugging Face's transformers":
+        r'class_labels_classifier\.|'
+        r'model\.(backbone\.|input_projection\.|query_position_embeddings\.)',
+    'MMDetection':
+        r'bbox_head\.|query_embedding\.|neck\.convs\.|encoder\.layers\.\d+\.self_attn\.attn\.',
+    'Ultralytics':
+        r'(model\.)+\d+\.(conv|cv\d|bn|m|dfl|attn)\b',
+    'Detectron2':
+        r'backbone\.bottom_up\.|proposal_generator\.|roi_heads\.box_predictor\.|'
+        r'detr\.backbone\.0\.backbone\.',
+    'torchvision':
+        r'rpn\.head\.|roi_heads\.box_head\.|backbone\.fpn\.',
+    'Deformable DETR':
+        r'(model\.)?transformer\.(level_embed|.*sampling_offsets)',
+    'an image network':
+        r'(backbone\.|model\.)?(conv1|layer1\.0\.conv1|conv_stem|features\.0|stem\.0)\.',
+}
 
-def foreign_weights(names: Sequence[str],  # of a file's tensors
-                    ) -> str | None:
-    "Whose weights these are and what to do with them, if it is another project's file."
-    return next((FOREIGN[owner] for owner, pattern in _NAMES.items() if any(re.match(pattern, k) for k in names)), None)
+# %% ../nbs/26_handover.ipynb #c004b
+_PACKAGES = {  # project -> packages whose classes stand in its pickles
+    'Ultralytics': ('ultralytics', 'models'),
+    'MMDetection': ('mmengine', 'mmcv', 'mmdet'),
+    'Detectron2': ('detectron2', 'numpy'),
+    "Hugging Face's transformers": ('transformers',),
+}
+_LIGHTNING = ('lightning', 'pytorch_lightning', 'lightning_fabric', 'omegaconf')
+# package of a pickled class -> words on the file
+PICKLES = {package: f', as {FOREIGN[owner]}'
+           for owner, packages in _PACKAGES.items() for package in packages}
+PICKLES |= dict.fromkeys(_LIGHTNING, ', as a checkpoint of Lightning')
+
+def foreign_weights(
+    names: Sequence[str],  # names of a file's tensors
+) -> str | None:           # words, or None: nobody's we know
+    "Return whose weights these are and what to do with them, if it is another project's file."
+    for owner, pattern in _NAMES.items():
+        if any(re.match(pattern, name) for name in names): return FOREIGN[owner]
+    return None
 
 # %% ../nbs/26_handover.ipynb #c005
+def _refusal(path, error):
+    "Return the ValueError that says why a file cannot be read."
+    # torch names the class that it does not allow
+    foreign = re.search(r'GLOBAL (\S+)', str(error))
+    if Path(path).suffix == '.pkl':
+        return ValueError(f'{path} is a pickle, as of {FOREIGN["Detectron2"]}')
+    if not foreign:
+        return ValueError(f'{path} cannot be read: it is cut off, or no file of weights '
+                          f'({first_line(error)})')
+    owner = PICKLES.get(foreign[1].split('.')[0], '')
+    return ValueError(
+        f'{path} holds a pickled {foreign[1]}{owner}. Only tensors, plain values and '
+        'argparse.Namespace are read: any other object could run code while it is unpickled. '
+        'Ask its author for the state dict alone, or, if you trust the file, make one: '
+        'torch.save(torch.load(path, weights_only=False)["state_dict"], "weights.pth")')
+
 def _read(path):
-    "What a .pth or .safetensors file holds, without running anything in it"
+    "Return what a .pth or .safetensors file holds, without running anything in it."
     check_file(path)
     try:
         if Path(path).suffix == '.safetensors': return load_file(path)
         check_sums(path)
-        with torch.serialization.safe_globals([argparse.Namespace]): return torch.load(path, map_location='cpu', weights_only=True)
+        # the one class that published files have; any other one is refused
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        foreign = re.search(r'GLOBAL (\S+)', str(e))
-        if Path(path).suffix == '.pkl': raise ValueError(f'{path} is a pickle, as of {FOREIGN["Detectron2"]}') from e
-        if not foreign: raise ValueError(f'{path} cannot be read: it is cut off, or no file of weights ({first_line(e)})') from e
-        owner = PICKLES.get(foreign[1].split('.')[0], '')
-        way = ('Ask its author for the state dict alone, or, if you trust the file, make one: '
-               'torch.save(torch.load(path, weights_only=False)["state_dict"], "weights.pth")')
-        raise ValueError(f'{path} holds a pickled {foreign[1]}{owner}. Only tensors, plain values and argparse.Namespace are read: '
-                         f'any other object could run code while it is unpickled. {way}') from e
+        raise _refusal(path, e) from e
 
 def _is_plain(v):
+    "Return whether a value is made of numbers, texts, lists and dictionaries only."
     if isinstance(v, (list, tuple)): return all(map(_is_plain, v))
     if isinstance(v, dict): return all(map(_is_plain, [*v, *v.values()]))
     return v is None or type(v) in (bool, int, float, str)
 
 # %% ../nbs/26_handover.ipynb #c008
 def _inner(state):
-    "The model's part of what a Lightning module holds: the names below the attribute that has the model, such as 'model.'"
+    "Return the model's part of what a Lightning module holds, without the attribute's name."
     if not isinstance(state, dict): return state
-    here = next((str(k).removesuffix('query_embed.weight') for k in state if str(k).endswith('query_embed.weight')), '')
-    return {k.removeprefix(here): v for k, v in state.items() if k.startswith(here)} if here not in ('', 'detr.') else state
+    # the attribute that has the model is whatever stands before a name that every DETR has
+    ends = [str(k) for k in state if str(k).endswith('query_embed.weight')]
+    prefix = ends[0].removesuffix('query_embed.weight') if ends else ''
+    # 'detr.' is a panoptic model's own
+    if prefix in ('', 'detr.'): return state
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
-def load_official(path: str | Path,  # .pth of the reference code (UP-DETR, DETR), or a bare state dict, .pth or .safetensors
-                  ) -> tuple[dict[str, Tensor], dict]:  # state dict without `module.`, training arguments (empty if it has none)
-    "Weights and arguments of a published file. Raises FileNotFoundError, or ValueError for what is damaged or no plain data."
+def load_official(
+    path: str | Path,                 # .pth or .safetensors: of the reference code, or a state dict
+) -> tuple[dict[str, Tensor], dict]:  # state dict without `module.`; arguments
+    """Return weights and training arguments of a published file (UP-DETR, DETR).
+
+    The arguments are empty if it has none. Raises FileNotFoundError, or ValueError for what is
+    damaged or no plain data."""
     content = _read(path)
-    if not isinstance(content, dict): raise ValueError(f'{path} holds a {type(content).__name__}, not a dictionary of tensors')
-    if 'state_dict' in content and 'model' not in content: return plain_tensors(path, _inner(content['state_dict'])), {}
-    state, args = (content['model'], content.get('args')) if 'model' in content else (content, None)
+    if not isinstance(content, dict):
+        raise ValueError(f'{path} holds a {type(content).__name__}, not a dictionary of tensors')
+    if 'state_dict' in content and 'model' not in content:
+        return plain_tensors(path, _inner(content['state_dict'])), {}
+    # a bare state dict has no arguments
+    state, args = content, None
+    if 'model' in content: state, args = content['model'], content.get('args')
     args = vars(args) if isinstance(args, argparse.Namespace) else args or {}
-    if not isinstance(args, dict): raise ValueError(f'{path}: its arguments are a {type(args).__name__}, not a dictionary')
+    if not isinstance(args, dict):
+        raise ValueError(f'{path}: its arguments are a {type(args).__name__}, not a dictionary')
     odd = [f'{k} ({type(v).__name__})' for k, v in args.items() if not _is_plain(v)]
     if odd: raise ValueError(f'{path}: arguments that are no plain values: {", ".join(odd)}')
     return plain_tensors(path, state), args
 
 # %% ../nbs/26_handover.ipynb #c013
-PARTS = {'backbone.0.': 'CNN', 'backbone.1.': 'position table', 'feature_norm.': 'feature statistics', 'input_proj.': 'input projection',
-         'transformer.encoder.': 'encoder', 'transformer.decoder.': 'decoder', 'query_embed.': 'object queries', 'bbox_embed.': 'box head',
-         'class_embed.': 'class head', 'patch2query.': 'patch projection', 'patch_norm.': 'patch statistics',
-         'feature_align.': 'reconstruction head', 'bbox_attention.': 'mask attention', 'mask_head.': 'mask head'}
-EXTRA = {'patch2query.': 'pre-training only', 'patch_norm.': 'pre-training only', 'feature_align.': 'pre-training only',
-         'bbox_attention.': 'panoptic only', 'mask_head.': 'panoptic only'}
+PARTS = {  # beginning of tensors' names -> part of the model
+    'backbone.0.': 'CNN',
+    'backbone.1.': 'position table',
+    'feature_norm.': 'feature statistics',
+    'input_proj.': 'input projection',
+    'transformer.encoder.': 'encoder',
+    'transformer.decoder.': 'decoder',
+    'query_embed.': 'object queries',
+    'bbox_embed.': 'box head',
+    'class_embed.': 'class head',
+    'patch2query.': 'patch projection',
+    'patch_norm.': 'patch statistics',
+    'feature_align.': 'reconstruction head',
+    'bbox_attention.': 'mask attention',
+    'mask_head.': 'mask head',
+}
+EXTRA = {  # parts that a detector does not have
+    'patch2query.': 'pre-training only',
+    'patch_norm.': 'pre-training only',
+    'feature_align.': 'pre-training only',
+    'bbox_attention.': 'panoptic only',
+    'mask_head.': 'panoptic only',
+}
 
-def _part(name): return next((prefix for prefix in PARTS if name.startswith(prefix)), None)
+def _part(name):
+    "Return the key of `PARTS` that a tensor belongs to, or None."
+    return next((prefix for prefix in PARTS if name.startswith(prefix)), None)
 
 # %% ../nbs/26_handover.ipynb #c016
-OPTIONS = ('backbone features dilation position hidden_dim nheads enc_layers dec_layers dim_feedforward pre_norm num_queries '
-           'pos_in_input standardize').split()
-_UNSAID = {'features': None, 'dilation': False, 'nheads': 8, 'pos_in_input': False}  # of the published models
-NO_TRACE = ('dilation', 'nheads', 'pos_in_input')  # options that names and shapes of tensors do not show
+OPTIONS = ('backbone features dilation position hidden_dim nheads enc_layers dec_layers '
+           'dim_feedforward pre_norm num_queries pos_in_input standardize').split()
+# values of the published models
+_UNSAID = {'features': None, 'dilation': False, 'nheads': 8, 'pos_in_input': False}
+# options that names and shapes of tensors do not show
+NO_TRACE = ('dilation', 'nheads', 'pos_in_input')
 
 def _said(args):
-    "Stored arguments, the reference's or ours, as arguments of `build_detr`"
+    "Return stored arguments, the reference's or ours, as arguments of `build_detr`."
     said = {k: args[k] for k in OPTIONS if k in args}
     if 'position_embedding' in args:
-        said['position'] = {'v2': 'sine', 'v3': 'learned'}.get(args['position_embedding'], args['position_embedding'])
-    if isinstance(said.get('features'), str): said['features'] = [f.strip() for f in said['features'].split(',') if f.strip()] or None
+        position = args['position_embedding']
+        said['position'] = {'v2': 'sine', 'v3': 'learned'}.get(position, position)
+    features = said.get('features')
+    if isinstance(features, str):
+        said['features'] = [f.strip() for f in features.split(',') if f.strip()] or None
     return said
 
 def _agreed(path, witnesses):
-    "What the witnesses, {who: options}, say together; ValueError if two of them contradict each other"
-    source = {}
+    "Return what the witnesses, {who: options}, say together; ValueError if two contradict."
+    source = {}  # option -> first witness, its value
     for who, options in witnesses.items():
         for k, v in options.items():
             first, known = source.setdefault(k, (who, v))
-            if known != v: raise ValueError(f'{path} contradicts itself: {k} is {known!r} by {first}, but {v!r} by {who}')
+            if known != v:
+                raise ValueError(f'{path} contradicts itself: {k} is {known!r} by {first}, '
+                                 f'but {v!r} by {who}')
     return _UNSAID | {k: v for k, (_, v) in source.items()}
 
 # %% ../nbs/26_handover.ipynb #c019
@@ -138,85 +222,127 @@ class Pretrained:
     options: dict  # arguments of `build_detr`: backbone, hidden_dim, pre_norm, num_queries, ...
     num_classes: int  # without "no object"
     classes: tuple[str, ...] | None  # names of the classes; None: the file has no names
-    args: dict = field(default_factory=dict, repr=False)  # its training arguments, empty if it has none
-    assumed: tuple[str, ...] = ()  # options that neither the file nor the caller told: those of the published models
+    # its training arguments, empty if it has none
+    args: dict = field(default_factory=dict, repr=False)
+    # options that neither the file nor the caller told: those of the published models
+    assumed: tuple[str, ...] = ()
 
 def _own(path):
-    "Weights and configuration of a file of this kit, or None"
-    try: weights, cfg = read_weights(path)
-    except (ValueError, TypeError): return None  # `load_official` says what is wrong with it
+    "Return weights and configuration of a file of this kit, or None."
+    try:
+        weights, cfg = read_weights(path)
+    except (ValueError, TypeError):
+        return None  # `load_official` says what is wrong with it
     return (weights, cfg) if isinstance(cfg, dict) else None
 
-def weights_and_options(path: str | Path,  # of this kit, or a published one
-                        ) -> tuple[dict, dict]:  # tensors by name; configuration, or the reference's arguments
-    "Return what a checkpoint holds, whoever wrote it. Raises FileNotFoundError, or ValueError for a file that is none."
+def weights_and_options(
+    path: str | Path,    # file of this kit, or a published one
+) -> tuple[dict, dict]:  # tensors by name; configuration or arguments
+    """Return what a checkpoint holds, whoever wrote it.
+
+    Raises FileNotFoundError, or ValueError for a file that is none."""
     return _own(path) or load_official(path)
 
+# %% ../nbs/26_handover.ipynb #c019d
 def _detector(path, weights, detector_part):
-    "The tensors under DETR's names; ValueError for panoptic files (unless asked for) and for unknown names"
+    """Return the tensors under DETR's names.
+
+    ValueError for panoptic files (unless asked for) and for unknown names."""
+    # a panoptic file has its detector under a prefix
     if any(k.startswith('detr.') for k in weights):
         if not detector_part:
-            raise ValueError(f"{path} is a panoptic model: a detector under the prefix 'detr.' and a mask head. Give detector_part=True "
-                             'to take its detector and leave the mask head')
+            raise ValueError(f"{path} is a panoptic model: a detector under the prefix 'detr.' "
+                             'and a mask head. Give detector_part=True to take its detector and '
+                             'leave the mask head')
         weights = {k.removeprefix('detr.'): v for k, v in weights.items()}
+    # another project's file, or nobody's
     odd = [k for k in weights if _part(k) is None]
-    if odd and (owner := foreign_weights(weights)): raise ValueError(f'{path} has the names of {owner}')
+    owner = foreign_weights(weights) if odd else None
+    if owner: raise ValueError(f'{path} has the names of {owner}')
     if odd:
-        share = f'{len(odd)} of its' if len(odd) < len(weights) else f'none of DETR\'s {len(PARTS)} parts: all'
-        raise ValueError(f'{path}: {share} {len(weights)} tensors have unknown names, such as {", ".join(odd[:3])}. '
-                         'Names of DETR are expected (transformer.encoder. ..., query_embed.weight, ...)')
-    return {k: v for k, v in weights.items() if not k.endswith('.num_batches_tracked')}  # frozen norms count no batches
+        all_odd = len(odd) == len(weights)
+        share = f"none of DETR's {len(PARTS)} parts: all" if all_odd else f'{len(odd)} of its'
+        raise ValueError(f'{path}: {share} {len(weights)} tensors have unknown names, such as '
+                         f'{", ".join(odd[:3])}. Names of DETR are expected '
+                         '(transformer.encoder. ..., query_embed.weight, ...)')
+    # frozen norms count no batches
+    return {k: v for k, v in weights.items() if not k.endswith('.num_batches_tracked')}
 
 # %% ../nbs/26_handover.ipynb #c019a
 def _check_traceless(path, weights, options):
-    "ValueError if what the tensors do not show is impossible"
+    "Refuse what the tensors do not show where it is impossible."
     heads, width = options['nheads'], options['hidden_dim']
     if type(heads) is not int or heads < 1 or width % heads:
-        raise ValueError(f"{path}: {heads!r} attention heads do not divide its {width} channels: say nheads=NUMBER")
+        raise ValueError(f'{path}: {heads!r} attention heads do not divide its {width} channels: '
+                         'say nheads=NUMBER')
     cnn, features = options['backbone'], options['features']
     if not isinstance(cnn, str) or cnn not in RESNETS and not timm.is_model(cnn):
-        raise ValueError(f"{path}: there is no CNN {cnn!r}, neither in torchvision's ResNets nor in timm")
+        raise ValueError(f"{path}: there is no CNN {cnn!r}, neither in torchvision's ResNets "
+                         'nor in timm')
     if features is not None and not all(isinstance(f, str) for f in features):
         raise ValueError(f'{path}: features is {features!r}, but must be names of layers')
     for k in ('dilation', 'pos_in_input', 'pre_norm', 'standardize'):
-        if type(options[k]) is not bool: raise ValueError(f'{path}: {k} is {options[k]!r}, but must be True or False')
+        if type(options[k]) is not bool:
+            raise ValueError(f'{path}: {k} is {options[k]!r}, but must be True or False')
     check_cnn(path, weights, cnn, features, options['dilation'])
 
 def _assumption(path, options):
-    "What to say of options that are taken from the published models because nobody told them"
+    "Return what to say of options that nobody told: they are the published models'."
     name = Path(path).name
     hint = ', such as dilation=True for DC5' if 'dilation' in options else ''
     if hint and 'dc5' in name.lower(): hint += '. ITS NAME SAYS DC5'
     taken = ', '.join(f'{k}={v}' for k, v in options.items())
-    return (f'{name}: its tensors do not show {taken}, and it has no arguments that say it; the published '
-            f"models' values are taken. If it is another, say so where it is opened{hint}")
+    return (f'{name}: its tensors do not show {taken}, and it has no arguments that say it; '
+            "the published models' values are taken. "
+            f'If it is another, say so where it is opened{hint}')
+
+def _class_names(path, stored, given, num_classes):
+    "Return the names of the classes, stored or given, or None; ValueError where they do not fit."
+    witnesses = {}
+    if stored: witnesses['its arguments'] = {'classes': tuple(stored)}
+    if given: witnesses['you'] = {'classes': tuple(given)}
+    names = _agreed(path, witnesses).get('classes')
+    if names and len(names) != num_classes:
+        raise ValueError(f'{path} has {num_classes} classes, but there are {len(names)} names')
+    return names
 
 # %% ../nbs/26_handover.ipynb #c020
-def open_pretrained(path: str | Path,  # .pth or .safetensors: of a run of this kit, published (UP-)DETR, or a bare state dict
-                    detector_part: bool = False,  # take the detector out of a panoptic file
-                    classes: Sequence[str] | None = None,  # names of its classes, if the file does not have them
-                    otherwise: dict | None = None,  # nheads, dilation, ... in case that the file does not tell them
-                    **told,  # options of `build_detr` that the file does not tell: nheads, dilation, ...
-                    ) -> Pretrained:
-    "Find out what is in a file. Raises FileNotFoundError, or ValueError for anything but one consistent (UP-)DETR."
+def open_pretrained(
+    path: str | Path,             # .pth or .safetensors: a run's, a published one, a state dict
+    detector_part: bool = False,  # take the detector out of a panoptic file
+    classes: Sequence[str] | None = None,  # names of its classes, if it has none
+    otherwise: dict | None = None,  # nheads, ... in case that the file has none
+    **told,                       # options of `build_detr` that the file does not tell: nheads, ...
+) -> Pretrained:                  # weights and the model that they belong to
+    """Find out what is in a file.
+
+    Raises FileNotFoundError, or ValueError for anything but one consistent (UP-)DETR."""
     check_names(told, OPTIONS)
     weights, args = weights_and_options(path)
     weights = _detector(path, plain_tensors(path, weights), detector_part)
-    try: seen = architecture(weights)
-    except ValueError as e: raise ValueError(f'{path}: {e}') from e
+    # three witnesses: tensors, stored arguments, the caller
+    try:
+        seen = architecture(weights)
+    except ValueError as e:
+        raise ValueError(f'{path}: {e}') from e
     said = _said(args)
-    if said.get('backbone', 'resnet50') not in RESNETS: seen.pop('backbone', None)  # a timm model may have a ResNet's names
+    # a timm model may have a ResNet's names
+    if said.get('backbone', 'resnet50') not in RESNETS: seen.pop('backbone', None)
     options = _agreed(path, {'its tensors': seen, 'its arguments': said, 'you': told})
-    if 'backbone' not in options: raise ValueError(f"{path}: its CNN is none of {', '.join(RESNETS)}; name it: backbone='...'")
-    num_classes, stored = len(weights['class_embed.weight']) - 1, args.get('class_names')
-    names = _agreed(path, {who: {'classes': tuple(c)} for who, c in (('its arguments', stored), ('you', classes)) if c}).get('classes')
-    if names and len(names) != num_classes: raise ValueError(f'{path} has {num_classes} classes, but there are {len(names)} names')
-    otherwise = {k: v for k, v in (otherwise or {}).items() if k in NO_TRACE and k not in said | told}
+    if 'backbone' not in options:
+        raise ValueError(f"{path}: its CNN is none of {', '.join(RESNETS)}; "
+                         "name it: backbone='...'")
+    num_classes = len(weights['class_embed.weight']) - 1
+    names = _class_names(path, args.get('class_names'), classes, num_classes)
+    # what nobody said is taken from `otherwise`, else from the published models
+    open_ones = [k for k in NO_TRACE if k not in said | told]
+    otherwise = {k: v for k, v in (otherwise or {}).items() if k in open_ones}
     options |= otherwise
-    assumed = tuple(k for k in NO_TRACE if k not in said | told | otherwise)
+    assumed = tuple(k for k in open_ones if k not in otherwise)
     _check_traceless(path, weights, options)
     if assumed: print(_assumption(path, {k: options[k] for k in assumed}))
-    kind, options = 'updetr' if 'patch2query.weight' in weights else 'detr', {k: options[k] for k in OPTIONS}
+    kind = 'updetr' if 'patch2query.weight' in weights else 'detr'
+    options = {k: options[k] for k in OPTIONS}
     return Pretrained(str(path), kind, weights, options, num_classes, names, args, assumed)
 
 # %% ../nbs/26_handover.ipynb #c025
@@ -236,115 +362,176 @@ class HandOver:
     notes: tuple[str, ...] = ()  # what is legal but worth knowing
 
     def total(self, *fates):
-        "Tensors and numbers of these fates."
+        "Return the numbers of tensors and of parameters with these fates."
         chosen = [p for p in self.parts if p.fate in fates]
         return sum(p.tensors for p in chosen), sum(p.numbers for p in chosen)
 
     def __str__(self):
-        lines = [f'{"":8} {Path(self.path).name:44} {"tensors":>7} {"numbers":>12}']
-        lines += [f'{p.fate:8} {p.what:44} {p.tensors:7} {p.numbers:12,}' for p in self.parts]
-        for who, fates in (('model', ('loaded', 'fresh')), ('file', ('loaded', 'dropped'))):
-            (n, m), (tensors, numbers) = self.total('loaded'), self.total(*fates)
-            lines.append(f'{who:8} {f"{n} of {tensors} tensors, {m / numbers:.2%} of the numbers":44} {tensors:7} {numbers:12,}')
+        def line(fate, what, tensors, numbers):
+            return f'{fate:8} {what:44} {tensors:>7} {numbers:>12}'
+        lines = [line('', Path(self.path).name, 'tensors', 'numbers')]
+        lines += [line(p.fate, p.what, p.tensors, f'{p.numbers:,}') for p in self.parts]
+        # loaded and fresh make the model, loaded and dropped make the file
+        n, m = self.total('loaded')
+        for who, rest in (('model', 'fresh'), ('file', 'dropped')):
+            tensors, numbers = self.total('loaded', rest)
+            share = f'{n} of {tensors} tensors, {m / numbers:.2%} of the numbers'
+            lines.append(line(who, share, tensors, f'{numbers:,}'))
         return '\n'.join(lines + [f'note     {n}' for n in self.notes])
 
 # %% ../nbs/26_handover.ipynb #c028
-_MEANING = {'pre_norm': 'norm placement', 'hidden_dim': 'width', 'nheads': 'attention heads', 'enc_layers': 'encoder layers',
-            'dec_layers': 'decoder layers', 'dim_feedforward': 'feed-forward width', 'position': 'position encoding', 'backbone': 'CNN',
-            'standardize': 'feature statistics', 'pos_in_input': "positions in the encoder's input"}
+_MEANING = {  # option -> words
+    'pre_norm': 'norm placement',
+    'hidden_dim': 'width',
+    'nheads': 'attention heads',
+    'enc_layers': 'encoder layers',
+    'dec_layers': 'decoder layers',
+    'dim_feedforward': 'feed-forward width',
+    'position': 'position encoding',
+    'backbone': 'CNN',
+    'standardize': 'feature statistics',
+    'pos_in_input': "positions in the encoder's input",
+}
 
 def _check_options(model, pretrained):
-    "ValueError if the model was built with other options than the file's model"
-    mine = architecture(model.state_dict()) | {'nheads': model.transformer.nhead, 'pos_in_input': model.pos_in_input,
-                                               'backbone': model.backbone[0].name}
-    differ = [f'{_MEANING[k]} ({k}): {pretrained.options[k]!r} in the file, {mine[k]!r} in the model'
-              for k in _MEANING if mine[k] != pretrained.options[k]]
-    if differ: raise ValueError(f'{pretrained.path} belongs to another model. {"; ".join(differ)}. Build the model with '
-                                'build_detr(num_classes, **open_pretrained(path).options)')
+    "Refuse a model that was built with other options than the file's model."
+    theirs, mine = pretrained.options, architecture(model.state_dict())
+    mine |= {'nheads': model.transformer.nhead, 'pos_in_input': model.pos_in_input,
+             'backbone': model.backbone[0].name}
+    differ = [f'{words} ({k}): {theirs[k]!r} in the file, {mine[k]!r} in the model'
+              for k, words in _MEANING.items() if mine[k] != theirs[k]]
+    if differ:
+        raise ValueError(f'{pretrained.path} belongs to another model. {"; ".join(differ)}. '
+                         'Build the model with '
+                         'build_detr(num_classes, **open_pretrained(path).options)')
 
 def _check_tensors(path, weights, want, fresh):
-    "ValueError if tensors are missing, of another shape, unknown to the model or not finite; `fresh` names need not be there"
+    """Refuse tensors that are missing, of another shape, unknown to the model or not finite.
+
+    `fresh` names need not be there."""
     take = {k: v for k, v in weights.items() if k in want and k not in fresh}
+    needed = [k for k in want if k not in fresh]
+    # what only pre-training or a mask head has is dropped without a word, as other classes are
     kept = [k for k in weights if _part(k) not in EXTRA and not k.startswith('class_embed.')]
-    problems = {'missing in the file': [k for k in want if k not in take and k not in fresh],
-                'of another shape': [k for k, v in take.items() if k != 'query_embed.weight' and v.shape != want[k].shape],
-                'unknown to the model': [k for k in kept if k not in want],
-                'not finite': [k for k, v in take.items() if not v.isfinite().all()]}
-    found = [f'{len(names)} tensors {how}, such as {names[0]}' for how, names in problems.items() if names]
+    # another number of object queries is spoken of elsewhere
+    shaped = {k: v for k, v in take.items() if k != 'query_embed.weight'}
+    problems = {
+        'missing in the file': [k for k in needed if k not in take],
+        'of another shape': [k for k, v in shaped.items() if v.shape != want[k].shape],
+        'unknown to the model': [k for k in kept if k not in want],
+        'not finite': [k for k, v in take.items() if not v.isfinite().all()],
+    }
+    found = [f'{len(names)} tensors {how}, such as {names[0]}'
+             for how, names in problems.items() if names]
     if found: raise ValueError(f'{path} does not fit the model: {"; ".join(found)}')
 
 # %% ../nbs/26_handover.ipynb #c031
 def _query_rows(pretrained, N, num_queries):
-    "How many rows of the file's queries the model takes; ValueError if the numbers differ and nobody asked for that"
+    """Return how many rows of the file's queries the model takes.
+
+    ValueError if the numbers differ and nobody asked for that."""
     n = len(pretrained.weights['query_embed.weight'])
-    if num_queries not in (None, N): raise ValueError(f'num_queries={num_queries}, but the model has {N} object queries')
+    if num_queries not in (None, N):
+        raise ValueError(f'num_queries={num_queries}, but the model has {N} object queries')
     if n != N and num_queries is None:
-        raise ValueError(f'{pretrained.path} has {n} object queries, the model {N}. Build the model with num_queries={n}, or say '
-                         f'hand_over(..., num_queries={N}) to take the first {min(n, N)}' + ' and start the others fresh' * (N > n))
+        others = ' and start the others fresh' if N > n else ''
+        raise ValueError(f'{pretrained.path} has {n} object queries, the model {N}. '
+                         f'Build the model with num_queries={n}, or say '
+                         f'hand_over(..., num_queries={N}) to take the first {min(n, N)}{others}')
     return min(n, N)
 
 def _same_question(pretrained, model, classes):
-    "Whether the class head of the file answers the model's question; ValueError if the model asks with pictures and the file cannot"
+    """Return whether the class head of the file answers the model's question.
+
+    ValueError if the model asks with pictures and the file cannot."""
+    # a model that is asked with pictures: "does this match?"
     if isinstance(model, PatchQueries):
         if pretrained.kind == 'updetr': return model.num_classes == pretrained.num_classes
-        raise ValueError(f'{pretrained.path} is a detector and has no patch2query: one-shot detection starts from a pre-trained or a '
-                         'one-shot checkpoint')
-    if classes is not None and len(classes) != model.num_classes:
-        raise ValueError(f'{len(classes)} names of classes, but the model has {model.num_classes} classes')
-    return pretrained.kind == 'detr' and classes is not None and pretrained.classes == tuple(classes)
+        raise ValueError(f'{pretrained.path} is a detector and has no patch2query: one-shot '
+                         'detection starts from a pre-trained or a one-shot checkpoint')
+    # a detector: the same names in the same order
+    if classes is None: return False
+    if len(classes) != model.num_classes:
+        raise ValueError(f'{len(classes)} names of classes, but the model has '
+                         f'{model.num_classes} classes')
+    return pretrained.kind == 'detr' and pretrained.classes == tuple(classes)
 
 # %% ../nbs/26_handover.ipynb #c034
 def _parts(fate, tensors, options, head):
-    "The lines of the report for some tensors {name: tensor}; `head` says what the class head is for"
-    plural = {'encoder': options['enc_layers'], 'decoder': options['dec_layers']}
+    "Yield the report's lines for tensors {name: tensor}; `head` says what the class head is for."
+    layers = {'encoder': options['enc_layers'], 'decoder': options['dec_layers']}
     for prefix, what in PARTS.items():
         mine = [v for k, v in tensors.items() if k.startswith(prefix)]
+        if not mine: continue
         if what == 'CNN': what = f'CNN, {options["backbone"]}'
-        if what in plural: what = f'{what}, {plural[what]} layer{"s" * (plural[what] != 1)}'
+        if what in layers: what = f'{what}, {layers[what]} layer{"s" * (layers[what] != 1)}'
         if what == 'class head': what = head
         if prefix in EXTRA and fate == 'dropped': what = f'{what} ({EXTRA[prefix]})'
-        if mine: yield Part(fate, what, len(mine), sum(v.numel() for v in mine))
+        yield Part(fate, what, len(mine), sum(v.numel() for v in mine))
 
 def _query_parts(n, mine, theirs):
-    "Lines for object queries of which the first n went over: of the model and of the file"
+    "Return the lines for object queries, of which the first n went over."
     (N, d), M = mine.shape, len(theirs)
-    if not n: return [Part('fresh', f'object queries: all {N}', 1, N * d), Part('dropped', f'object queries: all {M}', 1, M * d)]
+    if not n:
+        return [Part('fresh', f'object queries: all {N}', 1, N * d),
+                Part('dropped', f'object queries: all {M}', 1, M * d)]
     which = f'all {n}' if n == N == M else f'first {n} of {max(N, M)}'
     parts = [Part('loaded', f'object queries: {which}', 1, n * d)]
+    # rows of the tensor that was just counted
     if N > n: parts.append(Part('fresh', f'object queries: the other {N - n}', 0, (N - n) * d))
     if M > n: parts.append(Part('dropped', f'object queries: the other {M - n}', 0, (M - n) * d))
     return parts
 
 def _report(pretrained, want, n, loaded, fresh, num_classes):
-    "The report's lines: loaded, fresh, dropped"
+    "Return the report's lines: loaded, fresh, dropped."
     options, theirs, query = pretrained.options, pretrained.weights, 'query_embed.weight'
-    head, other = (f'class head: {c} classes' for c in (num_classes, pretrained.num_classes))
+    # what the class head of the model and that of the file are for
+    head = f'class head: {num_classes} classes'
+    other = f'class head: {pretrained.num_classes} classes'
     if pretrained.kind == 'updetr': other = 'match head (pre-training only)'
     if 'patch2query.weight' in want: head = other = 'match head'
-    parts = [*_parts('loaded', {k: v for k, v in theirs.items() if k in loaded and k != query}, options, other),
-             *_query_parts(n, want[query], theirs[query]), *_parts('fresh', {k: want[k] for k in fresh}, options, head),
-             *_parts('dropped', {k: v for k, v in theirs.items() if k not in loaded}, options, other)]
-    return tuple(sorted(parts, key=lambda p: ('loaded', 'fresh', 'dropped').index(p.fate)))
+    taken = {k: v for k, v in theirs.items() if k in loaded and k != query}
+    left = {k: v for k, v in theirs.items() if k not in loaded}
+    parts = [*_parts('loaded', taken, options, other),
+             *_query_parts(n, want[query], theirs[query]),
+             *_parts('fresh', {k: want[k] for k in fresh}, options, head),
+             *_parts('dropped', left, options, other)]
+    order = ('loaded', 'fresh', 'dropped')
+    return tuple(sorted(parts, key=lambda p: order.index(p.fate)))
 
 # %% ../nbs/26_handover.ipynb #c036
-def hand_over(model: DETR,  # changed in place
-              pretrained: Pretrained,  # of `open_pretrained`
-              num_queries: int | None = None,  # the model's N, to allow that the file has another number
-              classes: Sequence[str] | None = None,  # names of the model's classes; a detector's head of the same classes is taken
-              fresh_queries: bool = False,  # object queries stay the model's own (small-scale option)
-              ) -> HandOver:  # print it
-    "Copy a file's weights into a detector. Raises ValueError with the reason, and then the model is as it was."
+def _stride_note(model, pretrained):
+    "Return a note where the file's CNN was used at another stride than the model's."
+    cnn, options = model.backbone[0], pretrained.options
+    dilated = options['dilation']
+    stride = 16 if dilated else 32
+    # a CNN that is cut elsewhere has another stride anyway, and an assumption was spoken of before
+    known = cnn.name in RESNETS and not options['features'] and 'dilation' not in pretrained.assumed
+    if not known or cnn.stride == stride: return ()
+    return (f"the file's CNN was used at stride {stride} (dilation={dilated}), "
+            f"the model's has stride {cnn.stride}",)
+
+def hand_over(
+    model: DETR,                           # model, changed in place
+    pretrained: Pretrained,                # of `open_pretrained`
+    num_queries: int | None = None,        # the model's N, to allow another number in the file
+    classes: Sequence[str] | None = None,  # names of the model's classes
+    fresh_queries: bool = False,           # object queries stay the model's own (small scale)
+) -> HandOver:                             # report to be printed
+    """Copy a file's weights into a detector.
+
+    A detector's class head is taken if it has the same classes. Raises ValueError with the reason,
+    and then the model is as it was."""
     want, theirs, query = model.state_dict(), pretrained.weights, 'query_embed.weight'
+    # all that can be wrong, before anything is copied
     _check_options(model, pretrained)
     n = 0 if fresh_queries else _query_rows(pretrained, len(want[query]), num_queries)
-    head = {'class_embed.weight', 'class_embed.bias'}
-    fresh = set() if _same_question(pretrained, model, classes) else head
+    fresh = {'class_embed.weight', 'class_embed.bias'}
+    if _same_question(pretrained, model, classes): fresh = set()
     _check_tensors(pretrained.path, theirs, want, fresh)
+    # the first n object queries are the file's, the others the model's own
     loaded = {k: v for k, v in theirs.items() if k in want and k not in fresh}
     rows = torch.cat((theirs[query][:n].to(want[query]), want[query][n:]))
     parts = _report(pretrained, want, n, loaded.keys(), fresh, model.num_classes)
     model.load_state_dict(want | loaded | {query: rows})
-    stride, dilated = model.backbone[0].stride, pretrained.options['dilation']
-    other = model.backbone[0].name in RESNETS and not pretrained.options['features'] and stride != (16 if dilated else 32)
-    note = f"the file's CNN was used at stride {16 if dilated else 32} (dilation={dilated}), the model's has stride {stride}"
-    return HandOver(pretrained.path, parts, (note,) if other and 'dilation' not in pretrained.assumed else ())
+    return HandOver(pretrained.path, parts, _stride_note(model, pretrained))
