@@ -405,6 +405,7 @@ def _check_options(model, pretrained):
                          'Build the model with '
                          'build_detr(num_classes, **open_pretrained(path).options)')
 
+# %% ../nbs/26_handover.ipynb #c028t
 def _check_tensors(path, weights, want, fresh):
     """Refuse tensors that are missing, of another shape, unknown to the model or not finite.
 
@@ -482,6 +483,7 @@ def _query_parts(n, mine, theirs):
     if M > n: parts.append(Part('dropped', f'object queries: the other {M - n}', 0, (M - n) * d))
     return parts
 
+# %% ../nbs/26_handover.ipynb #c034r
 def _report(pretrained, want, n, loaded, fresh, num_classes):
     "Return the report's lines: loaded, fresh, dropped."
     options, theirs, query = pretrained.options, pretrained.weights, 'query_embed.weight'
