@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'lr_factor', 'build_optimizer', 'Processes', 'join_processes', 'TrainState', 'image_ids', 'memory_advice',
-           'train_step', 'overfit_one_batch', 'peak_memory_mb', 'first_bad', 'RunLog', 'not_finite', 'skip_step',
+           'first_bad', 'train_step', 'overfit_one_batch', 'peak_memory_mb', 'RunLog', 'not_finite', 'skip_step',
            'progress_writer', 'train', 'find_task', 'only_trainer', 'run', 'main']
 
 # %% ../nbs/16_train.ipynb #c002
@@ -26,36 +26,49 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .checkpoint import gather_rng, json_text, read_json, save_checkpoint, set_rng_state, write_json
+from .checkpoint import (gather_rng, json_text, read_json, save_checkpoint, set_rng_state,
+                               write_json)
 from .config import TrainConfig, check_config
-from .resume import (SAVED, HeldFolder, keep_data, last_logged, last_saved, put_away, refuse_changes, refuse_data, saved_marks,
-                           short_marks)
+from .resume import (SAVED, HeldFolder, keep_data, last_logged, last_saved, put_away,
+                           refuse_changes, refuse_data, saved_marks, short_marks)
 from .stop import StopFlag, file_locks
 
 # %% ../nbs/16_train.ipynb #c005
-def lr_factor(step: int,  # 0..total_steps - 1
-              total_steps: int,  # of the whole training
-              steps_per_epoch: int,  # for the step schedule
-              cfg: TrainConfig,  # schedule, lr_drop and warmup are read
-              ) -> float:  # what the base learning rates are multiplied with, 0..1
-    "The learning-rate schedule."
+def lr_factor(
+    step: int,             # 0..total_steps - 1
+    total_steps: int,      # length of the whole training
+    steps_per_epoch: int,  # for the step schedule
+    cfg: TrainConfig,      # schedule, lr_drop and warmup are read
+) -> float:                # factor of the base learning rates, 0..1
+    "Return the place of a step in the learning-rate schedule."
     warmup = round(cfg.warmup * total_steps)
     if step < warmup: return (step + 1) / warmup
-    if cfg.schedule == 'step': return .1 ** (step // steps_per_epoch // cfg.lr_drop)
-    return .5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
+    if cfg.schedule == 'step':
+        epoch = step // steps_per_epoch
+        return .1 ** (epoch // cfg.lr_drop)
+    progress = (step - warmup) / (total_steps - warmup)
+    return .5 * (1 + math.cos(math.pi * progress))
 
 # %% ../nbs/16_train.ipynb #c008
-def build_optimizer(model: nn.Module,  # whose trainable parameters are optimised
-                    cfg: TrainConfig,  # lr, lr_backbone, learn_positions and weight_decay are read
-                    ) -> torch.optim.AdamW:
-    "AdamW over the trainable parameters; 'backbone' in the name decides the group (a feature pyramid is no part of the CNN)."
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+def build_optimizer(
+    model: nn.Module,  # whose trainable parameters are optimised
+    cfg: TrainConfig,  # lr, lr_backbone, learn_positions and weight_decay are read
+) -> torch.optim.AdamW:
+    "Return AdamW over the trainable parameters; 'backbone' in the name decides the group."
+    cnn, others = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad: continue
+        # a feature pyramid is no part of the CNN
+        group = cnn if 'backbone' in name and 'fpn' not in name else others
+        group.append(parameter)
     # the reference counts learned positions to the CNN, whose rate is 0 where it is frozen
     still = getattr(cfg, 'frozen_backbone', False) and not cfg.learn_positions
-    groups = [{'params': [p for n, p in named if ('backbone' in n and 'fpn' not in n) == cnn], 'lr': lr, 'initial_lr': lr}
-              for cnn, lr in ((False, cfg.lr), (True, 0. if still else cfg.lr_backbone))]
-    fused = all(p.device.type in ('cpu', 'cuda') for _, p in named)
-    return torch.optim.AdamW([g for g in groups if g['params']], lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+    lr_cnn = 0. if still else cfg.lr_backbone
+    rates = [(others, cfg.lr), (cnn, lr_cnn)]
+    # the schedule multiplies initial_lr, so lr can be set anew at every step
+    groups = [{'params': part, 'lr': lr, 'initial_lr': lr} for part, lr in rates if part]
+    fused = all(p.device.type in ('cpu', 'cuda') for p in others + cnn)
+    return torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
 
 # %% ../nbs/16_train.ipynb #c010
 @dataclasses.dataclass
@@ -69,143 +82,244 @@ class Processes:
         "Wait for all."
         if self.world > 1: dist.barrier()
 
-    def any(self,
-            flag: bool,  # of this process
-            ) -> bool:  # the same on all
-        "True on all processes if it is on one."
+    def any(
+        self,
+        flag: bool,  # of this process
+    ) -> bool:       # the same on all
+        "Return True on all processes if it is True on one."
         if self.world == 1: return flag
-        dist.all_reduce(votes := torch.tensor(int(flag)))
+        votes = torch.tensor(int(flag))
+        dist.all_reduce(votes)
         return votes.item() > 0
 
-    def mean(self,
-             x: Tensor,  # of the same shape on all
-             ) -> Tensor:  # the same on all
-        "The mean over processes."
-        if self.world > 1: dist.all_reduce(x := x.clone())
+    def mean(
+        self,
+        x: Tensor,  # of the same shape on all
+    ) -> Tensor:    # the same on all
+        "Return the mean over processes."
+        if self.world > 1:
+            # all_reduce writes its sum into what it is given
+            x = x.clone()
+            dist.all_reduce(x)
         return x / self.world
 
-    def gather(self,
-               x,  # plain data of this process
-               ) -> list:  # one a process, in order; the same on all
-        "What each process has."
-        if self.world > 1: dist.all_gather_object(parts := [None] * self.world, x)
-        return parts if self.world > 1 else [x]
+    def gather(
+        self,
+        x,      # plain data of this process
+    ) -> list:  # one a process, in order; the same on all
+        "Return what each process has."
+        if self.world == 1: return [x]
+        parts = [None] * self.world
+        dist.all_gather_object(parts, x)
+        return parts
 
 # %% ../nbs/16_train.ipynb #80948c78
 def join_processes() -> Processes:
     "Join the other processes of this launch, if there are any."
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    # set by torch.distributed.run; absent where this process was started alone
+    rank = int(os.environ.get('RANK', 0))
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    local = int(os.environ.get('LOCAL_RANK', 0))
     cuda = torch.cuda.is_available()
     if cuda: torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
-        store = dist.FileStore(os.environ['UPDETR_MEET'], world) if 'UPDETR_MEET' in os.environ else None  # None: MASTER_ADDR
-        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', store=store, rank=rank, world_size=world)
+        # without a file to meet in they meet at MASTER_ADDR
+        meet = os.environ.get('UPDETR_MEET')
+        store = None if meet is None else dist.FileStore(meet, world)
+        backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return Processes(rank, world, torch.device('cuda', local) if cuda else torch.device('cpu'))
 
 # %% ../nbs/16_train.ipynb #c012
 class TrainState:
     "Model, optimizer, averaged weights, step count and seconds spent: what a checkpoint holds."
-    def __init__(self,
-                 model: nn.Module,  # bare, not in DDP
-                 cfg: TrainConfig,  # of the run
-                 ):
-        self.model, self.cfg, self.step, self.seconds, self.measured, self.skips = model, cfg, 0, 0., 0, 0
+    def __init__(
+        self,
+        model: nn.Module,  # bare, not in DDP
+        cfg: TrainConfig,  # of the run
+    ):
+        self.model = model
+        self.cfg = cfg
+        self.step = 0      # steps that are done
+        self.seconds = 0.  # spent in them
+        self.measured = 0  # step after which was last measured
+        self.skips = 0     # steps that were skipped, just before this one, in a row
         self.optimizer = build_optimizer(model, cfg)
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True) if cfg.ema else None
+        self.ema = None    # averaged weights
+        if cfg.ema:
+            average = get_ema_multi_avg_fn(cfg.ema)
+            self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 
-    def state_dict(self,
-                   steps_per_epoch: int,  # for the key 'epoch'
-                   rng: list[Tensor],  # of `gather_rng`
-                   ) -> dict:
-        "DETR's keys (model, optimizer, lr_scheduler, epoch, args) and what an exact resume needs beyond them."
-        state = {'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(), 'lr_scheduler': {'step': self.step},
-                 'step': self.step, 'epoch': self.step // steps_per_epoch, 'seconds': self.seconds, 'measured': self.measured,
-                 'skips': self.skips, 'args': dataclasses.asdict(self.cfg), 'rng': rng}
-        return state | ({'ema': self.ema.module.state_dict(), 'ema_steps': self.ema.n_averaged} if self.ema else {})
+    def state_dict(
+        self,
+        steps_per_epoch: int,  # for the key 'epoch'
+        rng: list[Tensor],     # of `gather_rng`
+    ) -> dict:
+        "Return what DETR saves (model, optimizer, epoch, args …) and what an exact resume needs."
+        state = {
+            'model': self.model.state_dict(),
+            'optimizer': self.optimizer.state_dict(),
+            'lr_scheduler': {'step': self.step},
+            'step': self.step,
+            'epoch': self.step // steps_per_epoch,
+            'seconds': self.seconds,
+            'measured': self.measured,
+            'skips': self.skips,
+            'args': dataclasses.asdict(self.cfg),
+            'rng': rng,
+        }
+        if self.ema:
+            state['ema'] = self.ema.module.state_dict()
+            state['ema_steps'] = self.ema.n_averaged
+        return state
 
-    def load(self,
-             state: dict,  # of `state_dict`
-             path: str | Path,  # where it came from, for messages
-             ) -> None:
-        "Go on from a saved state. Raises ValueError that names what has changed in the configuration, or what the file lacks."
-        if lacks := sorted({'model', 'optimizer', 'step', 'args', 'rng'} - set(state)):
-            raise ValueError(f'{path} is no checkpoint of a run, it has no {", ".join(lacks)}: put it away to begin anew')
+    def load(
+        self,
+        state: dict,       # of `state_dict`
+        path: str | Path,  # where it came from, for messages
+    ) -> None:
+        "Go on from a saved state. Raises ValueError that names what has changed or is missing."
+        lacks = sorted({'model', 'optimizer', 'step', 'args', 'rng'} - set(state))
+        if lacks:
+            raise ValueError(f'{path} is no checkpoint of a run, it has no {", ".join(lacks)}: '
+                             'put it away to begin anew')
         refuse_changes(Path(path).parent, state['args'], dataclasses.asdict(self.cfg))
         self.model.load_state_dict(state['model'])
         self.optimizer.load_state_dict(state['optimizer'])
-        self.step, self.seconds, self.measured, self.skips = (state.get(k, 0) for k in ('step', 'seconds', 'measured', 'skips'))
+        # saves of older versions may lack the last three
+        self.step = state['step']
+        self.seconds = state.get('seconds', 0)
+        self.measured = state.get('measured', 0)
+        self.skips = state.get('skips', 0)
         if self.ema:
             self.ema.module.load_state_dict(state['ema'])
             self.ema.n_averaged.copy_(state['ema_steps'])
 
 # %% ../nbs/16_train.ipynb #c014
 def _entries(batch):
-    "(name, value) of everything in a batch, which may be a tensor, or a dictionary of tensors and lists"
+    "(name, value) of everything in a batch, a tensor or a dictionary of tensors and lists"
     return batch.items() if isinstance(batch, dict) else [('batch', batch)]
 
-def image_ids(batch,  # of a task
-              ) -> list[int]:  # numbers of its photos or views; empty if the batch does not tell
-    "Which photos are in a batch."
+def image_ids(
+    batch,       # of a task
+) -> list[int]:  # numbers of its photos or views; empty if the batch does not tell
+    "Return which photos are in a batch."
     named = dict(_entries(batch))
-    ids = named['index'] if 'index' in named else [t['image_id'] for t in named.get('targets', ()) if 'image_id' in t]
+    if 'index' in named:
+        ids = named['index']
+    else:
+        ids = [t['image_id'] for t in named.get('targets', ()) if 'image_id' in t]
     return [int(i) for i in ids]
 
 def _shared(module, batches):
-    "A context in which the losses of a step's micro-batches are divided by what all of them and all processes have"
-    criterion = getattr(getattr(module, 'module', module), 'criterion', None)  # maybe in DDP
-    if not (hasattr(criterion, 'shared') and isinstance(batches[0], dict) and 'targets' in batches[0]): return nullcontext()
-    return criterion.shared([b['targets'] for b in batches])
+    "A context in which losses are divided by what all micro-batches and all processes have"
+    bare = getattr(module, 'module', module)  # maybe in DDP
+    criterion = getattr(bare, 'criterion', None)
+    with_targets = isinstance(batches[0], dict) and 'targets' in batches[0]
+    if not hasattr(criterion, 'shared') or not with_targets: return nullcontext()
+    return criterion.shared([batch['targets'] for batch in batches])
 
-def memory_advice(batch,  # that did not fit
-                  state: TrainState,  # where the run is
-                  ) -> str:
-    "What to say when a batch does not fit into the GPU's memory: its sizes, and the way out."
-    cfg, sizes = state.cfg, ', '.join(f'{k} {tuple(v.shape)}' for k, v in _entries(batch) if isinstance(v, Tensor))
-    return (f'out of GPU memory in step {state.step + 1}, with {sizes} (batch_size {cfg.batch_size}, accumulate {cfg.accumulate}). '
-            f'accumulate={2 * cfg.accumulate} halves what is in memory at a time, and the global batch stays; gradient_checkpointing=True '
-            'saves more. Both make it a new run: give it a new name. What was saved before is good')
+def memory_advice(
+    batch,              # that did not fit
+    state: TrainState,  # where the run is
+) -> str:
+    "Return what to say of a batch that does not fit into the GPU: its sizes, and the way out."
+    cfg = state.cfg
+    tensors = {k: v for k, v in _entries(batch) if isinstance(v, Tensor)}
+    sizes = ', '.join(f'{k} {tuple(v.shape)}' for k, v in tensors.items())
+    return (f'out of GPU memory in step {state.step + 1}, with {sizes} '
+            f'(batch_size {cfg.batch_size}, accumulate {cfg.accumulate}). '
+            f'accumulate={2 * cfg.accumulate} halves what is in memory at a time, and the global '
+            'batch stays; gradient_checkpointing=True saves more. '
+            'Both make it a new run: give it a new name. What was saved before is good')
+
+# %% ../nbs/16_train.ipynb #c014a
+def first_bad(
+    names: list[str],               # of the logged numbers, (n,)
+    window: list[Tensor],           # of each step since the last line, (n,)
+) -> tuple[int, list[str]] | None:  # how many steps ago, names; None: all are finite here
+    "Return the first loss or gradient that is no number."
+    if not window: return None
+    kept = [i for i, name in enumerate(names) if name.startswith(('loss', 'grad'))]
+    numbers = torch.stack(window)[:, kept]  # (steps, kept)
+    bad = ~torch.isfinite(numbers).cpu()
+    if not bad.any(): return None
+    step = bad.any(1).nonzero()[0].item()
+    terms = [names[i] for i, is_bad in zip(kept, bad[step].tolist()) if is_bad]
+    return len(window) - 1 - step, terms
+
+def _backward(module, micros, state, amp):
+    "Add up the gradients of a step's micro-batches; the names and means of the logged numbers"
+    device = next(state.model.parameters()).device.type
+    n, logged = len(micros), 0.
+    for micro, batch in enumerate(micros):
+        # processes average their gradients with the last micro-batch only
+        waits = micro < n - 1 and hasattr(module, 'no_sync')
+        try:
+            with module.no_sync() if waits else nullcontext(), _shared(module, micros):
+                with torch.autocast(device, torch.bfloat16, enabled=amp):
+                    loss, values = module(batch)
+                # not under autocast: a gradient has the precision of its forward operation
+                (loss / n).backward()
+        except torch.OutOfMemoryError as e:
+            raise torch.OutOfMemoryError(memory_advice(batch, state)) from e
+        values = {'loss': loss.detach()} | values
+        # the numbers stay on the device, where nothing waits for them
+        numbers = torch.stack([v.detach().float() for v in values.values()])
+        logged = logged + numbers / n
+    return list(values), logged
 
 # %% ../nbs/16_train.ipynb #c015
-def train_step(module: nn.Module,  # batch -> (loss, dictionary of logged numbers); maybe in DDP
-               batches,  # iterator of batches on the device
-               state: TrainState,  # changed in place
-               factor: float,  # of the learning rates, 0..1
-               amp: bool = False,  # bf16 autocast
-               processes: Processes | None = None,  # all of them do this step; None: there is one
-               ) -> tuple[list[str], Tensor]:  # names, their values on the device (no synchronisation unless steps may be skipped)
-    "Forward, backward and update for one global batch. If steps may be skipped, no process updates where one has a bad number."
-    optimizer, n = state.optimizer, state.cfg.accumulate
-    params = [p for group in optimizer.param_groups for p in group['params']]
-    for group in optimizer.param_groups: group['lr'] = group['initial_lr'] * factor
+def train_step(
+    module: nn.Module,                   # batch -> (loss, dictionary of numbers); maybe in DDP
+    batches,                             # iterator of batches on the device
+    state: TrainState,                   # changed in place
+    factor: float,                       # of the learning rates, 0..1
+    amp: bool = False,                   # bf16 autocast
+    processes: Processes | None = None,  # all of them do this step; None: there is one
+) -> tuple[list[str], Tensor]:           # names of the logged numbers, their values on the device
+    """Update the weights with one global batch.
+
+    If steps may be skipped, no process updates where one has a bad number; else nothing waits for
+    the device."""
+    optimizer, cfg = state.optimizer, state.cfg
+    for group in optimizer.param_groups:
+        group['lr'] = group['initial_lr'] * factor
     optimizer.zero_grad(set_to_none=True)
-    logged, micros = 0., [next(batches) for _ in range(n)]
-    for micro, batch in enumerate(micros):
-        wait = module.no_sync() if micro < n - 1 and hasattr(module, 'no_sync') else nullcontext()
-        try:
-            with wait, _shared(module, micros):
-                with torch.autocast(params[0].device.type, torch.bfloat16, enabled=amp): loss, values = module(batch)
-                (loss / n).backward()
-        except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(memory_advice(batch, state)) from e
-        values = {'loss': loss.detach()} | values
-        logged = logged + torch.stack([v.detach().float() for v in values.values()]) / n
-    norm = nn.utils.clip_grad_norm_(params, state.cfg.clip_max_norm)
-    names, logged = [*values, 'grad_norm'], torch.cat((logged, norm.detach().float()[None]))
-    bad = state.cfg.max_skips and (processes or Processes()).any(first_bad(names, [logged]) is not None)
+
+    # forward and backward
+    micros = [next(batches) for _ in range(cfg.accumulate)]
+    names, logged = _backward(module, micros, state, amp)
+
+    # clip the norm of all gradients together
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    norm = nn.utils.clip_grad_norm_(params, cfg.clip_max_norm)
+    names.append('grad_norm')
+    logged = torch.cat((logged, norm.detach().float()[None]))
+
+    # where one process has a bad number none updates, else their weights would part
+    bad = False
+    if cfg.max_skips:
+        bad_here = first_bad(names, [logged]) is not None
+        bad = (processes or Processes()).any(bad_here)
     if not bad:
         optimizer.step()
         if state.ema: state.ema.update_parameters(state.model)
-    state.step, state.skips = state.step + 1, state.skips + 1 if bad else 0
+    state.step += 1
+    state.skips = state.skips + 1 if bad else 0
     return names, logged
 
 # %% ../nbs/16_train.ipynb #c017
-def overfit_one_batch(module: nn.Module,  # batch -> (loss, dictionary)
-                      batch,  # on the module's device
-                      steps: int = 100,  # times that the batch is seen
-                      lr: float = 1e-3,  # constant
-                      ) -> list[float]:  # loss of every step
+def overfit_one_batch(
+    module: nn.Module,  # batch -> (loss, dictionary)
+    batch,              # on the module's device
+    steps: int = 100,   # times that the batch is seen
+    lr: float = 1e-3,   # constant
+) -> list[float]:       # loss of every step
     "Train on a single batch; the loss must fall far."
     params = [p for p in module.parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.AdamW(params, lr, weight_decay=0), []
+    optimizer = torch.optim.AdamW(params, lr, weight_decay=0)
+    losses = []
     module.train()
     for _ in range(steps):
         loss, _ = module(batch)
@@ -218,49 +332,51 @@ def overfit_one_batch(module: nn.Module,  # batch -> (loss, dictionary)
 
 # %% ../nbs/16_train.ipynb #c019
 def peak_memory_mb() -> float:  # MB
-    "The most memory this process has held: on its GPU, or on the CPU."
+    "Return the most memory this process has held: on its GPU, or on the CPU."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 2**20
-    try: from resource import RUSAGE_SELF, getrusage
+    try:
+        from resource import RUSAGE_SELF, getrusage
     except ImportError:  # Windows
         import psutil
         return psutil.Process().memory_info().peak_wset / 2**20
     return getrusage(RUSAGE_SELF).ru_maxrss / 1024
 
-# %% ../nbs/16_train.ipynb #c021
-def first_bad(names: list[str],  # of the logged numbers, (n,)
-              window: list[Tensor],  # of each step since the last line, (n,)
-              ) -> tuple[int, list[str]] | None:  # how many steps ago, names; None: all are finite here
-    "The first loss or gradient that is no number."
-    kept = [i for i, n in enumerate(names) if n.startswith(('loss', 'grad'))]
-    bad = ~torch.isfinite(torch.stack(window)[:, kept]).cpu() if window else torch.zeros(0, 0, dtype=torch.bool)
-    if not bad.any(): return None
-    row = bad.any(1).nonzero()[0].item()
-    return len(bad) - 1 - row, [names[i] for i, b in zip(kept, bad[row].tolist()) if b]
+# %% ../nbs/16_train.ipynb #c022
 def _require_finite(names, values):
-    "FloatingPointError that names the losses and gradients that are no number"
-    bad = [n for n, v in zip(names, values) if n.startswith(('loss', 'grad')) and not math.isfinite(v)]
+    "Raise FloatingPointError that names the losses and gradients that are no number"
+    judged = [(n, v) for n, v in zip(names, values) if n.startswith(('loss', 'grad'))]
+    bad = [n for n, v in judged if not math.isfinite(v)]
     if bad: raise FloatingPointError(f'{", ".join(bad)} not finite')
 
-# %% ../nbs/16_train.ipynb #c022
 class RunLog:
     "Means of the logged numbers, every `log_every` steps one JSON line in log.txt."
-    def __init__(self,
-                 run_dir: str | Path,  # folder of the run
-                 processes: Processes,  # over which means are taken
-                 images_per_step: int,  # global batch, for the speed
-                 ):
-        self.folder, self.processes, self.images = HeldFolder(run_dir), processes, images_per_step
-        self.names, self.window, self.start = [], [], time.perf_counter()
+    def __init__(
+        self,
+        run_dir: str | Path,   # folder of the run
+        processes: Processes,  # over which means are taken
+        images_per_step: int,  # global batch, for the speed
+    ):
+        self.folder = HeldFolder(run_dir)
+        self.processes = processes
+        self.images = images_per_step
+        self.names = []
+        self.window = []  # numbers of each step since the last line, on the device
+        self.start = time.perf_counter()
+
     @property
     def path(self):
         "Where the log is now, the folder may have been renamed."
         return self.folder.now() / 'log.txt'
+
     def append(self, row):
-        "One line, a flat dictionary, from one process; the clock for the speed starts anew. Raises OSError that names the file."
+        "Write one line, a flat dictionary, from one process. Raises OSError that names the file."
         try:
             if self.processes.rank == 0:
                 with open(self.path, 'a') as f: f.write(json_text(row, None) + '\n')
-        except OSError as e: raise OSError(e.errno, f'{e.strerror}; what was saved before is good', str(self.path)) from e
+        except OSError as e:
+            said = f'{e.strerror}; what was saved before is good'
+            raise OSError(e.errno, said, str(self.path)) from e
+        # the clock for the speed starts anew
         self.start = time.perf_counter()
 
     def add(self, names, values):
@@ -268,18 +384,29 @@ class RunLog:
         self.names = names
         self.window.append(values)
 
-    def write(self,
-              state: TrainState,  # where the run is
-              steps_per_epoch: int,  # for the key 'epoch'
-              **more,  # further entries
-              ):
-        "One line, from one transfer, unless all steps were skipped. Raises FloatingPointError when the loss is no longer a number."
-        if not self.window: return
-        values, count, now = (self.processes.mean(sum(self.window)) / len(self.window)).tolist(), len(self.window), time.perf_counter()
-        row = {'step': state.step, 'epoch': (state.step - 1) // steps_per_epoch} | {f'train_{n}': v for n, v in zip(self.names, values)}
-        row |= {'train_lr': state.optimizer.param_groups[0]['lr'], 'img_s': self.images * count / (now - self.start)}
-        row |= {'time': time.time(), **more, 'max_mem_mb': peak_memory_mb()}
-        self.append(row)
+    def write(
+        self,
+        state: TrainState,     # where the run is
+        steps_per_epoch: int,  # for the key 'epoch'
+        **more,                # further entries
+    ):
+        "Write one line, unless all steps were skipped. Raises FloatingPointError for a bad loss."
+        count = len(self.window)
+        if not count: return
+        # everything since the last line, in one transfer
+        values = (self.processes.mean(sum(self.window)) / count).tolist()
+        seconds = time.perf_counter() - self.start
+        self.append({
+            'step': state.step,
+            'epoch': (state.step - 1) // steps_per_epoch,
+            **{f'train_{name}': value for name, value in zip(self.names, values)},
+            'train_lr': state.optimizer.param_groups[0]['lr'],
+            'img_s': self.images * count / seconds,
+            'time': time.time(),
+            **more,
+            'max_mem_mb': peak_memory_mb(),
+        })
+        # the line is written first: it shows which term it was
         _require_finite(self.names, values)
         self.window.clear()
 
@@ -287,203 +414,298 @@ class RunLog:
 def _on_cpu(x):
     if isinstance(x, Tensor): return x.detach().cpu()
     if isinstance(x, dict): return {k: _on_cpu(v) for k, v in x.items()}
-    return [_on_cpu(v) for v in x] if isinstance(x, (list, tuple)) else x
+    if isinstance(x, (list, tuple)): return [_on_cpu(v) for v in x]
+    return x
 
 def _replay(task, step, terms, log, save=True):
     "The photos of a step, whose batch is made again, and the file where it is saved"
-    batches, rank = list(task.batches(step - 1, step)), log.processes.rank
-    file = log.path.with_name(f'not_finite_step{step}_process{rank}.pth')
+    batches = list(task.batches(step - 1, step))
+    file = log.path.with_name(f'not_finite_step{step}_process{log.processes.rank}.pth')
     if save: save_checkpoint(file, {'step': step, 'terms': terms, 'batches': _on_cpu(batches)})
-    return [i for b in batches for i in image_ids(b)], file
+    photos = [i for batch in batches for i in image_ids(batch)]
+    return photos, file
 
-def not_finite(task,  # that is trained
-               state: TrainState,  # where the run is
-               log: RunLog,  # with the numbers since the last line
-               error: FloatingPointError,  # what was noticed
-               ) -> FloatingPointError:  # to be raised instead
-    "Find the step, the numbers and the photos behind a loss that is not finite, and save its batch for a replay."
-    ago, terms = first_bad(log.names, log.window) or (0 if state.skips else -1, [str(error)])
-    step, rank = state.step - ago, log.processes.rank
+def not_finite(
+    task,                       # that is trained
+    state: TrainState,          # where the run is
+    log: RunLog,                # with the numbers since the last line
+    error: FloatingPointError,  # what was noticed
+) -> FloatingPointError:        # to be raised instead
+    "Find step and photos behind a loss that is not finite, and save the batch for a replay."
+    found = first_bad(log.names, log.window)
+    if found is None:
+        # noticed by the matcher within the next step, or in another process
+        found = (0 if state.skips else -1), [str(error)]
+    ago, terms = found
+    step = state.step - ago
     photos, file = _replay(task, step, terms, log)
     before = f', after {state.skips - 1} skipped ones' if state.skips else ''
-    return FloatingPointError(f'{", ".join(terms)} not finite in step {step}{before}, photos {photos} of process {rank}. '
-                              f'Its batch is in {file}. What was saved before is good; a smaller lr, in a new run, is the usual cure')
+    return FloatingPointError(
+        f'{", ".join(terms)} not finite in step {step}{before}, '
+        f'photos {photos} of process {log.processes.rank}. Its batch is in {file}. '
+        'What was saved before is good; a smaller lr, in a new run, is the usual cure')
 
 # %% ../nbs/16_train.ipynb #3f69d625
-def skip_step(task,  # that is trained
-              state: TrainState,  # after the step
-              log: RunLog,  # gets a line
-              names: list[str],  # of the step's numbers, (n,)
-              values: Tensor,  # (n,) of this process
-              ) -> None:
-    "Tell of a step that changed nothing. All processes call it; raises FloatingPointError after more than `max_skips` in a row."
+def skip_step(
+    task,               # that is trained
+    state: TrainState,  # after the step
+    log: RunLog,        # gets a line
+    names: list[str],   # of the step's numbers, (n,)
+    values: Tensor,     # (n,) of this process
+) -> None:
+    """Tell of a step that changed nothing; all processes call it.
+
+    Raises FloatingPointError after more than `max_skips` in a row."""
+    rank = log.processes.rank
     if state.skips > state.cfg.max_skips:
         log.add(names, values)
         raise FloatingPointError('another process')
-    terms, rank = (first_bad(names, [values]) or (0, []))[1], log.processes.rank
+
+    # the first such batch of a run is saved
+    found = first_bad(names, [values])
+    terms = found[1] if found else []
     first = not any(log.path.parent.glob(f'not_finite_*_process{rank}.pth'))
-    found = log.processes.gather((terms, _replay(task, state.step, terms, log, save=first)[0]))
-    guilty = [f for f in found if any(t.startswith('loss') for t in f[0])] or found
-    terms, photos = sorted({t for f in guilty for t in f[0]}), [i for f in guilty for i in f[1]]
-    row = {'step': state.step, 'epoch': (state.step - 1) // task.steps_per_epoch, 'skipped': ', '.join(terms), 'photos': photos}
-    log.append(row | {'time': time.time()})
-    if rank == 0: print(f'step {state.step} skipped: {row["skipped"]} not finite, photos {photos}', flush=True)
+    photos, _ = _replay(task, state.step, terms, log, save=first)
+
+    # a gradient is bad on all processes, a loss where its photos are
+    reports = log.processes.gather((terms, photos))
+    guilty = [r for r in reports if any(term.startswith('loss') for term in r[0])]
+    terms, photos = set(), []
+    for their_terms, their_photos in guilty or reports:
+        terms.update(their_terms)
+        photos += their_photos
+    skipped = ', '.join(sorted(terms))
+    epoch = (state.step - 1) // task.steps_per_epoch
+    log.append({'step': state.step, 'epoch': epoch, 'skipped': skipped, 'photos': photos,
+                'time': time.time()})
+    if rank == 0:
+        print(f'step {state.step} skipped: {skipped} not finite, photos {photos}', flush=True)
 
 # %% ../nbs/16_train.ipynb #c026
-def progress_writer(run_dir: str | Path,  # folder of the run
-                    processes: Processes,  # the first one writes
-                    phase: str,  # what is being done
-                    ):  # (done, total) -> None
-    "A function that keeps `progress.json` up to date, for `updetr.watch`."
+def progress_writer(
+    run_dir: str | Path,   # folder of the run
+    processes: Processes,  # the first one writes
+    phase: str,            # what is being done
+):                         # (done, total) -> None
+    "Return a function that keeps `progress.json` up to date, for `updetr.watch`."
     folder, begun, last = HeldFolder(run_dir), time.perf_counter(), 0.
+
     def progress(done, total):
         nonlocal last
         now = time.perf_counter()
-        if processes.rank or (now - last < 1 and done < total): return
+        too_soon = now - last < 1 and done < total
+        if processes.rank or too_soon: return
         last = now
-        write_json(folder.now() / 'progress.json', {'phase': phase, 'done': done, 'total': total, 'seconds': now - begun})
+        content = {'phase': phase, 'done': done, 'total': total, 'seconds': now - begun}
+        write_json(folder.now() / 'progress.json', content)
     return progress
 
-# %% ../nbs/16_train.ipynb #c029
-def train(task,  # an object as described above
-          cfg: TrainConfig,  # of the run
-          run_dir: str | Path,  # folder of the run; it must exist
-          processes: Processes,  # of `join_processes`
-          ) -> TrainState:  # after the last step
-    "Run a task to its end or to a stop, resuming from what `run_dir` holds. Raises what the task raises; ValueError if no save is whole."
-    run_dir, state = Path(run_dir), TrainState(task.model, cfg)
-    log = RunLog(run_dir, processes, cfg.batch_size)
-    torch.manual_seed(cfg.seed * 1000 + processes.rank)
-    _resume(task, state, run_dir, processes)
-    total = cfg.epochs * task.steps_per_epoch
-    if state.step > total:
-        raise ValueError(f'{run_dir} has done {state.step} steps, more than the {total} of epochs={cfg.epochs}: ask for more')
-    task.begin(resumed=state.step > 0)
-    module = task.module.train()
-    for part in module.modules():
-        if hasattr(part, 'strict'): part.strict = not cfg.max_skips  # else it would end one process, and leave the others waiting
-    if cfg.compile: task.model.backbone[0].compile()
-    if processes.world > 1:
-        devices = [processes.device] if processes.device.type == 'cuda' else None
-        module = DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
-    with StopFlag() as stop:
-        try: complete = _loop(task, module, state, log, total, stop)
-        except FloatingPointError as e: raise not_finite(task, state, log, e) from e
-    if complete and processes.rank == 0:
-        write_json(log.path.with_name('done.json'), {'step': state.step, 'seconds': state.seconds})
-    return state
-
-# %% ../nbs/16_train.ipynb #c030
-def _loop(task, module, state, log, total, stop):
-    "Steps until the end or a stop, with log lines, saves, previews and measurements; whether the end was reached"
-    cfg, per_epoch, processes = state.cfg, task.steps_per_epoch, log.processes
-    batches, log.start = iter(task.batches(state.step, total)), time.perf_counter()
-    begun, amp = time.perf_counter() - state.seconds, cfg.amp and processes.device.type == 'cuda'
-    stopping = _due(task, state, total) and not _measure(task, state, log, stop)
-    while state.step < total and not stopping:
-        task.run_dir = log.path.parent  # renamed, maybe
-        names, values = train_step(module, batches, state, lr_factor(state.step, total, per_epoch, cfg), amp, processes)
-        if state.skips: skip_step(task, state, log, names, values)
-        else: log.add(names, values)
-        state.seconds, stopping = time.perf_counter() - begun, processes.any(bool(stop))
-        keep, due = cfg.keep_every and state.step % (cfg.keep_every * per_epoch) == 0, _due(task, state, total)
-        save = state.step % cfg.save_every == 0 or state.step == total or stopping or keep or due
-        if state.step % cfg.log_every == 0 or save: log.write(state, per_epoch, seconds=state.seconds)
-        if save: _save(task, state, log.path.parent, processes, keep)
-        if due and not stopping: stopping = not _measure(task, state, log, stop)
-    if stopping and processes.rank == 0:
-        print(f'stopped after step {state.step} of {total} ({stop.reason or "another process"}); saved', flush=True)
-    return state.step == total and not _due(task, state, total)
-
-def _due(task, state, total):
-    "Whether an epoch has ended that is to be measured, and was not"
-    if not task.measure_every or state.step in (0, state.measured): return False
-    return state.step == total or state.step % (task.measure_every * task.steps_per_epoch) == 0
-
-def _measure(task, state, log, stop):
-    "Measure the averaged weights if there are any; False if a stop came in between"
-    measured = task.measure(state.ema.module if state.ema else state.model, stop)
-    if measured is None: return False
-    state.measured = state.step
-    log.append({'step': state.step, 'epoch': (state.step - 1) // task.steps_per_epoch, 'time': time.time()} | measured)
-    return True
-
-# %% ../nbs/16_train.ipynb #c031
-def _save(task, state, run_dir, processes, keep):
-    "The last state, the epoch's own file if it is to be kept, and a picture; one process writes"
-    rng = gather_rng(processes.device)
-    if processes.rank: return
-    data = {'data': short_marks(task.marks)} if hasattr(task, 'marks') else {}
-    saved = task.notes | data | state.state_dict(task.steps_per_epoch, rng)
-    save_checkpoint(run_dir / SAVED[0], saved, keep=SAVED[1])
-    if keep: save_checkpoint(run_dir / f'checkpoint{state.step // task.steps_per_epoch - 1:04}.pth', saved)
-    task.preview(run_dir / 'preview.png')
-
 # %% ../nbs/16_train.ipynb #c032
+def _seed_again(saved, state, processes):
+    "Restore the generator states, where the number of processes is the same; True then"
+    base = state.cfg.seed * 1000 + processes.rank
+    same = len(saved['rng']) == processes.world
+    if same: set_rng_state(saved['rng'][processes.rank], processes.device)
+    else: torch.manual_seed(base * 1_000_003 + state.step)
+    return same
+
 def _resume(task, state, run_dir, processes):
-    "Weights, moments, step; generator states where the number of processes is the same"
+    "Restore weights, moments, step and generators from the last whole save, if there is one"
     saved, file, damaged = last_saved(run_dir, processes)
-    marks, cfg = getattr(task, 'marks', None), dataclasses.asdict(state.cfg)
+    marks = getattr(task, 'marks', None)
     if saved is not None:
-        if marks is not None: refuse_data(run_dir, saved_marks(saved), marks, cfg)
+        if marks is not None:
+            cfg = dataclasses.asdict(state.cfg)
+            refuse_data(run_dir, saved_marks(saved), marks, cfg)
         state.load(saved, file)
+    # all have read before one moves files
     processes.barrier()
     if processes.rank == 0:
         put_away(run_dir, damaged)
         if marks is not None: keep_data(run_dir, marks, resumed=saved is not None)
     if saved is None: return
-    same = len(saved['rng']) == processes.world
-    if same: set_rng_state(saved['rng'][processes.rank], processes.device)
-    else: torch.manual_seed((state.cfg.seed * 1000 + processes.rank) * 1_000_003 + state.step)
-    if processes.rank == 0:
-        again = max(0, last_logged(run_dir) - state.step)
-        notes = [f'({again} steps are computed again)'] * bool(again)
-        if not same: notes.append(f'on {processes.world} processes instead of {len(saved["rng"])}: same batches in the same order, '
-                                  'other dropout masks')
-        print(' '.join([f'resumed after step {state.step}', *notes]), flush=True)
+    same = _seed_again(saved, state, processes)
+    if processes.rank: return
+    notes = [f'resumed after step {state.step}']
+    again = last_logged(run_dir) - state.step
+    if again > 0: notes.append(f'({again} steps are computed again)')
+    if not same:
+        notes.append(f'on {processes.world} processes instead of {len(saved["rng"])}: '
+                     'same batches in the same order, other dropout masks')
+    print(' '.join(notes), flush=True)
+
+# %% ../nbs/16_train.ipynb #c031
+def _save(task, state, run_dir, processes, keep):
+    "Save the last state, the epoch's own file if it is to be kept, and a picture"
+    # all processes give their generator's state
+    rng = gather_rng(processes.device)
+    if processes.rank: return
+    data = {'data': short_marks(task.marks)} if hasattr(task, 'marks') else {}
+    saved = task.notes | data | state.state_dict(task.steps_per_epoch, rng)
+    # the save before becomes checkpoint_previous.pth
+    save_checkpoint(run_dir / SAVED[0], saved, keep=SAVED[1])
+    if keep:
+        epoch = state.step // task.steps_per_epoch - 1
+        save_checkpoint(run_dir / f'checkpoint{epoch:04}.pth', saved)
+    task.preview(run_dir / 'preview.png')
+
+# %% ../nbs/16_train.ipynb #c030
+def _due(task, state, total):
+    "True where an epoch has ended that is to be measured, and was not"
+    if not task.measure_every or state.step in (0, state.measured): return False
+    return state.step == total or state.step % (task.measure_every * task.steps_per_epoch) == 0
+
+def _measure(task, state, log, stop):
+    "Measure the averaged weights if there are any; False if a stop came in between"
+    model = state.ema.module if state.ema else state.model
+    numbers = task.measure(model, stop)
+    if numbers is None: return False
+    state.measured = state.step
+    epoch = (state.step - 1) // task.steps_per_epoch
+    log.append({'step': state.step, 'epoch': epoch, 'time': time.time()} | numbers)
+    return True
+
+def _loop(task, module, state, log, total, stop):
+    "Step until the end or a stop, with log lines, saves and measurements; True at the end"
+    cfg, per_epoch, processes = state.cfg, task.steps_per_epoch, log.processes
+    batches = iter(task.batches(state.step, total))
+    log.start = time.perf_counter()
+    begun = log.start - state.seconds
+    amp = cfg.amp and processes.device.type == 'cuda'
+    # a run that was stopped while it measured measures first
+    stopping = _due(task, state, total) and not _measure(task, state, log, stop)
+    while state.step < total and not stopping:
+        # the folder may have been renamed
+        task.run_dir = log.path.parent
+        factor = lr_factor(state.step, total, per_epoch, cfg)
+        names, values = train_step(module, batches, state, factor, amp, processes)
+        if state.skips: skip_step(task, state, log, names, values)
+        else: log.add(names, values)
+        state.seconds = time.perf_counter() - begun
+        # a signal reaches one process; all stop after the same step
+        stopping = processes.any(bool(stop))
+        # a line before every save: what is no number is never saved
+        due = _due(task, state, total)
+        keep = cfg.keep_every and state.step % (cfg.keep_every * per_epoch) == 0
+        regular = state.step % cfg.save_every == 0 or state.step == total
+        save = regular or stopping or keep or due
+        if save or state.step % cfg.log_every == 0:
+            log.write(state, per_epoch, seconds=state.seconds)
+        if save: _save(task, state, log.path.parent, processes, keep)
+        # saved before it is measured: nothing is lost if a stop comes meanwhile
+        if due and not stopping: stopping = not _measure(task, state, log, stop)
+    if stopping and processes.rank == 0:
+        reason = stop.reason or 'another process'
+        print(f'stopped after step {state.step} of {total} ({reason}); saved', flush=True)
+    return state.step == total and not _due(task, state, total)
+
+# %% ../nbs/16_train.ipynb #c029
+def train(
+    task,                  # an object as described above
+    cfg: TrainConfig,      # of the run
+    run_dir: str | Path,   # folder of the run; it must exist
+    processes: Processes,  # of `join_processes`
+) -> TrainState:           # after the last step
+    """Run a task to its end or to a stop, resuming from what `run_dir` holds.
+
+    Raises what the task raises; ValueError if no save is whole."""
+    run_dir = Path(run_dir)
+    state = TrainState(task.model, cfg)
+    log = RunLog(run_dir, processes, cfg.batch_size)
+
+    # where the last save ends, or at the beginning
+    torch.manual_seed(cfg.seed * 1000 + processes.rank)
+    _resume(task, state, run_dir, processes)
+    total = cfg.epochs * task.steps_per_epoch
+    if state.step > total:
+        raise ValueError(f'{run_dir} has done {state.step} steps, more than the {total} '
+                         f'of epochs={cfg.epochs}: ask for more')
+    task.begin(resumed=state.step > 0)
+
+    # what is trained: in training mode, compiled, in DDP
+    module = task.module.train()
+    for part in module.modules():
+        # a matcher that raises would end one process, and leave the others waiting
+        if hasattr(part, 'strict'): part.strict = not cfg.max_skips
+    if cfg.compile: task.model.backbone[0].compile()
+    if processes.world > 1:
+        devices = [processes.device] if processes.device.type == 'cuda' else None
+        module = DistributedDataParallel(module, devices, broadcast_buffers=False,
+                                         gradient_as_bucket_view=True)
+
+    with StopFlag() as stop:
+        try:
+            complete = _loop(task, module, state, log, total, stop)
+        except FloatingPointError as e:
+            raise not_finite(task, state, log, e) from e
+    if complete and processes.rank == 0:
+        done = {'step': state.step, 'seconds': state.seconds}
+        write_json(log.path.with_name('done.json'), done)
+    return state
 
 # %% ../nbs/16_train.ipynb #c047
 TASKS = ('pretrain', 'finetune', 'oneshot', 'panoptic', 'cnn')
 
-def find_task(name: str,  # one of `TASKS`
-              ) -> tuple[type, type]:  # its kind of configuration, and the task
-    "`TASK` of the module `updetr.<name>_task`. Raises ValueError for an unknown name."
-    if name not in TASKS: raise ValueError(f'task {repr(name)[:60]} is unknown: choose {", ".join(TASKS)}')
+def find_task(
+    name: str,           # one of `TASKS`
+) -> tuple[type, type]:  # its kind of configuration, and the task
+    "Return `TASK` of the module `updetr.<name>_task`. Raises ValueError for an unknown name."
+    if name not in TASKS:
+        raise ValueError(f'task {repr(name)[:60]} is unknown: choose {", ".join(TASKS)}')
     return import_module(f'updetr.{name}_task').TASK
 
 @contextmanager
-def only_trainer(run_dir: str | Path,  # folder of the run
-                 ):  # context
-    "Nobody else trains in this folder meanwhile, else RuntimeError. The lock is the process's: it ends with it, however that is."
+def only_trainer(
+    run_dir: str | Path,  # folder of the run
+):                        # context
+    """Let nobody else train in this folder meanwhile, else raise RuntimeError.
+
+    The lock is the process's: it ends with it, however that is."""
     with open(Path(run_dir) / 'training.lock', 'a+') as lock:
         fcntl = file_locks()
-        try: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            lock.seek(0)
+            # other errors: a file system without locks, where training goes on unguarded
             if e.errno in (errno.EACCES, errno.EAGAIN):
-                raise RuntimeError(f'{run_dir} is being trained already, by {lock.read().strip()}: attach to it, or stop it first') from e
+                lock.seek(0)
+                owner = lock.read().strip()
+                raise RuntimeError(f'{run_dir} is being trained already, by {owner}: '
+                                   'attach to it, or stop it first') from e
+        # for the message above
         lock.truncate(0)
         print(f'process {os.getpid()} on {socket.gethostname()}', file=lock, flush=True)
         yield
 
 # %% ../nbs/16_train.ipynb #c048
-def run(cfg_path: str | Path,  # cfg.json in a run folder
-        ) -> None:
-    "Run or resume the task that a run folder describes. Raises ValueError for a task or a configuration that cannot be."
-    path, processes = Path(cfg_path), join_processes()
+def run(
+    cfg_path: str | Path,  # cfg.json in a run folder
+) -> None:
+    """Run or resume the task that a run folder describes.
+
+    Raises ValueError for a task or a configuration that cannot be."""
+    path = Path(cfg_path)
+    folder = path.parent
+    processes = join_processes()
+
+    # the file tells the task, the task the kind of configuration
     content = read_json(path)
     kind, task = find_task(content.get('task'))
-    fields = {f.name for f in dataclasses.fields(kind)}
+    fields = {field.name for field in dataclasses.fields(kind)}
     cfg = check_config(kind(**{k: v for k, v in content.items() if k in fields}))
-    if (ignored := sorted(set(content) - fields)) and not processes.rank: print(f'{path}: not known, and not read: {ignored}', flush=True)
-    with nullcontext() if processes.rank else only_trainer(path.parent):
-        state = train(task(cfg, path.parent, processes), cfg, path.parent, processes)
+    ignored = sorted(set(content) - fields)
+    if ignored and processes.rank == 0:
+        print(f'{path}: not known, and not read: {ignored}', flush=True)
+
+    with only_trainer(folder) if processes.rank == 0 else nullcontext():
+        state = train(task(cfg, folder, processes), cfg, folder, processes)
     if processes.rank == 0: print(f'{state.step} steps in {state.seconds:.0f} s', flush=True)
 
 @record
 def main() -> None:
-    "Command line: `python -m updetr --cfg runs/<name>/cfg.json`."
-    parser = argparse.ArgumentParser('python -m updetr', description='Run or resume the training that a run folder describes.')
+    "Run the command line: `python -m updetr --cfg runs/<name>/cfg.json`."
+    described = 'Run or resume the training that a run folder describes.'
+    parser = argparse.ArgumentParser('python -m updetr', description=described)
     parser.add_argument('--cfg', required=True, help='cfg.json in the run folder')
     run(parser.parse_args().cfg)
     if dist.is_initialized(): dist.destroy_process_group()
