@@ -549,7 +549,6 @@ def _save(task, state, run_dir, processes, keep):
         save_checkpoint(run_dir / f'checkpoint{epoch:04}.pth', saved)
     task.preview(run_dir / 'preview.png')
 
-# %% ../nbs/16_train.ipynb #c030
 def _due(task, state, total):
     "True where an epoch has ended that is to be measured, and was not"
     if not task.measure_every or state.step in (0, state.measured): return False
@@ -565,6 +564,7 @@ def _measure(task, state, log, stop):
     log.append({'step': state.step, 'epoch': epoch, 'time': time.time()} | numbers)
     return True
 
+# %% ../nbs/16_train.ipynb #c030
 def _loop(task, module, state, log, total, stop):
     "Step until the end or a stop, with log lines, saves and measurements; True at the end"
     cfg, per_epoch, processes = state.cfg, task.steps_per_epoch, log.processes
@@ -621,7 +621,6 @@ def train(
         raise ValueError(f'{run_dir} has done {state.step} steps, more than the {total} '
                          f'of epochs={cfg.epochs}: ask for more')
     task.begin(resumed=state.step > 0)
-
     # what is trained: in training mode, compiled, in DDP
     module = task.module.train()
     for part in module.modules():
@@ -632,15 +631,14 @@ def train(
         devices = [processes.device] if processes.device.type == 'cuda' else None
         module = DistributedDataParallel(module, devices, broadcast_buffers=False,
                                          gradient_as_bucket_view=True)
-
     with StopFlag() as stop:
         try:
             complete = _loop(task, module, state, log, total, stop)
         except FloatingPointError as e:
             raise not_finite(task, state, log, e) from e
     if complete and processes.rank == 0:
-        done = {'step': state.step, 'seconds': state.seconds}
-        write_json(log.path.with_name('done.json'), done)
+        done = log.path.with_name('done.json')
+        write_json(done, {'step': state.step, 'seconds': state.seconds})
     return state
 
 # %% ../nbs/16_train.ipynb #c047
