@@ -31,117 +31,166 @@ from .stop import file_locks
 # %% ../nbs/17_launch.ipynb #c006
 def _read_json(path):
     "The object in a JSON file, None if there is no such file; ValueError if it is damaged."
-    try: content = json.loads(Path(path).read_bytes()) if Path(path).exists() else None
-    except (ValueError, RecursionError) as e: raise ValueError(f'{path} is damaged ({e}): put it right or delete it') from e
+    path = Path(path)
+    if not path.exists(): return None
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{path} is damaged ({e}): put it right or delete it') from e
     if content is None or isinstance(content, dict): return content
-    raise ValueError(f'{path} is damaged (it holds a {type(content).__name__}): put it right or delete it')
+    held = type(content).__name__
+    raise ValueError(f'{path} is damaged (it holds a {held}): put it right or delete it')
 
 def read_record(
     path: str | Path,  # cfg.json, progress.json, done.json or launch.json of a run
-) -> dict | None:  # None: it is not there, or damaged
-    "The object in a small file of a run, for whoever only looks on."
-    try: content = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError): return None
+) -> dict | None:      # None: it is not there, or damaged
+    "Return the object in a small file of a run, for whoever only looks on."
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
     return content if isinstance(content, dict) else None
 
 # %% ../nbs/17_launch.ipynb #c010
 def torchrun_command(
-    run_dir: str | Path,  # folder of the run; on several machines it must be one they share
-    processes: int = 1,  # processes on this machine
-    module: str = 'updetr',  # module that each process runs, as `python -m module --cfg run_dir/cfg.json`
-    nnodes: int = 1,  # number of machines
+    run_dir: str | Path,               # folder of the run, which several machines share
+    processes: int = 1,                # processes on this machine
+    module: str = 'updetr',            # each process runs `python -m module --cfg run_dir/cfg.json`
+    nnodes: int = 1,                   # number of machines
     rdzv_endpoint: str | None = None,  # 'host:port' on one of the machines; needed if nnodes > 1
-) -> list[str]:  # the words of the command
-    "The command that starts one machine's part of a run. Raises ValueError without a process or, for several machines, a place to meet."
+) -> list[str]:                        # the words of the command
+    """Return the command that starts one machine's part of a run.
+
+    Raises ValueError without a process or, for several machines, a place to meet."""
     if processes < 1: raise ValueError(f'processes={processes}: a run needs at least one')
     if nnodes > 1 and not rdzv_endpoint:
-        raise ValueError(f"nnodes={nnodes} needs rdzv_endpoint='host:port', a free port on one of the machines, the same for all")
+        raise ValueError(f"nnodes={nnodes} needs rdzv_endpoint='host:port', "
+                         'a free port on one of the machines, the same for all')
     run = Path(run_dir).resolve()
-    meet = ['--rdzv-endpoint', run/'meet/launcher', '--rdzv-conf', 'store_type=file', '--local-addr', '127.0.0.1'] if nnodes == 1 else [
-        '--nnodes', nnodes, '--rdzv-endpoint', rdzv_endpoint]
-    return [str(w) for w in [
-        sys.executable, '-m', 'torch.distributed.run', '--rdzv-backend', 'c10d', '--rdzv-id', run.name, *meet,
-        '--nproc-per-node', processes, '--max-restarts', 0, '--log-dir', run/'ranks', '--tee', 3, '--local-ranks-filter', 0,
-        '-m', module, '--cfg', run/'cfg.json']]
+    launcher = [sys.executable, '-m', 'torch.distributed.run']
+    meet = ['--rdzv-backend', 'c10d', '--rdzv-id', run.name]
+    if nnodes == 1:
+        meet += ['--rdzv-endpoint', run/'meet/launcher', '--rdzv-conf', 'store_type=file']
+        meet += ['--local-addr', '127.0.0.1']
+    else:
+        meet += ['--nnodes', nnodes, '--rdzv-endpoint', rdzv_endpoint]
+    # a run that fails is not started again; all that is said is kept, the first rank's is shown
+    options = ['--nproc-per-node', processes, '--max-restarts', 0]
+    options += ['--log-dir', run/'ranks', '--tee', 3, '--local-ranks-filter', 0]
+    trainer = ['-m', module, '--cfg', run/'cfg.json']
+    return [str(word) for word in launcher + meet + options + trainer]
 
 # %% ../nbs/17_launch.ipynb #c013
 def _has_mark(process, mark):
-    "Is this living process part of the launch `mark`? Processes of other users, dead ones and zombies are not."
-    try: return process.environ().get('UPDETR_LAUNCH') == mark
-    except psutil.Error: return False
+    "True for a living process of the launch `mark`; other users', dead ones and zombies are not"
+    try:
+        return process.environ().get('UPDETR_LAUNCH') == mark
+    except psutil.Error:
+        return False
 
 def _members(mark):
     "All living processes of a launch: the launcher, its workers, their data-loading children."
-    if not re.fullmatch('[0-9a-f]{32}', mark or ''): raise ValueError(f'{mark!r} is no mark of a launch: launch.json is damaged, delete it')
+    if not re.fullmatch('[0-9a-f]{32}', mark or ''):
+        raise ValueError(f'{mark!r} is no mark of a launch: launch.json is damaged, delete it')
     return [p for p in psutil.process_iter() if _has_mark(p, mark)]
 
 # %% ../nbs/17_launch.ipynb #c016
 def _identity(run):
-    "What tells a folder from its copies, and stays when it is renamed: the device and the number of its directory"
+    "Device and number of a folder: a copy has others, a renamed folder keeps them"
     info = os.stat(run)
     return [info.st_dev, info.st_ino]
 
 def _is_copy(run, record):
-    "Was `launch.json` written in another folder, of which this one is a copy? Older ones do not tell."
-    if not record or not isinstance(record.get('folder'), list) or len(record['folder']) != 2: return False
-    if record['host'] == socket.gethostname(): return record['folder'] != _identity(run)
-    return record['folder'][1] != _identity(run)[1]  # another machine may number its devices otherwise
+    "True if `launch.json` was written in another folder, of which this one is a copy"
+    folder = record and record.get('folder')
+    # older records do not tell
+    if not isinstance(folder, list) or len(folder) != 2: return False
+    device, number = _identity(run)
+    # another machine may number its devices otherwise
+    if record['host'] != socket.gethostname(): return folder[1] != number
+    return folder != [device, number]
 
 def _record(run):
-    "What `launch.json` says; None if there is none, or it was written on another machine or in another folder."
-    record = _read_json(Path(run)/'launch.json')
-    wrong = record and [k for k, kind in (('pid', int), ('mark', str), ('host', str)) if type(record.get(k)) is not kind]
-    if wrong:
-        raise ValueError(f'{Path(run)/"launch.json"} is damaged ({wrong[0]} {record.get(wrong[0])!r}): delete it')
-    if not record or record['host'] != socket.gethostname(): return None
-    return None if _is_copy(run, record) else record
+    "The content of `launch.json`; None without it, or if another machine or folder wrote it."
+    file = Path(run)/'launch.json'
+    record = _read_json(file)
+    if not record: return None
+    for key, kind in (('pid', int), ('mark', str), ('host', str)):
+        # not isinstance: True is no process number
+        if type(record.get(key)) is not kind:
+            raise ValueError(f'{file} is damaged ({key} {record.get(key)!r}): delete it')
+    if record['host'] != socket.gethostname() or _is_copy(run, record): return None
+    return record
 
 def _grows(run, quiet):
-    "Has something been logged within the last `quiet` seconds?"
-    logs = [Path(run)/n for n in ('log.txt', 'train.log')]
-    return any(time.time() - p.stat().st_mtime < quiet for p in logs if p.exists())
+    "True if something has been logged within the last `quiet` seconds"
+    logs = [Path(run)/name for name in ('log.txt', 'train.log')]
+    return any(time.time() - log.stat().st_mtime < quiet for log in logs if log.exists())
 
+# %% ../nbs/17_launch.ipynb #c016a
 def is_alive(
     run_dir: str | Path,  # folder of the run
-    quiet: float = 120,  # seconds; a run that was not launched on this machine counts as dead when its logs rest longer
-) -> bool:  # True while the run goes on
-    "Does the run's launcher live? Cannot be fooled by a recycled process number, nor by a copy of the folder of a run that lives."
-    if not (record := _record(run_dir)):
-        return not _is_copy(run_dir, _read_json(Path(run_dir)/'launch.json')) and _grows(run_dir, quiet)
-    try: return _has_mark(psutil.Process(record['pid']), record['mark'])
-    except psutil.NoSuchProcess: return False
+    quiet: float = 120,   # seconds; a run from elsewhere counts as dead when its logs rest longer
+) -> bool:                # True while the run goes on
+    """Return True while the run's launcher lives.
+
+    It cannot be fooled by a recycled process number, nor by a copy of a living run's folder."""
+    record = _record(run_dir)
+    if record:
+        try:
+            return _has_mark(psutil.Process(record['pid']), record['mark'])
+        except psutil.NoSuchProcess:
+            return False
+    # not launched here: the only sign of life is that its files grow
+    copied = _is_copy(run_dir, _read_json(Path(run_dir)/'launch.json'))
+    return not copied and _grows(run_dir, quiet)
 
 # %% ../nbs/17_launch.ipynb #c019
 def _alone(run):
-    "Environment of a run on one machine: an empty folder to meet in, and no connection but over the loopback interface"
+    "Environment of a run on one machine: an empty folder to meet in, no connection to others"
     shutil.rmtree(run/'meet', ignore_errors=True)
     (run/'meet').mkdir(mode=0o700, exist_ok=True)
-    inside = next(name for name, addresses in psutil.net_if_addrs().items() if any(a.address == '127.0.0.1' for a in addresses))
-    return dict(UPDETR_MEET=str((run/'meet/workers').resolve()), TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1',
+    # the loopback interface, which no other machine sees: lo, or lo0
+    interfaces = psutil.net_if_addrs().items()
+    inside = next(name for name, addresses in interfaces
+                  if any(a.address == '127.0.0.1' for a in addresses))
+    return dict(UPDETR_MEET=str((run/'meet/workers').resolve()),
+                TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1',
                 GLOO_SOCKET_IFNAME=inside, NCCL_SOCKET_IFNAME=inside)
 
 def _environment(processes, gpus, mark, more):
-    "Environment of a launcher; what the user has set already wins, apart from what marks the launch and `more`."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    usual = dict(PYTHONUNBUFFERED='1', OMP_NUM_THREADS=str(max(1, cores//processes)), TORCH_ELASTIC_SHUTDOWN_TIMEOUT='300')
-    fixed = dict(UPDETR_LAUNCH=mark, MPLBACKEND='Agg', **({} if gpus else dict(CUDA_VISIBLE_DEVICES='')))
-    return {**usual, **{k: v for k, v in os.environ.items() if k != 'UPDETR_MEET'}, **fixed, **more}
+    "Environment of a launcher; what the user has set wins, but for the launch's marks and `more`."
+    has_affinity = hasattr(os, 'sched_getaffinity')
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    usual = dict(PYTHONUNBUFFERED='1', OMP_NUM_THREADS=str(max(1, cores//processes)),
+                 TORCH_ELASTIC_SHUTDOWN_TIMEOUT='300')
+    # a launch from within a run must not meet that run's workers
+    users = {name: value for name, value in os.environ.items() if name != 'UPDETR_MEET'}
+    fixed = dict(UPDETR_LAUNCH=mark, MPLBACKEND='Agg')
+    if not gpus: fixed['CUDA_VISIBLE_DEVICES'] = ''
+    return {**usual, **users, **fixed, **more}
 
+# %% ../nbs/17_launch.ipynb #c019a
 def _start(run, command, env):
     "Start the launcher detached from this process and write `launch.json`."
     script = 'export UPDETR_LAUNCHER=$$; exec "$@"'
     if 'UPDETR_MEET' in env and os.path.isdir('/proc/self/fd'):
-        # the folder to meet in is held open: by its handle it is found again when the run's folder is renamed
-        script = 'exec 9<"${UPDETR_MEET%/*}"; export UPDETR_MEET=/proc/$$/fd/9/workers; ' + script
+        # the folder to meet in is held open: by its handle it is found again when it is renamed
+        handle = 'exec 9<"${UPDETR_MEET%/*}"; export UPDETR_MEET=/proc/$$/fd/9/workers; '
+        script = handle + script
         command = [word.replace(str(run.resolve()/'meet'), '/proc/self/fd/9') for word in command]
     with open(run/'train.log', 'ab') as log:
         start = log.seek(0, os.SEEK_END)
         process = subprocess.Popen(['sh', '-c', script, 'sh', *command], env=env,
-                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    write_json(run/'launch.json', dict(pid=process.pid, mark=env['UPDETR_LAUNCH'], host=socket.gethostname(),
-                                       folder=_identity(run), started=time.time(), log_start=start, command=command))
+                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                   start_new_session=True)
+    record = dict(pid=process.pid, mark=env['UPDETR_LAUNCH'], host=socket.gethostname(),
+                  folder=_identity(run), started=time.time(), log_start=start, command=command)
+    write_json(run/'launch.json', record)
+    # until the shell has become Python it may look dead
     with suppress(psutil.Error):
-        while process.poll() is None and psutil.Process(process.pid).cmdline()[:1] != command[:1]: time.sleep(.005)
+        launcher = psutil.Process(process.pid)
+        while process.poll() is None and launcher.cmdline()[:1] != command[:1]: time.sleep(.005)
     return process
 
 # %% ../nbs/17_launch.ipynb #c021
@@ -150,7 +199,8 @@ class Run:
     "A run that was started, attached to, or found finished."
     path: Path  # folder of the run
     how: str  # 'started', 'attached' or 'finished'
-    process: subprocess.Popen | None = field(default=None, repr=False)  # the launcher, where this process started it
+    # the launcher, where this process started it
+    process: subprocess.Popen | None = field(default=None, repr=False)
 
     def __fspath__(self): return str(self.path)
     def __str__(self): return f'{self.how}: {self.path}'
@@ -158,66 +208,77 @@ class Run:
 # %% ../nbs/17_launch.ipynb #c022
 def is_done(
     run_dir: str | Path,  # folder of the run
-) -> bool:  # a damaged `done.json` does not count: launched again, the run finds its last checkpoint and writes it anew
-    "Has the run reached its end?"
+) -> bool:
+    "Return True if the run has reached its end."
+    # a damaged file does not count: launched again, the run finds its checkpoint and writes it anew
     return read_record(Path(run_dir)/'done.json') is not None
 
 def attach(
     run_dir: str | Path,  # folder of the run
-) -> Run:  # the run, attached or finished
-    "Find a run again, e.g. after a kernel restart. Raises RuntimeError if it is neither running nor finished."
+) -> Run:                 # the run, attached or finished
+    "Find a run again, e.g. after a kernel restart. Raises RuntimeError if it has ended too early."
     run = Path(run_dir)
     if is_done(run): return Run(run, 'finished')
     if is_alive(run): return Run(run, 'attached')
-    raise RuntimeError(f'{run} is not running and has not reached its end: launch it with its configuration, and it goes on '
-                       'from its last checkpoint' if (run/'cfg.json').exists() else f'{run} holds no run (no cfg.json): launch one')
+    if not (run/'cfg.json').exists():
+        raise RuntimeError(f'{run} holds no run (no cfg.json): launch one')
+    raise RuntimeError(f'{run} is not running and has not reached its end: launch it '
+                       'with its configuration, and it goes on from its last checkpoint')
 
 # %% ../nbs/17_launch.ipynb #c024
 def _goes_on(run):
-    "Alive and not merely tidying up after its end."
+    "True if a run is alive and not merely tidying up after its end"
     return is_alive(run) and not is_done(run)
 
 def _require_finite(cfg):
     "ValueError that names an entry which JSON has no number for"
     for name, value in cfg.items():
-        try: json.dumps(value, default=os.fspath, allow_nan=False)
-        except ValueError as e: raise ValueError(f'{name} is {value}, but must be finite') from e
+        try:
+            json.dumps(value, default=os.fspath, allow_nan=False)
+        except ValueError as e:
+            raise ValueError(f'{name} is {value}, but must be finite') from e
 
 def prepare(
-    run_dir: str | Path,  # folder of the run; made if missing
-    cfg: dict,  # configuration; what JSON can hold, and paths
-    may_change: tuple = (),  # keys that may differ from those the folder was started with, besides notebook 15b's
-) -> Path:  # the configuration file
+    run_dir: str | Path,     # folder of the run; made if missing
+    cfg: dict,               # configuration; what JSON can hold, and paths
+    may_change: tuple = (),  # keys that may differ, besides notebook 15b's
+) -> Path:                   # the configuration file
     """Write `cfg.json`, unless the run goes on.
-    Raises ValueError that names what differs from the configuration that is there, or is not finite."""
+
+    Raises ValueError that names what differs from the folder's configuration, or is not finite."""
     _require_finite(cfg)
     run = Path(run_dir)
     run.mkdir(parents=True, exist_ok=True)
-    old = _read_json(run/'cfg.json') or cfg
+    file = run/'cfg.json'
+    old = _read_json(file) or cfg
     refuse_changes(run, old, cfg, may_change)
     changed = cfg_changes(old, cfg)
     if not _goes_on(run):
+        # more epochs than it had: its end is no end any more
         if changed: (run/'done.json').unlink(missing_ok=True)
-        write_json(run/'cfg.json', cfg)
-    return run/'cfg.json'
+        write_json(file, cfg)
+    return file
 
 # %% ../nbs/17_launch.ipynb #c026
 def launch(
-    run_dir: str | Path,  # folder of the run, e.g. 'runs/demo'; made if missing
-    cfg: dict,  # configuration; what JSON can hold, and paths
-    processes: int = 1,  # processes on this machine when there is no GPU (gloo)
-    gpus: int = 0,  # GPUs to use, one process each; 0 = CPU
-    module: str = 'updetr',  # module that each process runs
-    nnodes: int = 1,  # machines; the others run `torchrun_command` themselves
+    run_dir: str | Path,               # folder of the run, e.g. 'runs/demo'; made if missing
+    cfg: dict,                         # configuration; what JSON can hold, and paths
+    processes: int = 1,                # processes on this machine when there is no GPU (gloo)
+    gpus: int = 0,                     # GPUs to use, one process each; 0 = CPU
+    module: str = 'updetr',            # module that each process runs
+    nnodes: int = 1,                   # machines; the others run `torchrun_command` themselves
     rdzv_endpoint: str | None = None,  # 'host:port' where several machines meet
-    may_change: tuple = (),  # keys that may differ from those the folder was started with, besides notebook 15b's
-    data: dict | None = None,  # fingerprints of what is to be trained on now; None: the run itself compares, unless it is finished
-) -> Run:  # the run: started, attached or finished
+    may_change: tuple = (),            # keys that may differ, besides notebook 15b's
+    data: dict | None = None,          # fingerprints of the data; None: the run compares
+) -> Run:                              # the run: started, attached or finished
     """Start a run that outlives this process, or attach to it if it lives, or find it finished.
+
     Raises ValueError if the folder was started with another configuration or with other data."""
     run, locks = Path(run_dir), file_locks()
-    command = torchrun_command(run, gpus or processes, module, nnodes, rdzv_endpoint)
+    workers = gpus or processes
+    command = torchrun_command(run, workers, module, nnodes, rdzv_endpoint)
     run.mkdir(parents=True, exist_ok=True)
+    # two notebooks may launch at the same moment: the second finds the first one's run
     with open(run/'lock', 'w') as lock:
         locks.flock(lock, locks.LOCK_EX)
         goes_on = _goes_on(run)
@@ -225,56 +286,80 @@ def launch(
         prepare(run, cfg, may_change)
         if is_done(run): return Run(run, 'finished')
         if goes_on: return Run(run, 'attached')
+        # what a killed launcher may have left
         stop(run)
-        env = _environment(gpus or processes, gpus, uuid.uuid4().hex, _alone(run) if nnodes == 1 else {})
+        mark = uuid.uuid4().hex
+        meet = _alone(run) if nnodes == 1 else {}
+        env = _environment(workers, gpus, mark, meet)
         return Run(run, 'started', _start(run, command, env))
 
 # %% ../nbs/17_launch.ipynb #c028
 def stop(
-    run_dir: str | Path,  # folder of the run
+    run_dir: str | Path,   # folder of the run
     timeout: float = 300,  # seconds for the workers to save, before they are killed
-) -> bool:  # True if everything ended by itself, False if something had to be killed
-    """Ask a run to save and leave; after `timeout` kill what is left. Nothing of the run lives afterwards.
+) -> bool:                 # True if everything ended by itself, False if something had to be killed
+    """Ask a run to save and leave; after `timeout` kill what is left: nothing of it goes on.
+
     Raises RuntimeError if the run goes on but was not launched on this machine."""
-    if not (record := _record(run_dir)):
-        if is_alive(run_dir): raise RuntimeError(f'{Path(run_dir)} was not launched on this machine: stop it where it was started')
-        return True
-    left, end = _members(record['mark']), time.monotonic() + timeout
-    for p in [p for p in left if p.pid == record['pid']] or left:
-        with suppress(psutil.NoSuchProcess): p.terminate()
-    while (left := _members(record['mark'])) and time.monotonic() < end: time.sleep(.1)
+    record = _record(run_dir)
+    if not record:
+        if not is_alive(run_dir): return True
+        raise RuntimeError(f'{Path(run_dir)} was not launched on this machine: '
+                           'stop it where it was started')
+    left = _members(record['mark'])
+    end = time.monotonic() + timeout
+
+    # ask the launcher, which tells its workers; the workers where it is gone
+    launcher = [p for p in left if p.pid == record['pid']]
+    for process in launcher or left:
+        with suppress(psutil.NoSuchProcess): process.terminate()
+
+    # wait until they have saved
+    left = _members(record['mark'])
+    while left and time.monotonic() < end:
+        time.sleep(.1)
+        left = _members(record['mark'])
+
+    # kill who does not listen
     killed = bool(left)
     while left:
-        for p in left:
-            with suppress(psutil.NoSuchProcess): p.kill()
+        for process in left:
+            with suppress(psutil.NoSuchProcess): process.kill()
         time.sleep(.05)
         left = _members(record['mark'])
     return not killed
 
 # %% ../nbs/17_launch.ipynb #c029a
-_FINITE = ('epoch', 'time', 'seconds', 'img_s', 'max_mem_mb')  # keys of a row, beside 'step', whose values are finite numbers
+# keys of a row, beside 'step', whose values are finite numbers
+_FINITE = ('epoch', 'time', 'seconds', 'img_s', 'max_mem_mb')
 
 def is_number(
-    x,  # anything that JSON can hold
+    x,                    # anything that JSON can hold
     finite: bool = True,  # infinite ones and NaN do not count
-) -> bool:  # not for True and False
-    "Is this a number that can be computed with?"
+) -> bool:                # not for True and False
+    "Return True for a number that can be computed with."
     if type(x) is int: return abs(x) < 2**53
     return type(x) is float and (not finite or math.isfinite(x))
 
-def _measured(key): return key.startswith(('train_', 'test_'))
+def _measured(key):
+    return key.startswith(('train_', 'test_'))
 
 def _sound(row):
-    "Has every entry of a row the type that whoever draws it relies on?"
-    if not isinstance(row, dict) or type(row.get('step')) is not int or not 0 <= row['step'] < 2**53: return False
-    measured = [v for k, v in row.items() if _measured(k)]
-    return all(is_number(row.get(k, 0)) for k in _FINITE) and all(is_number(v, finite=False) for v in measured)
+    "True if every entry of a row has the type that whoever draws it relies on"
+    if not isinstance(row, dict): return False
+    step = row.get('step')
+    if type(step) is not int or not 0 <= step < 2**53: return False
+    if not all(is_number(row.get(key, 0)) for key in _FINITE): return False
+    return all(is_number(v, finite=False) for k, v in row.items() if _measured(k))
 
 def _row(line):
-    "What a line of the log holds, None if nothing; and whether all of it is sound. A row is flat: its last '{' opens it."
+    "The row in a line of the log, None if there is none; and True if all of it is sound"
+    # a row is flat: its last '{' opens it, whatever a killed process left before
     begin = max(line.rfind('{'), 0)
-    try: row = json.loads(line[begin:])
-    except (ValueError, RecursionError): return None, False
+    try:
+        row = json.loads(line[begin:])
+    except (ValueError, RecursionError):
+        return None, False
     if isinstance(row, dict):
         # null is how a number that is not finite was written
         row |= {k: math.nan for k, v in row.items() if v is None and _measured(k)}
@@ -287,69 +372,86 @@ class Log(list):
 
 def read_log(
     run_dir: str | Path,  # folder of the run
-) -> Log:  # dictionaries in order of 'step', each step once
-    "The rows of `log.txt`, also while it is written, and after restarts; empty if there is none yet."
+) -> Log:                 # dictionaries in order of 'step', each step once
+    "Return the rows of `log.txt`, also while it is written, and after restarts; empty without it."
     file, rows = Path(run_dir)/'log.txt', Log()
-    # Bytes, since text mode would take a lone '\r' of a damaged line for the end of a line.
-    *lines, last = file.read_bytes().decode(errors='replace').split('\n') if file.is_file() else ['']
-    for place, line in enumerate([*lines, last]):
+    if not file.is_file(): return rows
+    # bytes, since text mode would take a lone '\r' of a damaged line for the end of a line
+    lines = file.read_bytes().decode(errors='replace').split('\n')
+    last = len(lines) - 1
+    for place, line in enumerate(lines):
         row, whole = _row(line)
-        # The last line may be just being written: that is no damage.
-        rows.damaged += bool(line.strip()) and not whole and place < len(lines)
+        # the last line may be just being written: that is no damage
+        if line.strip() and not whole and place < last: rows.damaged += 1
         if row is None: continue
+        # a resumed run went back: what lay beyond its checkpoint has not happened
         while rows and rows[-1]['step'] > row['step']: rows.pop()
+        # two lines of one step are joined
         if rows and rows[-1]['step'] == row['step']: row = rows.pop() | row
         rows.append(row)
     return rows
 
 # %% ../nbs/17_launch.ipynb #c034
-def tail(
-    run_dir: str | Path,  # folder of the run
-    n: int = 20,  # lines
-) -> str:  # text
-    "The last `n` lines that the latest launch wrote to `train.log`."
-    return '\n'.join(_said(run_dir).splitlines()[-n:])
-
 def _said(run_dir):
     "Everything that the latest launch wrote to `train.log`."
     run, log = Path(run_dir), Path(run_dir)/'train.log'
     if not log.exists(): return ''
-    start = (read_record(run/'launch.json') or {}).get('log_start', 0)
-    return log.read_bytes()[start if type(start) is int else 0:].decode(errors='replace')
+    record = read_record(run/'launch.json') or {}
+    start = record.get('log_start', 0)
+    if type(start) is not int: start = 0
+    return log.read_bytes()[start:].decode(errors='replace')
+
+def tail(
+    run_dir: str | Path,  # folder of the run
+    n: int = 20,          # lines
+) -> str:                 # text
+    "Return the last `n` lines that the latest launch wrote to `train.log`."
+    return '\n'.join(_said(run_dir).splitlines()[-n:])
 
 # %% ../nbs/17_launch.ipynb #c035
 def death_note(
     run_dir: str | Path,  # folder of the run
-    n: int = 25,  # lines
-) -> str:  # text
-    "What the first failing process said last; the end of `train.log` where none is named."
-    cause = re.search(r'Root Cause.*?local_rank: (\d+)\).*?exitcode\s*: (\S+).*?error_file: (\S+)', _said(run_dir), re.DOTALL)
+    n: int = 25,          # lines
+) -> str:                 # text
+    "Return what the first failing process said last; the end of `train.log` where none is named."
+    # torchrun's summary: rank, exit code, and a file beside which the rank's stderr lies
+    summary = r'Root Cause.*?local_rank: (\d+)\).*?exitcode\s*: (\S+).*?error_file: (\S+)'
+    cause = re.search(summary, _said(run_dir), re.DOTALL)
     if not cause: return tail(run_dir, n)
-    named = Path(cause[3]).with_name('stderr.log')
-    logs = [named] if named.exists() else Path(run_dir).glob(f'ranks/*/attempt_*/{cause[1]}/stderr.log')
-    last = max(logs, key=lambda p: p.stat().st_mtime, default=None)
-    if last is None: return tail(run_dir, n)
-    last = last.read_text(errors='replace').splitlines()[-n:]
-    return '\n'.join([f'process {cause[1]} failed first (exit code {cause[2]}):', *last])
+    rank, code, error_file = cause.groups()
+    logs = [Path(error_file).with_name('stderr.log')]
+    if not logs[0].exists(): logs = Path(run_dir).glob(f'ranks/*/attempt_*/{rank}/stderr.log')
+    newest = max(logs, key=lambda file: file.stat().st_mtime, default=None)
+    if newest is None: return tail(run_dir, n)
+    said = newest.read_text(errors='replace').splitlines()[-n:]
+    return '\n'.join([f'process {rank} failed first (exit code {code}):', *said])
 
 # %% ../nbs/17_launch.ipynb #c037
 def _seems_alive(run):
     "As `is_alive`; a damaged `launch.json` stops nobody from looking on."
-    try: return is_alive(run)
-    except ValueError: return _grows(run, 120)
+    try:
+        return is_alive(run)
+    except ValueError:
+        return _grows(run, 120)
 
 def follow(
     run_dir: str | Path,  # folder of the run
-    every: float = 2.0,  # seconds between two looks
-):  # yields lists of rows
-    "Yield `read_log(run_dir)` every so often until the run has reached its end. Raises RuntimeError if it ends before."
+    every: float = 2.0,   # seconds between two looks
+):                        # yields lists of rows
+    """Yield `read_log(run_dir)` every so often until the run has reached its end.
+
+    Raises RuntimeError if it ends before."""
     run = Path(run_dir)
     while True:
-        alive, done, rows = _seems_alive(run), is_done(run), read_log(run)
+        # the process first: what ends between two looks has written its files by the second
+        alive = _seems_alive(run)
+        done = is_done(run)
+        rows = read_log(run)
         yield rows
         if done: return
         if not alive:
             reached = f"after step {rows[-1]['step']}" if rows else 'before its first step'
             raise RuntimeError(f'{run} ended {reached}, not at its end.\n{death_note(run)}\n'
-                               f'All output: {run}/train.log and {run}/ranks. Launch it again to go on from its last checkpoint.')
+                               f'All output: {run}/train.log and {run}/ranks. '
+                               'Launch it again to go on from its last checkpoint.')
         time.sleep(every)

@@ -21,62 +21,78 @@ from .pictures import plain_label
 
 # %% ../nbs/18_watch.ipynb #c008
 def seconds_left(
-    rows: list[dict],  # log rows with 'step' and 'time' (seconds)
+    rows: list[dict],   # log rows with 'step' and 'time' (seconds)
     steps: int | None,  # step at which the run ends; None = unknown
-    last: int = 20,  # rows to look back
-) -> float | None:  # seconds, None if it cannot be known yet
-    "Time to the end, by the median duration of a step over the last rows."
-    rows = [r for r in rows if 'time' in r][-last - 1:]
-    if not steps or len(rows) < 2: return None
-    pace = statistics.median((b['time'] - a['time']) / (b['step'] - a['step']) for a, b in zip(rows, rows[1:]))
-    return pace * max(0, steps - rows[-1]['step'])
+    last: int = 20,     # rows to look back
+) -> float | None:      # seconds, None if it cannot be known yet
+    "Return the time to the end, by the median duration of a step over the last rows."
+    timed = [row for row in rows if 'time' in row][-last - 1:]
+    if not steps or len(timed) < 2: return None
+    paces = []
+    for before, after in zip(timed, timed[1:]):
+        seconds = after['time'] - before['time']
+        paces.append(seconds / (after['step'] - before['step']))
+    return statistics.median(paces) * max(0, steps - timed[-1]['step'])
 
 # %% ../nbs/18_watch.ipynb #c011
+_FORMS = {'train_loss': 'loss {:.3g}', 'train_matched_iou': 'IoU {:.2f}', 'img_s': '{:.0f} img/s'}
+
 def _duration(seconds):
     "Seconds in the unit that fits: 90 min, 2.5 h."
-    size, unit = next(u for u in [(3600, 'h'), (60, 'min'), (1, 's')] if seconds > 1.5*u[0] or u[0] == 1)
-    return f'{seconds/size:.{int(unit == "h")}f} {unit}'
+    if seconds > 1.5*3600: return f'{seconds/3600:.1f} h'
+    if seconds > 1.5*60: return f'{seconds/60:.0f} min'
+    return f'{seconds:.0f} s'
 
 def status_line(
-    rows: list[dict],  # log rows
+    rows: list[dict],          # log rows
     steps: int | None = None,  # step at which the run ends
-    skipped: str = '',  # of `skipped_photos`
-) -> str:  # one line of text
-    "Where the run is: step, loss, matched IoU, images a second, time left."
-    if not rows: return 'starting: no step yet' + f' · {skipped}' * bool(skipped)
-    row, left = rows[-1], seconds_left(rows, steps)
-    parts = [f"step {row['step']}" + (f'/{steps}' if steps else ''), f"epoch {row['epoch']}" if 'epoch' in row else '']
-    parts += [form.format(row[k]) for k, form in _FORMS.items() if k in row]
+    skipped: str = '',         # of `skipped_photos`
+) -> str:                      # one line of text
+    "Return where the run is: step, loss, matched IoU, images a second, time left."
+    if not rows: return 'starting: no step yet' + (f' · {skipped}' if skipped else '')
+    row = rows[-1]
+    parts = [f"step {row['step']}/{steps}" if steps else f"step {row['step']}"]
+    if 'epoch' in row: parts.append(f"epoch {row['epoch']}")
+    parts += [form.format(row[key]) for key, form in _FORMS.items() if key in row]
+    left = seconds_left(rows, steps)
     if left is not None: parts.append(f'{_duration(left)} left')
-    if damaged := getattr(rows, 'damaged', 0): parts.append(f'{damaged} damaged lines of log.txt left out')
-    return ' · '.join(p for p in [*parts, skipped] if p)
-
-_FORMS = {'train_loss': 'loss {:.3g}', 'train_matched_iou': 'IoU {:.2f}', 'img_s': '{:.0f} img/s'}
+    damaged = getattr(rows, 'damaged', 0)
+    if damaged: parts.append(f'{damaged} damaged lines of log.txt left out')
+    if skipped: parts.append(skipped)
+    return ' · '.join(parts)
 
 # %% ../nbs/18_watch.ipynb #c014
 def skipped_photos(
     run_dir: str | Path,  # folder of the run
-    examples: int = 3,  # names to say
-) -> str:  # '' if every photo could be read
-    "How many photos a run could not read and left out, with the names of the first."
+    examples: int = 3,    # names to say
+) -> str:                 # '' if every photo could be read
+    "Return how many photos a run could not read and left out, with the names of the first."
     path = Path(run_dir)/'skipped.txt'
-    lines = path.read_text(errors='replace').splitlines() if path.exists() else []
+    if not path.exists(): return ''
+    lines = path.read_text(errors='replace').splitlines()
     # every process writes what it met, and a run that goes on meets it again
     files = list(dict.fromkeys(line.split(': ')[0] for line in lines if ': ' in line))
-    names = ', '.join(Path(f).name for f in files[:examples]) + ', ...' * (len(files) > examples)
-    return f'{len(files)} photo{"s" * (len(files) > 1)} could not be read: {names}' if files else ''
+    if not files: return ''
+    names = ', '.join(Path(file).name for file in files[:examples])
+    if len(files) > examples: names += ', ...'
+    photos = 'photo' if len(files) == 1 else 'photos'
+    return f'{len(files)} {photos} could not be read: {names}'
 
 def starting_line(
     run_dir: str | Path,  # folder of the run
-) -> str:  # one line of text
-    "What a run does before its first step, by the `progress.json` that a slow preparation keeps up to date."
+) -> str:                 # one line of text
+    "Return what a run does before its first step, by the `progress.json` of a slow preparation."
     path = Path(run_dir)/'progress.json'
     if not path.exists(): return status_line([], skipped=skipped_photos(run_dir))
-    p = read_record(path) or {}
-    if not all(is_number(p.get(k)) and p[k] >= 0 for k in ('done', 'total', 'seconds')):
+    told = read_record(path) or {}
+    numbers = [told.get(key) for key in ('done', 'total', 'seconds')]
+    if not all(is_number(x) and x >= 0 for x in numbers):
         return f'{status_line([])} (progress.json is damaged)'
-    left = p['seconds']/p['done']*(p['total'] - p['done']) if p['done'] else None
-    return f"before the first step: {p.get('phase')} {p['done']}/{p['total']}" + (f' · {_duration(left)} left' if left is not None else '')
+    done, total, seconds = numbers
+    line = f"before the first step: {told.get('phase')} {done}/{total}"
+    if not done: return line
+    left = seconds/done*(total - done)
+    return f'{line} · {_duration(left)} left'
 
 # %% ../nbs/18_watch.ipynb #c017
 def _smooth(values):
@@ -86,57 +102,52 @@ def _smooth(values):
 
 def _picture(file):
     "The picture in a file, None if there is none, or no whole one."
-    try: return imread(file)
-    except (OSError, SyntaxError, ValueError): return None
+    try:
+        return imread(file)
+    except (OSError, SyntaxError, ValueError):
+        return None
 
 def _curves(ax, rows, keys, loc):
     "One curve a key, over the rows that hold it."
-    for k in keys:
-        step, value = np.array([(r['step'], r[k]) for r in rows if k in r], float).T
+    for key in keys:
+        points = [(row['step'], row[key]) for row in rows if key in row]
+        step, value = np.array(points, float).T
         value = _smooth(value)
-        ax.plot(step[len(step) - len(value):], value, label=plain_label(k.removeprefix('train_').replace('test_', 'held-out ')), lw=1.2)
+        # each mean stands at the last of its steps
+        step = step[len(step) - len(value):]
+        name = key.removeprefix('train_').replace('test_', 'held-out ')
+        ax.plot(step, value, label=plain_label(name), lw=1.2)
     ax.set_xlabel('step')
     if keys: ax.legend(fontsize=7, loc=loc, framealpha=.6)
 
 # %% ../nbs/18_watch.ipynb #c018
+_SHARES = ('train_matched_iou', 'train_query_spread', 'test_recall50')
+
 def draw_curves(
-    rows: list[dict],  # log rows; the keys 'train_loss*' and `shares` are drawn
-    preview: str | Path | None = None,  # picture to show beside the curves; left out if there is no such file
-    shares: tuple = ('train_matched_iou', 'train_query_spread', 'test_recall50'),  # keys of the second panel, 0..1
-) -> Figure:  # matplotlib figure
+    rows: list[dict],                   # log rows; the keys 'train_loss*' and `shares` are drawn
+    preview: str | Path | None = None,  # picture to show beside the curves, if the file is there
+    shares: tuple = _SHARES,            # keys of the second panel, 0..1
+) -> Figure:                            # matplotlib figure
     "Draw the loss parts, the matched IoU, and the trainer's last picture."
-    keys = list(dict.fromkeys(k for r in rows for k in r))
-    losses = [k for k in keys if k.startswith('train_loss') and not k[-1].isdigit()]
-    picture = _picture(preview) if preview is not None else None
-    has_picture = picture is not None
-    fig = Figure(figsize=(10, 2.8) if has_picture else (7, 2.8), dpi=72)
-    axes = fig.subplots(1, 2 + has_picture, gridspec_kw=dict(left=.07, right=.98, bottom=.17, top=.9))
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    # those of the other decoder layers end in a digit
+    losses = [key for key in keys if key.startswith('train_loss') and not key[-1].isdigit()]
+    picture = None if preview is None else _picture(preview)
+    panels = 2 if picture is None else 3
+    fig = Figure(figsize=(7 if panels == 2 else 10, 2.8), dpi=72)
+    margins = dict(left=.07, right=.98, bottom=.17, top=.9)
+    axes = fig.subplots(1, panels, gridspec_kw=margins)
+
     _curves(axes[0], rows, losses, 'upper right')
     axes[0].set_yscale('log')
-    _curves(axes[1], rows, [k for k in shares if k in keys], 'upper left')
+    _curves(axes[1], rows, [key for key in shares if key in keys], 'upper left')
     axes[1].set_ylim(0, 1)
-    if has_picture:
+    if picture is not None:
         axes[2].imshow(picture)
         axes[2].axis('off')
     return fig
 
 # %% ../nbs/18_watch.ipynb #c023
-class Screen:
-    "A place that shows one figure and one line, replaced at each call: a notebook's output, else one line on stderr."
-    def __init__(self):
-        ipython = sys.modules.get('IPython')
-        in_kernel = ipython is not None and hasattr(ipython.get_ipython(), 'kernel')
-        self.display, self.handle = (ipython.display.display if in_kernel else None), None
-
-    def __call__(self,
-        line: str,  # status in one line
-        fig: Figure | None = None,  # figure, or None for the line alone
-    ):
-        "Show this instead of what was there."
-        if self.display is None: print(f'\r\x1b[K{line}', end='', file=sys.stderr, flush=True)
-        elif self.handle is None: self.handle = self.display(_bundle(line, fig), raw=True, display_id=True)
-        else: self.handle.update(_bundle(line, fig), raw=True)
-
 def _bundle(line, fig):
     "Figure and line as one MIME bundle, the line as the figure's title."
     if fig is None: return {'text/plain': line}
@@ -145,31 +156,63 @@ def _bundle(line, fig):
     fig.savefig(png, format='png')
     return {'text/plain': line, 'image/png': base64.b64encode(png.getvalue()).decode()}
 
+class Screen:
+    "A place for one figure and one line, replaced at each call: a notebook's output, or stderr."
+    def __init__(self):
+        ipython = sys.modules.get('IPython')
+        in_kernel = ipython is not None and hasattr(ipython.get_ipython(), 'kernel')
+        self.display = ipython.display.display if in_kernel else None
+        self.handle = None  # of the output that is replaced
+
+    def __call__(
+        self,
+        line: str,                  # status in one line
+        fig: Figure | None = None,  # figure, or None for the line alone
+    ):
+        "Show this instead of what was there."
+        if self.display is None:
+            # back to the begin of the line, and clear it
+            print(f'\r\x1b[K{line}', end='', file=sys.stderr, flush=True)
+        elif self.handle is None:
+            self.handle = self.display(_bundle(line, fig), raw=True, display_id=True)
+        else:
+            self.handle.update(_bundle(line, fig), raw=True)
+
 # %% ../nbs/18_watch.ipynb #c026
 def _steps(run_dir):
     "The step at which the run ends, if its configuration says so."
-    steps = (read_record(Path(run_dir)/'cfg.json') or {}).get('steps')
+    cfg = read_record(Path(run_dir)/'cfg.json') or {}
+    steps = cfg.get('steps')
     return steps if is_number(steps) and steps > 0 else None
 
 def watch(
-    run_dir: str | Path,  # folder of the run, or the Run that `launch` returned
-    steps: int | None = None,  # step at which it ends, for the time left; None = 'steps' in cfg.json
-    every: float = 5.0,  # seconds between two looks; a drawing costs about 0.15 s of one core
-    draw=draw_curves,  # (rows, preview file) -> figure; None = only a line
-    show=None,  # (line, figure) -> shown; None = a `Screen`
-    timeout: float = 300,  # seconds that an interrupted run gets to save
-) -> list[dict]:  # rows of the whole log
-    "Follow a run to its end in one display. Raises RuntimeError if it ends before, KeyboardInterrupt after forwarding an interrupt."
-    show, steps, rows, shown = show or Screen(), steps or _steps(run_dir), [], None
+    run_dir: str | Path,       # folder of the run, or the Run that `launch` returned
+    steps: int | None = None,  # step at which it ends; None = 'steps' in cfg.json
+    every: float = 5.0,        # seconds between two looks; a drawing costs about 0.15 s of one core
+    draw=draw_curves,          # (rows, preview file) -> figure; None = only a line
+    show=None,                 # (line, figure) -> shown; None = a `Screen`
+    timeout: float = 300,      # seconds that an interrupted run gets to save
+) -> list[dict]:               # rows of the whole log
+    """Follow a run to its end in one display.
+
+    Raises RuntimeError if it ends before, KeyboardInterrupt after forwarding an interrupt."""
+    show = show or Screen()
+    steps = steps or _steps(run_dir)
+    rows, shown = [], None
     try:
         for rows in follow(run_dir, every):
+            # drawn only when there is something new
             now = rows[-1:] or starting_line(run_dir)
             if now == shown: continue
-            said = status_line(rows, steps, skipped_photos(run_dir)) if rows else now
-            show(said, draw(rows, Path(run_dir)/'preview.png') if draw and rows else None)
+            line, fig = now, None
+            if rows:
+                line = status_line(rows, steps, skipped_photos(run_dir))
+                if draw: fig = draw(rows, Path(run_dir)/'preview.png')
+            show(line, fig)
             shown = now
     except KeyboardInterrupt:
         show(status_line(rows, steps) + ' · interrupted, saving')
         how = 'saved and stopped' if stop(run_dir, timeout) else 'had to be killed'
+        # again, so that no later cell takes half a run for a whole one
         raise KeyboardInterrupt(f'{Path(run_dir)} {how}: launch it again to go on') from None
     return rows
