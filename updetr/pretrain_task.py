@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREVIEW_BOXES', 'PREVIEW_COLORS', 'TASK', 'is_heldout', 'choose', 'builtin_index', 'find_photos', 'photo_lists',
-           'pretrain_marks', 'build_dataset', 'photo_sizes', 'PretrainStep', 'encode', 'note_skipped', 'open_bank',
+           'pretrain_marks', 'build_dataset', 'photo_sizes', 'encode', 'PretrainStep', 'note_skipped', 'open_bank',
            'fit_statistics', 'preview_photo', 'preview_answer', 'draw_preview', 'encode_ahead', 'live_batches',
            'PretrainTask']
 
@@ -29,309 +29,422 @@ from .config import PretrainConfig, find_data, loss_options, model_options
 from .features import FeatureBank, bank_chunk, open_features, view_source
 from .fingerprint import mark_photos
 from .graphs import GraphedStep, judge, match, predict, stream_for
-from .loader import BatchPlan, PatchTask, SelfDet, Views, photo_loader, read_or_next, to_device
+from .loader import (BatchPlan, PatchTask, SelfDet, Views, photo_loader, read_or_next,
+                           to_device)
 from .losses import build_criterion
 from .patches import crop_patches
-from .photos import (MIN_SIDE, PRETRAIN_SIZES, PhotoIndex, builtin_photos, header_size, index_photos, over_large, read_photo,
-                           resize, walk_files)
+from .photos import (MIN_SIDE, PRETRAIN_SIZES, PhotoIndex, builtin_photos, header_size,
+                           index_photos, over_large, read_photo, resize, walk_files)
 from .resume import HeldFolder, agree_on_data, file_marks
 from .train import Processes, progress_writer
 from .updetr import UPDETR, best_of_group, build_updetr
 
 # %% ../nbs/16a_pretrain_task.ipynb #c006
-def is_heldout(name: str,  # path of a photo relative to its folder
-               share: float,  # 0..1
-               ) -> bool:
-    "Whether a photo is kept from training: a function of its name alone."
-    return int(hashlib.sha1(os.fsencode(name)).hexdigest()[:8], 16) < share * 2**32
+def is_heldout(
+    name: str,     # path of a photo relative to its folder
+    share: float,  # 0..1
+) -> bool:
+    "Return True for a photo that is kept from training: a function of its name alone."
+    digest = hashlib.sha1(os.fsencode(name)).hexdigest()
+    return int(digest[:8], 16) < share * 2**32
 
-def choose(index: PhotoIndex,  # all photos
-           keep,  # relative path -> whether it stays
-           ) -> PhotoIndex:
-    "The photos whose relative path `keep` accepts."
-    kept = [i for i, p in enumerate(index.paths) if keep(p)]
-    return dataclasses.replace(index, paths=[index.paths[i] for i in kept], sizes=index.sizes[kept])
+def choose(
+    index: PhotoIndex,  # all photos
+    keep,               # relative path -> True if it stays
+) -> PhotoIndex:
+    "Return the photos whose relative path `keep` accepts."
+    kept = [i for i, path in enumerate(index.paths) if keep(path)]
+    paths = [index.paths[i] for i in kept]
+    return dataclasses.replace(index, paths=paths, sizes=index.sizes[kept])
 
-def builtin_index(split: str,  # 'train' or 'heldout'
-                  ) -> PhotoIndex:
-    "The photos inside the installed packages."
-    paths = [p.path for p in builtin_photos(split)]
-    return PhotoIndex('', paths, np.array([read_photo(p).shape[1:] for p in paths]), [])
+def builtin_index(
+    split: str,  # 'train' or 'heldout'
+) -> PhotoIndex:
+    "Return the photos inside the installed packages."
+    paths = [photo.path for photo in builtin_photos(split)]
+    sizes = np.array([read_photo(path).shape[1:] for path in paths])
+    return PhotoIndex('', paths, sizes, [])
 
-def find_photos(cfg: PretrainConfig,  # data, heldout and views are read
-                ) -> tuple[PhotoIndex, PhotoIndex]:  # to train on, to measure on
-    "The photos of a run. Raises FileNotFoundError or ValueError that shows what was expected."
+def find_photos(
+    cfg: PretrainConfig,             # data, heldout and views are read
+) -> tuple[PhotoIndex, PhotoIndex]:  # to train on, to measure on
+    "Find the photos of a run. Raises FileNotFoundError or ValueError that shows what was expected."
     root, val = find_data(cfg, builtin=cfg.data == '' and cfg.views > 0)
     if not root: return builtin_index('train'), builtin_index('heldout')
     index = index_photos(root, reduce=True)
     if val: return index, index_photos(val, reduce=True)
-    return choose(index, lambda p: not is_heldout(p, cfg.heldout)), choose(index, lambda p: is_heldout(p, cfg.heldout))
+    train = choose(index, lambda path: not is_heldout(path, cfg.heldout))
+    heldout = choose(index, lambda path: is_heldout(path, cfg.heldout))
+    return train, heldout
 
 # %% ../nbs/16a_pretrain_task.ipynb #c008
-def photo_lists(cfg: PretrainConfig,  # of the run
-                run_dir: Path,  # folder of the run
-                processes: Processes,  # all of them call this
-                ) -> list[PhotoIndex]:  # to train on, to measure on
-    """Return the photos of a run: the first process looks once, all read the same list, and a resumed run keeps the list it began
-    with, wherever its photos lie now."""
-    files = [run_dir / f'photos_{k}.json' for k in ('train', 'heldout')]
+def _look(cfg, files):
+    "Find the photos of a new run, write them down, and tell what was skipped"
+    train, heldout = find_photos(cfg)
+    if not len(train):
+        raise ValueError(f'no photo is left to train on with heldout={cfg.heldout}: lower it')
+    for index, file in zip((train, heldout), files): index.save(file)
+    print(f'{len(train)} photos to train on, {len(heldout)} held out', flush=True)
+    # two parts of one folder have skipped the same files
+    told = [train] if train.root == heldout.root else [train, heldout]
+    for index in told:
+        if not index.skipped and not over_large(index): continue
+        named = dataclasses.replace(index, root=Path(index.root).name)
+        print(named.summary(), flush=True)
+
+def _follow(cfg, files):
+    """Find the same photos where they are now: folders and packages may have moved
+
+    A list that was damaged or edited is made anew; whether these are the photos that the run began
+    with is asked later, of its fingerprint"""
+    root, val = find_data(cfg, builtin=cfg.data == '' and cfg.views > 0)
+    if root:
+        places = [os.path.abspath(place) for place in (root, val or root)]
+        try:
+            found = [PhotoIndex.load(file, place) for file, place in zip(files, places)]
+        except (ValueError, OSError) as e:
+            print(f'{e}. The photos are looked for anew', flush=True)
+            return _look(cfg, files)
+    else:
+        found = find_photos(cfg)
+    for index, file in zip(found, files): index.save(file)
+
+# %% ../nbs/16a_pretrain_task.ipynb #c008a
+def photo_lists(
+    cfg: PretrainConfig,   # of the run
+    run_dir: Path,         # folder of the run
+    processes: Processes,  # all of them call this
+) -> list[PhotoIndex]:     # to train on, to measure on
+    "Return the photos of a run; a resumed run keeps the list it began with, wherever they lie now."
+    files = [run_dir / f'photos_{part}.json' for part in ('train', 'heldout')]
+    # one process looks once, all read the same list
     if processes.rank == 0:
         if any(file.exists() for file in files): _follow(cfg, files)
         else: _look(cfg, files)
     processes.barrier()
-    return [PhotoIndex.load(f) for f in files]
-
-def _look(cfg, files):
-    "Find the photos of a new run, write them down, and tell what was skipped"
-    found = find_photos(cfg)
-    if not len(found[0]): raise ValueError(f'no photo is left to train on with heldout={cfg.heldout}: lower it')
-    for index, file in zip(found, files): index.save(file)
-    print(f'{len(found[0])} photos to train on, {len(found[1])} held out', flush=True)
-    for index in found[:1 + (found[0].root != found[1].root)]:
-        if index.skipped or over_large(index): print(dataclasses.replace(index, root=Path(index.root).name).summary(), flush=True)
-
-def _follow(cfg, files):
-    """The same photos where they are now: folders and installed packages may have moved. A list that was damaged or edited is made
-    anew; whether these are the photos that the run began with is asked later, of its fingerprint"""
-    root, val = find_data(cfg, builtin=cfg.data == '' and cfg.views > 0)
-    if root:
-        places = [os.path.abspath(place) for place in (root, val or root)]
-        try: found = [PhotoIndex.load(file, place) for file, place in zip(files, places)]
-        except (ValueError, OSError) as e:
-            print(f'{e}. The photos are looked for anew', flush=True)
-            return _look(cfg, files)
-    else: found = find_photos(cfg)
-    for index, file in zip(found, files): index.save(file)
+    return [PhotoIndex.load(file) for file in files]
 
 # %% ../nbs/16a_pretrain_task.ipynb #e7e6b337
-def pretrain_marks(cfg: PretrainConfig,  # of the run
-                   train: PhotoIndex,  # photos to train on
-                   heldout: PhotoIndex,  # photos to measure on
-                   ) -> dict:  # part -> fingerprint, and 'files': digests of what it starts from
-    "Return what a pre-training is begun with, see notebook 15b. Photos that have come since a list was made are counted to it."
-    marks = {'files': file_marks(dataclasses.asdict(cfg))}
-    for part, index, other in (('train', train, heldout), ('heldout', heldout, train)):
-        known = {*index.paths, *(name for name, _ in index.skipped), *(other.paths if other.root == index.root else ())}
-        # where both parts share a folder, a photo that came is told once
-        looked = index.root and not (part == 'heldout' and other.root == index.root)
-        paths = [*index.paths, *(_newcomers(index.root, known) if looked else ())]
-        names = paths if index.root else [os.path.basename(path) for path in paths]
-        marks[part] = mark_photos(names, [os.path.join(index.root, path) for path in paths])
-    return marks
-
 def _newcomers(root, known):
     "Usable photos below a folder that a list does not know"
-    new = [name for name in walk_files(root)[0] if name not in known]
-    def usable(name): return not isinstance(header_size(os.path.join(root, name), MIN_SIDE, reduce=True), str)
-    return [name for name in new if usable(name)]
+    usable = []
+    for name in walk_files(root)[0]:
+        if name in known: continue
+        # a size, or what is wrong with the file
+        size = header_size(os.path.join(root, name), MIN_SIDE, reduce=True)
+        if not isinstance(size, str): usable.append(name)
+    return usable
+
+def pretrain_marks(
+    cfg: PretrainConfig,  # of the run
+    train: PhotoIndex,    # photos to train on
+    heldout: PhotoIndex,  # photos to measure on
+) -> dict:                # part -> fingerprint, and 'files': digests of what it starts from
+    """Return what a pre-training is begun with, see notebook 15b.
+
+    Photos that have come since a list was made are counted to it."""
+    marks = {'files': file_marks(dataclasses.asdict(cfg))}
+    one_folder = train.root == heldout.root
+    for part, index in (('train', train), ('heldout', heldout)):
+        paths = list(index.paths)
+        # where both parts share a folder, a photo that came is told once
+        if index.root and not (one_folder and part == 'heldout'):
+            known = {*index.paths, *(name for name, _ in index.skipped)}
+            if one_folder: known.update(heldout.paths)
+            paths += _newcomers(index.root, known)
+        # installed packages lie elsewhere on every machine: their photos go by name
+        names = paths if index.root else [os.path.basename(path) for path in paths]
+        files = [os.path.join(index.root, path) for path in paths]
+        marks[part] = mark_photos(names, files)
+    return marks
 
 # %% ../nbs/16a_pretrain_task.ipynb #6b5bb0d5
-def build_dataset(cfg: PretrainConfig,  # of the run
-                  photos: PhotoIndex,  # to train on
-                  num_patches: int,  # for each photo or view
-                  ) -> SelfDet | Views:
-    "Whole photos, or fixed random views of them."
+def build_dataset(
+    cfg: PretrainConfig,  # of the run
+    photos: PhotoIndex,   # to train on
+    num_patches: int,     # for each photo or view
+) -> SelfDet | Views:
+    "Return whole photos, or fixed random views of them."
     task = PatchTask(num_patches, cfg.num_queries, cfg.patch_size, cfg.patch_law, cfg.mask_ratio)
     paths = [photos.path(i) for i in range(len(photos))]
     if cfg.views: return Views(paths, task, cfg.views, cfg.seed, cfg.collage)
     return SelfDet(paths, task, cfg.seed)
 
-def photo_sizes(cfg: PretrainConfig,  # of the run
-                photos: PhotoIndex,  # to train on
-                ) -> tuple[np.ndarray, tuple[int, ...]]:  # (n,2) height and width of each photo or view, px; short sides of batches, px
-    "What a `BatchPlan` has to know of a dataset."
-    return (np.full((cfg.views, 2), cfg.view_size), (cfg.view_size,)) if cfg.views else (photos.sizes, PRETRAIN_SIZES)
+def photo_sizes(
+    cfg: PretrainConfig,  # of the run
+    photos: PhotoIndex,   # to train on
+) -> tuple[np.ndarray, tuple[int, ...]]:  # (n,2) height and width, px; short sides of batches, px
+    "Return what a `BatchPlan` has to know of a dataset: the size of each photo or view."
+    if not cfg.views: return photos.sizes, PRETRAIN_SIZES
+    return np.full((cfg.views, 2), cfg.view_size), (cfg.view_size,)
 
 # %% ../nbs/16a_pretrain_task.ipynb #c010
+def encode(
+    model: UPDETR,  # whose CNN is used
+    batch: dict,    # of `to_device` or a bank
+) -> dict:          # feature, patch_feature and the mask of tokens in place of images, patches
+    "Return a batch with the CNN's features of its photos and patches, unless it has them already."
+    if 'feature' in batch: return batch
+    encoded = {k: v for k, v in batch.items() if k not in ('images', 'patches')}
+    encoded['feature'], encoded['mask'] = model.backbone(batch['images'], batch['mask'])
+    encoded['patch_feature'] = model.encode_patches(batch['patches'])
+    return encoded
+
 class PretrainStep(nn.Module):
     "A batch of the loader to its loss and the logged numbers."
-    def __init__(self,
-                 model: UPDETR,  # to be trained
-                 criterion: nn.Module,  # of `build_criterion`
-                 ):
+    def __init__(
+        self,
+        model: UPDETR,         # to be trained
+        criterion: nn.Module,  # of `build_criterion`
+    ):
         super().__init__()
-        self.model, self.criterion = model, criterion
+        self.model = model
+        self.criterion = criterion
 
     def forward(self, batch):
-        batch, boxes = encode(self.model, batch), batch['boxes']
-        predictions = predict(self.model, *(batch[k] for k in ('feature', 'patch_feature', 'keep', 'mask')))
-        losses, total = judge(self.model, self.criterion, *predictions, match(self.criterion, predictions, boxes), boxes)
+        # the CNN: photos to features (B, C, h, w), patches to one vector each (B, M, C)
+        batch = encode(self.model, batch)
+        boxes = batch['boxes']  # (B, M, 4), the truth
+        inputs = [batch[key] for key in ('feature', 'patch_feature', 'keep', 'mask')]
+        # the transformer answers with a box and a score for each query
+        predictions = predict(self.model, *inputs)
+        # the query that is to answer for each patch, (layers, B, M)
+        matches = match(self.criterion, predictions, boxes)
+        # Eq. 1 and 2 for the matched pairs
+        losses, total = judge(self.model, self.criterion, *predictions, matches, boxes)
         return total, losses
 
-def encode(model: UPDETR,  # whose CNN is used
-           batch: dict,  # of `to_device` or a bank
-           ) -> dict:  # with feature, patch_feature and the mask of tokens in place of images and patches
-    "What the CNN makes of photos and patches, unless they are features already."
-    if 'feature' in batch: return batch
-    feature, mask = model.backbone(batch['images'], batch['mask'])
-    rest = {k: v for k, v in batch.items() if k not in ('images', 'patches')}
-    return rest | {'feature': feature, 'mask': mask, 'patch_feature': model.encode_patches(batch['patches'])}
-
 # %% ../nbs/16a_pretrain_task.ipynb #c012
-def note_skipped(run_dir: Path,  # folder of the run
-                 messages: list[str],  # what was wrong with which file
-                 known: set[str],  # messages that were noted before; grows
-                 ) -> None:
+def note_skipped(
+    run_dir: Path,        # folder of the run
+    messages: list[str],  # what was wrong with which file
+    known: set[str],      # messages that were noted before; grows
+) -> None:
     "Add each new message to skipped.txt, once, and print it: the output of a run is its train.log."
     # a name may hold anything that ends a line
-    messages = [' '.join(m.splitlines()) for m in messages]
+    messages = [' '.join(message.splitlines()) for message in messages]
     if known.issuperset(messages): return
     # what other processes, or the run before it was resumed, have noted
     file = run_dir / 'skipped.txt'
     if file.exists(): known.update(file.read_text(errors='replace').splitlines())
-    new = [m for m in dict.fromkeys(messages) if m not in known]
+    new = [message for message in dict.fromkeys(messages) if message not in known]
     known.update(new)
-    with open(file, 'a') as f: f.writelines(f'{m}\n' for m in new)
-    if new: print(*(f'photo skipped: {m}' for m in new), sep='\n', flush=True)
+    with open(file, 'a') as f: f.writelines(f'{message}\n' for message in new)
+    if new: print(*(f'photo skipped: {message}' for message in new), sep='\n', flush=True)
 
-def open_bank(cfg: PretrainConfig,  # of the run
-              run_dir: Path,  # folder of the run; the banks lie beside it
-              model: UPDETR,  # whose frozen CNN is used
-              photos: PhotoIndex,  # to train on
-              processes: Processes,  # all of them call this
-              ) -> FeatureBank:
-    "The feature bank of a run, computed first where it is not there yet."
-    dataset, p = build_dataset(cfg, photos, cfg.cached_patches or cfg.num_patches), processes
-    source = view_source(model, dataset, cfg.view_size, p.device)
-    progress = progress_writer(run_dir, p, "the frozen CNN's features")
-    stored = open_features(run_dir.parent / 'banks', source, p, progress)
-    if p.rank == 0: note_skipped(run_dir, stored.skipped, set())
-    return FeatureBank(stored, dataclasses.replace(dataset.task, num_patches=cfg.num_patches), cfg.seed, p.device)
+def open_bank(
+    cfg: PretrainConfig,   # of the run
+    run_dir: Path,         # folder of the run; the banks lie beside it
+    model: UPDETR,         # whose frozen CNN is used
+    photos: PhotoIndex,    # to train on
+    processes: Processes,  # all of them call this
+) -> FeatureBank:
+    "Return the feature bank of a run, computed first where it is not there yet."
+    device = processes.device
+    # more patches may be stored than a step asks for
+    dataset = build_dataset(cfg, photos, cfg.cached_patches or cfg.num_patches)
+    source = view_source(model, dataset, cfg.view_size, device)
+    progress = progress_writer(run_dir, processes, "the frozen CNN's features")
+    stored = open_features(run_dir.parent / 'banks', source, processes, progress)
+    if processes.rank == 0: note_skipped(run_dir, stored.skipped, set())
+    task = dataclasses.replace(dataset.task, num_patches=cfg.num_patches)
+    return FeatureBank(stored, task, cfg.seed, device)
 
 # %% ../nbs/16a_pretrain_task.ipynb #c013
-def fit_statistics(model: UPDETR,  # with option `standardize`
-                   bank: FeatureBank | None,  # of the run, or None for live photos
-                   dataset: SelfDet | Views,  # of the run
-                   size: int,  # px, short side of the photos
-                   n: int = 256,  # largest number of photos
-                   ) -> None:
-    "Mean and spread of the CNN's channels over up to `n` photos, for tokens and for pooled patches (option `standardize`)."
-    n, device = min(n, len(dataset)), next(model.parameters()).device
-    if bank: tokens, pooled = (bank.parts[k][:n].float() for k in ('feature', 'patch_feature'))
+def fit_statistics(
+    model: UPDETR,             # with option `standardize`
+    bank: FeatureBank | None,  # of the run, or None for live photos
+    dataset: SelfDet | Views,  # of the run
+    size: int,                 # px, short side of the photos
+    n: int = 256,              # largest number of photos
+) -> None:
+    "Fit the CNN's mean and spread, of tokens and of pooled patches, to up to `n` photos."
+    n = min(n, len(dataset))
+    device = next(model.parameters()).device
+    if bank:
+        tokens = bank.parts['feature'][:n].float()
+        pooled = bank.parts['patch_feature'][:n].float()
     else:
         chunks = [bank_chunk(model, dataset, [i], size, device)[0] for i in range(n)]
-        tokens, pooled = torch.cat([c['feature'].flatten(2) for c in chunks], 2), torch.cat([c['patch_feature'] for c in chunks])
+        # photos differ in size, so their tokens stand in one row
+        tokens = torch.cat([chunk['feature'].flatten(2) for chunk in chunks], 2)
+        pooled = torch.cat([chunk['patch_feature'] for chunk in chunks])
     model.feature_norm.fit(tokens.to(device))
     model.patch_norm.fit(pooled.to(device))
 
 # %% ../nbs/16a_pretrain_task.ipynb #c015
-PREVIEW_BOXES = ((.08, .10, .38, .45), (.55, .05, .95, .40), (.35, .35, .65, .70), (.05, .60, .40, .95), (.60, .55, .92, .92))
+PREVIEW_BOXES = ((.08, .10, .38, .45), (.55, .05, .95, .40), (.35, .35, .65, .70),
+                 (.05, .60, .40, .95), (.60, .55, .92, .92))
 PREVIEW_COLORS = ('#e6194b', '#3cb44b', '#4363d8', '#f58231', '#911eb4')
 
-def preview_photo(index: PhotoIndex,  # with at least one photo
-                  ) -> Tensor:  # (3,256,256) uint8
-    "The first readable photo, squashed to a square."
-    return resize(read_or_next([index.path(i) for i in range(min(len(index), 16))], 0)[0], 256, 256)
+def preview_photo(
+    index: PhotoIndex,  # with at least one photo
+) -> Tensor:            # (3,256,256) uint8
+    "Return the first readable photo, squashed to a square."
+    paths = [index.path(i) for i in range(min(len(index), 16))]
+    return resize(read_or_next(paths, 0)[0], 256, 256)
 
 @torch.no_grad()
-def preview_answer(model: UPDETR,  # any state of it
-                   image: Tensor,  # (3,H,W) uint8
-                   patch_size: int,  # px
-                   ) -> tuple[Tensor, list[str], Tensor]:  # boxes (m,4) xyxy px, scores, patches (m,3,s,s) uint8
+def preview_answer(
+    model: UPDETR,    # any state of it
+    image: Tensor,    # (3,H,W) uint8
+    patch_size: int,  # px
+) -> tuple[Tensor, list[str], Tensor]:  # boxes (m,4) xyxy px, scores, patches (m,3,s,s) uint8
     "Ask a model for the preview's patches."
-    scale = torch.tensor(image.shape[1:]).flip(0).repeat(2)
-    patches = crop_patches(image, (torch.tensor(PREVIEW_BOXES[:model.num_patches]) * scale).int(), patch_size)
-    backbone, training, device = model.backbone[0], model.training, next(model.parameters()).device
-    def ready(x): return normalize(x.to(device) / 255, backbone.mean, backbone.std)
-    boxes, scores = best_of_group(model.eval()([ready(image)], ready(patches)[None]), len(patches))
-    model.train(training)
-    return (box_convert(boxes[0].cpu(), 'cxcywh', 'xyxy') * scale).clamp(min=0), [f'{s:.2f}' for s in scores[0].tolist()], patches
+    height, width = image.shape[1:]
+    scale = torch.tensor([width, height, width, height])
+    places = torch.tensor(PREVIEW_BOXES[:model.num_patches]) * scale
+    patches = crop_patches(image, places.int(), patch_size)  # (m, 3, s, s)
+    device, backbone = next(model.parameters()).device, model.backbone[0]
 
-def draw_preview(model: UPDETR,  # any state of it
-                 image: Tensor,  # (3,H,W) uint8
-                 path: str | Path,  # PNG file
-                 patch_size: int = 128,  # px
-                 ) -> None:
+    def ready(x): return normalize(x.to(device) / 255, backbone.mean, backbone.std)
+
+    training = model.training
+    outputs = model.eval()([ready(image)], ready(patches)[None])
+    boxes, scores = best_of_group(outputs, len(patches))
+    model.train(training)
+    boxes = box_convert(boxes[0].cpu(), 'cxcywh', 'xyxy') * scale
+    return boxes.clamp(min=0), [f'{score:.2f}' for score in scores[0].tolist()], patches
+
+# %% ../nbs/16a_pretrain_task.ipynb #c015d
+def draw_preview(
+    model: UPDETR,          # any state of it
+    image: Tensor,          # (3,H,W) uint8
+    path: str | Path,       # PNG file
+    patch_size: int = 128,  # px
+) -> None:
     "Write a picture: the photo with boxes in the colour of their patch, the patches below."
     boxes, scores, patches = preview_answer(model, image, patch_size)
-    colors, side = list(PREVIEW_COLORS[:len(boxes)]), image.shape[2] // len(PREVIEW_BOXES)
-    photo, row = draw_bounding_boxes(image, boxes, scores, colors, width=3), torch.full((3, side, image.shape[2]), 255, dtype=torch.uint8)
+    colors = list(PREVIEW_COLORS[:len(boxes)])
+    photo = draw_bounding_boxes(image, boxes, scores, colors, width=3)
+    # a white row, with the patches from the left
+    width = image.shape[2]
+    side = width // len(PREVIEW_BOXES)
+    row = torch.full((3, side, width), 255, dtype=torch.uint8)
     frame = torch.tensor([[0, 0, side - 1, side - 1]])
     for i, patch in enumerate(patches):
-        framed = draw_bounding_boxes(resize(patch, side, side), frame, colors=[colors[i]], width=4)
+        small = resize(patch, side, side)
+        framed = draw_bounding_boxes(small, frame, colors=[colors[i]], width=4)
         row[:, :, i * side:(i + 1) * side] = framed
-    write_atomic(path, lambda p: write_png(torch.cat((photo, row), 1), str(p)))
+    picture = torch.cat((photo, row), 1)
+    write_atomic(path, lambda file: write_png(picture, str(file)))
 
 # %% ../nbs/16a_pretrain_task.ipynb #c015b
-def encode_ahead(model: UPDETR,  # with a frozen CNN
-                 batches: Iterable[dict],  # of `to_device` or a bank; on a GPU, moving and augmenting runs ahead, too
-                 amp: bool = False,  # bf16 autocast
-                 ) -> Iterator[dict]:  # the same, with feature and patch_feature in place of images and patches
-    "What the frozen CNN makes of each batch, computed one batch before it is asked for."
-    device, source, waiting = next(model.parameters()).device, iter(batches), None
-    stream = stream_for('encode', device) if device.type == 'cuda' else None
-    if stream: stream.wait_stream(torch.cuda.current_stream(device))  # weights may still be on their way
+def _arrived(batch, event):
+    "The batch, once the stream that computes it has got there"
+    if event is None: return batch
+    current = torch.cuda.current_stream()
+    current.wait_event(event)
+    for value in batch.values():
+        # its memory is not used again before this stream is done with it
+        if isinstance(value, Tensor) and value.is_cuda: value.record_stream(current)
+    return batch
+
+def encode_ahead(
+    model: UPDETR,            # with a frozen CNN
+    batches: Iterable[dict],  # of `to_device` or a bank; moved and augmented ahead, too
+    amp: bool = False,        # bf16 autocast
+) -> Iterator[dict]:          # of `encode`
+    "Yield what the frozen CNN makes of each batch, computed one batch before it is asked for."
+    device = next(model.parameters()).device
+    stream = None
+    if device.type == 'cuda':
+        stream = stream_for('encode', device)
+        # weights may still be on their way
+        stream.wait_stream(torch.cuda.current_stream(device))
+    source = iter(batches)
+    waiting = None  # the batch before, and when it is ready
     while True:
+        # begin with the next batch
         aside = torch.cuda.stream(stream) if stream else nullcontext()
         with aside, torch.no_grad():
             batch = next(source, None)
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp): ready = None if batch is None else encode(model, batch)
-            following = ready, stream and stream.record_event()
-        if waiting and waiting[0]: yield _arrived(*waiting)
-        if batch is None: return
+            following = None
+            if batch is not None:
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    encoded = encode(model, batch)
+                following = encoded, stream.record_event() if stream else None
+        # then hand out the one before
+        if waiting: yield _arrived(*waiting)
+        if following is None: return
         waiting = following
 
-def _arrived(batch, event):
-    "The batch, once the stream that computes it has got there; its memory is not reused before this stream is done with it"
-    if event:
-        torch.cuda.current_stream().wait_event(event)
-        for v in batch.values():
-            if isinstance(v, Tensor) and v.is_cuda: v.record_stream(torch.cuda.current_stream())
-    return batch
-
 # %% ../nbs/16a_pretrain_task.ipynb #c015c
-def live_batches(task: 'PretrainTask',  # whose photos or views are read
-                 start: int,  # steps that are done
-                 total: int,  # of the whole training
-                 ) -> Iterator[dict]:  # of `to_device`
-    "The batches of a run that caches nothing; what is wrong with photos goes into skipped.txt and the log."
-    backbone, device, known = task.model.backbone[0], task.processes.device, set()
-    folder = HeldFolder(task.run_dir)  # it may be renamed meanwhile
-    whole = task.cfg.crop_on_gpu and device.type == 'cuda'
-    for batch in photo_loader(task.dataset, task.plan(start, total), task.cfg.num_workers, whole):
+def live_batches(
+    task: 'PretrainTask',  # whose photos or views are read
+    start: int,            # steps that are done
+    total: int,            # steps of the whole training
+) -> Iterator[dict]:       # of `to_device`
+    "Yield the batches of a run that caches nothing; broken photos are noted in skipped.txt."
+    cfg, device = task.cfg, task.processes.device
+    backbone = task.model.backbone[0]
+    folder, known = HeldFolder(task.run_dir), set()  # it may be renamed meanwhile
+    whole = cfg.crop_on_gpu and device.type == 'cuda'
+    for batch in photo_loader(task.dataset, task.plan(start, total), cfg.num_workers, whole):
         note_skipped(folder.now(), batch['skipped'], known)
         yield to_device(batch, device, backbone.mean, backbone.std)
 
 # %% ../nbs/16a_pretrain_task.ipynb #c017
 class PretrainTask:
     "Random query patch detection as a task for `updetr.train.train`."
-    def __init__(self,
-                 cfg: PretrainConfig,  # of the run
-                 run_dir: str | Path,  # folder of the run; it must exist
-                 processes: Processes,  # of `join_processes`
-                 ):
-        self.cfg, self.run_dir, self.processes, self.bank, self.measure_every, self.notes = cfg, Path(run_dir), processes, None, 0, {}
+    def __init__(
+        self,
+        cfg: PretrainConfig,   # of the run
+        run_dir: str | Path,   # folder of the run; it must exist
+        processes: Processes,  # of `join_processes`
+    ):
+        self.cfg = cfg
+        self.run_dir = Path(run_dir)
+        self.processes = processes
+        self.bank = None  # of features, once the task has begun
+        self.measure_every = 0
+        self.notes = {}
+
+        # the photos, and their fingerprint
         self.photos, self.heldout = photo_lists(cfg, self.run_dir, processes)
         def find(): return pretrain_marks(cfg, self.photos, self.heldout)
         self.marks = agree_on_data(find, run_dir, dataclasses.asdict(cfg), processes)
         self.dataset = build_dataset(cfg, self.photos, cfg.num_patches)
         self.sizes, self.sides = photo_sizes(cfg, self.photos)
         self.steps_per_epoch = self.plan(0, 0).steps_per_epoch
+
+        # the model, the same on all processes
+        device = processes.device
         torch.manual_seed(cfg.seed)
-        self.model = build_updetr(**model_options(cfg)).to(processes.device)
-        for part in self.model.transformer.children(): part.gradient_checkpointing = cfg.gradient_checkpointing
-        step = GraphedStep if cfg.cuda_graphs and processes.device.type == 'cuda' else PretrainStep
-        self.module = step(self.model, build_criterion(self.model, **loss_options(cfg)).to(processes.device))
+        self.model = build_updetr(**model_options(cfg)).to(device)
+        for part in self.model.transformer.children():
+            part.gradient_checkpointing = cfg.gradient_checkpointing
+        step = GraphedStep if cfg.cuda_graphs and device.type == 'cuda' else PretrainStep
+        criterion = build_criterion(self.model, **loss_options(cfg))
+        self.module = step(self.model, criterion.to(device))
 
     def plan(self, start: int, total: int) -> BatchPlan:
-        "Which photos this process sees. Raises ValueError for a batch size that does not fit the photos or the processes."
-        cfg, p = self.cfg, self.processes
-        return BatchPlan(self.sizes, cfg.batch_size, total, cfg.seed, self.sides, start, p.rank, p.world, cfg.accumulate)
+        "Return what this process sees. Raises ValueError for a batch size that does not fit."
+        cfg, processes = self.cfg, self.processes
+        return BatchPlan(self.sizes, cfg.batch_size, total, cfg.seed, self.sides, start,
+                         processes.rank, processes.world, cfg.accumulate)
 
     def begin(self, resumed: bool) -> None:
-        "What comes before the first step: the feature bank, and channel statistics unless they came with a checkpoint."
-        if self.cfg.cache_features: self.bank = open_bank(self.cfg, self.run_dir, self.model, self.photos, self.processes)
-        if self.cfg.standardize and not resumed: fit_statistics(self.model, self.bank, self.dataset, self.sides[0])
+        "Open the feature bank, and take the channel statistics unless they came with a checkpoint."
+        cfg = self.cfg
+        if cfg.cache_features:
+            self.bank = open_bank(cfg, self.run_dir, self.model, self.photos, self.processes)
+        if cfg.standardize and not resumed:
+            fit_statistics(self.model, self.bank, self.dataset, self.sides[0])
 
     def batches(self, start: int, total: int):
         "Yield this process's micro-batches between two steps, on its device."
-        source = map(self.bank.batch, self.plan(start, total)) if self.bank else live_batches(self, start, total)
-        if not self.model.backbone[0].frozen: yield from source
-        else: yield from encode_ahead(self.model, source, self.cfg.amp and self.processes.device.type == 'cuda')
+        if self.bank: source = map(self.bank.batch, self.plan(start, total))
+        else: source = live_batches(self, start, total)
+        if self.model.backbone[0].frozen:
+            amp = self.cfg.amp and self.processes.device.type == 'cuda'
+            source = encode_ahead(self.model, source, amp)
+        yield from source
 
     def preview(self, path):
         "Draw what the model answers now, on a held-out photo if there is one."
-        draw_preview(self.model, preview_photo(self.heldout if len(self.heldout) else self.photos), path, self.cfg.patch_size)
+        photo = preview_photo(self.heldout if len(self.heldout) else self.photos)
+        draw_preview(self.model, photo, path, self.cfg.patch_size)
 
 # %% ../nbs/16a_pretrain_task.ipynb #c019
 TASK = PretrainConfig, PretrainTask
