@@ -29,7 +29,11 @@ from .pictures import show_patches
 from .updetr import UPDETR, best_of_group
 
 # %% ../nbs/19_pretext.ipynb #c006
-MEASURED_LAWS = {'mid': dict(law='range', low=.2, high=.6), 'uniform': dict(law='uniform'), 'small': dict(law='range', low=.1, high=.4)}
+MEASURED_LAWS = {
+    'mid': dict(law='range', low=.2, high=.6),
+    'uniform': dict(law='uniform'),
+    'small': dict(law='range', low=.1, high=.4),
+}
 
 @dataclass(frozen=True, eq=False)
 class PretextSet:
@@ -43,320 +47,497 @@ class PretextSet:
 
 def _readable(paths, i):
     "Photo i, or the next one that can be read"
-    for k in range(tries := min(16, len(paths))):
-        try: return read_photo(paths[(i + k) % len(paths)])
+    tries = min(16, len(paths))
+    for k in range(tries):
+        try:
+            return read_photo(paths[(i + k) % len(paths)])
         except BadPhoto:
             if k + 1 == tries: raise
 
 def _relative(boxes, height, width):
     "xyxy px -> cxcywh in 0..1"
-    return box_convert(boxes / torch.tensor([width, height, width, height]), 'xyxy', 'cxcywh').float()
+    unit = torch.tensor([width, height, width, height])
+    return box_convert(boxes / unit, 'xyxy', 'cxcywh').float()
+
+def _pixels(boxes, height, width):
+    "cxcywh in 0..1 -> xyxy px"
+    unit = boxes.new_tensor([width, height, width, height])
+    return box_convert(boxes, 'cxcywh', 'xyxy') * unit
 
 # %% ../nbs/19_pretext.ipynb #c007
-def pretext_set(paths: list[str],  # photos
-                num_views: int = 40,  # V
-                patches_per_view: int = 10,  # P
-                seed: int = 0,  # of views and boxes
-                size: int = 256,  # px, side of a view
-                patch_size: int = 64,  # px, side of a squashed patch
-                law: str = 'mid',  # a key of `MEASURED_LAWS`
-                whole: bool = False,  # whole photos, patches at their original resolution; False: random crops, as in the demo
-                ) -> PretextSet:
-    "A deterministic test set. Raises ValueError (no photos, unknown law) or BadPhoto (16 photos in a row cannot be read)."
-    if law not in MEASURED_LAWS: raise ValueError(f'unknown law {law!r}: choose one of {", ".join(MEASURED_LAWS)}')
-    if not len(paths): raise ValueError('no photos to measure on: give paths, or keep some photos out of training (heldout)')
+def pretext_set(
+    paths: list[str],            # photos
+    num_views: int = 40,         # V
+    patches_per_view: int = 10,  # P
+    seed: int = 0,               # of views and boxes
+    size: int = 256,             # px, side of a view
+    patch_size: int = 64,        # px, side of a squashed patch
+    law: str = 'mid',            # a key of `MEASURED_LAWS`
+    whole: bool = False,         # whole photos, patches at their resolution; False: random crops
+) -> PretextSet:
+    """Return a deterministic test set.
+
+    Raises ValueError (no photos, unknown law) or BadPhoto (16 photos in a row cannot be read)."""
+    if law not in MEASURED_LAWS:
+        raise ValueError(f'unknown law {law!r}: choose one of {", ".join(MEASURED_LAWS)}')
+    if not len(paths):
+        raise ValueError('no photos to measure on: give paths, '
+                         'or keep some photos out of training (heldout)')
     if num_views < 1: raise ValueError(f'num_views must be at least 1, got {num_views}')
-    order, parts = np.random.default_rng((seed, 0, 0, 3)).permutation(len(paths)), []
+    order = np.random.default_rng((seed, 0, 0, 3)).permutation(len(paths))
+    views, boxes, patches = [], [], []
     for i in range(num_views):
+        # a generator of its own: a shorter set is the beginning of a longer one
         rng = np.random.default_rng((seed, 0, i, 2))
         photo = _readable(paths, order[i % len(paths)])
         if not whole: photo = random_crop(rng, photo, size, size)
-        boxes = sample_boxes(rng, *photo.shape[1:], patches_per_view, **MEASURED_LAWS[law])
-        view = resize(photo, size, size) if whole else photo
-        parts.append((view, _relative(boxes, *photo.shape[1:]), crop_patches(photo, boxes, patch_size)))
-    return PretextSet(*map(torch.stack, zip(*parts)), law)
+        height, width = photo.shape[1:]
+        places = sample_boxes(rng, height, width, patches_per_view, **MEASURED_LAWS[law])
+        views.append(resize(photo, size, size) if whole else photo)
+        boxes.append(_relative(places, height, width))
+        patches.append(crop_patches(photo, places, patch_size))
+    return PretextSet(torch.stack(views), torch.stack(boxes), torch.stack(patches), law)
 
 # %% ../nbs/19_pretext.ipynb #c013
-def _changed(**settings):
-    "Patches through the training augmentation with other probabilities"
-    return lambda patches, rng: augment(patches, draw_factors(rng, len(patches), **settings))
+def _clean(patches, rng=None):
+    return patches / 255
 
-_CALM = dict(p_jitter=0., p_gray=0., p_blur=0.)
-
-def _clean(patches, rng=None): return patches / 255
+def _augmented(**settings):
+    "A change by the training augmentation, with other probabilities"
+    def change(patches, rng):
+        return augment(patches, draw_factors(rng, len(patches), **settings))
+    return change
 
 def _squash(patches, rng):
     size = patches.shape[-1]
-    small = F.interpolate(_clean(patches), (max(1, size // 8), max(1, 3 * size // 8)), mode='bilinear', antialias=True)
+    few = max(1, size // 8), max(1, 3 * size // 8)
+    small = F.interpolate(_clean(patches), few, mode='bilinear', antialias=True)
     return F.interpolate(small, (size, size), mode='bilinear')
 
 def _turn(degrees):
+    "A change by a rotation, the corners filled with the mirrored edge"
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    rotation = torch.tensor([[c, -s, 0], [s, c, 0]]).float()
+
     def change(patches, rng):
-        grid = F.affine_grid(torch.tensor([[c, -s, 0], [s, c, 0]]).float().expand(len(patches), 2, 3), patches.shape, align_corners=False)
+        each = rotation.expand(len(patches), 2, 3)
+        grid = F.affine_grid(each, patches.shape, align_corners=False)
         return F.grid_sample(_clean(patches), grid, padding_mode='reflection', align_corners=False)
     return change
 
-DISTORTIONS = {'none': _clean, 'grey': _changed(**_CALM | dict(p_gray=1.)), 'blur': _changed(**_CALM | dict(p_blur=1., sigma=(2., 2.))),
-               'jitter': _changed(), 'squash': _squash, 'turn': _turn(20), 'flip': lambda patches, rng: _clean(patches).flip(3),
-               'upside down': lambda patches, rng: _clean(patches).flip(2)}
+def _flip(patches, rng):
+    return _clean(patches).flip(3)
+
+def _upside_down(patches, rng):
+    return _clean(patches).flip(2)
+
+# %% ../nbs/19_pretext.ipynb #c013a
+_CALM = dict(p_jitter=0., p_gray=0., p_blur=0.)
+
+# (patches uint8, generator) -> patches 0..1
+DISTORTIONS = {
+    'none': _clean,
+    'grey': _augmented(**_CALM | dict(p_gray=1.)),
+    'blur': _augmented(**_CALM | dict(p_blur=1., sigma=(2., 2.))),
+    'jitter': _augmented(),
+    'squash': _squash,
+    'turn': _turn(20),
+    'flip': _flip,
+    'upside down': _upside_down,
+}
 
 # %% ../nbs/19_pretext.ipynb #c017
-def measure(predict: Callable,  # (views uint8 (B,3,H,W), patches float (B,P,3,s,s) in 0..1) -> boxes (B,P,4) cxcywh in 0..1, scores (B,P)
-            test_set: PretextSet,  # the questions and their answers
-            distort: str = 'none',  # a key of `DISTORTIONS`
-            seed: int = 0,  # of the distortion
-            batch: int = 4,  # views at a time; does not change the result
-            ) -> dict:  # mean_iou, iou50 (share of patches with IoU > 0.5), n (patches)
-    "How well patches are found. Raises ValueError for an unknown distortion or boxes of a wrong shape."
-    if distort not in DISTORTIONS: raise ValueError(f'unknown distortion {distort!r}: choose one of {", ".join(DISTORTIONS)}')
+def measure(
+    predict: Callable,      # (views, patches (B,P,3,s,s)) -> boxes (B,P,4), scores (B,P)
+    test_set: PretextSet,   # the questions and their answers
+    distort: str = 'none',  # a key of `DISTORTIONS`
+    seed: int = 0,          # of the distortion
+    batch: int = 4,         # views at a time; does not change the result
+) -> dict:                  # mean_iou, iou50 (share of patches with IoU > 0.5), n (patches)
+    """Return how well patches are found; views are uint8, patches 0..1, boxes cxcywh in 0..1.
+
+    Raises ValueError for an unknown distortion or boxes of a wrong shape."""
+    if distort not in DISTORTIONS:
+        raise ValueError(f'unknown distortion {distort!r}: choose one of {", ".join(DISTORTIONS)}')
     change, ious = DISTORTIONS[distort], []
     for numbers in torch.arange(len(test_set.views)).split(batch):
-        patches = torch.stack([change(test_set.patches[i], np.random.default_rng((seed, i))) for i in numbers.tolist()])
-        boxes, truth = predict(test_set.views[numbers], patches)[0], test_set.boxes[numbers]
-        if boxes.shape != truth.shape: raise ValueError(f'predict must return boxes {tuple(truth.shape)}, not {tuple(boxes.shape)}')
-        ious.append(paired_iou(*(box_convert(b.cpu().float(), 'cxcywh', 'xyxy') for b in (boxes, truth))).flatten())
+        # each view has its own generator, so batches do not matter
+        patches = torch.stack([change(test_set.patches[i], np.random.default_rng((seed, i)))
+                               for i in numbers.tolist()])
+        boxes, _ = predict(test_set.views[numbers], patches)
+        truth = test_set.boxes[numbers]
+        if boxes.shape != truth.shape:
+            raise ValueError(f'predict must return boxes {tuple(truth.shape)}, '
+                             f'not {tuple(boxes.shape)}')
+        found = box_convert(boxes.cpu().float(), 'cxcywh', 'xyxy')
+        iou = paired_iou(found, box_convert(truth.cpu().float(), 'cxcywh', 'xyxy'))
+        ious.append(iou.flatten())
     iou = torch.cat(ious)
-    return {'mean_iou': iou.mean().item(), 'iou50': (iou > .5).float().mean().item(), 'n': len(iou)}
+    share = (iou > .5).float().mean()
+    return {'mean_iou': iou.mean().item(), 'iou50': share.item(), 'n': len(iou)}
 
 # %% ../nbs/19_pretext.ipynb #c022
-def make_predict(model: UPDETR,  # on any device
-                 ) -> Callable:  # a predictor as `measure` takes it, for any number of patches; answers on the CPU
-    "Let an UP-DETR answer: eval mode, no gradients, own normalisation. The predictor raises ValueError for photos that are not uint8."
+def make_predict(
+    model: UPDETR,  # on any device
+) -> Callable:      # a predictor as `measure` takes it; answers lie on the CPU
+    """Let an UP-DETR answer: eval mode, no gradients, own normalisation.
+
+    The predictor raises ValueError for photos that are not uint8."""
     @torch.no_grad()
     def predict(views, patches):
-        if views.dtype != torch.uint8: raise ValueError(f'views must be uint8 photos, not {views.dtype}')
-        training, device, backbone = model.training, next(model.parameters()).device, model.backbone[0]
-        def prepare(x): return normalize(x.to(device), backbone.mean, backbone.std)
+        if views.dtype != torch.uint8:
+            raise ValueError(f'views must be uint8 photos, not {views.dtype}')
+        device, cnn = next(model.parameters()).device, model.backbone[0]
+        def prepare(x): return normalize(x.to(device), cnn.mean, cnn.std)
+
+        training = model.training
         model.eval()
         try:
-            feature, mask = model.backbone(*as_batch(prepare(views.to(device).float() / 255)))
-            outputs = model.forward_features(feature, model.encode_patches(prepare(patches)), mask)
+            # each photo goes through CNN and encoder once, whatever the number of patches
+            images, padding = as_batch(prepare(views.to(device).float() / 255))
+            feature, mask = model.backbone(images, padding)
+            patch_feature = model.encode_patches(prepare(patches))
+            outputs = model.forward_features(feature, patch_feature, mask)
+            # the best query of each patch's group answers
             boxes, scores = best_of_group(outputs, patches.shape[1])
-        finally: model.train(training)
+        finally:
+            model.train(training)
         return boxes.float().cpu(), scores.float().cpu()
     return predict
 
 # %% ../nbs/19_pretext.ipynb #c027
-def random_predict(law: str,  # a key of `MEASURED_LAWS`
-                   seed: int = 0,  # of the boxes
-                   ) -> Callable:  # a predictor whose calls draw one after the other
+def random_predict(
+    law: str,       # a key of `MEASURED_LAWS`
+    seed: int = 0,  # of the boxes
+) -> Callable:      # a predictor whose calls draw one after the other
     "Answer with a random box of the same law."
+    # the last number keeps it apart from the sets' own generators
     rng = np.random.default_rng((seed, 0, 0, 4))
+
     def predict(views, patches):
-        (B, P), (H, W) = patches.shape[:2], views.shape[-2:]
+        B, P = patches.shape[:2]
+        H, W = views.shape[-2:]
         boxes = sample_boxes(rng, H, W, B * P, **MEASURED_LAWS[law])
         return _relative(boxes, H, W).view(B, P, 4), torch.zeros(B, P)
     return predict
 
-def best_center(boxes: Tensor,  # (..., 4) cxcywh in 0..1, the truth
-                steps: int = 50,  # sizes tried on each side
-                ) -> Tensor:  # (4,) cxcywh
-    "The centred box with the largest mean IoU, by trying all sizes in steps of 1 / `steps`."
-    side = torch.arange(1, steps + 1) / steps
-    truth, best = box_convert(boxes.reshape(-1, 4), 'cxcywh', 'xyxy'), (-1., None)
-    for h in side:
-        tried = torch.stack([torch.full_like(side, .5), torch.full_like(side, .5), side, h.expand_as(side)], 1)
-        iou, i = paired_iou(box_convert(tried, 'cxcywh', 'xyxy')[:, None], truth).mean(1).max(0)
-        if iou > best[0]: best = iou, tried[i]
-    return best[1]
+def best_center(
+    boxes: Tensor,    # (..., 4) cxcywh in 0..1, the truth
+    steps: int = 50,  # sizes tried on each side
+) -> Tensor:          # (4,) cxcywh
+    "Return the centred box with the largest mean IoU, by trying all sizes in steps of 1 / `steps`."
+    truth = box_convert(boxes.reshape(-1, 4), 'cxcywh', 'xyxy')
+    widths = torch.arange(1, steps + 1) / steps
+    middle = torch.full_like(widths, .5)
+    best_iou, best = -1., None
+    for height in widths:
+        # all widths of one height at once
+        tried = torch.stack([middle, middle, widths, height.expand_as(widths)], 1)
+        corners = box_convert(tried, 'cxcywh', 'xyxy')
+        iou, i = paired_iou(corners[:, None], truth).mean(1).max(0)
+        if iou > best_iou: best_iou, best = iou, tried[i]
+    return best
 
-def constant_predict(box: Tensor,  # (4,) cxcywh in 0..1
-                     ) -> Callable:
-    "Always the same answer."
-    return lambda views, patches: (box.expand(*patches.shape[:2], 4), torch.zeros(patches.shape[:2]))
+def constant_predict(
+    box: Tensor,  # (4,) cxcywh in 0..1
+) -> Callable:
+    "Answer always the same."
+    def predict(views, patches):
+        return box.expand(*patches.shape[:2], 4), torch.zeros(patches.shape[:2])
+    return predict
 
 # %% ../nbs/19_pretext.ipynb #c033
 def _shrink(size, side, sizes):
-    "(K,side,size): row-resizing matrices from `size` px to each of `sizes` px (antialiased), zeros below"
+    "(K,side,size): matrices that resize rows from `size` px to each of `sizes`, zeros below"
+    # what resizing does to the columns of the identity is its matrix
     unit = torch.eye(size)[None, None]
-    return torch.stack([F.pad(F.interpolate(unit, (k, size), mode='bilinear', antialias=True)[0, 0], (0, 0, 0, side - k)) for k in sizes])
+    matrices = []
+    for k in sizes:
+        matrix = F.interpolate(unit, (k, size), mode='bilinear', antialias=True)[0, 0]
+        matrices.append(F.pad(matrix, (0, 0, 0, side - k)))
+    return torch.stack(matrices)
 
+# %% ../nbs/19_pretext.ipynb #c033a
 def _window_norms(photo, sizes):
-    "(K,K,S,S): 1 / sqrt(sum (I - mean)^2) of the window of each height, width and upper left corner; 0 where it does not fit"
-    side, norms = photo.shape[-1], torch.zeros(len(sizes), len(sizes), *photo.shape)
-    sums = F.pad(torch.stack([photo, photo ** 2]).double().cumsum(1).cumsum(2), (1, 0, 1, 0))
+    "(K,K,S,S): 1 / sqrt(sum (I - mean)^2) of windows by height, width and corner; 0 outside"
+    side = photo.shape[-1]
+    norms = torch.zeros(len(sizes), len(sizes), *photo.shape)
+    # running sums of I and I^2: a sum over any window is four look-ups
+    moments = torch.stack([photo, photo ** 2]).double()
+    sums = F.pad(moments.cumsum(1).cumsum(2), (1, 0, 1, 0))
     for i, h in enumerate(sizes):
         for j, w in enumerate(sizes):
-            total, square = sums[:, h:, w:] - sums[:, :-h, w:] - sums[:, h:, :-w] + sums[:, :-h, :-w]
-            norms[i, j, :side - h + 1, :side - w + 1] = (square - total ** 2 / (h * w)).clamp(min=1e-3 * h * w).rsqrt()
+            total, square = (sums[:, h:, w:] - sums[:, :-h, w:]
+                             - sums[:, h:, :-w] + sums[:, :-h, :-w])
+            spread = square - total ** 2 / (h * w)
+            # a window of one flat colour is like nothing
+            norm = spread.clamp(min=1e-3 * h * w).rsqrt()
+            norms[i, j, :side - h + 1, :side - w + 1] = norm
     return norms
 
-def ncc_maps(photo: Tensor,  # (S,S) float 0..1, grey
-             patches: Tensor,  # (P,s,s) float 0..1, grey, squashed
-             sizes: list[int],  # K heights and widths to try, px of `photo`, below S
-             ):  # yields for each patch (K,K,S,S): height, width, top, left -> NCC; a window of one flat colour is like nothing
-    "Normalised cross-correlation of each patch, at every size, with every window of the photo."
-    norms, spectrum = _window_norms(photo, sizes), torch.fft.rfft2(photo)
-    shrink, inside = _shrink(patches.shape[-1], len(photo), sizes), torch.stack([(torch.arange(len(photo)) < k).float() for k in sizes])
-    inside = inside[:, None, :, None] * inside[None, :, None, :]
+def ncc_maps(
+    photo: Tensor,     # (S,S) float 0..1, grey
+    patches: Tensor,   # (P,s,s) float 0..1, grey, squashed
+    sizes: list[int],  # K heights and widths to try, px of `photo`, below S
+):                     # yields for each patch (K,K,S,S): height, width, top, left -> NCC
+    "Yield the normalised cross-correlation of each patch, at every size, with every window."
+    side = len(photo)
+    norms = _window_norms(photo, sizes)
+    spectrum = torch.fft.rfft2(photo)
+    shrink = _shrink(patches.shape[-1], side, sizes)
+    # (K,K,S,S): 1 where a template of each height and width has its pixels
+    rows = torch.stack([(torch.arange(side) < k).float() for k in sizes])
+    inside = rows[:, None, :, None] * rows[None, :, None, :]
     for patch in patches:
+        # the patch in all heights and widths, less its mean, of length 1
         template = shrink[:, None] @ patch @ shrink.mT
-        template = template - inside * (template.sum((2, 3)) / inside.sum((2, 3)))[..., None, None]
-        template = template / template.square().sum((2, 3), keepdim=True).clamp(min=1e-9).sqrt()
-        yield torch.fft.irfft2(torch.fft.rfft2(template).conj() * spectrum, photo.shape) * norms
+        mean = template.sum((2, 3)) / inside.sum((2, 3))
+        template = template - inside * mean[..., None, None]
+        length = template.square().sum((2, 3), keepdim=True).clamp(min=1e-9).sqrt()
+        template = template / length
+        # a correlation at all places is a product after the Fourier transform
+        product = torch.fft.rfft2(template).conj() * spectrum
+        yield torch.fft.irfft2(product, photo.shape) * norms
 
 # %% ../nbs/19_pretext.ipynb #c037
-def look_closer(photo: Tensor,  # (3,H,W) float 0..1
-                patch: Tensor,  # (3,s,s) float 0..1
-                boxes: Tensor,  # (k,4) xyxy in 0..1
-                points: int = 16,  # windows and patch are compared on points x points
-                ) -> Tensor:  # (k,) NCC over the three colours
-    "NCC of a patch with some windows of the photo, in colour."
+def look_closer(
+    photo: Tensor,     # (3,H,W) float 0..1
+    patch: Tensor,     # (3,s,s) float 0..1
+    boxes: Tensor,     # (k,4) xyxy in 0..1
+    points: int = 16,  # windows and patch are compared on points x points
+) -> Tensor:           # (k,) NCC over the three colours
+    "Return the NCC of a patch with some windows of the photo, in colour."
     H, W = photo.shape[1:]
-    windows = roi_align(photo[None], [boxes * boxes.new_tensor([W, H, W, H])], points, aligned=True)
+    places = boxes * boxes.new_tensor([W, H, W, H])
+    windows = roi_align(photo[None], [places], points, aligned=True)  # (k, 3, points, points)
     small = F.interpolate(patch[None], (points, points), mode='bilinear', antialias=True)
-    windows, small = (x - x.mean((2, 3), keepdim=True) for x in (windows, small))
-    return (windows * small).sum((1, 2, 3)) / (windows.square().sum((1, 2, 3)) * small.square().sum()).clamp(min=1e-9).sqrt()
+    windows = windows - windows.mean((2, 3), keepdim=True)
+    small = small - small.mean((2, 3), keepdim=True)
+    product = (windows * small).sum((1, 2, 3))
+    squares = windows.square().sum((1, 2, 3)) * small.square().sum()
+    return product / squares.clamp(min=1e-9).sqrt()
 
 def _neighbours(box, step):
     "(81,4): each edge a step in, out or where it is"
     moves = torch.cartesian_prod(*[torch.tensor([-step, 0., step])] * 4)
-    return (box + moves * (box[2:] - box[:2]).repeat(2)).clamp(0, 1)
+    sides = (box[2:] - box[:2]).repeat(2)
+    return (box + moves * sides).clamp(0, 1)
 
-def match_template(view: Tensor,  # (3,H,W) uint8
-                   patches: Tensor,  # (P,3,s,s) float 0..1
-                   side: int = 64,  # px the photo is reduced to for the search
-                   num_sizes: int = 9,  # heights and widths tried, from a tenth to all of the photo in equal ratios
-                   step: float = .06,  # of the last correction, in sides of the box
-                   ) -> tuple[Tensor, Tensor]:  # boxes (P,4) cxcywh in 0..1, NCC (P,)
+# %% ../nbs/19_pretext.ipynb #c037a
+def match_template(
+    view: Tensor,            # (3,H,W) uint8
+    patches: Tensor,         # (P,3,s,s) float 0..1
+    side: int = 64,          # px the photo is reduced to for the search
+    num_sizes: int = 9,      # heights and widths tried, a tenth to all of the photo in equal ratios
+    step: float = .06,       # of the last correction, in sides of the box
+) -> tuple[Tensor, Tensor]:  # boxes (P,4) cxcywh in 0..1, NCC (P,)
     "Find patches by their pixels alone."
+    # heights and widths in equal ratios, rounded to px
     sizes = np.unique(np.rint(np.geomspace(.1, .95, num_sizes) * side).astype(int)).tolist()
-    small, photo = (F.interpolate(view[None].float() / 255, (n, n), mode='bilinear', antialias=True)[0] for n in (side, 2 * side))
-    lengths, answers = torch.tensor(sizes), []
+    lengths = torch.tensor(sizes)
+    whole = view[None].float() / 255
+    small = F.interpolate(whole, (side, side), mode='bilinear', antialias=True)[0]
+    photo = F.interpolate(whole, (2 * side, 2 * side), mode='bilinear', antialias=True)[0]
+    boxes, scores = [], []
     for patch, maps in zip(patches, ncc_maps(small.mean(0), patches.mean(1), sizes)):
-        best = maps.flatten(2).argmax(2)
+        # the best window of each height and width
+        best = maps.flatten(2).argmax(2)  # (K, K)
         top, left = best // side, best % side
-        boxes = torch.stack([left, top, left + lengths, top + lengths[:, None]], -1).flatten(0, 1) / side
-        boxes = _neighbours(boxes[look_closer(photo, patch, boxes).argmax()], step)
-        score, k = look_closer(photo, patch, boxes).max(0)
-        answers.append((box_convert(boxes[k], 'xyxy', 'cxcywh'), score))
-    return tuple(map(torch.stack, zip(*answers)))
+        right, bottom = left + lengths, top + lengths[:, None]
+        found = torch.stack([left, top, right, bottom], -1).flatten(0, 1) / side
+        # a second look, in colour, at all of them, and at the winner's neighbours
+        winner = found[look_closer(photo, patch, found).argmax()]
+        near = _neighbours(winner, step)
+        score, k = look_closer(photo, patch, near).max(0)
+        boxes.append(box_convert(near[k], 'xyxy', 'cxcywh'))
+        scores.append(score)
+    return torch.stack(boxes), torch.stack(scores)
 
 # %% ../nbs/19_pretext.ipynb #c038
-def template_predict(views: Tensor,  # (B,3,H,W) uint8
-                     patches: Tensor,  # (B,P,3,s,s) float 0..1
-                     ) -> tuple[Tensor, Tensor]:  # boxes (B,P,4) cxcywh in 0..1, NCC (B,P)
-    "Template matching as a predictor."
-    return tuple(map(torch.stack, zip(*(match_template(v, p) for v, p in zip(views, patches)))))
+def template_predict(
+    views: Tensor,           # (B,3,H,W) uint8
+    patches: Tensor,         # (B,P,3,s,s) float 0..1
+) -> tuple[Tensor, Tensor]:  # boxes (B,P,4) cxcywh in 0..1, NCC (B,P)
+    "Answer by template matching."
+    answers = [match_template(view, group) for view, group in zip(views, patches)]
+    boxes = torch.stack([boxes for boxes, _ in answers])
+    scores = torch.stack([scores for _, scores in answers])
+    return boxes, scores
 
 # %% ../nbs/19_pretext.ipynb #c043
-def read_stereo() -> tuple[Tensor, Tensor, np.ndarray]:  # left, right (3,H,W) uint8, disparity (H,W) px, not finite where unknown
-    "scikit-image's stereo pair: what is at (y, x) in the left photo is at (y, x - disparity) in the right. Raises FileNotFoundError."
-    left, right = (next(p.path for p in builtin_photos() if p.name == f'motorcycle_{side}') for side in ('left', 'right'))
+def read_stereo() -> tuple[Tensor, Tensor, np.ndarray]:  # left, right (3,H,W) uint8, disparity
+    """Read scikit-image's stereo pair, and its disparity (H,W) in px, not finite where unknown.
+
+    What is at (y, x) in the left photo is at (y, x - disparity) in the right. Raises
+    FileNotFoundError."""
+    paths = {photo.name: photo.path for photo in builtin_photos()}
+    left, right = paths['motorcycle_left'], paths['motorcycle_right']
     file = Path(left).with_name('motorcycle_disp.npz')
-    if not file.is_file(): raise FileNotFoundError(f'{file} is missing: pip install scikit-image, or leave out the stereo pair')
-    with np.load(file) as archive: return read_photo(left), read_photo(right), archive['arr_0']
+    if not file.is_file():
+        raise FileNotFoundError(f'{file} is missing: pip install scikit-image, '
+                                'or leave out the stereo pair')
+    with np.load(file) as archive:
+        return read_photo(left), read_photo(right), archive['arr_0']
 
 # %% ../nbs/19_pretext.ipynb #c046
-def stereo_set(num_patches: int = 40,  # P
-               seed: int = 0,  # of the boxes
-               size: int = 256,  # px, side of the view
-               patch_size: int = 64,  # px, side of a squashed patch
-               tolerance: float = .1,  # largest spread of the disparity (5th to 95th percentile), as a share of the patch's width
-               ) -> PretextSet:  # one view, the right photo; patches of the left one, with sides of 10-40 %
-    "Patches of one photo to be found in another one of the same scene. Raises FileNotFoundError, or ValueError if too few fit."
+def _depth(inside, tolerance):
+    "The disparity of a box, px; None where it is unknown or varies by more than `tolerance` px"
+    known = inside[np.isfinite(inside)]
+    if known.size < .9 * inside.size: return None
+    low, middle, high = np.percentile(known, (5, 50, 95))
+    return middle if high - low <= tolerance else None
+
+def stereo_set(
+    num_patches: int = 40,  # P
+    seed: int = 0,          # of the boxes
+    size: int = 256,        # px, side of the view
+    patch_size: int = 64,   # px, side of a squashed patch
+    tolerance: float = .1,  # largest spread of disparity (5th to 95th percentile), in widths
+) -> PretextSet:            # one view, the right photo; the left one's patches
+    """Return patches of one photo, sides of 10-40 %, to be found in another one of the same scene.
+
+    Raises FileNotFoundError, or ValueError if too few fit."""
     left, right, disparity = read_stereo()
     H, W = disparity.shape
-    rng, kept, moved = np.random.default_rng((seed, 0, 0, 5)), [], []
+    rng = np.random.default_rng((seed, 0, 0, 5))
+    kept, moved = [], []
     for box in sample_boxes(rng, H, W, 50 * num_patches, **MEASURED_LAWS['small']):
         x1, y1, x2, y2 = box.tolist()
-        inside = disparity[y1:y2, x1:x2]
-        if np.isfinite(inside).mean() < .9: continue
-        low, middle, high = np.percentile(inside[np.isfinite(inside)], (5, 50, 95))
-        if high - low > tolerance * (x2 - x1) or x1 < middle: continue
-        kept.append(box); moved.append(box - torch.tensor([middle, 0, middle, 0]))
-    if len(kept) < num_patches: raise ValueError(f'only {len(kept)} patches have their disparity within {tolerance}: raise tolerance')
+        depth = _depth(disparity[y1:y2, x1:x2], tolerance * (x2 - x1))
+        # without one true box, or out of the right photo
+        if depth is None or x1 < depth: continue
+        kept.append(box)
+        moved.append(box - torch.tensor([depth, 0, depth, 0]))
+    if len(kept) < num_patches:
+        raise ValueError(f'only {len(kept)} patches have their disparity within {tolerance}: '
+                         'raise tolerance')
     boxes = _relative(torch.stack(moved[:num_patches]), H, W)
     patches = crop_patches(left, torch.stack(kept[:num_patches]), patch_size)
     return PretextSet(resize(right, size, size)[None], boxes[None], patches[None], 'small')
 
 # %% ../nbs/19_pretext.ipynb #c051
-def baselines(test_set: PretextSet,  # the centre box is fitted to its answers
-              seed: int = 0,  # of the random boxes
-              ) -> dict[str, Callable]:  # random, center and template
-    "Three predictors that were not trained."
+def baselines(
+    test_set: PretextSet,  # the centre box is fitted to its answers
+    seed: int = 0,         # of the random boxes
+) -> dict[str, Callable]:  # random, center and template
+    "Return three predictors that were not trained."
     center = constant_predict(best_center(test_set.boxes))
-    return {'random': random_predict(test_set.law, seed), 'center': center, 'template': template_predict}
+    return {'random': random_predict(test_set.law, seed), 'center': center,
+            'template': template_predict}
 
-def compare(predictors: dict[str, Callable],  # name -> predictor, e.g. {'model': make_predict(model)}
-            test_set: PretextSet,  # for all other rows
-            stereo: PretextSet | None = None,  # of `stereo_set`, for the row "another photo"
-            seed: int = 0,  # of distortions and random boxes
-            ) -> dict[str, dict]:  # row (distortion) -> column (predictor) -> what `measure` returns
-    "Where template matching stops, and what the model does there: every distortion, every predictor and baseline."
-    rows = {name: (test_set, name) for name in DISTORTIONS} | ({'another photo': (stereo, 'none')} if stereo else {})
-    return {row: {name: measure(p, data, distort, seed) for name, p in (predictors | baselines(data, seed)).items()}
-            for row, (data, distort) in rows.items()}
+def compare(
+    predictors: dict[str, Callable],   # name -> predictor, e.g. {'model': make_predict(model)}
+    test_set: PretextSet,              # for all other rows
+    stereo: PretextSet | None = None,  # of `stereo_set`, for the row "another photo"
+    seed: int = 0,                     # of distortions and random boxes
+) -> dict[str, dict]:                  # distortion -> predictor -> what `measure` returns
+    "Measure every predictor and baseline under every distortion: where template matching stops."
+    rows = {name: (test_set, name) for name in DISTORTIONS}
+    if stereo: rows['another photo'] = stereo, 'none'
+    table = {}
+    for row, (data, distort) in rows.items():
+        # baselines anew for each row: all draw the same random boxes
+        columns = predictors | baselines(data, seed)
+        table[row] = {name: measure(p, data, distort, seed) for name, p in columns.items()}
+    return table
 
-def markdown_table(rows: dict[str, dict],  # row -> column -> {'mean_iou', 'iou50', ...}
-                   corner: str = 'mean IoU / share > 0.5',  # text of the upper left cell
-                   ) -> str:
-    "Measurements as a markdown table."
-    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-    def cell(m): return f'{m["mean_iou"]:.2f} / {m["iou50"]:.2f}' if m else ''
+def markdown_table(
+    rows: dict[str, dict],                   # row -> column -> {'mean_iou', 'iou50', ...}
+    corner: str = 'mean IoU / share > 0.5',  # text of the upper left cell
+) -> str:
+    "Return measurements as a markdown table."
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [[corner, *columns], ['---'] * (len(columns) + 1)]
-    lines += [[name, *(cell(row.get(c)) for c in columns)] for name, row in rows.items()]
+    for name, row in rows.items():
+        measured = [row.get(column) for column in columns]
+        cells = [f'{m["mean_iou"]:.2f} / {m["iou50"]:.2f}' if m else '' for m in measured]
+        lines.append([name, *cells])
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 # %% ../nbs/19_pretext.ipynb #c056
-def pretext_metrics(predict: Callable,  # the trained model's, of `make_predict`
-                    heldout: PretextSet,  # from photos that were not trained on
-                    trained: PretextSet,  # from photos that were
-                    seed: int = 0,  # of the random boxes
-                    ) -> dict[str, dict]:  # heldout, trained, random, center, template -> mean_iou, iou50, n
-    "The pretext part of a report, for one law. Raises ValueError if the two sets follow different laws."
-    if heldout.law != trained.law: raise ValueError(f'heldout follows the law {heldout.law}, trained {trained.law}: use the same for both')
-    model = {'heldout': measure(predict, heldout), 'trained': measure(predict, trained)}
-    return model | {name: measure(p, heldout) for name, p in baselines(heldout, seed).items()}
+def pretext_metrics(
+    predict: Callable,    # the trained model's, of `make_predict`
+    heldout: PretextSet,  # from photos that were not trained on
+    trained: PretextSet,  # from photos that were
+    seed: int = 0,        # of the random boxes
+) -> dict[str, dict]:     # heldout, trained, random, center, template -> mean_iou, iou50, n
+    "Return the pretext part of a report, for one law. Raises ValueError if there are two laws."
+    if heldout.law != trained.law:
+        raise ValueError(f'heldout follows the law {heldout.law}, trained {trained.law}: '
+                         'use the same for both')
+    metrics = {'heldout': measure(predict, heldout), 'trained': measure(predict, trained)}
+    for name, baseline in baselines(heldout, seed).items():
+        metrics[name] = measure(baseline, heldout)
+    return metrics
 
 # %% ../nbs/19_pretext.ipynb #c059
-def apart(boxes: Tensor,  # (n,4) cxcywh, candidates
-          count: int,  # P, at most n
-          ) -> Tensor:  # (P,) int
-    "Boxes to be drawn together: the first, and each time the one that shares least with those chosen (of the smaller one's area)."
+def apart(
+    boxes: Tensor,  # (n,4) cxcywh, candidates
+    count: int,     # P, at most n
+) -> Tensor:        # (P,) int
+    """Return boxes to be drawn together, as numbers of the candidates.
+
+    The first, and each time the one that shares least with those chosen, of the smaller one's
+    area."""
     x1, y1, x2, y2 = box_convert(boxes, 'cxcywh', 'xyxy').unbind(1)
-    def overlap(low, high): return (torch.minimum(high[:, None], high) - torch.maximum(low[:, None], low)).clamp(min=0)
+
+    def overlap(low, high):
+        ends, starts = torch.minimum(high[:, None], high), torch.maximum(low[:, None], low)
+        return (ends - starts).clamp(min=0)
+
     area = (x2 - x1) * (y2 - y1)
-    shared, chosen = overlap(x1, x2) * overlap(y1, y2) / torch.minimum(area[:, None], area), [0]
+    smaller = torch.minimum(area[:, None], area)
+    shared = overlap(x1, x2) * overlap(y1, y2) / smaller  # (n, n)
+    # the first one; then the least covered each time
+    chosen = [0]
     while len(chosen) < count:
         worst = shared[:, chosen].max(1).values
         worst[chosen] = torch.inf
         chosen.append(worst.argmin().item())
     return torch.tensor(chosen)
 
-def draw_localization(view: Tensor,  # (3,H,W) uint8
-                      patches: Tensor,  # (P,3,s,s) uint8, or float 0..1
-                      boxes: Tensor,  # (P,4) cxcywh in 0..1, the answers
-                      scores: Tensor,  # (P,) in 0..1
-                      truth: Tensor | None = None,  # (P,4) cxcywh in 0..1
-                      threshold: float | None = None,  # draw boxes with at least this score (the paper: 0.9); None: all
-                      size: float = 4.,  # width of the figure, inches
-                      title: str = '',  # of the figure
-                      ):  # the figure
-    "Photo, answers and patches (Fig. 7). Raises ValueError for wrong numbers."
+# %% ../nbs/19_pretext.ipynb #c059c
+def draw_localization(
+    view: Tensor,                    # (3,H,W) uint8
+    patches: Tensor,                 # (P,3,s,s) uint8, or float 0..1
+    boxes: Tensor,                   # (P,4) cxcywh in 0..1, the answers
+    scores: Tensor,                  # (P,) in 0..1
+    truth: Tensor | None = None,     # (P,4) cxcywh in 0..1
+    threshold: float | None = None,  # boxes below are left out (the paper: 0.9)
+    size: float = 4.,                # width of the figure, inches
+    title: str = '',                 # of the figure
+):                                   # the figure
+    "Draw photo, answers and patches (Fig. 7). Raises ValueError for wrong numbers."
     H, W = view.shape[1:]
-    def place(b): return None if b is None else box_convert(b, 'cxcywh', 'xyxy') * b.new_tensor([W, H, W, H])
     sure = torch.ones_like(scores, dtype=torch.bool) if threshold is None else scores >= threshold
     labels = [f'{s:.2f}' if ok else None for s, ok in zip(scores.tolist(), sure.tolist())]
-    words = ': '.join(w for w in (title, 'answers solid, truth dashed' if truth is not None else '') if w)
-    shown = place(boxes.where(sure[:, None], torch.nan))
-    return show_patches(view, shown, patches, labels, truth=place(truth), size=size, title=words)
+    # a box of NaN is not drawn: its score is below the threshold
+    shown = _pixels(boxes, H, W).where(sure[:, None], torch.nan)
+    words = [title] if title else []
+    if truth is not None:
+        truth = _pixels(truth, H, W)
+        words.append('answers solid, truth dashed')
+    title = ': '.join(words)
+    return show_patches(view, shown, patches, labels, truth=truth, size=size, title=title)
 
 # %% ../nbs/19_pretext.ipynb #c059a
-def draw_photo(predict: Callable,  # of `make_predict`, or a baseline
-               path: str,  # of a photo
-               num_patches: int = 5,  # P
-               seed: int = 0,  # of the boxes
-               threshold: float | None = None,  # as for `draw_localization`
-               title: str = '',  # of the figure
-               **options,  # size, patch_size, law of `pretext_set`
-               ):  # the figure
-    "Ask for some patches of a whole photo, as far apart as can be had, and draw the answers on it. Raises BadPhoto."
+def draw_photo(
+    predict: Callable,               # of `make_predict`, or a baseline
+    path: str,                       # of a photo
+    num_patches: int = 5,            # P
+    seed: int = 0,                   # of the boxes
+    threshold: float | None = None,  # as for `draw_localization`
+    title: str = '',                 # of the figure
+    **options,                       # size, patch_size, law of `pretext_set`
+):                                   # the figure
+    """Ask for some patches of a whole photo, and draw the answers on it. Raises BadPhoto.
+
+    The patches lie as far apart as can be had."""
     asked = pretext_set([path], 1, 20 * num_patches, seed, whole=True, **options)
     chosen = apart(asked.boxes[0], num_patches)
     patches, truth = asked.patches[0, chosen], asked.boxes[0, chosen]
     boxes, scores = predict(asked.views, patches[None] / 255)
     photo = read_photo(path)
     height = round(400 * photo.shape[1] / photo.shape[2])
-    return draw_localization(resize(photo, height, 400), patches, boxes[0], scores[0], truth, threshold, title=title)
+    shown = resize(photo, height, 400)
+    return draw_localization(shown, patches, boxes[0], scores[0], truth, threshold, title=title)
