@@ -31,69 +31,95 @@ from .stop import ignore_stop
 # %% ../nbs/13_loader.ipynb #c006
 @dataclass(frozen=True)
 class PatchTask:
-    "What is asked of every photo: how many patches, of which size and law, and how they are changed."
-    num_patches: int = 10  # M
-    num_queries: int = 100  # N
-    patch_size: int = 128  # px, side of the squashed patch
-    patch_law: str = 'uniform'  # see `updetr.patches`
-    mask_ratio: float = .1  # share of queries that lose their patch, 0..1
+    "The task set for every photo: how many patches, of which size and law, how they are changed."
+    num_patches: int = 10         # M
+    num_queries: int = 100        # N
+    patch_size: int = 128         # px, side of the squashed patch
+    patch_law: str = 'uniform'    # see `updetr.patches`
+    mask_ratio: float = .1        # share of queries that lose their patch, 0..1
 
-def make_sample(rng: np.random.Generator,  # the sample's own generator
-                photo: Tensor,  # (3,H,W) uint8, original resolution
-                task: PatchTask,  # what is asked of the photo
-                shape: tuple[int, int],  # height and width that the model gets, px
-                ) -> dict:  # photo, shape, patch_size; corners (M,4) xyxy px, factors (M,F), boxes (M,4) cxcywh in 0..1, keep (N,) bool
-    "All that is drawn for one photo (Section 3.1). Raises ValueError for a photo too small for the law."
+def make_sample(
+    rng: np.random.Generator,  # the sample's own generator
+    photo: Tensor,             # (3, H, W) uint8, original resolution
+    task: PatchTask,           # what is asked of the photo
+    shape: tuple[int, int],    # height and width that the model gets, px
+) -> dict:  # photo, shape, patch_size, corners, factors, boxes, keep
+    """Return all that is drawn for one photo (Section 3.1): corners (M, 4) xyxy px, factors (M, F),
+    boxes (M, 4) cxcywh in 0..1, keep (N,) bool.
+    Raises ValueError for a photo too small for the law."""
     height, width = photo.shape[1:]
+    # the order of the draws is part of the result: places, augmentation, masked queries
     corners = sample_boxes(rng, height, width, task.num_patches, law=task.patch_law)
-    return {'photo': photo, 'shape': shape, 'patch_size': task.patch_size, 'corners': corners,
-            'factors': draw_factors(rng, task.num_patches),
-            'boxes': box_convert(corners / torch.tensor([width, height, width, height]), 'xyxy', 'cxcywh').float(),
-            'keep': torch.from_numpy(rng.random(task.num_queries) >= task.mask_ratio)}
+    factors = draw_factors(rng, task.num_patches)
+    keep = rng.random(task.num_queries) >= task.mask_ratio
 
-def crop_sample(sample: dict,  # of `make_sample`
-                ) -> dict:  # image (3,h,w) and patches (M,3,s,s), both uint8, instead of the photo
-    "What is drawn for a photo, cut out of it."
-    rest = {k: v for k, v in sample.items() if k != 'photo'}
-    return rest | {'image': _image(sample), 'patches': crop_patches(sample['photo'], sample['corners'], sample['patch_size'])}
+    relative = corners / torch.tensor([width, height, width, height])
+    sample = {'photo': photo, 'shape': shape, 'patch_size': task.patch_size}
+    sample['corners'] = corners
+    sample['factors'] = factors
+    sample['boxes'] = box_convert(relative, 'xyxy', 'cxcywh').float()
+    sample['keep'] = torch.from_numpy(keep)
+    return sample
 
+# %% ../nbs/13_loader.ipynb #c006a
 def _image(sample):
-    "What the model sees: what is cut already, or the photo, unless it has its size already as a view has"
+    "Return what the model sees: the image if it is cut already, else the photo in its new size"
     if 'image' in sample: return sample['image']
     photo, shape = sample['photo'], sample['shape']
+    # a view has its size already
     return photo if photo.shape[1:] == shape else resize(photo, *shape)
+
+def crop_sample(
+    sample: dict,  # of `make_sample`
+) -> dict:  # image (3, h, w) and patches (M, 3, s, s), both uint8, instead of the photo
+    "Return a sample with all that is drawn for its photo cut out of it."
+    cut = {k: v for k, v in sample.items() if k != 'photo'}
+    cut['image'] = _image(sample)
+    cut['patches'] = crop_patches(sample['photo'], sample['corners'], sample['patch_size'])
+    return cut
 
 # %% ../nbs/13_loader.ipynb #c009
 WHOLE_PIXELS = 2**20  # a larger photo is cut where it is read
 
-def read_or_less(path: str,  # photo file
-                 ) -> Tensor:  # (3,H,W) uint8
-    "A photo of which only shares matter: a JPEG beyond the limit comes smaller. Raises BadPhoto."
+def read_or_less(
+    path: str,  # photo file
+) -> Tensor:  # (3, H, W) uint8
+    "Return a photo of which only shares matter: a large JPEG comes smaller. Raises BadPhoto."
     return read_photo(path, reduce=True)
 
-def read_or_next(paths: list[str],  # photo files, or whatever `read` takes
-                 index: int,  # number of the photo that is wanted
-                 tries: int = 16,  # photos that are tried before giving up
-                 read=read_or_less,  # path -> (3,H,W) uint8
-                 ) -> tuple[Tensor, list[str]]:  # (3,H,W) uint8, and what was wrong with the files that were skipped
-    "A photo, or the first readable one after it. Raises BadPhoto if none of `tries` photos in a row can be read."
+def read_or_next(
+    paths: list[str],   # photo files, or whatever `read` takes
+    index: int,         # number of the photo that is wanted
+    tries: int = 16,    # photos that are tried before giving up
+    read=read_or_less,  # path -> (3, H, W) uint8
+) -> tuple[Tensor, list[str]]:  # (3, H, W) uint8, and what was wrong with the files skipped
+    """Return a photo, or the first readable one after it.
+    Raises BadPhoto if none of `tries` photos in a row can be read."""
     skipped = []
-    for path in (paths[(index + i) % len(paths)] for i in range(min(len(paths), tries))):
-        try: return read(path), skipped
+    for i in range(min(len(paths), tries)):
+        path = paths[(index + i) % len(paths)]
+        try:
+            return read(path), skipped
         except BadPhoto as e:
             skipped.append(str(e))
             file = e.path
-    raise BadPhoto(file, f'{len(skipped)} photos in a row cannot be read, the first: {skipped[0]}')
+    count = len(skipped)
+    raise BadPhoto(file, f'{count} photos in a row cannot be read, the first: {skipped[0]}')
 
+# %% ../nbs/13_loader.ipynb #c009a
 class SelfDet(Dataset):
-    "Photos with random query patches (the reference's name). An item is `(epoch, index, short side)`."
-    def __init__(self,
-                 paths: list[str],  # photo files
-                 task: PatchTask,  # what is asked of each photo
-                 seed: int = 42,  # of all draws
-                 max_size: int = PRETRAIN_MAX,  # px, longest side after resizing
-                 ):
-        self.paths, self.task, self.seed, self.max_size = list(paths), task, seed, max_size
+    "Photos with random query patches (the reference's name). An item is `(epoch, index, size)`."
+    def __init__(
+        self,
+        paths: list[str],              # photo files
+        task: PatchTask,               # what is asked of each photo
+        seed: int = 42,                # of all draws
+        max_size: int = PRETRAIN_MAX,  # px, longest side after resizing
+    ):
+        self.paths = list(paths)
+        self.task = task
+        self.seed = seed
+        self.max_size = max_size
 
     def __len__(self): return len(self.paths)
 
@@ -101,62 +127,84 @@ class SelfDet(Dataset):
         epoch, index, size = item
         rng = np.random.default_rng((self.seed, epoch, index))
         photo, skipped = read_or_next(self.paths, index)
-        sample = make_sample(rng, photo, self.task, resize_shape(*photo.shape[1:], size, self.max_size))
-        small = photo[0].numel() <= WHOLE_PIXELS
-        return (sample if small else crop_sample(sample)) | {'index': index, 'skipped': skipped}
+        height, width = photo.shape[1:]
+        shape = resize_shape(height, width, size, self.max_size)
+        sample = make_sample(rng, photo, self.task, shape)
+        # a batch of large photos would fill the memory
+        if height * width > WHOLE_PIXELS: sample = crop_sample(sample)
+        return sample | {'index': index, 'skipped': skipped}
 
 # %% ../nbs/13_loader.ipynb #c012
-def random_crop(rng: np.random.Generator,  # the sample's own generator
-                photo: Tensor,  # (3,H,W) uint8
-                height: int,  # px of the result
-                width: int,  # px of the result
-                low: float = .3,  # smallest share of the photo's area, 0..1
-                ) -> Tensor:  # (3,height,width) uint8
-    "A crop with a share `low`..1 of the area and a slightly changed aspect, mirrored half of the time."
+def random_crop(
+    rng: np.random.Generator,  # the sample's own generator
+    photo: Tensor,             # (3, H, W) uint8
+    height: int,               # px of the result
+    width: int,                # px of the result
+    low: float = .3,           # smallest share of the photo's area, 0..1
+) -> Tensor:  # (3, height, width) uint8
+    "Return a crop of `low`..1 of the area in a slightly changed aspect, mirrored half of the time."
     H, W = photo.shape[1:]
-    area, aspect = rng.uniform(low, 1), math.exp(rng.uniform(-.29, .29))
-    h, w = min(H, round(H * math.sqrt(area / aspect))), min(W, round(W * math.sqrt(area * aspect)))
-    y, x = rng.integers(0, H - h + 1), rng.integers(0, W - w + 1)
+    # size: a share of the area, shared out between the sides by the aspect
+    area = rng.uniform(low, 1)
+    aspect = math.exp(rng.uniform(-.29, .29))
+    h = min(H, round(H * math.sqrt(area / aspect)))
+    w = min(W, round(W * math.sqrt(area * aspect)))
+    # place: anywhere in the photo
+    y = rng.integers(0, H - h + 1)
+    x = rng.integers(0, W - w + 1)
     crop = resize(photo[:, y:y + h, x:x + w], height, width)
     return crop.flip(2) if rng.random() < .5 else crop
 
-def random_view(rng: np.random.Generator,  # the sample's own generator
-                read,  # photo number -> (3,H,W) uint8
-                num_photos: int,  # numbers are drawn below this
-                size: int = 256,  # px, side of the view
-                collage: float = .5,  # share of views that are collages of four, 0..1
-                ) -> Tensor:  # (3,size,size) uint8
-    "One crop, or four side by side."
-    if rng.random() >= collage: return random_crop(rng, read(rng.integers(num_photos)), size, size)
-    a, b, c, d = (random_crop(rng, read(rng.integers(num_photos)), size // 2, size - size // 2) for _ in range(4))
-    return torch.cat((torch.cat((a, b), 2), torch.cat((c, d), 2)), 1)
+def random_view(
+    rng: np.random.Generator,  # the sample's own generator
+    read,                      # photo number -> (3, H, W) uint8
+    num_photos: int,           # numbers are drawn below this
+    size: int = 256,           # px, side of the view
+    collage: float = .5,       # share of views that are collages of four, 0..1
+) -> Tensor:  # (3, size, size) uint8
+    "Return one crop, or four side by side."
+    def crop(height, width):
+        return random_crop(rng, read(rng.integers(num_photos)), height, width)
+
+    if rng.random() >= collage: return crop(size, size)
+    half, rest = size // 2, size - size // 2
+    a, b, c, d = [crop(half, rest) for _ in range(4)]
+    above, below = torch.cat((a, b), 2), torch.cat((c, d), 2)
+    return torch.cat((above, below), 1)
 
 # %% ../nbs/13_loader.ipynb #c013
 @lru_cache(maxsize=32)  # of the module, so that a dataset can be sent to workers
 def _photo_of(path, stamp): return read_or_less(path)
 
 def _cached_photo(path):
-    "A photo that is decoded once, and again when its file has changed"
+    "Return a photo that is decoded once, and again when its file has changed"
     try: info = os.stat(path)
     except OSError: return read_or_less(path)  # says what is wrong
-    return _photo_of(path, (info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
+    stamp = info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+    return _photo_of(path, stamp)
 
 class Views(Dataset):
     "Random views of a few photos with query patches. An item is `(epoch, index, size)`."
-    def __init__(self,
-                 paths: list[str],  # photo files
-                 task: PatchTask,  # what is asked of each view
-                 num_views: int,  # length of the dataset
-                 seed: int = 42,  # of all draws
-                 collage: float = .5,  # share of collages, 0..1
-                 ):
-        self.paths, self.task, self.num_views, self.seed, self.collage = list(paths), task, num_views, seed, collage
+    def __init__(
+        self,
+        paths: list[str],      # photo files
+        task: PatchTask,       # what is asked of each view
+        num_views: int,        # length of the dataset
+        seed: int = 42,        # of all draws
+        collage: float = .5,   # share of collages, 0..1
+    ):
+        self.paths = list(paths)
+        self.task = task
+        self.num_views = num_views
+        self.seed = seed
+        self.collage = collage
 
     def __len__(self): return self.num_views
 
     def __getitem__(self, item):
         epoch, index, size = item
-        rng, skipped = np.random.default_rng((self.seed, epoch, index)), []
+        rng = np.random.default_rng((self.seed, epoch, index))
+        skipped = []
 
         def read(i):
             photo, bad = read_or_next(self.paths, i, read=_cached_photo)
@@ -164,98 +212,127 @@ class Views(Dataset):
             return photo
 
         view = random_view(rng, read, len(self.paths), size, self.collage)
-        return make_sample(rng, view, self.task, (size, size)) | {'index': index, 'skipped': skipped}
+        sample = make_sample(rng, view, self.task, (size, size))
+        return sample | {'index': index, 'skipped': skipped}
 
 # %% ../nbs/13_loader.ipynb #c016
-def epoch_batches(sizes: np.ndarray,  # (n,2) height and width of the photos, px
-                  batch_size: int,  # global: of all processes together
-                  seed: int,  # of the whole training
-                  epoch: int,  # from 0
-                  short_sides: tuple[int, ...] = PRETRAIN_SIZES,  # px, one is drawn a batch
-                  ) -> list[tuple[int, np.ndarray]]:  # (short side, photo numbers) of each step
-    "The global batches of one epoch: grouped by orientation, shuffled; incomplete ones are dropped."
+def epoch_batches(
+    sizes: np.ndarray,  # (n, 2) height and width of the photos, px
+    batch_size: int,    # global: of all processes together
+    seed: int,          # of the whole training
+    epoch: int,         # from 0
+    short_sides: tuple[int, ...] = PRETRAIN_SIZES,  # px, one is drawn a batch
+) -> list[tuple[int, np.ndarray]]:  # (short side, photo numbers) of each step
+    "Return the global batches of one epoch: grouped by orientation, shuffled, only complete ones."
     rng = np.random.default_rng((seed, epoch))
-    order, portrait = rng.permutation(len(sizes)), sizes[:, 0] > sizes[:, 1]
-    groups = order[portrait[order]], order[~portrait[order]]
-    cut = [len(g) - len(g) % batch_size for g in groups]
-    rest = np.concatenate([g[c:] for g, c in zip(groups, cut)])
+    # shuffle, then part the orientations
+    order = rng.permutation(len(sizes))
+    portrait = sizes[order, 0] > sizes[order, 1]
+    groups = order[portrait], order[~portrait]
+
+    # whole batches of each orientation; what is left of both is mixed
+    whole, left = [], []
+    for group in groups:
+        cut = len(group) - len(group) % batch_size
+        whole.append(group[:cut])
+        left.append(group[cut:])
+    rest = np.concatenate(left)
     rest = rest[:len(rest) - len(rest) % batch_size]
-    batches = np.concatenate([*(g[:c] for g, c in zip(groups, cut)), rest]).reshape(-1, batch_size)
-    return [(int(rng.choice(short_sides)), batches[i]) for i in rng.permutation(len(batches))]
+    batches = np.concatenate([*whole, rest]).reshape(-1, batch_size)
+
+    # shuffle the batches, and draw a size for each
+    shuffled = rng.permutation(len(batches))
+    return [(int(rng.choice(short_sides)), batches[i]) for i in shuffled]
 
 # %% ../nbs/13_loader.ipynb #c021
 class BatchPlan:
     "A batch sampler over a whole training: items of this process, from any step on."
-    def __init__(self,
-                 sizes: np.ndarray,  # (n,2) height and width of the photos, px
-                 batch_size: int,  # photos a step, global: of all processes together
-                 total_steps: int,  # of the whole training
-                 seed: int = 42,  # of the whole training
-                 short_sides: tuple[int, ...] = PRETRAIN_SIZES,  # px, one is drawn a batch
-                 start_step: int = 0,  # steps that are done already
-                 rank: int = 0,  # number of this process
-                 world: int = 1,  # number of processes
-                 accumulate: int = 1,  # micro-batches a step
-                 ):
+    def __init__(
+        self,
+        sizes: np.ndarray,    # (n, 2) height and width of the photos, px
+        batch_size: int,      # photos a step, global: of all processes together
+        total_steps: int,     # of the whole training
+        seed: int = 42,       # of the whole training
+        short_sides: tuple[int, ...] = PRETRAIN_SIZES,  # px, one is drawn a batch
+        start_step: int = 0,  # steps that are done already
+        rank: int = 0,        # number of this process
+        world: int = 1,       # number of processes
+        accumulate: int = 1,  # micro-batches a step
+    ):
         pieces = world * accumulate
         if len(sizes) < batch_size:
-            raise ValueError(f'batch_size {batch_size} is larger than the {len(sizes)} photos there are: choose a smaller batch_size')
+            raise ValueError(f'batch_size {batch_size} is larger than the {len(sizes)} photos '
+                             'there are: choose a smaller batch_size')
         if batch_size % pieces:
-            raise ValueError(f'batch_size {batch_size} cannot be divided among {world} processes x {accumulate} micro-batches: '
-                             f'choose a multiple of {pieces}')
-        self.sizes, self.batch_size, self.total_steps, self.seed, self.short_sides = sizes, batch_size, total_steps, seed, short_sides
-        self.start_step, self.rank, self.world, self.accumulate = start_step, rank, world, accumulate
+            raise ValueError(f'batch_size {batch_size} cannot be divided among {world} processes '
+                             f'x {accumulate} micro-batches: choose a multiple of {pieces}')
+        self.sizes = sizes
+        self.batch_size = batch_size
+        self.total_steps = total_steps
+        self.seed = seed
+        self.short_sides = short_sides
+        self.start_step = start_step
+        self.rank = rank
+        self.world = world
+        self.accumulate = accumulate
         self.steps_per_epoch = len(sizes) // batch_size
 
     def __len__(self): return (self.total_steps - self.start_step) * self.accumulate
 
+    def _batches_of(self, epoch):
+        return epoch_batches(self.sizes, self.batch_size, self.seed, epoch, self.short_sides)
+
     def __iter__(self):
-        epoch_now, batches = None, None
+        planned = None  # the epoch whose batches are at hand
         for step in range(self.start_step, self.total_steps):
             epoch, k = divmod(step, self.steps_per_epoch)
-            if epoch != epoch_now:
-                epoch_now, batches = epoch, epoch_batches(self.sizes, self.batch_size, self.seed, epoch, self.short_sides)
+            if epoch != planned:
+                planned = epoch
+                batches = self._batches_of(epoch)
             size, indices = batches[k]
+            # the pieces of the global batch go round the processes
             pieces = indices.reshape(self.world * self.accumulate, -1)
-            for piece in pieces[self.rank::self.world]: yield [(epoch, int(i), size) for i in piece]
+            for piece in pieces[self.rank::self.world]:
+                yield [(epoch, int(i), size) for i in piece]
 
 # %% ../nbs/13_loader.ipynb #c023a
 def _blank(*shape):
-    "uint8 (..., C, H, W) of any content, channels side by side; in a worker: in memory that it shares with the main process"
+    "Return uint8 (..., C, H, W) of any content, channels side by side; in a worker: shared memory"
     *lead, channels, height, width = shape
     count = math.prod(shape)
-    pixels = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(count)) if get_worker_info() else torch.empty(
-        count, dtype=torch.uint8)
+    if get_worker_info():
+        # where the main process can read it: nothing is copied there later
+        memory = torch.UntypedStorage._new_shared(count)
+        pixels = torch.empty(0, dtype=torch.uint8).set_(memory)
+    else:
+        pixels = torch.empty(count, dtype=torch.uint8)
     return pixels.view(*lead, height, width, channels).movedim(-1, -3)
 
 def _padding(sides):
-    "The mask of photos with these heights and widths in one batch; None if all have one size"
+    "Return the mask of photos of these sides (B, 2) in one batch; None if all have one size"
     height, width = sides.amax(0)
-    mask = (torch.arange(height) >= sides[:, :1])[:, :, None] | (torch.arange(width) >= sides[:, 1:])[:, None]
+    below = torch.arange(height) >= sides[:, :1]          # (B, H)
+    beside = torch.arange(width) >= sides[:, 1:]          # (B, W)
+    mask = below[:, :, None] | beside[:, None]            # (B, H, W)
     return mask if mask.any() else None
 
 def _pixels(images, sides):
-    "Photos of these heights and widths (B,2) as one batch, zeros at the bottom and right"
-    batch = _blank(len(sides), 3, *sides.amax(0).tolist())
-    for pixels, x in zip(batch, images):
-        h, w = x.shape[1:]
-        pixels[:, :h, :w], pixels[:, h:], pixels[:, :h, w:] = x, 0, 0
+    "Return photos of these sides (B, 2) as one batch, zeros at the bottom and right"
+    height, width = sides.amax(0).tolist()
+    batch = _blank(len(sides), 3, height, width)
+    for pixels, image in zip(batch, images):
+        h, w = image.shape[1:]
+        pixels[:, :h, :w] = image
+        pixels[:, h:] = 0
+        pixels[:, :h, w:] = 0
     return batch
 
 # %% ../nbs/13_loader.ipynb #c024
-def collate(samples: list[dict],  # of `SelfDet` or `Views`
-            whole: bool = False,  # leave cutting to `to_device`, unless a photo is cut already
-            ) -> dict:  # factors, boxes, keep, mask (B,H,W) or None, index, skipped; images and patches, or what they are cut from
-    "A batch on the CPU. In the mask True is padding; None means that all photos have one size."
-    batch = {k: torch.stack([s[k] for s in samples]) for k in ('factors', 'boxes', 'keep')}
-    batch |= {'index': torch.tensor([s['index'] for s in samples]), 'skipped': sum((s['skipped'] for s in samples), [])}
-    whole = whole and all('photo' in s for s in samples)
-    return batch | (_join_photos(samples) if whole else _join_crops(samples))
-
 def _join_crops(samples):
-    "images uint8 (B,3,H,W) and patches uint8 (B,M,3,s,s); what is still to be cut is cut right into its place"
+    "Return images uint8 (B, 3, H, W), their mask, and patches uint8 (B, M, 3, s, s)"
     shapes = torch.tensor([s['shape'] for s in samples])
     images = _pixels(map(_image, samples), shapes)
+    # what is still to be cut is cut right into its place
     M, size = len(samples[0]['boxes']), samples[0]['patch_size']
     patches = _blank(len(samples), M, 3, size, size)
     for room, s in zip(patches, samples):
@@ -264,41 +341,81 @@ def _join_crops(samples):
     return {'images': images, 'mask': _padding(shapes), 'patches': patches}
 
 def _join_photos(samples):
-    "photos uint8 (B,3,H,W), sides (B,2) of each, corners (B,M,4) of its patches, shapes (B,2) that it gets"
-    sides, shapes = (torch.tensor(x) for x in ([s['photo'].shape[1:] for s in samples], [s['shape'] for s in samples]))
-    return {'photos': _pixels((s['photo'] for s in samples), sides), 'sides': sides, 'shapes': shapes, 'mask': _padding(shapes),
-            'corners': torch.stack([s['corners'] for s in samples]), 'patch_size': samples[0]['patch_size']}
+    """Return photos uint8 (B, 3, H, W) with the sides (B, 2) of each; what is cut out of them:
+    corners (B, M, 4) of the patches, shapes (B, 2) that the model gets, and their mask"""
+    sides = torch.tensor([s['photo'].shape[1:] for s in samples])
+    shapes = torch.tensor([s['shape'] for s in samples])
+    photos = _pixels((s['photo'] for s in samples), sides)
+    corners = torch.stack([s['corners'] for s in samples])
+    return {'photos': photos, 'sides': sides, 'shapes': shapes, 'mask': _padding(shapes),
+            'corners': corners, 'patch_size': samples[0]['patch_size']}
+
+# %% ../nbs/13_loader.ipynb #c024a
+def collate(
+    samples: list[dict],  # of `SelfDet` or `Views`
+    whole: bool = False,  # leave cutting to `to_device`, unless a photo is cut already
+) -> dict:  # factors, boxes, keep, mask, index, skipped; images and patches, or the photos
+    """Return a batch on the CPU; with photos also sides, corners, shapes and patch_size, by which
+    they are cut. In the mask (B, H, W) True is padding; None means that all have one size."""
+    batch = {k: torch.stack([s[k] for s in samples]) for k in ('factors', 'boxes', 'keep')}
+    batch['index'] = torch.tensor([s['index'] for s in samples])
+    batch['skipped'] = sum((s['skipped'] for s in samples), [])
+    uncut = all('photo' in s for s in samples)
+    join = _join_photos if whole and uncut else _join_crops
+    return batch | join(samples)
 
 # %% ../nbs/13_loader.ipynb #8abeb21a
-def to_device(batch: dict,  # of `collate`
-              device: torch.device | str,  # where the model is
-              mean: tuple,  # of the backbone, (3,), for values in 0..1
-              std: tuple,  # of the backbone, (3,)
-              ) -> dict:  # images (B,3,H,W) and patches (B,M,3,s,s) float, normalised; mask, boxes, keep; index on the CPU
-    "Move a batch, cut it if that is still to be done, augment its patches and normalise it."
-    def move(x): return None if x is None else x.to(device, non_blocking=True)
-    mask, moved = move(batch['mask']), {k: move(batch[k]) for k in ('boxes', 'keep')}
-    images, patches = _crop_batch(batch, move) if 'photos' in batch else (move(batch[k]) for k in ('images', 'patches'))
-    images = normalize(images.to(torch.float32, memory_format=torch.contiguous_format).div_(255), mean, std)
-    if mask is not None: images.masked_fill_(mask[:, None], 0)
-    patches = normalize(augment(patches.flatten(0, 1), batch['factors'].flatten(0, 1)), mean, std).unflatten(0, patches.shape[:2])
-    return {'images': images, 'mask': mask, 'patches': patches, **moved, 'index': batch['index']}
-
 def _crop_batch(batch, move):
-    photos, sides, shapes, corners = (move(batch[k]) for k in ('photos', 'sides', 'shapes', 'corners'))
-    frames, s = torch.cat((torch.zeros_like(sides), sides.flip(1)), 1)[:, None], batch['patch_size']
-    images = crop_resize(photos, frames, shapes[:, None], tuple(batch['shapes'].amax(0).tolist()))[:, 0]
-    return images, crop_resize(photos, corners, torch.full_like(corners[..., :2], s), (s, s))
+    "Return images (B, 3, H, W) and patches (B, M, 3, s, s), cut on the device out of whole photos"
+    photos, corners = move(batch['photos']), move(batch['corners'])
+    sides, shapes = move(batch['sides']), move(batch['shapes'])
+    # every photo as one box (B, 1, 4) that reaches from corner to corner
+    frames = torch.cat((torch.zeros_like(sides), sides.flip(1)), 1)[:, None]
+    room = tuple(batch['shapes'].amax(0).tolist())
+    images = crop_resize(photos, frames, shapes[:, None], room)[:, 0]
+    side = batch['patch_size']
+    patch_shapes = torch.full_like(corners[..., :2], side)
+    return images, crop_resize(photos, corners, patch_shapes, (side, side))
 
-def as_targets(boxes: Tensor,  # (B,M,4) cxcywh, 0..1
-               label: int = 1,  # that says "matches": the last class before "no object", 1 of the reference's three logits
-               ) -> tuple[Tensor, Tensor, list[int]]:  # labels (B,M) all alike, boxes (B,M,4), M for each photo
-    "The targets of the pretext task, as `pad_targets` returns them: every photo has M, so nothing is padded."
-    return torch.full(boxes.shape[:2], label, device=boxes.device), boxes, [boxes.shape[1]] * len(boxes)
+def to_device(
+    batch: dict,                 # of `collate`
+    device: torch.device | str,  # where the model is
+    mean: tuple,                 # of the backbone, (3,), for values in 0..1
+    std: tuple,                  # of the backbone, (3,)
+) -> dict:  # images (B, 3, H, W), patches (B, M, 3, s, s) float; mask, boxes, keep, index
+    """Move a batch, cut it if that is still to be done, augment its patches and normalise it.
+    Its index stays on the CPU."""
+    def move(x): return None if x is None else x.to(device, non_blocking=True)
+
+    mask = move(batch['mask'])
+    boxes, keep = move(batch['boxes']), move(batch['keep'])
+    # the pixels, cut by the worker or here
+    if 'photos' in batch: images, patches = _crop_batch(batch, move)
+    else: images, patches = move(batch['images']), move(batch['patches'])
+    # photos: padding is zero after they are normalised
+    images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    images = normalize(images, mean, std)
+    if mask is not None: images.masked_fill_(mask[:, None], 0)
+    # patches: each with its own augmentation, drawn beforehand
+    changed = augment(patches.flatten(0, 1), batch['factors'].flatten(0, 1))
+    patches = normalize(changed, mean, std).unflatten(0, patches.shape[:2])
+    return {'images': images, 'mask': mask, 'patches': patches, 'boxes': boxes, 'keep': keep,
+            'index': batch['index']}
+
+# %% ../nbs/13_loader.ipynb #8abeb21b
+def as_targets(
+    boxes: Tensor,   # (B, M, 4) cxcywh, 0..1
+    label: int = 1,  # "matches": the last class before "no object", 1 of the reference's 3 logits
+) -> tuple[Tensor, Tensor, list[int]]:  # labels (B, M) all alike, boxes (B, M, 4), M for each photo
+    """Return the targets of the pretext task, as `pad_targets` returns them.
+    Every photo has M, so nothing is padded."""
+    labels = torch.full(boxes.shape[:2], label, device=boxes.device)
+    counts = [boxes.shape[1]] * len(boxes)
+    return labels, boxes, counts
 
 # %% ../nbs/13_loader.ipynb #c024q
 def _tensors(x):
-    "All tensors of a batch, however they are nested"
+    "Yield all tensors of a batch, however they are nested"
     if isinstance(x, Tensor): yield x
     elif isinstance(x, dict): yield from _tensors(list(x.values()))
     elif isinstance(x, (list, tuple)):
@@ -307,10 +424,11 @@ def _tensors(x):
 _FULL = 'no room for a batch in the shared memory of the loader workers'
 
 def _shm_advice():
-    "What to say when shared memory is full"
+    "Return what to say when shared memory is full"
     place = '/dev/shm' if os.path.isdir('/dev/shm') else tempfile.gettempdir()
     room = shutil.disk_usage(place)
-    return (f'{_FULL}, {place} ({room.total / 2**20:.0f} MB, {room.free / 2**20:.0f} MB free). '
+    total, free = room.total / 2**20, room.free / 2**20
+    return (f'{_FULL}, {place} ({total:.0f} MB, {free:.0f} MB free). '
             'Give it more (docker run --shm-size=2g, or --ipc=host), or use fewer workers: '
             '-p num_workers 0 needs none')
 
@@ -325,72 +443,91 @@ class _Handing:
             for x in _tensors(batch): x.share_memory_()
             return batch
         except RuntimeError as e:
-            if not re.search('shared memory|shm|No space left|/torch_', str(e)): raise
-            raise RuntimeError(f'{_shm_advice()}. It said: {str(e).splitlines()[0]}') from e
+            # each system says in its own words that there is no room
+            said = str(e)
+            if not re.search('shared memory|shm|No space left|/torch_', said): raise
+            raise RuntimeError(f'{_shm_advice()}. It said: {said.splitlines()[0]}') from e
 
 # %% ../nbs/13_loader.ipynb #c024r
+_DEAD = r'DataLoader worker \(pid.*(killed by signal|exited unexpectedly)'
+
 def _or_named(batches):
-    "The same batches; a worker that died is named with the way on"
-    try: yield from batches
+    "Yield the same batches; a worker that died is named with the way on"
+    try:
+        yield from batches
     except RuntimeError as e:
-        said = str(e).splitlines()[0]
-        if _FULL in str(e): raise RuntimeError(_FULL + str(e).split(_FULL)[-1].strip()) from e
-        if not re.match(r'DataLoader worker \(pid.*(killed by signal|exited unexpectedly)', str(e)): raise
+        said = str(e)
+        # a worker that found no room has said all; its traceback stands before it
+        if _FULL in said: raise RuntimeError(_FULL + said.split(_FULL)[-1].strip()) from e
+        if not re.match(_DEAD, said): raise
         way = ('a worker of the data loader died, most often because memory ran out: use fewer '
                '(-p num_workers 0 needs none)')
-        if 'Bus error' in str(e): way = _shm_advice()
-        raise RuntimeError(f'{way}. It said: {said}') from e
+        if 'Bus error' in said: way = _shm_advice()
+        raise RuntimeError(f'{way}. It said: {said.splitlines()[0]}') from e
 
 class _Loader(DataLoader):
     "A `DataLoader` whose dead workers are named"
     def __iter__(self): return _or_named(super().__iter__())
 
 def data_loader(
-    dataset: Dataset,  # what is read
-    batches,  # batch sampler: which items make which batch
-    join=None,  # samples -> batch on the CPU; None: torch's own way
+    dataset: Dataset,      # what is read
+    batches,               # batch sampler: which items make which batch
+    join=None,             # samples -> batch on the CPU; None: torch's own way
     num_workers: int = 0,  # processes that decode; 0 = this one
-    init=ignore_stop,  # called in each of them with its number
+    init=ignore_stop,      # called in each of them with its number
 ) -> DataLoader:  # of CPU batches
-    """A loader whose workers leave signals to the main process and never hang without a word.
-    With a generator of its own: else it draws from the process's, and a resumed run would have other dropout masks."""
+    """Return a loader whose workers leave signals to the main process, and never hang silently.
+    It has a generator of its own: else it draws from the process's, and a resumed run would have
+    other dropout masks."""
+    ahead = 4 if num_workers else None
     return _Loader(dataset, batch_sampler=batches, collate_fn=_Handing(join or default_collate),
-                   num_workers=num_workers, prefetch_factor=4 if num_workers else None,
-                   pin_memory=torch.cuda.is_available(), worker_init_fn=init,
-                   generator=torch.Generator())
+                   num_workers=num_workers, prefetch_factor=ahead, worker_init_fn=init,
+                   pin_memory=torch.cuda.is_available(), generator=torch.Generator())
 
 # %% ../nbs/13_loader.ipynb #c025
-def photo_loader(dataset: Dataset,  # `SelfDet` or `Views`
-                 plan: BatchPlan,  # which items make which batch
-                 num_workers: int = 0,  # processes that decode; 0 = this one
-                 whole: bool = False,  # leave cutting to `to_device`
-                 ) -> DataLoader:  # of CPU batches
-    "A loader over the rest of the training."
+def photo_loader(
+    dataset: Dataset,      # `SelfDet` or `Views`
+    plan: BatchPlan,       # which items make which batch
+    num_workers: int = 0,  # processes that decode; 0 = this one
+    whole: bool = False,   # leave cutting to `to_device`
+) -> DataLoader:  # of CPU batches
+    "Return a loader over the rest of the training."
     return data_loader(dataset, plan, partial(collate, whole=whole), num_workers)
 
 # %% ../nbs/13_loader.ipynb #d13b0002
-def bank_home(nbytes: int,  # of a bank
-              device: torch.device | str,  # where batches go
-              ) -> torch.device:  # that device, or the CPU
-    "Where a bank lies: on a GPU at most half of what is free, the rest is for the training."
+def bank_home(
+    nbytes: int,                 # of a bank
+    device: torch.device | str,  # where batches go
+) -> torch.device:  # that device, or the CPU
+    "Return where a bank lies: on a GPU at most half of what is free, the rest is for the training."
     device = torch.device(device)
     if device.type != 'cuda': return torch.device('cpu')
-    torch.cuda.empty_cache()  # what making the bank has left behind is free, too
-    return device if 2 * nbytes <= torch.cuda.mem_get_info(device)[0] else torch.device('cpu')
+    # what making the bank has left behind is free, too
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if 2 * nbytes <= free else torch.device('cpu')
 
-def send(x: Tensor,  # on the CPU
-         device: torch.device,  # where it goes
-         ) -> Tensor:
+def send(
+    x: Tensor,             # on the CPU
+    device: torch.device,  # where it goes
+) -> Tensor:  # the same there
     "Move a tensor without waiting for it."
-    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
+    if device.type == 'cuda': return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
-def take_rows(part: Tensor,  # (n,...), here or on the device
-              rows: Tensor,  # (B,...) numbers of rows, on the CPU
-              device: torch.device,  # where they go
-              ) -> Tensor:  # (B,...,...)
-    "Some rows of an array, on the device."
-    if part.device.type == device.type: taken = part.index_select(0, send(rows.flatten(), device))
+def take_rows(
+    part: Tensor,          # (n, ...), here or on the device
+    rows: Tensor,          # (B, ...) numbers of rows, on the CPU
+    device: torch.device,  # where they go
+) -> Tensor:  # (B, ..., ...)
+    "Return some rows of an array, on the device."
+    wanted, of_one = rows.flatten(), part.shape[1:]
+    if part.device.type == device.type:
+        taken = part.index_select(0, send(wanted, device))
     else:
-        pinned = torch.empty(rows.numel(), *part.shape[1:], dtype=part.dtype, pin_memory=device.type == 'cuda')
-        taken = torch.index_select(part, 0, rows.flatten(), out=pinned).to(device, non_blocking=True)
-    return taken.view(*rows.shape, *part.shape[1:])
+        # into pinned memory, from which a GPU fetches while the host goes on
+        pin = device.type == 'cuda'
+        memory = torch.empty(len(wanted), *of_one, dtype=part.dtype, pin_memory=pin)
+        picked = torch.index_select(part, 0, wanted, out=memory)
+        taken = picked.to(device, non_blocking=True)
+    return taken.view(*rows.shape, *of_one)
