@@ -681,6 +681,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'updetr.loader.BatchPlan.__init__': ('loader.html#batchplan.__init__', 'updetr/loader.py'),
                                'updetr.loader.BatchPlan.__iter__': ('loader.html#batchplan.__iter__', 'updetr/loader.py'),
                                'updetr.loader.BatchPlan.__len__': ('loader.html#batchplan.__len__', 'updetr/loader.py'),
+                               'updetr.loader.BatchPlan._batches_of': ('loader.html#batchplan._batches_of', 'updetr/loader.py'),
                                'updetr.loader.PatchTask': ('loader.html#patchtask', 'updetr/loader.py'),
                                'updetr.loader.SelfDet': ('loader.html#selfdet', 'updetr/loader.py'),
                                'updetr.loader.SelfDet.__getitem__': ('loader.html#selfdet.__getitem__', 'updetr/loader.py'),
