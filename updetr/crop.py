@@ -10,32 +10,51 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/03a_crop.ipynb #c005
-def resize_weights(low: Tensor,  # (...) start of each interval, px
-                   high: Tensor,  # (...) its end, px
-                   size: Tensor,  # (...) pixels that it becomes
-                   side: int,  # of the photo, px
-                   length: int,  # rows of the result, at least the largest size; rows behind `size` are zero
-                   ) -> Tensor:  # (...,length,side), each row of sum 1 or 0
-    "Antialiased bilinear weights, PIL's and torchvision's."
-    step, new, old = (high - low) / size, torch.arange(length, device=low.device), torch.arange(side, device=low.device) + .5
-    low, high, size, step = (x[..., None, None] for x in (low, high, size, step))
-    distance = (old - low - (new[:, None] + .5) * step).abs()
-    weights = (1 - distance / step.clamp(min=1)).clamp(min=0) * ((old > low) & (old < high) & (new[:, None] < size))
+def resize_weights(
+    low: Tensor,   # start of each interval (...), px
+    high: Tensor,  # its end (...), px
+    size: Tensor,  # pixels that it becomes (...)
+    side: int,     # pixels of the photo
+    length: int,   # rows of the result, at least the largest size; rows behind `size` are zero
+) -> Tensor:       # weights (..., length, side), each row of sum 1 or 0
+    "Return antialiased bilinear weights, PIL's and torchvision's."
+    # a table (length, side) for each interval
+    low, high, size = low[..., None, None], high[..., None, None], size[..., None, None]
+    step = (high - low) / size  # old pixels for a new one
+    new = torch.arange(length, device=low.device)[:, None] + .5  # (length, 1) centres
+    old = torch.arange(side, device=low.device) + .5             # (side)
+    # a triangle over the old pixels, as wide as the step or, where the picture grows, as a pixel
+    distance = (old - low - new * step).abs()  # (..., length, side)
+    weights = (1 - distance / step.clamp(min=1)).clamp(min=0)
+    # nothing from outside the interval, nothing behind `size`
+    inside = (old > low) & (old < high) & (new < size)
+    weights = weights * inside
     return weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
 
 # %% ../nbs/03a_crop.ipynb #c008
 @torch.no_grad()
-def crop_resize(photos: Tensor,  # (B,3,H,W) uint8
-        boxes: Tensor,  # (B,M,4) xyxy px, inside their photo
-        sizes: Tensor,  # (B,M,2) height and width that each box becomes, px
-        shape: tuple[int, int],  # (h,w) of the result, at least the largest of them
-        ) -> Tensor:  # (B,M,3,h,w) uint8; zero behind `sizes`
-    "Boxes cut out of photos and resized, all in two products."
-    (B, _, H, W), M, (h, w), kind = photos.shape, boxes.shape[1], shape, torch.float16 if photos.is_cuda else torch.float32
+def crop_resize(
+    photos: Tensor,          # photos (B, 3, H, W) uint8
+    boxes: Tensor,           # boxes (B, M, 4) xyxy px, inside their photo
+    sizes: Tensor,           # height and width that each box becomes (B, M, 2), px
+    shape: tuple[int, int],  # (h, w) of the result, at least the largest of them
+) -> Tensor:                 # pieces (B, M, 3, h, w) uint8; zero behind `sizes`
+    "Return boxes cut out of photos and resized, all in two products."
+    B, _, H, W = photos.shape
+    M = boxes.shape[1]
+    h, w = shape
     x1, y1, x2, y2 = boxes.float().unbind(-1)
-    columns, rows = resize_weights(x1, x2, sizes[..., 1], W, w).to(kind), resize_weights(y1, y2, sizes[..., 0], H, h).to(kind)
+    to_height, to_width = sizes.unbind(-1)
+    # bytes are exact in half precision
+    kind = torch.float16 if photos.is_cuda else torch.float32
+    columns = resize_weights(x1, x2, to_width, W, w).to(kind)  # (B, M, w, W)
+    rows = resize_weights(y1, y2, to_height, H, h).to(kind)    # (B, M, h, H)
     with torch.autocast(photos.device.type, enabled=False):
-        narrow = (photos.to(kind).flatten(1, 2) @ columns.flatten(1, 2).mT).add_(.5).floor_()  # (B,3H,Mw)
-        narrow = narrow.view(B, 3, H, M, w).permute(0, 3, 2, 1, 4).flatten(3)  # (B,M,H,3w)
-        small = (rows @ narrow).add_(.5).clamp_(0, 255).to(torch.uint8)
+        # the columns of all boxes in one product, rounded
+        narrow = photos.to(kind).flatten(1, 2) @ columns.flatten(1, 2).mT  # (B, 3H, Mw)
+        narrow = narrow.add_(.5).floor_()
+        # then each box its own rows, the three colours side by side
+        narrow = narrow.view(B, 3, H, M, w).permute(0, 3, 2, 1, 4).flatten(3)  # (B, M, H, 3w)
+        small = rows @ narrow  # (B, M, h, 3w)
+        small = small.add_(.5).clamp_(0, 255).to(torch.uint8)
     return small.view(B, M, h, 3, w).movedim(3, 2)
