@@ -10,107 +10,155 @@ import numpy as np
 import torch
 
 # %% ../nbs/04_augment.ipynb #c006
-FACTORS = ('brightness', 'contrast', 'saturation', 'hue', 'first', 'second', 'third', 'fourth', 'gray', 'sigma')
+FACTORS = ('brightness', 'contrast', 'saturation', 'hue', 'first', 'second', 'third', 'fourth',
+           'gray', 'sigma')
 NEUTRAL = (1., 1., 1., 0.)   # brightness, contrast, saturation and hue that change nothing
 BLUR_RADIUS = 8              # reach of the blur on each side, px
 
 def _check_strengths(colour, chances, sigma):
-    if not (all(0 <= s <= 1 for s in colour[:3] + chances) and 0 <= colour[3] <= .5):
-        raise ValueError(f'jitter strengths and probabilities must lie in 0..1 and hue in 0..0.5, got {colour} and {chances}')
-    if not 0 < sigma[0] <= sigma[1] <= BLUR_RADIUS / 3:
-        raise ValueError(f'sigma must be (smallest, largest) in 0..{BLUR_RADIUS / 3:.2f}, as the blur reaches {BLUR_RADIUS}: got {sigma}')
+    *blends, hue = colour
+    shares = (*blends, *chances)
+    if not all(0 <= s <= 1 for s in shares) or not 0 <= hue <= .5:
+        raise ValueError('jitter strengths and probabilities must lie in 0..1 and hue in 0..0.5, '
+                         f'got {colour} and {chances}')
+    widest = BLUR_RADIUS / 3
+    if not 0 < sigma[0] <= sigma[1] <= widest:
+        raise ValueError(f'sigma must be (smallest, largest) in 0..{widest:.2f}, '
+                         f'as the blur reaches {BLUR_RADIUS}: got {sigma}')
 
 # %% ../nbs/04_augment.ipynb #c007
 def draw_factors(
-    rng:np.random.Generator, # the sample's own generator
-    n:int,                   # patches
-    brightness:float=.4,     # factor in 1 - b .. 1 + b
-    contrast:float=.4,       # the same
-    saturation:float=.4,     # the same
-    hue:float=.1,            # shift in -hue .. hue; 1 is once around the colour circle
-    p_jitter:float=.8,       # probability of the four above, 0..1
-    p_gray:float=.2,         # probability of losing all colour, 0..1
-    p_blur:float=.5,         # probability of blur, 0..1
-    sigma:tuple=(.1, 2.),    # smallest and largest width of the blur, px
-)->torch.Tensor:             # (n, 10) float32, columns FACTORS
-    "Everything random about `n` patches (Section 4, pre-training set-up). Raises ValueError for strengths out of range."
-    _check_strengths((brightness, contrast, saturation, hue), (p_jitter, p_gray, p_blur), sigma)
-    colour = NEUTRAL + rng.uniform(-1, 1, (n, 4)) * (brightness, contrast, saturation, hue)
-    order = rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1)
-    jitter, gray, blur = (rng.random((n, 3)) < (p_jitter, p_gray, p_blur)).T
-    width = rng.uniform(*sigma, n)
-    columns = np.where(jitter[:, None], colour, NEUTRAL), order, gray[:, None], (blur * width)[:, None]
-    return torch.from_numpy(np.concatenate(columns, 1)).float()
+    rng: np.random.Generator,  # the sample's own generator
+    n: int,                    # patches
+    brightness: float = .4,    # factor in 1 - b .. 1 + b
+    contrast: float = .4,      # the same
+    saturation: float = .4,    # the same
+    hue: float = .1,           # shift in -hue .. hue; 1 is once around the colour circle
+    p_jitter: float = .8,      # probability of the four above, 0..1
+    p_gray: float = .2,        # probability of losing all colour, 0..1
+    p_blur: float = .5,        # probability of blur, 0..1
+    sigma: tuple = (.1, 2.),   # smallest and largest width of the blur, px
+) -> torch.Tensor:             # factors (n, 10) float32, columns FACTORS
+    """Return everything random about `n` patches (Section 4, pre-training set-up).
+
+    Raises ValueError for strengths out of range."""
+    strengths = brightness, contrast, saturation, hue
+    chances = p_jitter, p_gray, p_blur
+    _check_strengths(strengths, chances, sigma)
+    # always the same count of random numbers, so that no setting shifts the others
+    colour = NEUTRAL + rng.uniform(-1, 1, (n, 4)) * strengths            # (n, 4)
+    order = rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1)          # (n, 4)
+    happens = rng.random((n, 3)) < chances                               # (n, 3)
+    width = rng.uniform(*sigma, n)                                       # (n)
+    # neutral where chance has passed a patch by
+    jitter, gray, blur = happens.T
+    colour = np.where(jitter[:, None], colour, NEUTRAL)
+    last = np.stack([gray, blur * width], 1)                             # (n, 2)
+    return torch.from_numpy(np.concatenate([colour, order, last], 1)).float()
 
 # %% ../nbs/04_augment.ipynb #c013
-def _gray(x): return (x[:, 0] * .299 + x[:, 1] * .587 + x[:, 2] * .114)[:, None]
+def _gray(x):
+    "Return the grey (n, 1, h, w) of patches (n, 3, h, w)."
+    r, g, b = x.unbind(1)
+    return (r * .299 + g * .587 + b * .114)[:, None]
 
 def _blend(x, other, factor): return torch.lerp(other, x, factor).clamp_(0, 1)
 
 def _brightness(x, factor): return (x * factor).clamp_(0, 1)
 
-def _contrast(x, factor): return _blend(x, _gray(x).mean((-2, -1), keepdim=True).expand_as(x), factor)
+def _contrast(x, factor):
+    mean = _gray(x).mean((-2, -1), keepdim=True)  # (n, 1, 1, 1)
+    return _blend(x, mean.expand_as(x), factor)
 
 def _saturation(x, factor): return _blend(x, _gray(x).expand_as(x), factor)
 
 # %% ../nbs/04_augment.ipynb #c016
 def _hue(x, shift):
-    "Turn the colour circle by `shift` (n, 1, 1, 1), 1 = once around"
-    r, g, b = x.unbind(1)
-    top, bottom = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    "Return patches with the colour circle turned by `shift` (n, 1, 1, 1), 1 = once around."
+    r, g, b = x.unbind(1)  # (n, h, w) each
+    top = torch.maximum(torch.maximum(r, g), b)
+    bottom = torch.minimum(torch.minimum(r, g), b)
     chroma = top - bottom
+    # the place on the circle in sixths, from the colour that is largest: red 0, green 2, blue 4
     inverse = 1 / chroma.clamp(min=1e-12)
-    sixth = torch.where(r == top, (g - b) * inverse, torch.where(g == top, 2 + (b - r) * inverse, 4 + (r - g) * inverse))
-    k = ((sixth + 6 * shift[:, 0])[:, None] + torch.arange(5., 0., -2., device=x.device).view(3, 1, 1)).remainder_(6)
+    sixth = torch.where(g == top, 2 + (b - r) * inverse, 4 + (r - g) * inverse)
+    sixth = torch.where(r == top, (g - b) * inverse, sixth)
+    sixth = sixth + 6 * shift[:, 0]
+    # back to channels, each seen from its own colour
+    start = torch.arange(5., 0., -2., device=x.device).view(3, 1, 1)  # 5, 3, 1
+    k = (sixth[:, None] + start).remainder_(6)                        # (n, 3, h, w)
     return top[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 # %% ../nbs/04_augment.ipynb #c021
 def _blur_matrix(sigma, size):
-    "(n, size, size): row i holds the weights of all pixels in the new pixel i"
+    "Return (n, size, size): row i holds the weights of all pixels in the new pixel i."
     offset = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=sigma.device)
-    kernel = torch.exp(-.5 * (offset / sigma[:, None]) ** 2)
+    kernel = torch.exp(-.5 * (offset / sigma[:, None]) ** 2)  # (n, 17)
     kernel = kernel / kernel.sum(1, keepdim=True)
-    column = (torch.arange(size, device=sigma.device)[:, None] + offset).clamp(0, size - 1).expand(len(sigma), -1, -1)
-    return sigma.new_zeros(len(sigma), size, size).scatter_add_(2, column, kernel[:, None].expand_as(column))
+    # the column of each weight; what would fall outside is added to the edge's
+    column = torch.arange(size, device=sigma.device)[:, None] + offset  # (size, 17)
+    column = column.clamp(0, size - 1).expand(len(sigma), -1, -1)       # (n, size, 17)
+    matrix = sigma.new_zeros(len(sigma), size, size)
+    return matrix.scatter_add_(2, column, kernel[:, None].expand_as(column))
 
 def _blur(x, sigma):
-    sigma = sigma.view(-1)
-    rows, columns = (_blur_matrix(sigma, size)[:, None] for size in x.shape[-2:])
+    "Return patches (n, c, h, w), each blurred by its own sigma (n, …)."
+    height, width = x.shape[-2:]
+    rows = _blur_matrix(sigma.view(-1), height)[:, None]    # (n, 1, h, h)
+    columns = _blur_matrix(sigma.view(-1), width)[:, None]  # (n, 1, w, w)
     return rows @ x @ columns.mT
 
 # %% ../nbs/04_augment.ipynb #c029
 def _apply(x, change, values, chosen):
-    "Change the chosen patches of `x` in place; `values` and `chosen` live on the CPU"
+    "Change the chosen patches of `x` in place; `values` and `chosen` live on the CPU."
     rows = chosen.nonzero()[:, 0]
-    if len(rows):
-        rows, values = rows.to(x.device, non_blocking=True), values[chosen].to(x.device, x.dtype, non_blocking=True)
-        x[rows] = change(x[rows], values.view(-1, 1, 1, 1))
+    if not len(rows): return
+    rows = rows.to(x.device, non_blocking=True)
+    values = values[chosen].to(x.device, x.dtype, non_blocking=True)
+    x[rows] = change(x[rows], values.view(-1, 1, 1, 1))
 
 # %% ../nbs/04_augment.ipynb #c030
+def _decolour(x, _): return _gray(x).expand_as(x)
+
 def augment(
-    patches:torch.Tensor, # (n, 3, h, w) uint8, any device
-    factors:torch.Tensor, # (n, 10) from `draw_factors`, best left on the CPU
-)->torch.Tensor:          # (n, 3, h, w) float 0..1
-    "Jitter, gray and blur, each patch by its own factors (Section 4, pre-training set-up). Raises ValueError if the shapes do not fit."
-    if patches.ndim != 4 or patches.shape[1] != 3 or factors.shape != (len(patches), len(FACTORS)):
-        raise ValueError(f'wanted patches (n, 3, h, w) and factors (n, {len(FACTORS)}), got {tuple(patches.shape)}, {tuple(factors.shape)}')
-    if patches.dtype != torch.uint8: raise ValueError(f'patches must be uint8, got {patches.dtype}')
-    x, f = patches.to(torch.float32, memory_format=torch.contiguous_format).div_(255), factors.cpu()
+    patches: torch.Tensor,  # patches (n, 3, h, w) uint8, any device
+    factors: torch.Tensor,  # factors (n, 10) from `draw_factors`, best left on the CPU
+) -> torch.Tensor:          # patches (n, 3, h, w) float 0..1
+    """Return the patches, each with its own jitter, gray and blur (Section 4, pre-training set-up).
+
+    Raises ValueError if the shapes do not fit."""
+    wanted = len(patches), len(FACTORS)
+    if patches.ndim != 4 or patches.shape[1] != 3 or factors.shape != wanted:
+        raise ValueError('wanted patches (n, 3, h, w) and factors '
+                         f'(n, {len(FACTORS)}), got {tuple(patches.shape)}, {tuple(factors.shape)}')
+    if patches.dtype != torch.uint8:
+        raise ValueError(f'patches must be uint8, got {patches.dtype}')
+    x = patches.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    # which patches a change takes is decided on the CPU: nobody waits for the device
+    colour, order, (gray, sigma) = factors.cpu().T.split([4, 4, 2])
+    changes = _brightness, _contrast, _saturation, _hue
     with torch.autocast(x.device.type, enabled=False):  # pixels stay in float32
-        for step in f[:, 4:8].T:
-            for i, change in enumerate((_brightness, _contrast, _saturation, _hue)):
-                _apply(x, change, f[:, i], (step == i) & (f[:, i] != NEUTRAL[i]))
-        _apply(x, lambda x, _: _gray(x).expand_as(x), f[:, 8], f[:, 8] > 0)
-        _apply(x, _blur, f[:, 9], f[:, 9] > 0)
+        # four steps; in each, every change takes the patches whose turn it is
+        for step in order:
+            for i, change in enumerate(changes):
+                its_turn = (step == i) & (colour[i] != NEUTRAL[i])
+                _apply(x, change, colour[i], its_turn)
+        _apply(x, _decolour, gray, gray > 0)
+        _apply(x, _blur, sigma, sigma > 0)
     return x
 
 # %% ../nbs/04_augment.ipynb #c042
 def normalize(
-    x:torch.Tensor, # (..., 3, h, w) float 0..1
-    mean,           # three numbers or one, 0..1: the backbone's own
-    std,            # three numbers or one, above 0
-)->torch.Tensor:    # like `x`
-    "Subtract the mean and divide by the spread, channel by channel. Raises ValueError for whole-number images."
-    if not x.is_floating_point(): raise ValueError(f'normalize wants float images in 0..1, got {x.dtype}: divide by 255 first')
-    mean, std = (torch.as_tensor(v, dtype=x.dtype).to(x.device, non_blocking=True).view(-1, 1, 1) for v in (mean, std))
-    return (x - mean).div_(std)
+    x: torch.Tensor,  # images (..., 3, h, w) float 0..1
+    mean,             # three numbers or one, 0..1: the backbone's own
+    std,              # three numbers or one, above 0
+) -> torch.Tensor:    # images, like `x`
+    """Return the images less the mean, divided by the spread, channel by channel.
+
+    Raises ValueError for whole-number images."""
+    if not x.is_floating_point():
+        raise ValueError(f'normalize wants float images in 0..1, got {x.dtype}: '
+                         'divide by 255 first')
+    def channels(v):
+        return torch.as_tensor(v, dtype=x.dtype).to(x.device, non_blocking=True).view(-1, 1, 1)
+    return (x - channels(mean)).div_(channels(std))
