@@ -6,6 +6,10 @@
 __all__ = ['PATCH_COLORS', 'raises', 'plain_label', 'show_image', 'show_grid', 'show_patches']
 
 # %% ../nbs/01_pictures.ipynb #c002
+import math
+
+import math
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -18,7 +22,9 @@ def raises(
     *args,     # what it is called with
     **kwargs,  # the same by name
 ) -> str:      # the error's message
-    "Return the message of the error that `f(*args, **kwargs)` raises; an AssertionError where it raises none."
+    """Return the message of the error that `f(*args, **kwargs)` raises.
+
+    Raises AssertionError where `f` raises none."""
     try:
         f(*args, **kwargs)
     except kind as error:
@@ -27,50 +33,72 @@ def raises(
 
 # %% ../nbs/01_pictures.ipynb #c008
 def _pixels(image):
-    "Anything drawable -> numpy (H, W, 3) or (H, W)"
-    x = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+    "Return anything drawable as numpy (H, W, 3) or (H, W), bytes or floats 0..1."
+    if isinstance(image, torch.Tensor): image = image.detach().cpu().numpy()
+    x = np.asarray(image)
+    # channels last, and none for grey
     if x.ndim == 3 and x.shape[0] in (1, 3): x = x.transpose(1, 2, 0)
-    if x.ndim not in (2, 3) or (x.ndim == 3 and x.shape[-1] not in (1, 3)):
-        raise ValueError(f'cannot draw an image of shape {x.shape}: expected (3, H, W), (1, H, W), (H, W) or (H, W, 3)')
-    if x.ndim == 3 and x.shape[-1] == 1: x = x[..., 0]
+    grey, colour = x.ndim == 2, x.ndim == 3 and x.shape[-1] in (1, 3)
+    if not grey and not colour:
+        raise ValueError(f'cannot draw an image of shape {x.shape}: '
+                         'expected (3, H, W), (1, H, W), (H, W) or (H, W, 3)')
+    if colour and x.shape[-1] == 1: x = x[..., 0]
+    # matplotlib would warn of floats outside 0..1
     return x if x.dtype == np.uint8 else x.astype(np.float32).clip(0, 1)
 
 # %% ../nbs/01_pictures.ipynb #c012
-PATCH_COLORS = ('#e6194b', '#3cb44b', '#4363d8', '#f58231', '#911eb4', '#00a5b5', '#f032e6', '#9a6324', '#808000', '#000075')
+PATCH_COLORS = ('#e6194b', '#3cb44b', '#4363d8', '#f58231', '#911eb4',
+                '#00a5b5', '#f032e6', '#9a6324', '#808000', '#000075')
 
 def _colors(n): return [PATCH_COLORS[i % len(PATCH_COLORS)] for i in range(n)]
 
-def plain_label(text: str,  # of a class, a file or a run
-                ) -> str:
-    "The text for a figure of matplotlib, which takes what stands between two $ for a formula, and fails where it is none."
+def plain_label(
+    text: str,  # name of a class, a file or a run
+) -> str:       # the text for a figure
+    """Return a text that matplotlib writes as it is.
+
+    It takes what stands between two $ for a formula, and fails where it is none."""
     return text.replace('$', r'\$')
 
+def _write_label(ax, x, y, label, color):
+    "Write a text, or a number as a score, into the upper left corner of a box."
+    text = plain_label(label) if isinstance(label, str) else f'{float(label):.2f}'
+    ax.text(x, y, text, color='white', fontsize=8, va='top', clip_on=True,
+            bbox=dict(facecolor=color, edgecolor='none', pad=1))
+
 def _draw_boxes(ax, boxes, colors, labels, width, style='-'):
+    "Draw boxes (k, 4) xyxy px with a colour each and, where there are labels, a label each."
     boxes = torch.as_tensor(boxes).detach().cpu().reshape(-1, 4).tolist()
     colors = colors or _colors(len(boxes))
     labels = [None] * len(boxes) if labels is None else labels
     if not len(boxes) == len(colors) == len(labels):
-        raise ValueError(f'{len(boxes)} boxes, {len(colors)} colors and {len(labels)} labels: the numbers must agree')
+        raise ValueError(f'{len(boxes)} boxes, {len(colors)} colors and {len(labels)} labels: '
+                         'the numbers must agree')
     for (x1, y1, x2, y2), color, label in zip(boxes, colors, labels):
-        ax.add_patch(Rectangle((x1 - .5, y1 - .5), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width, linestyle=style))
-        if label is None: continue
-        text = plain_label(label) if isinstance(label, str) else f'{float(label):.2f}'
-        ax.text(x1, y1, text, color='white', fontsize=8, va='top', clip_on=True, bbox=dict(facecolor=color, edgecolor='none', pad=1))
+        # a pixel's centre has whole coordinates, so its edge lies half a pixel before
+        corner = x1 - .5, y1 - .5
+        ax.add_patch(Rectangle(corner, x2 - x1, y2 - y1, fill=False, edgecolor=color,
+                               linewidth=width, linestyle=style))
+        if label is not None: _write_label(ax, x1, y1, label, color)
 
 # %% ../nbs/01_pictures.ipynb #c013
 def show_image(
-    image,       # (3, H, W) uint8 or float 0..1; also (H, W) and (H, W, 3), torch or numpy
-    ax=None,     # matplotlib axes; a new figure without
-    boxes=None,  # (k, 4) xyxy in px of `image`
-    colors=None, # one colour a box; PATCH_COLORS in turn without
-    labels=None, # one text or number a box, drawn in its upper left corner
-    title=None,  # text above the picture
-    width=2.5,   # line width of the boxes, points
-):               # the axes
-    "Draw an image with boxes. Raises ValueError if the image cannot be drawn or the lists do not fit together."
-    if ax is None: ax = plt.subplots(figsize=(4, 3), dpi=72)[1]
+    image,        # photo (3, H, W) uint8 or float 0..1; also (H, W) and (H, W, 3), torch or numpy
+    ax=None,      # matplotlib axes; a new figure without
+    boxes=None,   # boxes (k, 4) xyxy in px of `image`
+    colors=None,  # one colour a box; PATCH_COLORS in turn without
+    labels=None,  # one text or number a box, drawn in its upper left corner
+    title=None,   # text above the picture
+    width=2.5,    # line width of the boxes, points
+):                # the axes
+    """Draw an image with boxes, and return its axes.
+
+    Raises ValueError if the image cannot be drawn or the lists do not fit together."""
+    if ax is None: _, ax = plt.subplots(figsize=(4, 3), dpi=72)
     pixels = _pixels(image)
-    ax.imshow(pixels, cmap='gray' if pixels.ndim == 2 else None, vmin=0, vmax=255 if pixels.dtype == np.uint8 else 1)
+    grey = pixels.ndim == 2
+    white = 255 if pixels.dtype == np.uint8 else 1
+    ax.imshow(pixels, cmap='gray' if grey else None, vmin=0, vmax=white)
     ax.axis('off')
     if title: ax.set_title(title, fontsize=9)
     if boxes is not None: _draw_boxes(ax, boxes, colors, labels, width)
@@ -78,20 +106,25 @@ def show_image(
 
 # %% ../nbs/01_pictures.ipynb #c020
 def _frame(ax, color, width=3):
-    ax.axis('on'); ax.set(xticks=[], yticks=[])
+    ax.axis('on')
+    ax.set(xticks=[], yticks=[])
     for spine in ax.spines.values(): spine.set(color=color, linewidth=width)
 
 def show_grid(
-    images,      # list of images, each as for `show_image`
-    titles=None, # one text an image
-    columns=5,   # pictures in a row
-    size=1.6,    # side of one picture, inches
-    colors=None, # one frame colour an image; no frames without
-):               # the figure
-    "Draw images in rows. Raises ValueError for an empty list."
+    images,       # list of images, each as for `show_image`
+    titles=None,  # one text an image
+    columns=5,    # pictures in a row
+    size=1.6,     # side of one picture, inches
+    colors=None,  # one frame colour an image; no frames without
+):                # the figure
+    "Draw images in rows, and return the figure. Raises ValueError for an empty list."
     if not len(images): raise ValueError('show_grid got no images')
-    columns = min(columns, len(images)); rows = -(-len(images) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(columns * size, rows * (size + (.3 if titles else 0))), dpi=72, squeeze=False)
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    row_height = size + (.3 if titles else 0)
+    fig, axes = plt.subplots(rows, columns, figsize=(columns * size, rows * row_height), dpi=72,
+                             squeeze=False)
+    # places without a picture are left blank
     for ax in axes.flat: ax.axis('off')
     for i, (ax, image) in enumerate(zip(axes.flat, images)):
         show_image(image, ax, title=titles[i] if titles else None)
@@ -100,31 +133,48 @@ def show_grid(
     return fig
 
 # %% ../nbs/01_pictures.ipynb #c024
+def _patches_figure(m, size, photo_height):
+    "Return a figure of a width in inches with places for a photo and below it for m patches."
+    # fewer than four patches would be as large as the photo
+    columns = max(m, 4)
+    side = size / columns
+    fig = plt.figure(figsize=(size, photo_height + side), dpi=72)
+    grid = fig.add_gridspec(2, columns, height_ratios=[photo_height, side], wspace=.1, hspace=.06)
+    fig.subplots_adjust(.02, .02, .98, .98)
+    return fig, grid
+
 def show_patches(
-    image,        # photo (3, H, W) torch
-    boxes,        # (k, 4) xyxy px: where the patches are, or where the model says they are
-    patches=None, # (k, 3, s, s): the queries, drawn below; cut out of the photo without
-    scores=None,  # one number a box, drawn in its corner
-    titles=None,  # one text a patch
-    truth=None,   # (k, 4) xyxy px: the true boxes, dashed on white in the same colours
-    size=4.,      # width of the figure, inches
-    title='',     # above the photo
-):                # the figure
-    "Photo on top, one coloured box a patch, the patches below in frames of that colour (Fig. 7). Raises ValueError for wrong numbers."
+    image,         # photo (3, H, W) torch
+    boxes,         # boxes (k, 4) xyxy px: where the patches are, or where the model says they are
+    patches=None,  # queries (k, 3, s, s), drawn below; cut out of the photo without
+    scores=None,   # one number a box, drawn in its corner
+    titles=None,   # one text a patch
+    truth=None,    # true boxes (k, 4) xyxy px, dashed on white in the same colours
+    size=4.,       # width of the figure, inches
+    title='',      # text above the photo
+):                 # the figure
+    """Draw a photo with a coloured box a patch, and below it the patches in their colours (Fig. 7).
+
+    Returns the figure. Raises ValueError for wrong numbers."""
     boxes = torch.as_tensor(boxes).detach().cpu().reshape(-1, 4)
     if not len(boxes): raise ValueError('show_patches got no boxes')
-    if patches is None: patches = [image[:, y1:y2, x1:x2] for x1, y1, x2, y2 in boxes.long().tolist()]
-    if len(patches) != len(boxes): raise ValueError(f'{len(boxes)} boxes but {len(patches)} patches')
-    colors, columns, tall = _colors(len(boxes)), max(len(boxes), 4), size * image.shape[-2] / image.shape[-1]
-    fig = plt.figure(figsize=(size, tall + size / columns), dpi=72)
-    grid = fig.add_gridspec(2, columns, height_ratios=[tall, size / columns], wspace=.1, hspace=.06)
-    fig.subplots_adjust(.02, .02, .98, .98)
+    if patches is None:
+        patches = [image[:, y1:y2, x1:x2] for x1, y1, x2, y2 in boxes.long().tolist()]
+    if len(patches) != len(boxes):
+        raise ValueError(f'{len(boxes)} boxes but {len(patches)} patches')
+    colors = _colors(len(boxes))
+    height, width = image.shape[-2:]
+    fig, grid = _patches_figure(len(boxes), size, photo_height=size * height / width)
+    # the photo
     top = show_image(image, fig.add_subplot(grid[0, :]), boxes, colors, scores)
     if truth is not None:
-        for look, style in ((['w'] * len(colors), '-'), (colors, (0, (4, 2)))): _draw_boxes(top, truth, look, None, 1.8, style)
+        _draw_boxes(top, truth, ['w'] * len(boxes), None, width=1.8)
+        _draw_boxes(top, truth, colors, None, width=1.8, style=(0, (4, 2)))
     if title:
         top.set_title(title, fontsize=8, pad=3)
         fig.subplots_adjust(top=1 - .22 / fig.get_figheight())
+    # the row of patches
     for i, (patch, color) in enumerate(zip(patches, colors)):
-        _frame(show_image(patch, fig.add_subplot(grid[1, i]), title=titles[i] if titles else None), color)
+        ax = fig.add_subplot(grid[1, i])
+        _frame(show_image(patch, ax, title=titles[i] if titles else None), color)
     return fig
