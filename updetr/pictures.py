@@ -8,8 +8,6 @@ __all__ = ['PATCH_COLORS', 'raises', 'plain_label', 'show_image', 'show_grid', '
 # %% ../nbs/01_pictures.ipynb #c002
 import math
 
-import math
-
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
