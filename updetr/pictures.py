@@ -130,7 +130,7 @@ def show_grid(
     fig.tight_layout(pad=.3)
     return fig
 
-# %% ../nbs/01_pictures.ipynb #c024
+# %% ../nbs/01_pictures.ipynb #c023a
 def _patches_figure(m, size, photo_height):
     "Return a figure of a width in inches with places for a photo and below it for m patches."
     # fewer than four patches would be as large as the photo
@@ -141,6 +141,7 @@ def _patches_figure(m, size, photo_height):
     fig.subplots_adjust(.02, .02, .98, .98)
     return fig, grid
 
+# %% ../nbs/01_pictures.ipynb #c024
 def show_patches(
     image,         # photo (3, H, W) torch
     boxes,         # boxes (k, 4) xyxy px: where the patches are, or where the model says they are
