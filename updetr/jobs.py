@@ -13,80 +13,121 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cnn_task import CNN_PRESETS, CNNConfig
-from .config import NEUTRAL, PRESETS, DetectorConfig, PretrainConfig, TrainConfig, check_names, earlier_values, make_config
+from .config import (NEUTRAL, PRESETS, DetectorConfig, PretrainConfig, TrainConfig,
+                           check_names, earlier_values, make_config)
 from .finetune import FINETUNE_PRESETS, FREE, FinetuneConfig
 from .oneshot import ONESHOT_PRESETS, OneShotConfig
 from .panoptic_task import PANOPTIC_PRESETS, PanopticConfig
 
 # %% ../nbs/39_jobs.ipynb #c005
-KINDS = {'cnn': (CNNConfig, CNN_PRESETS), 'pretrain': (PretrainConfig, PRESETS), 'finetune': (FinetuneConfig, FINETUNE_PRESETS),
-         'oneshot': (OneShotConfig, ONESHOT_PRESETS),
-         'boxes': (PanopticConfig, {k: v['boxes'] | {'stage': 'boxes'} for k, v in PANOPTIC_PRESETS.items()}),
-         'masks': (PanopticConfig, {k: v['masks'] | {'stage': 'masks'} for k, v in PANOPTIC_PRESETS.items()})}
+def _of_stage(stage):
+    "The panoptic presets of a stage"
+    return {name: preset[stage] | {'stage': stage} for name, preset in PANOPTIC_PRESETS.items()}
+
+# task -> its kind of configuration, its presets
+KINDS = {
+    'cnn': (CNNConfig, CNN_PRESETS),
+    'pretrain': (PretrainConfig, PRESETS),
+    'finetune': (FinetuneConfig, FINETUNE_PRESETS),
+    'oneshot': (OneShotConfig, ONESHOT_PRESETS),
+    'boxes': (PanopticConfig, _of_stage('boxes')),
+    'masks': (PanopticConfig, _of_stage('masks')),
+}
 
 @dataclass(frozen=True)
 class Job:
     "One training: a value that can be compared, hashed and printed. Made by `job`."
     task: str  # cnn, pretrain, finetune, oneshot, boxes or masks
     preset: str  # of the task
-    changes: tuple[tuple[str, object], ...] = ()  # sorted (field, value) pairs: what differs from the preset
-    start: 'Job | None' = None  # whose weights it starts from (a pre-training: whose CNN it freezes); None = a scratch transformer
+    changes: tuple[tuple[str, object], ...] = ()  # sorted (field, value): what the preset has not
+    start: 'Job | None' = None  # whose weights (a pre-training: whose CNN) it has; None = scratch
 
     def __str__(self):
-        changes = ', '.join(f'{k}={v}' for k, v in self.changes)
-        return f'{self.task} {self.preset}({changes})' + (f' <- {self.start}' if self.start else '')
+        changes = ', '.join(f'{name}={value}' for name, value in self.changes)
+        said = f'{self.task} {self.preset}({changes})'
+        return f'{said} <- {self.start}' if self.start else said
 
-def job(task: str,  # a key of `KINDS`
-        preset: str,  # of the task
-        start: Job | None = None,  # whose weights it starts from
-        **changes,  # any field of the task's configuration but seed and pretrain; None leaves the preset's value
-        ) -> Job:
-    "A job. Raises ValueError for an unknown task, preset or field."
+def job(
+    task: str,                 # a key of `KINDS`
+    preset: str,               # of the task
+    start: Job | None = None,  # whose weights it starts from
+    **changes,                 # fields of the task's configuration; None leaves the preset's value
+) -> Job:
+    "Return a job. Raises ValueError for an unknown task, preset or field."
     if task not in KINDS: raise ValueError(f'task {task!r} is unknown: choose {", ".join(KINDS)}')
     kind, presets = KINDS[task]
-    if preset not in presets: raise ValueError(f'{task} has no preset {preset!r}: choose {", ".join(presets)}')
-    check_names(changes, [f.name for f in dataclasses.fields(kind) if f.name not in ('task', 'seed', 'pretrain', 'stage')])
-    return Job(task, preset, tuple(sorted((k, v) for k, v in changes.items() if v is not None)), start)
+    if preset not in presets:
+        raise ValueError(f'{task} has no preset {preset!r}: choose {", ".join(presets)}')
+    # these four come from elsewhere: the task, the chain's seed and its start
+    fixed = ('task', 'seed', 'pretrain', 'stage')
+    known = [field.name for field in dataclasses.fields(kind) if field.name not in fixed]
+    check_names(changes, known)
+    # sorted, so that the order in which they are said makes no other job
+    changed = sorted((name, value) for name, value in changes.items() if value is not None)
+    return Job(task, preset, tuple(changed), start)
 
 # %% ../nbs/39_jobs.ipynb #c008
-def configure(job: Job,  # to be run
-              seed: int,  # of all runs of its chain
-              checkpoint: str = 'not trained yet',  # of the finished start
-              ) -> TrainConfig:  # of the task's kind
-    "The complete configuration of a job. Raises ValueError for impossible values."
+def configure(
+    job: Job,                             # to be run
+    seed: int,                            # of all runs of its chain
+    checkpoint: str = 'not trained yet',  # of the finished start
+) -> TrainConfig:                         # of the task's kind
+    "Return the complete configuration of a job. Raises ValueError for impossible values."
     kind, presets = KINDS[job.task]
     changes = dict(job.changes) | {'seed': seed}
     if not job.start: return make_config(job.preset, kind, presets, **changes)
-    start, cnn = configure(job.start, seed), job.start.task == 'cnn'
-    names = ('backbone', 'features') if cnn else [f.name for f in dataclasses.fields(DetectorConfig) if f.name not in FREE]
-    sizes = {k: getattr(start, k) for k in names}
-    wrong = [f'{k} {changes[k]!r} (it has {v!r})' for k, v in sizes.items() if changes.get(k, v) != v]
-    if wrong: raise ValueError(f'{job.start} is of another architecture than {", ".join(wrong)}: leave these out')
-    if cnn: return make_config(job.preset, kind, presets, **changes | sizes | {'weights': checkpoint})
-    queries = changes.get('num_queries') or presets[job.preset].get('num_queries') or start.num_queries
-    if job.task == 'masks': queries = start.num_queries
-    more = {'weights': 'none', 'num_queries': queries, 'pretrain': checkpoint}
-    return make_config(job.preset, kind, presets, **changes | sizes | more)
+
+    # the architecture is the start's: of a CNN's training the CNN, else all of the detector
+    start = configure(job.start, seed)
+    if job.start.task == 'cnn':
+        names = ['backbone', 'features']
+    else:
+        fields = dataclasses.fields(DetectorConfig)
+        names = [field.name for field in fields if field.name not in FREE]
+    sizes = {name: getattr(start, name) for name in names}
+    wrong = [f'{name} {changes[name]!r} (it has {size!r})'
+             for name, size in sizes.items() if changes.get(name, size) != size]
+    if wrong:
+        raise ValueError(f'{job.start} is of another architecture than {", ".join(wrong)}: '
+                         'leave these out')
+
+    # and so are the weights
+    if job.start.task == 'cnn':
+        inherited = {'weights': checkpoint}
+    else:
+        # masks are learnt for the very queries that found the boxes
+        queries = changes.get('num_queries') or presets[job.preset].get('num_queries')
+        if job.task == 'masks' or not queries: queries = start.num_queries
+        inherited = {'weights': 'none', 'num_queries': queries, 'pretrain': checkpoint}
+    return make_config(job.preset, kind, presets, **changes | sizes | inherited)
 
 # %% ../nbs/39_jobs.ipynb #c011
-def job_key(job: Job,  # to be run
-            seed: int,  # of all runs of its chain
-            ) -> str:  # 12 hexadecimal digits
-    "A hash of everything that determines a job's weights."
+def job_key(
+    job: Job,   # to be run
+    seed: int,  # of all runs of its chain
+) -> str:       # 12 hexadecimal digits
+    "Return a hash of everything that determines a job's weights."
     fields = dataclasses.asdict(configure(job, seed))
-    later = {k for k, v in earlier_values(fields).items() if fields.get(k) == v}  # older runs keep their names
-    content = {k: v for k, v in fields.items() if k not in (*NEUTRAL, *later, 'pretrain')}
+    # a field that came later, with the value that was the rule before: older runs keep their names
+    later = [name for name, value in earlier_values(fields).items() if fields.get(name) == value]
+    # the start is in by its own hash, not by the place of its checkpoint
+    left_out = (*NEUTRAL, *later, 'pretrain')
+    content = {name: value for name, value in fields.items() if name not in left_out}
     content['start'] = job_key(job.start, seed) if job.start else ''
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-def job_folder(root: str | Path,  # of all runs
-               job: Job,  # to be run
-               seed: int,  # of all runs of its chain
-               ) -> Path:
-    "Where a job's run is."
+def job_folder(
+    root: str | Path,  # of all runs
+    job: Job,          # to be run
+    seed: int,         # of all runs of its chain
+) -> Path:
+    "Return where a job's run is."
     return Path(root) / f'{job.task}-{job_key(job, seed)}'
 
-def job_chain(job: Job,  # to be run
-              ) -> list[Job]:  # the first to be run first
-    "A job and all that it starts from."
-    return [*(job_chain(job.start) if job.start else []), job]
+def job_chain(
+    job: Job,    # to be run
+) -> list[Job]:  # the first to be run first
+    "Return a job and all that it starts from."
+    before = job_chain(job.start) if job.start else []
+    return [*before, job]

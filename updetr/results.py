@@ -25,82 +25,117 @@ from .segmenter import PanopticSegmenter
 from .stop import file_locks
 
 # %% ../nbs/39a_results.ipynb #c005
-def share_mean(rows: list[dict],  # of a log
-               key: str,  # of a number in some of them
-               low: float,  # 0..1, of the last step
-               high: float,  # 0..1
-               ) -> float | None:  # None if no row has it
-    "The mean of a logged number over a part of the training."
+def share_mean(
+    rows: list[dict],  # of a log
+    key: str,          # of a number in some of them
+    low: float,        # 0..1, of the last step
+    high: float,       # 0..1
+) -> float | None:     # None if no row has it
+    "Return the mean of a logged number over a part of the training."
     last = rows[-1]['step'] if rows else 0
-    values = [r[key] for r in rows if key in r and low * last < r['step'] <= high * last]
+    part = [row for row in rows if low * last < row['step'] <= high * last]
+    values = [row[key] for row in part if key in row]
     return sum(values) / len(values) if values else None
 
-def log_result(rows: list[dict],  # of a log
-               ) -> dict[str, float]:  # AP, AP50, ..., early_AP, ...
-    "The numbers of the last evaluation in a log, and the means over those of the first half."
-    measured = [r for r in rows if any(k.startswith('test_') for k in r)]
+def log_result(
+    rows: list[dict],   # of a log
+) -> dict[str, float]:  # AP, AP50, ..., early_AP, ...
+    "Return the numbers of the last evaluation in a log, and the means over the first half."
+    measured = [row for row in rows if any(key.startswith('test_') for key in row)]
     if not measured: return {}
-    keys = [k for k in measured[-1] if k.startswith('test_')]
-    early = {f'early_{k[5:]}': share_mean(rows, k, 0, .5) for k in keys}
-    return {k[5:]: measured[-1][k] for k in keys} | {k: v for k, v in early.items() if v is not None}
+    last, early = {}, {}
+    for key, value in measured[-1].items():
+        if not key.startswith('test_'): continue
+        name = key.removeprefix('test_')
+        last[name] = value
+        mean = share_mean(rows, key, 0, .5)
+        if mean is not None: early[f'early_{name}'] = mean
+    return last | early
 
 # %% ../nbs/39a_results.ipynb #c008
-def pretrain_result(run_dir: str | Path,  # folder of a finished run
-                    num_views: int = 16,  # views to ask about
-                    patches: int = 25,  # asked for in each
-                    ) -> dict[str, float]:  # mid_heldout_iou50, ..., late_loss, ...
-    "What a pre-trained model finds, and how low its losses were at the end."
-    model, cfg = load_updetr(Path(run_dir) / 'checkpoint.pth')
-    size, result, rows = cfg.view_size if cfg.views else 416, {}, read_log(run_dir)
-    for part in ('trained', 'heldout'):
-        index = PhotoIndex.load(Path(run_dir) / f'photos_{part.replace("trained", "train")}.json')
+def pretrain_result(
+    run_dir: str | Path,  # folder of a finished run
+    num_views: int = 16,  # views to ask about
+    patches: int = 25,    # asked for in each
+) -> dict[str, float]:    # mid_heldout_iou50, ..., late_loss, ...
+    "Return what a pre-trained model finds, and how low its losses were at the end."
+    run = Path(run_dir)
+    model, cfg = load_updetr(run / 'checkpoint.pth')
+    predict = make_predict(model)
+    size = cfg.view_size if cfg.views else 416
+    result = {}
+    for part, file in (('trained', 'photos_train.json'), ('heldout', 'photos_heldout.json')):
+        index = PhotoIndex.load(run / file)
         if not len(index): continue
         paths = [index.path(i) for i in range(len(index))]
         for law in ('mid', 'uniform'):
-            asked = pretext_set(paths, num_views, patches, 0, size, cfg.patch_size, law, whole=not cfg.views)
-            found = measure(make_predict(model), asked)
-            result |= {f'{law}_{part}_{k}': found[k] for k in ('iou50', 'mean_iou')}
-    late = {f'late_{k}': share_mean(rows, f'train_{k}', .9, 1) for k in ('loss', 'loss_ce', 'loss_bbox', 'loss_giou', 'loss_feature')}
-    return result | {k: v for k, v in late.items() if v is not None}
+            # as it was trained: on crops, or on whole photos
+            asked = pretext_set(paths, num_views, patches, 0, size, cfg.patch_size, law,
+                                whole=not cfg.views)
+            found = measure(predict, asked)
+            for key in ('iou50', 'mean_iou'): result[f'{law}_{part}_{key}'] = found[key]
+    # the last tenth of the training
+    rows = read_log(run)
+    for key in ('loss', 'loss_ce', 'loss_bbox', 'loss_giou', 'loss_feature'):
+        late = share_mean(rows, f'train_{key}', .9, 1)
+        if late is not None: result[f'late_{key}'] = late
+    return result
 
 # %% ../nbs/39a_results.ipynb #c010
-def masks_result(run_dir: str | Path,  # folder of a finished run of stage masks
-                 device: str = 'cpu',  # where it is measured
-                 ) -> dict[str, float]:  # PQ, SQ, ..., APseg
-    "The last evaluation of a log, and AP of the things' masks."
-    content = read_json(Path(run_dir) / 'cfg.json')
-    cfg = PanopticConfig(**{f.name: content[f.name] for f in dataclasses.fields(PanopticConfig) if f.name in content})
-    val, segmenter = open_panoptic_sets(cfg)[1], PanopticSegmenter.from_checkpoint(Path(run_dir) / 'checkpoint.pth', device)
-    evaluator = CocoEvaluator(instance_truth(val, cfg.instances) if cfg.instances else coco_truth(val, masks=True), 'segm')
+def masks_result(
+    run_dir: str | Path,  # folder of a finished run of stage masks
+    device: str = 'cpu',  # where it is measured
+) -> dict[str, float]:    # PQ, SQ, ..., APseg
+    "Return the last evaluation of a log, and AP of the things' masks."
+    run = Path(run_dir)
+    content = read_json(run / 'cfg.json')
+    fields = [field.name for field in dataclasses.fields(PanopticConfig)]
+    cfg = PanopticConfig(**{name: content[name] for name in fields if name in content})
+    _, val, *_ = open_panoptic_sets(cfg)
+    segmenter = PanopticSegmenter.from_checkpoint(run / 'checkpoint.pth', device)
+    # masks of instances where a file has them, else those of the panoptic annotations
+    truth = instance_truth(val, cfg.instances) if cfg.instances else coco_truth(val, masks=True)
+    evaluator = CocoEvaluator(truth, 'segm')
     places = classes_by_name(segmenter.classes, val.classes)
     for i in range(len(val)):
-        evaluator.update([val.image_ids[i]], [by_name(segmenter.instances(val[i]['image']), places)])
-    return log_result(read_log(run_dir)) | {'APseg': evaluator.summary()['AP']}
+        found = segmenter.instances(val[i]['image'])
+        evaluator.update([val.image_ids[i]], [by_name(found, places)])
+    return log_result(read_log(run)) | {'APseg': evaluator.summary()['AP']}
 
-def finish(run_dir: str | Path,  # folder of a finished run
-           device: str = 'cpu',  # where it is measured
-           ) -> dict[str, float]:  # the same again, once it is there
+def finish(
+    run_dir: str | Path,  # folder of a finished run
+    device: str = 'cpu',  # where it is measured
+) -> dict[str, float]:    # the same again, once it is there
     "Measure a finished run and keep the numbers in `result.json`."
-    file = Path(run_dir) / 'result.json'
-    if found := read_record(file): return found
-    cfg = read_json(Path(run_dir) / 'cfg.json')
-    if cfg['task'] == 'pretrain': result = pretrain_result(run_dir)
-    else: result = masks_result(run_dir, device) if cfg.get('stage') == 'masks' else log_result(read_log(run_dir))
-    seconds = read_json(Path(run_dir) / 'done.json')['seconds']
+    run = Path(run_dir)
+    file = run / 'result.json'
+    found = read_record(file)
+    if found: return found
+    cfg = read_json(run / 'cfg.json')
+    if cfg['task'] == 'pretrain': result = pretrain_result(run)
+    elif cfg.get('stage') == 'masks': result = masks_result(run, device)
+    else: result = log_result(read_log(run))
+    seconds = read_json(run / 'done.json')['seconds']
     write_json(file, result | {'train_seconds': round(seconds, 1)})
-    return finish(run_dir)
+    # as it is read: whoever asks again gets the same
+    return finish(run)
 
 # %% ../nbs/39a_results.ipynb #c012
-def train_here(run_dir: str | Path,  # folder with cfg.json
-               threads: int = 1,  # of torch
-               ) -> None:
+def train_here(
+    run_dir: str | Path,  # folder with cfg.json
+    threads: int = 1,     # of torch
+) -> None:
     "Train (or go on) and measure, in this process; if another one trains it, after that one."
+    run = Path(run_dir)
     torch.set_num_threads(threads)
-    out = os.open(Path(run_dir) / 'train.log', os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    # whatever this process says goes into train.log, also what libraries write past Python
+    out = os.open(run / 'train.log', os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
         stream.flush()
         os.dup2(out, number)
-    with open(Path(run_dir) / 'training.lock', 'a+') as lock:
-        file_locks().lockf(lock, file_locks().LOCK_EX)  # of whoever trains it already: wait
-    if not is_done(run_dir): train.run(Path(run_dir) / 'cfg.json')
-    if is_done(run_dir): finish(run_dir)
+    # wait for whoever trains it already
+    locks = file_locks()
+    with open(run / 'training.lock', 'a+') as lock:
+        locks.lockf(lock, locks.LOCK_EX)
+    if not is_done(run): train.run(run / 'cfg.json')
+    if is_done(run): finish(run)

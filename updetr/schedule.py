@@ -27,19 +27,27 @@ from .resume import run_changes
 from .watch import watch
 
 # %% ../nbs/39b_schedule.ipynb #c005
-def in_order(wanted: Sequence[tuple[Job, int]],  # jobs and their seeds
-             root: str | Path,  # of all runs
-             ) -> dict[Path, tuple[Job, int]]:  # folder -> job and seed, starts first, each once
-    "Everything that has to be run for some jobs."
-    chains = [(depth, place, step, seed) for place, (last, seed) in enumerate(wanted) for depth, step in enumerate(job_chain(last))]
-    chains.sort(key=lambda c: (c[0], c[1]))
-    return {job_folder(root, step, seed): (step, seed) for _, _, step, seed in chains}
+def in_order(
+    wanted: Sequence[tuple[Job, int]],  # jobs and their seeds
+    root: str | Path,                   # of all runs
+) -> dict[Path, tuple[Job, int]]:       # folder -> job and seed, starts first, each once
+    "Return everything that has to be run for some jobs."
+    depths = {}  # of a chain -> (job, seed) in the order in which they were wanted
+    for last, seed in wanted:
+        for depth, step in enumerate(job_chain(last)):
+            depths.setdefault(depth, []).append((step, seed))
+    folders = {}
+    for depth in sorted(depths):
+        for step, seed in depths[depth]: folders[job_folder(root, step, seed)] = step, seed
+    return folders
 
 # %% ../nbs/39b_schedule.ipynb #c008
-def start_process(run_dir: str | Path,  # folder with cfg.json
-                  threads: int,  # of torch
-                  ) -> multiprocessing.Process:  # started
-    "A process that does `train_here`, forked from one that has imported torch, so that it begins at once."
+def start_process(
+    run_dir: str | Path,       # folder with cfg.json
+    threads: int,              # of torch
+) -> multiprocessing.Process:  # started
+    "Start a process that does `train_here`."
+    # forked from one that has imported torch, so that it begins at once
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['updetr.results'])
     os.environ |= {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': str(threads)}
@@ -48,122 +56,182 @@ def start_process(run_dir: str | Path,  # folder with cfg.json
     return process
 
 # %% ../nbs/39b_schedule.ipynb #c010
+def _start_folder(folder, step, seed):
+    "The folder of the run that a job starts from; None without one"
+    return job_folder(folder.parent, step.start, seed) if step.start else None
+
 def _asked(folder, step, seed):
     "The configuration of a job, with the checkpoint that it starts from"
-    start = job_folder(folder.parent, step.start, seed) / 'checkpoint.pth' if step.start else ''
-    return configure(step, seed, str(start.resolve()) if step.start else '')
+    start = _start_folder(folder, step, seed)
+    checkpoint = str((start / 'checkpoint.pth').resolve()) if start else ''
+    return configure(step, seed, checkpoint)
 
-def write_start(folder: Path,  # of the run
-                step: Job,  # to be run
-                seed: int,  # of its chain
-                ) -> dict:  # the configuration
+def _may_change(step):
+    # the file of a trained CNN may have moved with its folder
+    return ('weights',) if step.start and step.start.task == 'cnn' else ()
+
+def write_start(
+    folder: Path,  # of the run
+    step: Job,     # to be run
+    seed: int,     # of its chain
+) -> dict:         # the configuration
     "Write a run's `cfg.json`; its start must be finished. Raises ValueError for impossible values."
-    cfg = _asked(folder, step, seed)
-    prepare(folder, dataclasses.asdict(cfg), _may_change(step))
-    return dataclasses.asdict(cfg)
+    cfg = dataclasses.asdict(_asked(folder, step, seed))
+    prepare(folder, cfg, _may_change(step))
+    return cfg
 
-def _may_change(step): return ('weights',) if step.start and step.start.task == 'cnn' else ()
+def _has_result(folder):
+    return (folder / 'result.json').exists()
 
-def describe(folders: dict,  # folder -> (job, seed)
-             busy: dict,  # folder -> process
-             failed: set,  # folders
-             begun: float,  # time.time()
-             ) -> str:
-    "Where a batch of jobs is, in one line."
-    done = sum((f / 'result.json').exists() for f in folders)
-    now = [f'{folders[f][0].task} seed {folders[f][1]} step {max((r["step"] for r in read_log(f)[-1:]), default=0)}' for f in busy]
+# %% ../nbs/39b_schedule.ipynb #c010c
+def describe(
+    folders: dict,  # folder -> (job, seed)
+    busy: dict,     # folder -> process
+    failed: set,    # folders
+    begun: float,   # time.time()
+) -> str:
+    "Return where a batch of jobs is, in one line."
+    done = sum(_has_result(folder) for folder in folders)
     minutes = (time.time() - begun) / 60
-    words = [f'{done} of {len(folders)} runs, {minutes:.1f} min', *([f'{len(failed)} failed'] if failed else []), *now]
+    words = [f'{done} of {len(folders)} runs, {minutes:.1f} min']
+    if failed: words.append(f'{len(failed)} failed')
+    for folder in busy:
+        job, seed = folders[folder]
+        rows = read_log(folder)
+        reached = rows[-1]['step'] if rows else 0
+        words.append(f'{job.task} seed {seed} step {reached}')
     return '; '.join(words)
 
 # %% ../nbs/39b_schedule.ipynb #c010b
 def data_now(
     cfg: TrainConfig,  # of a run
-) -> dict:  # part -> fingerprint, and 'files', as in a run's `data.json`
-    "Return the fingerprints of what a run would be trained and measured on now. Raises as whoever opens the data does."
+) -> dict:             # part -> fingerprint, and 'files', as in a run's `data.json`
+    """Return the fingerprints of what a run would be trained and measured on now.
+
+    Raises as whoever opens the data does."""
     if cfg.task == 'pretrain': return pretrain_marks(cfg, *find_photos(cfg))
-    open_both = {'oneshot': oneshot_sets, 'panoptic': open_panoptic_sets}.get(cfg.task, open_sets)
+    special = {'oneshot': oneshot_sets, 'panoptic': open_panoptic_sets}
+    open_both = special.get(cfg.task, open_sets)
     return labelled_marks(cfg, *open_both(cfg)[:2])
 
+# %% ../nbs/39b_schedule.ipynb #c010d
 def check_finished(
-    folders: dict,  # folder -> (job, seed)
+    folders: dict,           # folder -> (job, seed)
     show: Callable = print,  # called with a line on results that cannot be compared
 ) -> None:
-    "Raise ValueError that names each finished run whose data is not what is there now, what has changed, and the way out."
+    """Compare the data of finished runs with what is there now.
+
+    Raises ValueError that names each run whose data has changed, what has, and the way out."""
     changed, unknown, gone = [], [], []
     for folder, (step, seed) in folders.items():
-        if not (is_done(folder) or (folder / 'result.json').exists()): continue
-        # an older run knows nothing of its data
-        if not (kept := read_record(folder / 'data.json')): unknown.append(folder.name)
-        if not kept: continue
-        try: now = data_now(_asked(folder, step, seed))
-        except FileNotFoundError: gone.append(folder.name)
-        else: changed += [f'{folder}: {what}' for what in run_changes(kept, now)]
-    if unknown: show(f'{len(unknown)} finished runs kept no fingerprint of their data and are used as they are: {", ".join(unknown)}')
-    if gone: show(f'the data of {len(gone)} finished runs is not here, and they are used as they are: {", ".join(gone)}')
+        if not (is_done(folder) or _has_result(folder)): continue
+        kept = read_record(folder / 'data.json')
+        if not kept:
+            # an older run knows nothing of its data
+            unknown.append(folder.name)
+            continue
+        try:
+            now = data_now(_asked(folder, step, seed))
+        except FileNotFoundError:
+            gone.append(folder.name)
+            continue
+        changed += [f'{folder}: {what}' for what in run_changes(kept, now)]
+    # said, and used as they are
+    if unknown:
+        show(f'{len(unknown)} finished runs kept no fingerprint of their data '
+             f'and are used as they are: {", ".join(unknown)}')
+    if gone:
+        show(f'the data of {len(gone)} finished runs is not here, '
+             f'and they are used as they are: {", ".join(gone)}')
     if changed:
-        raise ValueError('finished runs are of other data than what is there now: bring the old data back, or move these folders '
-                         'away, and they are trained anew\n' + '\n'.join(changed))
+        raise ValueError('finished runs are of other data than what is there now: bring the old '
+                         'data back, or move these folders away, and they are trained anew\n'
+                         + '\n'.join(changed))
 
 # %% ../nbs/39b_schedule.ipynb #c011
 def _leave(busy):
     "Ask all processes to save and leave, and wait"
-    for p in busy.values(): p.terminate()
-    for p in busy.values(): p.join()
+    for process in busy.values(): process.terminate()
+    for process in busy.values(): process.join()
 
 def _on_cpu(folders, workers, threads, show, begun):
-    "Run what is not finished; the folders that failed"
-    waiting, busy, failed = [f for f in folders if not (f / 'result.json').exists()], {}, set()
-    def start_of(f): return job_folder(f.parent, folders[f][0].start, folders[f][1]) if folders[f][0].start else None
+    "Run what is not finished, several at a time; the folders that failed"
+    starts = {folder: _start_folder(folder, *each) for folder, each in folders.items()}
+    waiting = [folder for folder in folders if not _has_result(folder)]
+    busy, failed = {}, set()
     try:
         while waiting or busy:
-            for f in [f for f in waiting if start_of(f) in failed]:
-                waiting.remove(f), failed.add(f)
-            ready = [f for f in waiting if not start_of(f) or (start_of(f) / 'result.json').exists()]
-            for f in ready[:workers - len(busy)]:
-                waiting.remove(f)
-                write_start(f, *folders[f])
-                busy[f] = start_process(f, threads)
-            multiprocessing.connection.wait([p.sentinel for p in busy.values()], 5)
-            for f in [f for f, p in busy.items() if not p.is_alive()]:
-                busy.pop(f).join()
-                if not (f / 'result.json').exists(): failed.add(f)
+            # what would start from a failed run is left out
+            for folder in [f for f in waiting if starts[f] in failed]:
+                waiting.remove(folder)
+                failed.add(folder)
+            # as many as there is room for, of those whose start is finished
+            ready = [f for f in waiting if starts[f] is None or _has_result(starts[f])]
+            for folder in ready[:workers - len(busy)]:
+                waiting.remove(folder)
+                write_start(folder, *folders[folder])
+                busy[folder] = start_process(folder, threads)
+            # until one ends, or for a while: the line tells the steps, too
+            ends = [process.sentinel for process in busy.values()]
+            multiprocessing.connection.wait(ends, 5)
+            for folder in [f for f, process in busy.items() if not process.is_alive()]:
+                busy.pop(folder).join()
+                if not _has_result(folder): failed.add(folder)
             show(describe(folders, busy, failed, begun))
     except BaseException:
         _leave(busy)
         raise
     return failed
 
+# %% ../nbs/39b_schedule.ipynb #c011a
 def _on_gpus(folders, gpus, show, begun):
-    "Run what is not finished, one after the other, each on all GPUs; the folders that failed"
-    for f in [f for f in folders if not (f / 'result.json').exists()]:
-        watch(launch(f, write_start(f, *folders[f]), gpus=gpus, may_change=_may_change(folders[f][0])))
-        finish(f, 'cuda')
+    "Run what is not finished, one after the other, each on all GPUs; a failure ends it"
+    for folder, (step, seed) in folders.items():
+        if _has_result(folder): continue
+        cfg = write_start(folder, step, seed)
+        watch(launch(folder, cfg, gpus=gpus, may_change=_may_change(step)))
+        finish(folder, 'cuda')
         show(describe(folders, {}, set(), begun))
     return set()
 
-# %% ../nbs/39b_schedule.ipynb #c012
-def run_jobs(wanted: Sequence[tuple[Job, int]],  # jobs and their seeds
-             root: str | Path,  # of all runs
-             workers: int = 0,  # trainings at a time on the CPU; 0 = as many as there are cores
-             gpus: int = 0,  # GPUs to use, all of them for each training; 0 = the CPU
-             show: Callable = print,  # called with a line whenever it changes
-             ) -> dict[tuple[Job, int], dict]:  # (job, seed) -> what `finish` measured
-    """Run what is not finished, and return the numbers of all. Raises FileNotFoundError or ValueError for weights that cannot be had,
-    or finished runs of other data, before anything is trained; RuntimeError that names what failed, after all others are done.
-    Interrupted, it lets the running ones save; called again, it goes on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    folders, workers, begun, last = in_order(wanted, root), workers or cores, time.time(), ['']
-    check_finished(folders, show)
+def _fetch_all(folders):
+    "Get the CNN weights of what is not finished. Raises FileNotFoundError or ValueError"
     for folder, (step, seed) in folders.items():
+        if step.start or _has_result(folder): continue
         cfg = configure(step, seed)
-        if hasattr(cfg, 'weights') and not step.start and cfg.weights != 'none' and not (folder / 'result.json').exists():
-            fetch_weights(cfg.backbone, cfg.weights)
+        if getattr(cfg, 'weights', 'none') != 'none': fetch_weights(cfg.backbone, cfg.weights)
+
+# %% ../nbs/39b_schedule.ipynb #c012
+def run_jobs(
+    wanted: Sequence[tuple[Job, int]],  # jobs and their seeds
+    root: str | Path,                   # of all runs
+    workers: int = 0,                   # trainings at a time on the CPU; 0 = one a core
+    gpus: int = 0,                      # GPUs to use, all of them for each training; 0 = the CPU
+    show: Callable = print,             # called with a line whenever it changes
+) -> dict[tuple[Job, int], dict]:       # (job, seed) -> what `finish` measured
+    """Run what is not finished, and return the numbers of all.
+
+    Raises FileNotFoundError or ValueError for weights that cannot be had, or finished runs of other
+    data, before anything is trained; RuntimeError that names what failed, after all others are
+    done. Interrupted, it lets the running ones save; called again, it goes on."""
+    has_affinity = hasattr(os, 'sched_getaffinity')
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    workers = workers or cores
+    folders, begun = in_order(wanted, root), time.time()
+    # what would spoil the results, or end the last run after all others, is found at once
+    check_finished(folders, show)
+    _fetch_all(folders)
+    last = ''
+
     def changed(line):
-        if line != last[0]: show(line)
-        last[0] = line
-    failed = _on_gpus(folders, gpus, changed, begun) if gpus else _on_cpu(folders, workers, max(1, cores // workers), changed, begun)
+        nonlocal last
+        if line != last: show(line)
+        last = line
+
+    if gpus: failed = _on_gpus(folders, gpus, changed, begun)
+    else: failed = _on_cpu(folders, workers, max(1, cores // workers), changed, begun)
     if failed:
-        said = '\n'.join(f'{f} ({folders[f][0]}):\n{tail(f, 5)}' for f in sorted(failed))
-        raise RuntimeError(f'{len(failed)} of {len(folders)} runs failed; call again to go on.\n{said}')
+        said = [f'{folder} ({folders[folder][0]}):\n{tail(folder, 5)}' for folder in sorted(failed)]
+        raise RuntimeError(f'{len(failed)} of {len(folders)} runs failed; call again to go on.\n'
+                           + '\n'.join(said))
     return {(step, seed): finish(job_folder(root, step, seed)) for step, seed in wanted}
