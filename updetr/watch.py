@@ -138,8 +138,10 @@ def draw_curves(
     margins = dict(left=.07, right=.98, bottom=.17, top=.9)
     axes = fig.subplots(1, panels, gridspec_kw=margins)
 
+    # losses fall by orders of magnitude
     _curves(axes[0], rows, losses, 'upper right')
     axes[0].set_yscale('log')
+    # shares lie in 0..1
     _curves(axes[1], rows, [key for key in shares if key in keys], 'upper left')
     axes[1].set_ylim(0, 1)
     if picture is not None:
