@@ -41,8 +41,10 @@ class CNNConfig(TrainConfig, LabelledConfig):
     "Everything that determines the training of a CNN."
     task: str = 'cnn'  # which `updetr.train` task reads it
     backbone: str = 'tf_efficientnet_lite0'  # torchvision ResNet or any timm model
-    features: str = 'blocks.4'  # layers to cut after, comma-separated; what comes later is not trained
-    labels: bool = False  # learn classes; False = learn to tell objects apart, without their classes
+    # layers to cut after, comma-separated; what comes later is not trained
+    features: str = 'blocks.4'
+    # learn classes; False = learn to tell objects apart, without their classes
+    labels: bool = False
     crop_size: int = 64  # px, side of a view
     projection: int = 128  # numbers in which views are compared, without labels
     temperature: float = .2  # of the comparison
@@ -50,190 +52,262 @@ class CNNConfig(TrainConfig, LabelledConfig):
 
     def problems(self):
         "Yield what is wrong between fields."
-        if not self.features: yield "features must name a layer to cut after, e.g. 'blocks.4' or 'layer3'"
-        if bool(self.scenes) != bool(self.scenes_val): yield 'scenes and scenes_val belong together: give both or none'
+        if not self.features:
+            yield "features must name a layer to cut after, e.g. 'blocks.4' or 'layer3'"
+        if bool(self.scenes) != bool(self.scenes_val):
+            yield 'scenes and scenes_val belong together: give both or none'
         if self.crop_size < 32: yield f'crop_size {self.crop_size} must be at least 32'
-        if self.projection < 1 or self.temperature <= 0: yield 'projection and temperature must be positive'
+        if self.projection < 1 or self.temperature <= 0:
+            yield 'projection and temperature must be positive'
         if self.compile or self.gradient_checkpointing or self.accumulate > 1:
             yield 'compile, gradient_checkpointing and accumulate are for detectors'
 
 # %% ../nbs/28b_cnn_task.ipynb #c007
-CNN_PRESETS = {'demo': dict(scenes=400, scenes_val=100, scene_size=256, lr=2e-3, clip_max_norm=1., schedule='cosine', warmup=.05,
-                            batch_size=32, epochs=40, keep_every=0)}
+CNN_PRESETS = {
+    'demo': dict(scenes=400, scenes_val=100, scene_size=256, lr=2e-3, clip_max_norm=1.,
+                 schedule='cosine', warmup=.05, batch_size=32, epochs=40, keep_every=0),
+}
 
 # %% ../nbs/28b_cnn_task.ipynb #c010
-def object_region(sample: dict,  # a detection sample
-                  which: int,  # number of its object, crowds left out
-                  margin: float = .2,  # added on each side, as a share of the box's
-                  ) -> tuple[Tensor, int]:  # (3,h,w) uint8, its class; the whole photo and -1 if it has no object
-    "What is around an object."
+def object_region(
+    sample: dict,         # detection sample
+    which: int,           # number of its object, crowds left out
+    margin: float = .2,   # margin on each side, as a share of the box's
+) -> tuple[Tensor, int]:  # region (3, h, w) uint8; its class
+    "Return what is around an object; the whole photo and -1 if it has no object."
+    image = sample['image']
     keep = ~sample['iscrowd'].bool()
-    if not keep.any(): return sample['image'], -1
-    box, (H, W) = sample['boxes'][keep][which], sample['image'].shape[1:]
-    grown = (box + torch.cat((box[:2] - box[2:], box[2:] - box[:2])) * margin).round().int()
-    x, y = (min(max(0, int(v)), side - 1) for v, side in zip(grown[:2], (W, H)))
-    return sample['image'][:, y:max(y + 1, int(grown[3])), x:max(x + 1, int(grown[2]))], int(sample['labels'][keep][which])
+    if not keep.any(): return image, -1
+    box, (H, W) = sample['boxes'][keep][which], image.shape[1:]
+    # the box grows on all four sides
+    outwards = torch.cat((box[:2] - box[2:], box[2:] - box[:2]))  # -w, -h, w, h
+    x0, y0, x1, y1 = (box + outwards * margin).round().int().tolist()
+    # it begins within the photo and has one pixel at least
+    x0 = min(max(0, x0), W - 1)
+    y0 = min(max(0, y0), H - 1)
+    region = image[:, y0:max(y0 + 1, y1), x0:max(x0 + 1, x1)]
+    return region, int(sample['labels'][keep][which])
 
-def count_objects(sample: dict,  # a detection sample
-                  ) -> int:  # at least 1: a photo without objects counts as one
-    "How many regions a sample has."
+def count_objects(
+    sample: dict,  # detection sample
+) -> int:          # at least 1: a photo without objects counts as one
+    "Return how many regions a sample has."
     return max(1, int((~sample['iscrowd'].bool()).sum()))
 
 # %% ../nbs/28b_cnn_task.ipynb #c012
 class ObjectViews(Dataset):
     "Two random views of one object of each photo. An item is `(epoch, index, size)`."
-    def __init__(self,
-                 dataset,  # detection set
-                 seed: int = 42,  # of all draws
-                 ):
-        self.dataset, self.seed = dataset, seed
+    def __init__(
+        self,
+        dataset,         # detection set
+        seed: int = 42,  # seed of all draws
+    ):
+        self.dataset = dataset
+        self.seed = seed
 
     def __len__(self): return len(self.dataset)
 
     def __getitem__(self, item):
         epoch, index, size = item
         rng = np.random.default_rng((self.seed, epoch, index))
-        sample, skipped = read_or_next(range(len(self)), index, read=self.dataset.__getitem__)
-        region, label = object_region(sample, int(rng.integers(count_objects(sample))))
+        # a photo that cannot be read has the next one in its place
+        photos = range(len(self))
+        sample, skipped = read_or_next(photos, index, read=self.dataset.__getitem__)
+        # one object, two random parts of what is around it
+        which = int(rng.integers(count_objects(sample)))
+        region, label = object_region(sample, which)
         views = torch.stack([random_crop(rng, region, size, size) for _ in range(2)])
-        return {'views': views, 'factors': draw_factors(rng, 2), 'label': label, 'index': index, 'skipped': skipped}
+        factors = draw_factors(rng, 2)
+        return {'views': views, 'factors': factors, 'label': label, 'index': index,
+                'skipped': skipped}
 
 def _join(samples):
-    "A batch, with one list of what was wrong with photos in whose place others were taken"
+    "Return a batch, with one list of what was wrong with photos in whose place others were taken."
     skipped = [message for s in samples for message in s.pop('skipped')]
     return default_collate(samples) | {'skipped': skipped}
 
-def object_loader(views: ObjectViews,  # to be read
-                  plan: BatchPlan,  # which photos make which batch
-                  num_workers: int = 0,  # processes that decode; 0 = this one
-                  ) -> DataLoader:  # of CPU batches
-    "A loader that draws nothing from the training's generator."
+def object_loader(
+    views: ObjectViews,    # views to be read
+    plan: BatchPlan,       # which photos make which batch
+    num_workers: int = 0,  # processes that decode; 0 = this one
+) -> DataLoader:           # loader of CPU batches
+    "Return a loader that draws nothing from the training's generator."
     return data_loader(views, plan, _join, num_workers)
 
-def views_to_device(batch: dict,  # views uint8 (B,2,3,s,s), factors (B,2,F), label (B,), index (B,)
-                    device: torch.device | str,  # where the CNN is
-                    mean: tuple,  # of the CNN, (3,), for values in 0..1
-                    std: tuple,  # of the CNN, (3,)
-                    ) -> dict:  # views float, augmented and normalised; label; index on the CPU
-    "Move a batch and change the colours of each view by its own factors."
-    views = augment(batch['views'].to(device, non_blocking=True).flatten(0, 1), batch['factors'].flatten(0, 1))
-    return batch | {'views': normalize(views, mean, std).unflatten(0, (-1, 2)), 'label': batch['label'].to(device, non_blocking=True)}
+# %% ../nbs/28b_cnn_task.ipynb #c012d
+def views_to_device(
+    batch: dict,  # views uint8 (B, 2, 3, s, s), factors (B, 2, F), label (B,), index (B,)
+    device: torch.device | str,  # where the CNN is
+    mean: tuple,  # of the CNN, (3,), for values in 0..1
+    std: tuple,   # of the CNN, (3,)
+) -> dict:        # views float, augmented and normalised; label; index on the CPU
+    "Return a batch that was moved, the colours of each view changed by its own factors."
+    views = batch['views'].to(device, non_blocking=True).flatten(0, 1)  # (2 B, 3, s, s)
+    views = augment(views, batch['factors'].flatten(0, 1))
+    views = normalize(views, mean, std).unflatten(0, (-1, 2))           # (B, 2, 3, s, s)
+    label = batch['label'].to(device, non_blocking=True)
+    return batch | {'views': views, 'label': label}
 
 # %% ../nbs/28b_cnn_task.ipynb #c015
-def learning_body(name: str,  # a torchvision ResNet, else any timm model
-                  features: list[str],  # layers to cut after
-                  ) -> nn.Module:  # with random weights, returns a dictionary of those layers' outputs
-    "A network without its head whose norms learn."
+def learning_body(
+    name: str,            # a torchvision ResNet, else any timm model
+    features: list[str],  # layers to cut after
+) -> nn.Module:           # network that returns a dictionary of those layers' outputs
+    "Return a network with random weights and without its head, whose norms learn."
     net = getattr(torchvision.models, name)() if name in RESNETS else timm.create_model(name)
-    leaves = list({type(m) for m in net.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))})
-    return create_feature_extractor(net, features, tracer_kwargs={'leaf_modules': leaves}).to(memory_format=torch.channels_last)
+    # convolutions and norms stay whole when the graph is cut
+    kinds = {type(m) for m in net.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))}
+    body = create_feature_extractor(net, features, tracer_kwargs={'leaf_modules': list(kinds)})
+    return body.to(memory_format=torch.channels_last)
 
 class CNN(nn.Module):
-    "A CNN that learns: `forward` gives averaged features and the head's answers. Raises ValueError for unknown names."
-    def __init__(self,
-                 name: str,  # a torchvision ResNet, else any timm model
-                 features: list[str],  # layers to cut after
-                 outputs: int,  # classes, or numbers in which views are compared
-                 labels: bool,  # whether the head answers with classes
-                 ):
+    """A CNN that learns: `forward` gives averaged features and the head's answers.
+
+    Raises ValueError for unknown names."""
+    def __init__(
+        self,
+        name: str,            # a torchvision ResNet, else any timm model
+        features: list[str],  # layers to cut after
+        outputs: int,         # classes, or numbers in which views are compared
+        labels: bool,         # whether the head answers with classes
+    ):
         super().__init__()
+        # the frozen CNN of the same name says how photos are normalised, and how wide it is
         twin = Backbone(name, features)
-        self.mean, self.std, C = twin.mean, twin.std, twin.num_channels
+        C = twin.num_channels
+        self.mean = twin.mean
+        self.std = twin.std
         self.body = learning_body(name, features)
-        self.head = nn.Linear(C, outputs) if labels else nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, outputs))
+        if labels:
+            self.head = nn.Linear(C, outputs)
+        else:
+            self.head = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, outputs))
 
     def forward(self, x):
-        pooled = join_features(self.body(x.contiguous(memory_format=torch.channels_last))).mean((2, 3))
+        x = x.contiguous(memory_format=torch.channels_last)
+        features = join_features(self.body(x))  # (B, C, h, w)
+        pooled = features.mean((2, 3))          # (B, C)
         return pooled, self.head(pooled)
 
 # %% ../nbs/28b_cnn_task.ipynb #c019
-def contrast_loss(z: Tensor,  # (B,2,d) answers for two views of each object
-                  temperature: float = .2,  # above 0; small = hard
-                  ) -> tuple[Tensor, Tensor]:  # loss; share of views whose partner is the nearest, 0..1
-    "How badly each view finds its partner among all views of the batch."
-    z = F.normalize(z.float(), dim=-1).flatten(0, 1)
-    alike = z @ z.T / temperature
-    alike = alike.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+def contrast_loss(
+    z: Tensor,                # answers (B, 2, d) for two views of each object
+    temperature: float = .2,  # above 0; small = hard
+) -> tuple[Tensor, Tensor]:   # loss; share of views with the partner nearest, 0..1
+    "Return the loss of finding each view's partner among all views of the batch."
+    z = F.normalize(z.float(), dim=-1).flatten(0, 1)  # (2 B, d)
+    alike = z @ z.T / temperature                     # (2 B, 2 B)
+    # a view is not compared with itself
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    alike = alike.masked_fill(itself, -torch.inf)
+    # views 0 and 1 are partners, 2 and 3, ...
     partner = torch.arange(len(z), device=z.device) ^ 1
-    return F.cross_entropy(alike, partner), (alike.argmax(1) == partner).float().mean()
+    found = (alike.argmax(1) == partner).float().mean()
+    return F.cross_entropy(alike, partner), found
 
 # %% ../nbs/28b_cnn_task.ipynb #c023
-def neighbour_accuracy(known: Tensor,  # (n,C) features of training objects
-                       labels: Tensor,  # (n,) their classes
-                       asked: Tensor,  # (m,C) features of other objects
-                       truth: Tensor,  # (m,) their classes
-                       k: int = 5,  # neighbours that vote; at most n
-                       ) -> float:  # %, 0..100
-    "How often the majority of the nearest neighbours is right."
+def neighbour_accuracy(
+    known: Tensor,   # features (n, C) of training objects
+    labels: Tensor,  # their classes (n,)
+    asked: Tensor,   # features (m, C) of other objects
+    truth: Tensor,   # their classes (m,)
+    k: int = 5,      # neighbours that vote; at most n
+) -> float:          # %, 0..100
+    "Return how often the majority of the nearest neighbours is right."
+    # all features are positive: without their mean all would be alike
     mean = known.mean(0)
-    alike = F.normalize(asked - mean, dim=1) @ F.normalize(known - mean, dim=1).T
-    votes = F.one_hot(labels[alike.topk(min(k, len(known))).indices], int(labels.max()) + 1).sum(1)
+    alike = F.normalize(asked - mean, dim=1) @ F.normalize(known - mean, dim=1).T   # (m, n)
+    nearest = labels[alike.topk(min(k, len(known))).indices]                        # (m, k)
+    votes = F.one_hot(nearest, int(labels.max()) + 1).sum(1)                        # (m, classes)
     return 100 * (votes.argmax(1) == truth).float().mean().item()
 
 # %% ../nbs/28b_cnn_task.ipynb #c025
 @torch.no_grad()
-def object_features(model: CNN,  # in evaluation mode
-                    dataset,  # detection set
-                    size: int,  # px, side to which each object is brought
-                    limit: int = 2000,  # objects at most
-                    stop=lambda: False,  # true: leave early
-                    skip: bool = False,  # leave out what cannot be read, as a training does
-                    ) -> tuple[Tensor, Tensor] | None:  # (n,C) features and (n,) classes on the CPU; None after a stop
-    "Features of all labelled objects, each seen once, as it is."
-    device, found, labels = next(model.parameters()).device, [], []
+def object_features(
+    model: CNN,                     # model in evaluation mode
+    dataset,                        # detection set
+    size: int,                      # side to which each object is brought, px
+    limit: int = 2000,              # objects at most
+    stop=lambda: False,             # true: leave early
+    skip: bool = False,             # leave out what cannot be read, as a training does
+) -> tuple[Tensor, Tensor] | None:  # features (n, C), classes (n,); on the CPU
+    "Return features of all labelled objects, each seen once, as it is; None after a stop."
+    device = next(model.parameters()).device
+    found, labels = [], []
     for i in range(len(dataset)):
         if stop(): return None
-        try: sample = dataset[i]
+        try:
+            sample = dataset[i]
         except BadPhoto:
             if skip: continue
             raise
-        regions = [object_region(sample, i) for i in range(count_objects(sample))]
-        regions = [(F.interpolate(r[None].float() / 255, (size, size), mode='bilinear', antialias=True), c) for r, c in regions if c >= 0]
+        regions = [object_region(sample, k) for k in range(count_objects(sample))]
+        # a photo without an object has no class, and says nothing here
+        regions = [(region, label) for region, label in regions if label >= 0]
         if not regions: continue
-        images, classes = zip(*regions)
-        found.append(model(normalize(torch.cat(images).to(device), model.mean, model.std))[0].float().cpu())
-        labels += classes
+        # objects of all sizes become one batch
+        images = [F.interpolate(region[None].float() / 255, (size, size), mode='bilinear',
+                                antialias=True) for region, _ in regions]
+        ready = normalize(torch.cat(images).to(device), model.mean, model.std)
+        found.append(model(ready)[0].float().cpu())
+        labels += [label for _, label in regions]
         if len(labels) >= limit: break
     return torch.cat(found), torch.tensor(labels)
 
 # %% ../nbs/28b_cnn_task.ipynb #c027
-def measure_features(model: CNN,  # in any mode
-                     train_set,  # detection set whose objects are known
-                     val_set,  # detection set whose objects are asked about
-                     size: int,  # px, side to which each object is brought
-                     stop=lambda: False,  # true: leave early
-                     ) -> dict[str, float] | None:  # None after a stop
-    "test_neighbours: % of objects whose nearest neighbours are right; test_most: % of the commonest class."
+def measure_features(
+    model: CNN,                # model in any mode
+    train_set,                 # detection set whose objects are known
+    val_set,                   # detection set whose objects are asked about
+    size: int,                 # side to which each object is brought, px
+    stop=lambda: False,        # true: leave early
+) -> dict[str, float] | None:  # test_neighbours, test_most; None after a stop
+    """Return what the features know of classes.
+
+    test_neighbours is the % of objects whose nearest neighbours are right, test_most the % of the
+    commonest class."""
     training = model.training
-    known, asked = (object_features(model.eval(), s, size, stop=stop, skip=s is train_set) for s in (train_set, val_set))
+    model.eval()
+    # a training skips what cannot be read, an evaluation does not
+    known = object_features(model, train_set, size, stop=stop, skip=True)
+    asked = object_features(model, val_set, size, stop=stop, skip=val_set is train_set)
     model.train(training)
     if known is None or asked is None: return None
-    most = 100 * (asked[1] == known[1].mode().values).float().mean().item()
+    commonest = known[1].mode().values
+    most = 100 * (asked[1] == commonest).float().mean().item()
     return {'test_neighbours': neighbour_accuracy(*known, *asked), 'test_most': most}
 
 # %% ../nbs/28b_cnn_task.ipynb #c030v
-def views_of_all(z: Tensor,  # (B,2,d) answers of this process
-                 ) -> Tensor:  # (B times processes,2,d); a gradient finds its way to the process that the answer came from
-    "The answers of all processes."
+def views_of_all(
+    z: Tensor,  # answers (B, 2, d) of this process
+) -> Tensor:    # answers (B times processes,2,d)
+    """Return the answers of all processes.
+
+    A gradient finds its way to the process that the answer came from."""
     return torch.cat(all_gather(z.contiguous())) if process_count() > 1 else z
 
 # %% ../nbs/28b_cnn_task.ipynb #c030
 class CNNStep(nn.Module):
     "A batch of views to its loss and the logged numbers."
-    def __init__(self,
-                 model: CNN,  # to be trained
-                 cfg: CNNConfig,  # of the run
-                 ):
+    def __init__(
+        self,
+        model: CNN,      # model to be trained
+        cfg: CNNConfig,  # configuration of the run
+    ):
         super().__init__()
-        self.model, self.cfg = model, cfg
+        self.model = model
+        self.cfg = cfg
 
     def forward(self, batch):
-        answers = self.model(batch['views'].flatten(0, 1))[1].float()
+        answers = self.model(batch['views'].flatten(0, 1))[1].float()  # (2 B, outputs)
+        # without labels: each view is to find its partner, among those of all processes
         if not self.cfg.labels:
-            loss, right = contrast_loss(views_of_all(answers.unflatten(0, (-1, 2))), self.cfg.temperature)
+            pairs = views_of_all(answers.unflatten(0, (-1, 2)))
+            loss, right = contrast_loss(pairs, self.cfg.temperature)
             return loss, {'accuracy': right}
+        # with labels: both views have the object's class
         truth = batch['label'].repeat_interleave(2)
-        # one process may have more photos without a class than another: all divide by the same number
+        # one process may have more photos without a class than another: all divide alike
         known = average_over_processes((truth >= 0).sum().float())
         known = known.masked_fill(known == 0, 1)
         loss = F.cross_entropy(answers, truth, ignore_index=-1, reduction='sum') / known
@@ -242,44 +316,58 @@ class CNNStep(nn.Module):
 # %% ../nbs/28b_cnn_task.ipynb #c031
 class CNNTask:
     "A CNN's own training as a task for `updetr.train.train`."
-    def __init__(self,
-                 cfg: CNNConfig,  # of the run
-                 run_dir: str | Path,  # folder of the run; it must exist
-                 processes: Processes,  # of `join_processes`
-                 ):
-        self.cfg, self.run_dir, self.processes, self.measure_every = cfg, Path(run_dir), processes, cfg.eval_every
-        self.train_set, self.val_set = open_sets(cfg)
-        self.marks = agree_on_data(lambda: labelled_marks(cfg, self.train_set, self.val_set), run_dir, asdict(cfg), processes)
-        self.views, self.notes = ObjectViews(self.train_set, cfg.seed), {'class_names': list(self.train_set.classes)}
+    def __init__(
+        self,
+        cfg: CNNConfig,        # configuration of the run
+        run_dir: str | Path,   # folder of the run; it must exist
+        processes: Processes,  # of `join_processes`
+    ):
+        self.cfg = cfg
+        self.run_dir = Path(run_dir)
+        self.processes = processes
+        self.measure_every = cfg.eval_every
+        # the photos, and whether they are those that the run began with
+        train_set, val_set = open_sets(cfg)
+        self.train_set, self.val_set = train_set, val_set
+        def find(): return labelled_marks(cfg, train_set, val_set)
+        self.marks = agree_on_data(find, run_dir, asdict(cfg), processes)
+        self.views = ObjectViews(train_set, cfg.seed)
+        self.notes = {'class_names': list(train_set.classes)}
         self.steps_per_epoch = self.plan(0, 0).steps_per_epoch
+        # the network: the same numbers in all processes
         torch.manual_seed(cfg.seed)
-        layers, outputs = [f.strip() for f in cfg.features.split(',')], len(self.train_set.classes) if cfg.labels else cfg.projection
+        layers = [f.strip() for f in cfg.features.split(',')]
+        outputs = len(train_set.classes) if cfg.labels else cfg.projection
         self.model = CNN(cfg.backbone, layers, outputs, cfg.labels).to(processes.device)
         self.module = CNNStep(self.model, cfg)
 
     def plan(self, start: int, total: int) -> BatchPlan:
-        "Which photos this process sees."
+        "Return a plan that says which photos this process sees."
         cfg, p = self.cfg, self.processes
-        return BatchPlan(np.asarray(self.train_set.sizes), cfg.batch_size, total, cfg.seed, (cfg.crop_size,), start, p.rank, p.world)
+        sizes, sides = np.asarray(self.train_set.sizes), (cfg.crop_size,)
+        return BatchPlan(sizes, cfg.batch_size, total, cfg.seed, sides, start, p.rank, p.world)
 
     def begin(self, resumed: bool) -> None:
-        "Readable photos to evaluate on, else ValueError."
+        "Refuse photos to evaluate on that cannot be read, with a ValueError."
         if not resumed: require_readable(self.val_set, self.processes.rank, self.processes.world)
 
     def batches(self, start: int, total: int) -> Iterator[dict]:
-        "This process's batches between two steps, on its device."
+        "Yield this process's batches between two steps, on its device."
         batches = object_loader(self.views, self.plan(start, total), self.cfg.num_workers)
         for batch in skips_noted(self.run_dir, batches, lambda batch: batch.pop('skipped')):
             yield views_to_device(batch, self.processes.device, self.model.mean, self.model.std)
 
     def measure(self, model: CNN, stop) -> dict[str, float] | None:
-        "What its features know, for the log; None if a stop came in between."
-        return measure_features(model, self.train_set, self.val_set, self.cfg.crop_size, lambda: self.processes.any(bool(stop)))
+        "Return what its features know, for the log; None if a stop came in between."
+        def stopped(): return self.processes.any(bool(stop))
+        return measure_features(model, self.train_set, self.val_set, self.cfg.crop_size, stopped)
 
     def preview(self, path: str | Path) -> None:
         "Draw what is seen: two views of eight objects."
-        views = [self.views[0, i, self.cfg.crop_size]['views'] for i in range(min(8, len(self.views)))]
-        save_preview(path, make_grid(torch.stack(views).transpose(0, 1).flatten(0, 1), len(views)))
+        count = min(8, len(self.views))
+        pairs = [self.views[0, i, self.cfg.crop_size]['views'] for i in range(count)]
+        views = torch.stack(pairs).transpose(0, 1).flatten(0, 1)  # first views, then second ones
+        save_preview(path, make_grid(views, count))
 
 # %% ../nbs/28b_cnn_task.ipynb #c031a
 TASK = CNNConfig, CNNTask
