@@ -22,8 +22,8 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes
 
 from .augment import normalize
-from .checkpoint import (built, check_architecture, check_cnn, class_names, fill, plain_tensors, read_weights, stored_config,
-                               write_atomic)
+from .checkpoint import (built, check_architecture, check_cnn, class_names, fill,
+                               plain_tensors, read_weights, stored_config, write_atomic)
 from .config import model_options
 from .datasets import class_color
 from .detr import build_detr
@@ -36,79 +36,114 @@ from .photos import as_image, resize
 from .transforms import DETR_SIZES, Sizes, whole_view
 
 # %% ../nbs/29_detector.ipynb #c007i
-def own_ids(labels: Sequence[int],  # of what was found, 0..C-1
-            category_ids: Sequence | None,  # each class's id in the data set's own files; None: not known
-            ) -> list:  # one a label
-    "The data set's own ids of some labels. Where they are not known the labels themselves, with a warning; ValueError for a class without."
+def own_ids(
+    labels: Sequence[int],          # labels of what was found, 0..C-1
+    category_ids: Sequence | None,  # each class's id in the data set's files; None: unknown
+) -> list:                          # ids, one a label
+    """Return the data set's own ids of some labels.
+
+    Where they are not known the labels themselves, with a warning. Raises ValueError for a class
+    without one."""
+    labels = list(labels)
     if category_ids is None:
-        warnings.warn('the category ids of the data set are not known (an old checkpoint, or one without them): category_id is the '
-                      'label, 0..C-1. Say them with category_ids=[...]', stacklevel=3)
-        return list(labels)
+        warnings.warn('the category ids of the data set are not known (an old checkpoint, or one '
+                      'without them): category_id is the label, 0..C-1. '
+                      'Say them with category_ids=[...]', stacklevel=3)
+        return labels
     ids = [category_ids[k] for k in labels]
-    if None in ids: raise ValueError(f'class {list(labels)[ids.index(None)]} has no id: it was asked for, but the files did not have it')
+    if None in ids:
+        raise ValueError(f'class {labels[ids.index(None)]} has no id: it was asked for, '
+                         'but the files did not have it')
     return ids
 
 # %% ../nbs/29_detector.ipynb #c008
 @dataclass(frozen=True, eq=False)
 class Detections:
     "What a detector found in one picture, the highest score first."
-    image: Tensor  # (3,H,W) uint8
-    boxes: Tensor  # (k,4) xyxy px
+    image: Tensor  # (3, H, W) uint8
+    boxes: Tensor  # (k, 4) xyxy px
     labels: Tensor  # (k,) 0..C-1
     scores: Tensor  # (k,) 0..1
     classes: tuple[str, ...]  # names of all C classes
-    category_ids: tuple | None = field(default=None, kw_only=True)  # their ids in the data set's own files
+    # their ids in the data set's own files
+    category_ids: tuple | None = field(default=None, kw_only=True)
 
     def __len__(self): return len(self.boxes)
 
     @property
     def names(self):
-        "Name of each detection's class."
+        "Return the name of each detection's class."
         return [self.classes[i] for i in self.labels.tolist()]
 
+    def _words(self):
+        "Return name and score of each detection."
+        return [f'{name} {score:.2f}' for name, score in zip(self.names, self.scores)]
+
     def __repr__(self):
-        rows = [f'{n} {s:.2f} at ' + ', '.join(f'{v:.0f}' for v in b) for n, s, b in zip(self.names, self.scores, self.boxes)]
-        return '\n'.join([f'{len(self)} objects', *rows])
+        rows = [f'{len(self)} objects']
+        for words, box in zip(self._words(), self.boxes):
+            rows.append(f'{words} at ' + ', '.join(f'{v:.0f}' for v in box))
+        return '\n'.join(rows)
 
     def plot(self):
-        "The picture with boxes, names and scores, as a PIL image."
-        words = [f'{n} {s:.2f}' for n, s in zip(self.names, self.scores)]
+        "Return the picture with boxes, names and scores, as a PIL image."
+        if not len(self): return F.to_pil_image(self.image)
         colors = [class_color(k) for k in self.labels.tolist()]
+        # lines and letters in proportion to the picture
         side = max(self.image.shape)
-        style = dict(width=max(2, side // 200), label_colors='white', label_background_colors=colors, fill_labels=True,
-                     font=f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf', font_size=max(10, side // 40))
-        return F.to_pil_image(draw_bounding_boxes(self.image, self.boxes, words, colors, **style) if len(self) else self.image)
+        font = f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf'
+        style = dict(width=max(2, side // 200), font=font, font_size=max(10, side // 40),
+                     label_colors='white', label_background_colors=colors, fill_labels=True)
+        drawn = draw_bounding_boxes(self.image, self.boxes, self._words(), colors, **style)
+        return F.to_pil_image(drawn)
 
     def _repr_jpeg_(self):
-        self.plot().save(file := io.BytesIO(), format='JPEG', quality=85)
+        file = io.BytesIO()
+        self.plot().save(file, format='JPEG', quality=85)
         return file.getvalue()
 
     def to_dict(self, image_id=0):
-        "COCO's list of results: image_id, category_id (the data set's own; VOC has none: label + 1), bbox (x, y, width, height), score."
-        xywh = box_convert(self.boxes, 'xyxy', 'xywh').tolist()
-        rows = zip(own_ids(self.labels.tolist(), self.category_ids), xywh, self.scores.tolist())
-        return [{'image_id': image_id, 'category_id': k, 'bbox': b, 'score': s} for k, b, s in rows]
+        """Return COCO's list of results: image_id, category_id, bbox (x, y, width, height), score.
+
+        The category ids are the data set's own; VOC has none: label + 1."""
+        ids = own_ids(self.labels.tolist(), self.category_ids)
+        boxes = box_convert(self.boxes, 'xyxy', 'xywh').tolist()
+        return [{'image_id': image_id, 'category_id': k, 'bbox': box, 'score': score}
+                for k, box, score in zip(ids, boxes, self.scores.tolist())]
 
 # %% ../nbs/29_detector.ipynb #c013
 def _own_detector(path, weights, args, told):
-    "What `_open` returns, for a file of a fine-tuning; nothing is built before it is checked"
-    cfg, names = stored_config(path, FinetuneConfig, args), class_names(path, args)
+    """Return what `_open` does, for a file of a fine-tuning.
+
+    Nothing is built before it is checked."""
+    cfg = stored_config(path, FinetuneConfig, args)
+    names = class_names(path, args)
+    options = model_options(cfg)
     weights = plain_tensors(path, weights)
-    if cfg.detector == 'detr': check_architecture(path, weights, model_options(cfg), len(names), told)
+    if cfg.detector == 'detr':
+        check_architecture(path, weights, options, len(names), told)
     else:
         if not any(cfg.channels in v.shape for v in weights.values()):
-            raise ValueError(f'{path} contradicts itself: its configuration says channels {cfg.channels}, its tensors do not')
-        check_cnn(path, weights, cfg.backbone, model_options(cfg)['features'])
+            raise ValueError(f'{path} contradicts itself: its configuration says '
+                             f'channels {cfg.channels}, its tensors do not')
+        check_cnn(path, weights, cfg.backbone, options['features'])
+    # the file's own weights follow: none need to be fetched
     module = built(path, build_module, dataclasses.replace(cfg, weights='none'), len(names))
     fill(path, module.model if cfg.detector == 'detr' else module, weights)
     return module.eval(), cfg, names, args.get('category_ids')
 
 def _open(path, told):
-    "What `load_detector` returns, and the ids of the classes in the data set's own files (None: not known)"
-    try: weights, args = read_weights(path)
-    except ValueError: args = {}
-    if args.get('task') == 'oneshot': raise ValueError(f'{path} is asked with pictures: open it with OneShotDetector')
+    """Return what `load_detector` does, and the ids of the classes in the data set's own files.
+
+    The ids are None where they are not known."""
+    try:
+        weights, args = read_weights(path)
+    except ValueError:
+        args = {}  # no file of this kit
+    if args.get('task') == 'oneshot':
+        raise ValueError(f'{path} is asked with pictures: open it with OneShotDetector')
     if args.get('task') == 'finetune': return _own_detector(path, weights, args, told)
+    # a published file, or one that was exported without its task
     pretrained = open_pretrained(path, **told)
     if pretrained.kind == 'updetr':
         raise ValueError(f'{path} was pre-trained and has no classes yet: fine-tune it first, '
@@ -120,98 +155,149 @@ def _open(path, told):
     return DetectStep(model, build_criterion(model)).eval(), None, pretrained.classes, ids
 
 # %% ../nbs/29_detector.ipynb #c013l
-def check_device(device: str | torch.device,  # where a model shall run
-                 ) -> torch.device:
-    "The device. Raises ValueError for one that is unknown or not there, before a model is built for it."
-    try: torch.empty(0, device=(found := torch.device(device)))
+def check_device(
+    device: str | torch.device,  # where a model shall run
+) -> torch.device:               # the device
+    """Return the device.
+
+    Raises ValueError for one that is unknown or not there, before a model is built for it."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as e:
         there = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
-        raise ValueError(f'device {device!r} cannot be used, there are {", ".join(there)} ({str(e).splitlines()[0]})') from e
+        reason = str(e).splitlines()[0]
+        raise ValueError(f'device {device!r} cannot be used, there are {", ".join(there)} '
+                         f'({reason})') from e
     if found.type == 'meta': raise ValueError("device 'meta' computes nothing")
     return found
 
-def load_detector(path: str | Path,  # checkpoint.pth or .safetensors of a fine-tuned detector, or a published DETR
-                  **told,  # options of `build_detr` that a published file does not tell: dilation, nheads
-                  ) -> tuple[nn.Module, FinetuneConfig | None, tuple[str, ...] | None]:  # module with `predict`, configuration, names
-    "Rebuild a detector from its file, in eval mode. Raises FileNotFoundError, or ValueError for a file without classes."
+def load_detector(
+    path: str | Path,  # checkpoint.pth or .safetensors of a fine-tuning, or a published DETR
+    **told,  # options of `build_detr` that a published file does not tell: dilation, nheads
+) -> tuple[nn.Module, FinetuneConfig | None, tuple[str, ...] | None]:  # module, config, names
+    """Rebuild a detector from its file, in eval mode; its module has `predict`.
+
+    Raises FileNotFoundError, or ValueError for a file without classes."""
     return _open(path, told)[:3]
 
 def _checked_ids(category_ids, classes):
-    "The ids of the classes as a tuple, None if they are not known; ValueError for another number of them"
+    """Return the ids of the classes as a tuple, None if they are not known.
+
+    ValueError for another number of them."""
     if category_ids is None: return None
-    count = len(category_ids) if isinstance(category_ids, (list, tuple)) else 'no list of'
-    if count != len(classes): raise ValueError(f'{len(classes)} classes, but {count} category ids')
+    is_list = isinstance(category_ids, (list, tuple))
+    count = len(category_ids) if is_list else 'no list of'
+    if count != len(classes):
+        raise ValueError(f'{len(classes)} classes, but {count} category ids')
     return tuple(category_ids)
 
 # %% ../nbs/29_detector.ipynb #c014
 class Detector:
     "A detector for pictures: `detector(picture)` or `detector([picture, ...])` gives `Detections`."
-    def __init__(self,
-                 module: nn.Module,  # with `predict(batch)`
-                 classes: Sequence[str],  # names of its classes
-                 sizes: Sizes = DETR_SIZES,  # px, as in its evaluation
-                 square: int = 0,  # px: pictures are squashed to a square of this side; 0 = the aspect is kept
-                 device: str = 'cpu',  # where it runs
-                 category_ids: Sequence | None = None,  # its classes' ids in the data set's own files
-                 ):
-        self.module, self.classes, self.sizes, self.square, self.device = module.to(device).eval(), tuple(classes), sizes, square, device
+    def __init__(
+        self,
+        module: nn.Module,       # module with `predict(batch)`
+        classes: Sequence[str],  # names of its classes
+        sizes: Sizes = DETR_SIZES,  # sizes as in its evaluation, px
+        square: int = 0,         # side to which pictures are squashed, px; 0 = the aspect is kept
+        device: str = 'cpu',     # where it runs
+        category_ids: Sequence | None = None,  # its classes' ids in the data set's own files
+    ):
+        self.module = module.to(device).eval()
+        self.classes = tuple(classes)
         self.category_ids = _checked_ids(category_ids, self.classes)
+        self.sizes = sizes
+        self.square = square
+        self.device = device
         cnn = module.model.backbone[0] if isinstance(module, DetectStep) else module
-        self.mean, self.std = cnn.mean, cnn.std
+        self.mean = cnn.mean
+        self.std = cnn.std
+
     @classmethod
     def from_checkpoint(cls, path, device='cpu', classes=None, category_ids=None, **told):
-        "From a file of a fine-tuning or a published DETR; `classes`, `category_ids`, dilation=, nheads= say what the file does not."
-        device, (module, cfg, names, ids) = check_device(device), _open(path, told)
-        num = module.model.num_classes if isinstance(module, DetectStep) else module.num_classes
+        """Open a file of a fine-tuning or a published DETR.
+
+        `classes`, `category_ids`, dilation=, nheads= say what the file does not."""
+        device = check_device(device)
+        module, cfg, names, ids = _open(path, told)
+        num = (module.model if isinstance(module, DetectStep) else module).num_classes
         names = classes or names or [f'class {i}' for i in range(num)]
-        if len(names) != num: raise ValueError(f'{path} has {num} classes, but {len(names)} names were given')
-        return cls(module, names, view_sizes(cfg) if cfg else DETR_SIZES, cfg.square if cfg else 0, device, category_ids or ids)
+        if len(names) != num:
+            raise ValueError(f'{path} has {num} classes, but {len(names)} names were given')
+        # a published file has DETR's own sizes
+        sizes = view_sizes(cfg) if cfg else DETR_SIZES
+        square = cfg.square if cfg else 0
+        return cls(module, names, sizes, square, device, category_ids or ids)
 
     def __call__(self, pictures, threshold=.5):
-        "Detections with a score of at least `threshold` (0..1); a list of pictures gives a list."
+        """Return the detections with a score of at least `threshold` (0..1).
+
+        A list of pictures gives a list."""
         if isinstance(pictures, (list, tuple)): return [self(p, threshold) for p in pictures]
         return self.detect(as_image(pictures), threshold)
 
     @torch.no_grad()
     def detect(self, image, threshold=.5, clip=True):
-        "Detections of one picture, (3,H,W) uint8. `clip`: boxes end at its edges; False: as the model says, and as AP is measured."
-        orig = torch.tensor(image.shape[1:])
-        size = (self.square,) * 2 if self.square else whole_view(*image.shape[1:], self.sizes).size
-        ready = normalize(resize(image, *size).to(self.device)[None].float() / 255, self.mean, self.std)
-        target = {'orig_size': orig, 'size': torch.tensor(size)}
-        answer = {k: v.cpu() for k, v in self.module.predict({'images': ready, 'mask': None, 'targets': [target]})[0].items()}
-        if clip: answer['boxes'] = clip_boxes_to_image(answer['boxes'], image.shape[1:])
+        """Return the detections of one picture, (3, H, W) uint8.
+
+        `clip`: boxes end at its edges; False: as the model says, and as AP is measured."""
+        H, W = image.shape[1:]
+        # the picture as in the model's evaluation
+        size = (self.square,) * 2 if self.square else whole_view(H, W, self.sizes).size
+        pixels = resize(image, *size).to(self.device)[None].float() / 255  # (1, 3, h, w)
+        ready = normalize(pixels, self.mean, self.std)
+        target = {'orig_size': torch.tensor((H, W)), 'size': torch.tensor(size)}
+        answer, = self.module.predict({'images': ready, 'mask': None, 'targets': [target]})
+        answer = {k: v.cpu() for k, v in answer.items()}
+        if clip: answer['boxes'] = clip_boxes_to_image(answer['boxes'], (H, W))
+        # the highest score first, down to the threshold
         order = answer['scores'].argsort(descending=True)
-        found = [answer[k][order[answer['scores'][order] >= threshold]] for k in ('boxes', 'labels', 'scores')]
-        return Detections(image, *found, self.classes, category_ids=self.category_ids)
+        order = order[answer['scores'][order] >= threshold]
+        boxes, labels, scores = [answer[k][order] for k in ('boxes', 'labels', 'scores')]
+        return Detections(image, boxes, labels, scores, self.classes,
+                          category_ids=self.category_ids)
 
 # %% ../nbs/29_detector.ipynb #c017s
 def _of_set(detector, photos):
-    "A function that gives `Detections` the classes of a labelled set; photos without labels leave them as they are"
+    """Return a function that gives `Detections` the classes of a labelled set.
+
+    Photos without labels leave them as they are."""
     names = getattr(photos, 'classes', None)
     if names is None: return lambda found: found
-    places, ids = classes_by_name(detector.classes, names), getattr(photos, 'category_ids', range(len(names)))
+    places = classes_by_name(detector.classes, names)
+    ids = getattr(photos, 'category_ids', range(len(names)))
     def own(found):
-        ours = by_name({'boxes': found.boxes, 'labels': found.labels, 'scores': found.scores}, places)
+        answer = {'boxes': found.boxes, 'labels': found.labels, 'scores': found.scores}
+        ours = by_name(answer, places)
         return dataclasses.replace(found, **ours, classes=tuple(names), category_ids=tuple(ids))
     return own
 
-def coco_results(detector: Detector,  # that answers
-                 photos,  # labelled set with `image_ids`, or {image id: picture}
-                 file: str | Path | None = None,  # JSON to be written
-                 threshold: float = 0.,  # smallest score, 0..1
-                 clip: bool = False,  # boxes end at the photo's edges; False: as AP is measured
-                 progress=lambda done, total: None,  # called after each photo
-                 take=lambda image_id, found: None,  # called with the `Detections` of each photo
-                 ) -> list[dict]:  # COCO's results: image_id, category_id, bbox, score
-    """What a detector finds in many photos; in a labelled set's own classes, matched by name (`classes_by_name`).
-    Raises ValueError where the two share no class."""
+def coco_results(
+    detector: Detector,                 # detector that answers
+    photos,                             # labelled set with `image_ids`, or {image id: picture}
+    file: str | Path | None = None,     # JSON to be written
+    threshold: float = 0.,              # smallest score, 0..1
+    clip: bool = False,                 # boxes end at the photo's edges; False: as AP is measured
+    progress=lambda done, total: None,  # called after each photo
+    take=lambda image_id, found: None,  # called with the `Detections` of each photo
+) -> list[dict]:                        # COCO's results: image_id, category_id, bbox, score
+    """Return what a detector finds in many photos.
+
+    In a labelled set's own classes, matched by name (`classes_by_name`). Raises ValueError where
+    the two share no class."""
     own, rows = _of_set(detector, photos), []
-    pairs = photos.items() if isinstance(photos, Mapping) else ((k, photos[i]['image']) for i, k in enumerate(photos.image_ids))
+    if isinstance(photos, Mapping):
+        pairs = photos.items()
+    else:
+        # photos are read one at a time
+        pairs = ((k, photos[i]['image']) for i, k in enumerate(photos.image_ids))
     for done, (image_id, picture) in enumerate(pairs, 1):
         found = own(detector.detect(as_image(picture), threshold, clip))
         take(image_id, found)
         rows += found.to_dict(image_id)
         progress(done, len(photos))
-    if file is not None: write_atomic(file, lambda p: p.write_text(json.dumps(rows, allow_nan=False)))
+    # the whole file or none, and nothing that is no JSON
+    if file is not None:
+        write_atomic(file, lambda p: p.write_text(json.dumps(rows, allow_nan=False)))
     return rows
