@@ -17,137 +17,213 @@ from .backbone import RESNETS
 from .detr import DETR, build_detr
 
 # %% ../nbs/30_exchange.ipynb #c007
-_TOP = {'backbone.0.body.': 'model.backbone.conv_encoder.model.', 'backbone.1.row_embed.': 'model.position_embedding.row_embeddings.',
-        'backbone.1.col_embed.': 'model.position_embedding.column_embeddings.', 'input_proj.': 'model.input_projection.',
-        'query_embed.': 'model.query_position_embeddings.', 'transformer.decoder.norm.': 'model.decoder.layernorm.',
-        'class_embed.': 'class_labels_classifier.', 'bbox_embed.': 'bbox_predictor.'}
-_SHARED = {'norm1': 'self_attn_layer_norm', 'multihead_attn': 'encoder_attn', 'linear1': 'fc1', 'linear2': 'fc2'}
-_LAYER = {'encoder': _SHARED | {'norm2': 'final_layer_norm'},
-          'decoder': _SHARED | {'norm2': 'encoder_attn_layer_norm', 'norm3': 'final_layer_norm'}}
+_TOP = {  # beginning of a name here -> there
+    'backbone.0.body.': 'model.backbone.conv_encoder.model.',
+    'backbone.1.row_embed.': 'model.position_embedding.row_embeddings.',
+    'backbone.1.col_embed.': 'model.position_embedding.column_embeddings.',
+    'input_proj.': 'model.input_projection.',
+    'query_embed.': 'model.query_position_embeddings.',
+    'transformer.decoder.norm.': 'model.decoder.layernorm.',
+    'class_embed.': 'class_labels_classifier.',
+    'bbox_embed.': 'bbox_predictor.',
+}
+_SHARED = {'norm1': 'self_attn_layer_norm', 'multihead_attn': 'encoder_attn',
+           'linear1': 'fc1', 'linear2': 'fc2'}
+_LAYER = {  # part of a layer here -> there
+    'encoder': _SHARED | {'norm2': 'final_layer_norm'},
+    'decoder': _SHARED | {'norm2': 'encoder_attn_layer_norm', 'norm3': 'final_layer_norm'},
+}
 
 def _theirs(name):
-    "The names in a transformers file of a tensor here: one, or three that are stacked here"
+    "Return the names in a transformers file of a tensor here: one, or three that are stacked here."
     layer = re.fullmatch(r'transformer\.(encoder|decoder)\.layers\.(\d+)\.(\w+)\.(.+)', name)
     if not layer:
-        prefix = next((p for p in _TOP if name.startswith(p)), None)
-        return [_TOP[prefix] + name.removeprefix(prefix)] if prefix else []
-    kind, number, part, rest = layer.groups()
-    stem, stacked = f'model.{kind}.layers.{number}.{_LAYER[kind].get(part, part)}.', re.fullmatch('in_proj_(weight|bias)', rest)
-    return [f'{stem}{x}_proj.{stacked[1]}' for x in 'qkv'] if stacked else [stem + rest]
+        for ours, theirs in _TOP.items():
+            if name.startswith(ours): return [theirs + name.removeprefix(ours)]
+        return []
+    side, number, part, rest = layer.groups()
+    stem = f'model.{side}.layers.{number}.{_LAYER[side].get(part, part)}.'
+    # queries, keys and values have a matrix each
+    stacked = re.fullmatch('in_proj_(weight|bias)', rest)
+    if stacked: return [f'{stem}{x}_proj.{stacked[1]}' for x in 'qkv']
+    return [stem + rest]
 
 # %% ../nbs/30_exchange.ipynb #c010
 def _no_way(model):
-    "Why transformers cannot compute this model, or None"
-    cnn, body = model.backbone[0], model.backbone[0].body.state_dict()
-    last = [len(v) for k, v in body.items() if re.fullmatch(r'layer4\.\d\.conv\d\.weight', k)]
-    if model.transformer.pre_norm: return 'its norms stand before the sublayers (pre_norm), and DETR in transformers is post-norm only'
+    "Return why transformers cannot compute this model, or None."
+    cnn = model.backbone[0]
+    if model.transformer.pre_norm:
+        return ('its norms stand before the sublayers (pre_norm), and DETR in transformers is '
+                'post-norm only')
     if model.pos_in_input: return 'pos_in_input adds positions where transformers has none'
-    if cnn.name not in RESNETS: return f'its CNN is {cnn.name}; it must be one of {", ".join(RESNETS)}'
-    if not last or cnn.num_channels != last[-1]: return 'its CNN is cut after other layers than layer4 (features)'
+    if cnn.name not in RESNETS:
+        return f'its CNN is {cnn.name}; it must be one of {", ".join(RESNETS)}'
+    # the CNN must end in the last convolution of layer4
+    last = [len(v) for k, v in cnn.body.state_dict().items()
+            if re.fullmatch(r'layer4\.\d\.conv\d\.weight', k)]
+    if not last or cnn.num_channels != last[-1]:
+        return 'its CNN is cut after other layers than layer4 (features)'
     unknown = [k for k in model.state_dict() if not _theirs(k)]
     if unknown: return f'transformers has no place for {", ".join(unknown[:3])}'
 
-def to_huggingface(model: DETR,  # post-norm, with a ResNet
-                   classes: Sequence[str],  # names of the classes, in the model's order
-                   category_ids: Sequence | None = None,  # their ids in the data set's own files
-                   ) -> tuple[dict[str, Tensor], dict]:  # state dict and configuration of `DetrForObjectDetection`
-    "A detector for transformers. Raises ValueError with the reason if its DETR cannot compute this model."
+def _config(model, classes):
+    "Return the configuration of `DetrForObjectDetection` for a model."
+    t, cnn = model.transformer, model.backbone[0]
+    layer = t.decoder.layers[0]
+    dropout, width = layer.dropout.p, layer.linear1.out_features
+    learned = len(list(model.backbone[1].parameters())) > 0
+    return {
+        'encoder_layers': len(t.encoder.layers), 'decoder_layers': len(t.decoder.layers),
+        'encoder_attention_heads': t.nhead, 'decoder_attention_heads': t.nhead,
+        'encoder_ffn_dim': width, 'decoder_ffn_dim': width,
+        'model_type': 'detr', 'architectures': ['DetrForObjectDetection'],
+        'is_encoder_decoder': True, 'd_model': t.d_model, 'num_queries': model.num_queries,
+        'activation_function': 'relu', 'auxiliary_loss': False, 'num_channels': 3,
+        'dropout': dropout, 'attention_dropout': dropout, 'activation_dropout': dropout,
+        'use_timm_backbone': True, 'backbone': cnn.name, 'use_pretrained_backbone': False,
+        'dilation': cnn.stride == 16, 'position_embedding_type': 'learned' if learned else 'sine',
+        'id2label': dict(enumerate(classes)),
+        'label2id': {name: i for i, name in enumerate(classes)}}
+
+# %% ../nbs/30_exchange.ipynb #c011
+def to_huggingface(
+    model: DETR,                           # post-norm, with a ResNet
+    classes: Sequence[str],                # names of the classes, in the model's order
+    category_ids: Sequence | None = None,  # their ids in the data set's own files
+) -> tuple[dict[str, Tensor], dict]:       # state dict, configuration
+    """Return a detector as `DetrForObjectDetection` of transformers reads it.
+
+    Raises ValueError with the reason if its DETR cannot compute this model."""
     why = _no_way(model)
     if why: raise ValueError(f'this model cannot go to transformers: {why}')
-    if len(classes) != model.num_classes: raise ValueError(f'{len(classes)} names, but the model has {model.num_classes} classes')
+    if len(classes) != model.num_classes:
+        raise ValueError(f'{len(classes)} names, but the model has {model.num_classes} classes')
     state = {}
     for name, v in model.state_dict().items():
         theirs = _theirs(name)
-        state |= {t: piece.detach().cpu().clone() for t, piece in zip(theirs, v.chunk(len(theirs)))}
-    # transformers answers with labels, 0..C-1; it keeps what it does not know, so the ids travel with the names.
-    own = {} if category_ids is None else {'category_ids': list(category_ids)}
-    return state, _config(model, list(classes)) | own
-
-# %% ../nbs/30_exchange.ipynb #c011
-def _config(model, classes):
-    "The configuration of `DetrForObjectDetection` for a model"
-    t, cnn = model.transformer, model.backbone[0]
-    layer = t.decoder.layers[0]
-    both = {'layers': (len(t.encoder.layers), len(t.decoder.layers)), 'attention_heads': (t.nhead, t.nhead),
-            'ffn_dim': (layer.linear1.out_features,) * 2}
-    return {f'{side}_{k}': v[i] for k, v in both.items() for i, side in enumerate(('encoder', 'decoder'))} | {
-        'model_type': 'detr', 'architectures': ['DetrForObjectDetection'], 'is_encoder_decoder': True, 'd_model': t.d_model,
-        'num_queries': model.num_queries, 'activation_function': 'relu', 'auxiliary_loss': False, 'num_channels': 3,
-        'dropout': layer.dropout.p, 'attention_dropout': layer.dropout.p, 'activation_dropout': layer.dropout.p,
-        'use_timm_backbone': True, 'backbone': cnn.name, 'use_pretrained_backbone': False, 'dilation': cnn.stride == 16,
-        'position_embedding_type': 'learned' if len(list(model.backbone[1].parameters())) else 'sine',
-        'id2label': dict(enumerate(classes)), 'label2id': {name: i for i, name in enumerate(classes)}}
+        # three matrices where one is stacked here
+        for their_name, piece in zip(theirs, v.chunk(len(theirs))):
+            state[their_name] = piece.detach().cpu().clone()
+    config = _config(model, list(classes))
+    # transformers answers with labels, 0..C-1; it keeps what it does not know: the ids travel along
+    if category_ids is not None: config['category_ids'] = list(category_ids)
+    return state, config
 
 # %% ../nbs/30_exchange.ipynb #c015
-_OLDER = [(r'^model\.backbone\.model\.', 'model.backbone.conv_encoder.model.'), (r'\.o_proj\.', '.out_proj.'), (r'\.mlp\.fc', '.fc'),
-          (r'^model\.backbone\.position_embedding\.', 'model.position_embedding.'), (r'\.embedder\.embedder\.convolution\.', '.conv1.'),
-          (r'\.embedder\.embedder\.normalization\.', '.bn1.'), (r'\.shortcut\.convolution\.', '.downsample.0.'),
-          (r'\.shortcut\.normalization\.', '.downsample.1.'),
-          (r'\.layer\.(\d)\.convolution\.', lambda m: f'.conv{int(m[1]) + 1}.'),
-          (r'\.layer\.(\d)\.normalization\.', lambda m: f'.bn{int(m[1]) + 1}.'),
-          (r'model\.encoder\.stages\.(\d)\.layers\.', lambda m: f'model.layer{int(m[1]) + 1}.')]
-_DEPTHS = {((2, 2, 2, 2), 'basic'): 'resnet18', ((3, 4, 6, 3), 'basic'): 'resnet34', ((3, 4, 6, 3), 'bottleneck'): 'resnet50',
-           ((3, 4, 23, 3), 'bottleneck'): 'resnet101', ((3, 8, 36, 3), 'bottleneck'): 'resnet152'}
+_OLDER = [  # pattern of a name in memory, or of transformers' own ResNet; name in a timm-based file
+    (r'^model\.backbone\.model\.', 'model.backbone.conv_encoder.model.'),
+    (r'^model\.backbone\.position_embedding\.', 'model.position_embedding.'),
+    (r'\.o_proj\.', '.out_proj.'),
+    (r'\.mlp\.fc', '.fc'),
+    (r'\.embedder\.embedder\.convolution\.', '.conv1.'),
+    (r'\.embedder\.embedder\.normalization\.', '.bn1.'),
+    (r'\.shortcut\.convolution\.', '.downsample.0.'),
+    (r'\.shortcut\.normalization\.', '.downsample.1.'),
+    # numbers begin at 0 there, at 1 in timm
+    *((rf'\.layer\.{i}\.convolution\.', f'.conv{i + 1}.') for i in range(3)),
+    *((rf'\.layer\.{i}\.normalization\.', f'.bn{i + 1}.') for i in range(3)),
+    *((rf'model\.encoder\.stages\.{i}\.layers\.', f'model.layer{i + 1}.') for i in range(4)),
+]
+_DEPTHS = {  # depths and kind of block of transformers' own ResNet -> name
+    ((2, 2, 2, 2), 'basic'): 'resnet18',
+    ((3, 4, 6, 3), 'basic'): 'resnet34',
+    ((3, 4, 6, 3), 'bottleneck'): 'resnet50',
+    ((3, 4, 23, 3), 'bottleneck'): 'resnet101',
+    ((3, 8, 36, 3), 'bottleneck'): 'resnet152',
+}
 
 def _file_name(name):
-    "The name in a timm-based file for a name in memory, or of transformers' own ResNet"
+    "Return the name in a timm-based file for a name in memory, or of transformers' own ResNet."
     for pattern, to in _OLDER: name = re.sub(pattern, to, name)
     return name
 
 def _cnn(config):
-    "Name of the CNN and whether it is dilated; ValueError if it is no ResNet as here"
-    c = config.get('backbone_config') or {}
-    name = c.get('backbone') or config.get('backbone') or 'resnet50'
-    if c.get('model_type') == 'resnet':
-        name = _DEPTHS.get((tuple(c.get('depths', (3, 4, 6, 3))), c.get('layer_type', 'bottleneck')), 'an unusual ResNet')
-        if c.get('downsample_in_first_stage') or c.get('downsample_in_bottleneck'): name = 'a ResNet with other strides'
-    if name not in RESNETS: raise ValueError(f'the CNN is {name}: only {", ".join(RESNETS)} can be taken over')
-    return name, bool(config.get('dilation')) or c.get('output_stride') == 16
+    "Return the name of the CNN and whether it is dilated; ValueError if it is no ResNet as here."
+    own = config.get('backbone_config') or {}
+    name = own.get('backbone') or config.get('backbone') or 'resnet50'
+    # transformers' own ResNet has no name, but depths
+    if own.get('model_type') == 'resnet':
+        kind = tuple(own.get('depths', (3, 4, 6, 3))), own.get('layer_type', 'bottleneck')
+        name = _DEPTHS.get(kind, 'an unusual ResNet')
+        if own.get('downsample_in_first_stage') or own.get('downsample_in_bottleneck'):
+            name = 'a ResNet with other strides'
+    if name not in RESNETS:
+        raise ValueError(f'the CNN is {name}: only {", ".join(RESNETS)} can be taken over')
+    return name, bool(config.get('dilation')) or own.get('output_stride') == 16
 
 # %% ../nbs/30_exchange.ipynb #c017
+_SIDED = ('layers', 'ffn_dim', 'attention_heads')  # what encoder and decoder have one of each
 _NEEDED = ['d_model', 'num_queries', 'dropout', 'id2label',
-           *(f'{side}_{k}' for side in ('encoder', 'decoder') for k in ('layers', 'ffn_dim', 'attention_heads'))]
+           *(f'encoder_{k}' for k in _SIDED), *(f'decoder_{k}' for k in _SIDED)]
 
 def _options(config):
-    "Arguments of `build_detr` for a configuration of transformers; ValueError for what DETR does not compute"
-    sides = {k: (config[f'encoder_{k}'], config[f'decoder_{k}']) for k in ('layers', 'ffn_dim', 'attention_heads')}
-    wrong = [f'{k} differs between encoder {a} and decoder {b}' for k, (a, b) in sides.items() if k != 'layers' and a != b]
-    if config.get('model_type', 'detr') != 'detr': wrong.append(f'the model is {config["model_type"]}')
-    if config.get('activation_function', 'relu') != 'relu': wrong.append(f'the activation is {config["activation_function"]}, not relu')
+    """Return arguments of `build_detr` for a configuration of transformers.
+
+    ValueError for what DETR does not compute."""
+    wrong = []
+    for k in ('ffn_dim', 'attention_heads'):
+        a, b = config[f'encoder_{k}'], config[f'decoder_{k}']
+        if a != b: wrong.append(f'{k} differs between encoder {a} and decoder {b}')
+    kind = config.get('model_type', 'detr')
+    if kind != 'detr': wrong.append(f'the model is {kind}')
+    activation = config.get('activation_function', 'relu')
+    if activation != 'relu': wrong.append(f'the activation is {activation}, not relu')
     if config.get('auxiliary_loss'):
-        wrong.append("it was trained with auxiliary_loss=True, which in transformers normalises the queries between the decoder's layers")
+        wrong.append('it was trained with auxiliary_loss=True, which in transformers normalises '
+                     "the queries between the decoder's layers")
     if wrong: raise ValueError(f'not a DETR as here: {"; ".join(wrong)}')
     backbone, dilation = _cnn(config)
-    return dict(backbone=backbone, dilation=dilation, hidden_dim=config['d_model'], nheads=sides['attention_heads'][0],
-                enc_layers=sides['layers'][0], dec_layers=sides['layers'][1], dim_feedforward=sides['ffn_dim'][0], pre_norm=False,
-                num_queries=config['num_queries'], dropout=config['dropout'], position=config.get('position_embedding_type', 'sine'))
+    position = config.get('position_embedding_type', 'sine')
+    return dict(backbone=backbone, dilation=dilation, hidden_dim=config['d_model'],
+                nheads=config['encoder_attention_heads'], enc_layers=config['encoder_layers'],
+                dec_layers=config['decoder_layers'], dim_feedforward=config['encoder_ffn_dim'],
+                pre_norm=False, num_queries=config['num_queries'], dropout=config['dropout'],
+                position=position)
 
-def from_huggingface(state: dict[str, Tensor],  # of `DetrForObjectDetection`, from memory or from its file
-                     config: dict,  # its `config.to_dict()`, or its config.json
-                     ) -> DETR:  # in eval mode; its classes are config['id2label']
-    "Take over a detector. Raises ValueError if it is no DETR as here, or if tensors and configuration do not fit."
+# %% ../nbs/30_exchange.ipynb #c017f
+def from_huggingface(
+    state: dict[str, Tensor],  # of `DetrForObjectDetection`, from memory or a file
+    config: dict,              # its `config.to_dict()`, or its config.json
+) -> DETR:                     # detector in eval mode; its classes are config['id2label']
+    """Take over a detector.
+
+    Raises ValueError if it is no DETR as here, or if tensors and configuration do not fit."""
     missing = [k for k in _NEEDED if k not in config]
-    if missing: raise ValueError(f'the configuration lacks {", ".join(missing)}: give the whole config.to_dict()')
+    if missing:
+        raise ValueError(f'the configuration lacks {", ".join(missing)}: '
+                         'give the whole config.to_dict()')
     model = build_detr(len(config['id2label']), **_options(config))
+    # every name must be there, and none left over
     theirs = {_file_name(k): v for k, v in state.items() if not k.endswith('num_batches_tracked')}
-    want = {name: (_theirs(name), v.shape) for name, v in model.state_dict().items()}
-    known = [t for names, _ in want.values() for t in names]
-    odd = {'missing': [t for t in known if t not in theirs], 'unknown': [t for t in theirs if t not in known]}
-    found = [f'{len(names)} tensors {how}, such as {names[0]}' for how, names in odd.items() if names]
+    want = model.state_dict()
+    known = [t for name in want for t in _theirs(name)]
+    odd = {'missing': [t for t in known if t not in theirs],
+           'unknown': [t for t in theirs if t not in known]}
+    found = [f'{len(names)} tensors {how}, such as {names[0]}'
+             for how, names in odd.items() if names]
     if found: raise ValueError(f'the tensors do not fit the configuration: {"; ".join(found)}')
-    ours = {name: torch.cat([theirs[t] for t in names]) for name, (names, _) in want.items()}
-    wrong = [f'{_theirs(k)[0]} is {tuple(v.shape)}, not {tuple(want[k][1])}' for k, v in ours.items() if v.shape != want[k][1]]
+    # what is three matrices there is stacked here
+    ours = {name: torch.cat([theirs[t] for t in _theirs(name)]) for name in want}
+    wrong = [f'{_theirs(k)[0]} is {tuple(v.shape)}, not {tuple(want[k].shape)}'
+             for k, v in ours.items() if v.shape != want[k].shape]
     if wrong: raise ValueError(f'the tensors do not fit the configuration: {"; ".join(wrong[:3])}')
     model.load_state_dict(ours)
     return model.eval()
 
 # %% ../nbs/30_exchange.ipynb #c023
-def export_program(model: DETR,  # stays as it is
-                   size: tuple[int, int],  # height and width, px
-                   ) -> torch.export.ExportedProgram:  # images (1,3,H,W), normalised -> pred_logits (1,N,C+1), pred_boxes (1,N,4)
-    "Record a detector for photos of one size. Raises ValueError for a size that leaves no features."
+def export_program(
+    model: DETR,                    # model, which stays as it is
+    size: tuple[int, int],          # height and width, px
+) -> torch.export.ExportedProgram:  # images (1, 3, H, W) to pred_logits and pred_boxes
+    """Record a detector for photos of one size; the images are normalised.
+
+    Raises ValueError for a size that leaves no features."""
     stride = model.backbone[0].stride
-    if min(size) < stride: raise ValueError(f'size {tuple(size)} must be at least the stride of the CNN, {stride}')
+    if min(size) < stride:
+        raise ValueError(f'size {tuple(size)} must be at least the stride of the CNN, {stride}')
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    model.aux_loss = model.backbone[0].frozen = False
-    return torch.export.export(model, (torch.zeros(1, 3, *size, device=model.query_embed.weight.device),))
+    # the last layer's answer alone, and the CNN without its folded copy
+    model.aux_loss = False
+    model.backbone[0].frozen = False
+    images = torch.zeros(1, 3, *size, device=model.query_embed.weight.device)
+    return torch.export.export(model, (images,))
