@@ -26,7 +26,7 @@ from .watch import watch
 # %% ../nbs/30a_runs.ipynb #c005
 @dataclasses.dataclass(frozen=True)
 class Site:
-    "Where runs are started, and how."
+    "A place where runs are started, and how."
     root: Path  # folder of the project; runs are in root/runs
     gpus: int  # GPUs to use, one process each; 0 = the CPU
     processes: int = 1  # processes
@@ -35,111 +35,172 @@ class Site:
 
     @property
     def where(self):
-        "In words."
-        return f'{self.gpus} GPUs' if self.gpus else f'{self.processes} CPU process' + 'es' * (self.processes > 1)
+        "Return the place in words."
+        if self.gpus: return f'{self.gpus} GPUs'
+        return f'{self.processes} CPU process' + 'es' * (self.processes > 1)
 
     @property
     def device(self):
-        "Where a notebook itself computes."
+        "Return the name of the device where a notebook itself computes."
         return 'cuda' if self.gpus else 'cpu'
 
     def start(self, name, cfg, steps, data=None):
-        """Launch `runs/<name>` (or attach to it, or find it finished), watch it to its end, and return its folder. `data` is the
-        fingerprint of what it is to be trained on: a run of other data is refused, a finished one, too."""
+        """Launch `runs/<name>` (or attach to it, or find it finished), watch it to its end, and
+        return its folder.
+
+        `data` is the fingerprint of what it is to be trained on: a run of other data is refused, a
+        finished one, too."""
+        # weights are fetched once, not by each process
         if cfg.weights != 'none': fetch_weights(cfg.backbone, cfg.weights)
-        folder, where = self.root / 'runs' / name, {'nnodes': self.nnodes, 'rdzv_endpoint': self.rdzv_endpoint or None}
-        run = launch(folder, dataclasses.asdict(cfg), self.processes, self.gpus, data=data, **where)
+        folder = self.root / 'runs' / name
+        machines = {'nnodes': self.nnodes, 'rdzv_endpoint': self.rdzv_endpoint or None}
+        run = launch(folder, dataclasses.asdict(cfg), self.processes, self.gpus, data=data,
+                     **machines)
         print(f'{run.how}: runs/{name}')
         watch(run, steps=steps)
         return folder
 
     def demo_checkpoint(self, seed):
-        "The checkpoint of the demo's pre-training, the run of `make pretrain`; trained first if it is not there."
+        """Return the path of the checkpoint of the demo's pre-training, the run of `make pretrain`.
+
+        It is trained first if it is not there."""
         cfg = make_config('demo', seed=seed)
+        steps = cfg.epochs * (cfg.views // cfg.batch_size)
         data = pretrain_marks(cfg, *find_photos(cfg))
-        return str(self.start(f'demo-{seed}', cfg, cfg.epochs * (cfg.views // cfg.batch_size), data) / 'checkpoint.pth')
+        return str(self.start(f'demo-{seed}', cfg, steps, data) / 'checkpoint.pth')
 
 # %% ../nbs/30a_runs.ipynb #c006
 def project_root() -> Path:  # the working folder itself where there is none
-    "The folder of the project around the working folder."
-    return next((p for p in (Path.cwd(), *Path.cwd().parents) if (p / 'settings.ini').exists()), Path.cwd())
+    "Return the folder of the project around the working folder."
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / 'settings.ini').exists(): return folder
+    return here
 
-def open_site(gpus: int = -1,  # GPUs to use; -1 = all there are, 0 = the CPU
-              processes: int = 1,  # on the CPU when no GPU is used
-              nnodes: int = 1,  # machines
-              rdzv_endpoint: str = '',  # host:port where several machines meet
-              ) -> Site:
-    "This machine, and the project around the working folder. Raises ValueError when more GPUs are asked for than there are."
-    return Site(project_root(), *check_devices(gpus, torch.cuda.device_count(), processes), nnodes, rdzv_endpoint)
+def open_site(
+    gpus: int = -1,           # GPUs to use; -1 = all there are, 0 = the CPU
+    processes: int = 1,       # processes on the CPU when no GPU is used
+    nnodes: int = 1,          # machines
+    rdzv_endpoint: str = '',  # host:port where several machines meet
+) -> Site:                    # place to start runs from
+    """Return this machine, and the project around the working folder.
+
+    Raises ValueError when more GPUs are asked for than there are."""
+    root = project_root()
+    gpus, processes = check_devices(gpus, torch.cuda.device_count(), processes)
+    return Site(root, gpus, processes, nnodes, rdzv_endpoint)
 
 # %% ../nbs/30a_runs.ipynb #c011
-def given_parameters(namespace: Mapping,  # the notebook's globals()
-                     kind: type,  # of configuration
-                     options: str,  # names of the notebook's own parameters, with spaces between
-                     again: bool = False,  # the cell is run again by hand: other variables have come since, and are no parameters
-                     ) -> tuple[dict, dict]:  # all parameters, those that are fields of `kind`
-    "What a notebook was started with. Raises ValueError that names an unknown parameter and the closest known one."
-    given, fields = plain_variables(namespace), {f.name for f in dataclasses.fields(kind)} - {'task'}
-    known = fields | set(options.split())
-    if not again: check_parameters(namespace, sorted(known))
-    return {k: v for k, v in given.items() if k in known}, {k: v for k, v in given.items() if k in fields}
+def given_parameters(
+    namespace: Mapping,   # the notebook's globals()
+    kind: type,           # class of the configuration
+    options: str,         # names of the notebook's own parameters, with spaces between
+    again: bool = False,  # the cell is run again by hand: later variables do not count
+) -> tuple[dict, dict]:   # all parameters, those that are fields of `kind`
+    """Return what a notebook was started with.
 
-def parameter_lines(kind: type,  # of configuration
-                    source: str,  # of the module that defines it and those it inherits from: comments are read
-                    skip: str = 'task',  # fields that are no parameters, with spaces between
-                    word: str = 'paper',  # whose the configuration's defaults are
-                    ) -> list[str]:  # 'name: type = None  # comment (paper: default)'
-    "The hyper-parameters of a notebook's cell of parameters, made from the fields of a configuration."
-    comments = {line.split(':')[0].strip(): line.split('  # ', 1)[1].replace(' = ', ': ') for line in source.splitlines()
-                if line.startswith('    ') and '  # ' in line and ':' in line.split('#')[0] and '=' in line.split('#')[0]}
-    kinds = {f.name: getattr(f.type, '__name__', f.type) for f in dataclasses.fields(kind)}
-    return [f'{f.name}: {kinds[f.name]} = None  # {comments[f.name]} ({word}: {f.default!r})'
-            for f in dataclasses.fields(kind) if f.name not in skip.split()]
+    Raises ValueError that names an unknown parameter and the closest known one."""
+    fields = {f.name for f in dataclasses.fields(kind)} - {'task'}
+    known = fields | set(options.split())
+    given = plain_variables(namespace)
+    if not again: check_parameters(namespace, sorted(known))
+    parameters = {k: v for k, v in given.items() if k in known}
+    return parameters, {k: v for k, v in given.items() if k in fields}
+
+def _field_comments(source):
+    "Return the comments of data classes' fields: beside them, or alone on the line above."
+    comments, above = {}, ''
+    for line in source.splitlines():
+        code, _, comment = line.partition('  # ')
+        is_field = line.startswith('    ') and ':' in code and '=' in code
+        if is_field and (comment or above):
+            # a second '=' would read as a value
+            comments[code.split(':')[0].strip()] = (comment or above).replace(' = ', ': ')
+        above = line.removeprefix('    # ') if line.startswith('    # ') else ''
+    return comments
+
+def parameter_lines(
+    kind: type,           # class of the configuration
+    source: str,          # text of the module that defines it and those it inherits from
+    skip: str = 'task',   # fields that are no parameters, with spaces between
+    word: str = 'paper',  # owner of the configuration's defaults
+) -> list[str]:           # 'name: type = None  # comment (paper: default)'
+    "Return the hyper-parameters of a notebook's cell of parameters, from a configuration's fields."
+    comments, skipped = _field_comments(source), skip.split()
+    lines = []
+    for f in dataclasses.fields(kind):
+        if f.name in skipped: continue
+        type_name = getattr(f.type, '__name__', f.type)
+        lines.append(f'{f.name}: {type_name} = None  # {comments[f.name]} ({word}: {f.default!r})')
+    return lines
 
 # %% ../nbs/30a_runs.ipynb #c014
 # parameters whose texts are somebody's folders and files: not for reports
-PATHS = 'data data_val pretrain boxes images images_val pngs pngs_val instances photos labelled'.split()
+PATHS = ['data', 'data_val', 'pretrain', 'boxes', 'images', 'images_val', 'pngs', 'pngs_val',
+         'instances', 'photos', 'labelled']
 
-def usual_parameters(notebook: str | Path,  # .ipynb
-                     ) -> dict:  # name -> default
-    "What the cell of parameters of a notebook says when nothing is given. A notebook that is not there has none."
+def usual_parameters(
+    notebook: str | Path,  # .ipynb
+) -> dict:                 # name -> default
+    """Return what the cell of parameters of a notebook says when nothing is given.
+
+    A notebook that is not there has none."""
     if not Path(notebook).is_file(): return {}
     cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
-    tagged = [c for c in cells if 'parameters' in c['metadata'].get('tags', [])]
-    lines = [s for c in tagged for s in ast.parse(''.join(c['source'])).body if isinstance(s, ast.AnnAssign)]
-    return {s.target.id: ast.literal_eval(s.value) for s in lines}
+    usual = {}
+    for cell in cells:
+        if 'parameters' not in cell['metadata'].get('tags', []): continue
+        # a parameter is a line `name: type = value`
+        for line in ast.parse(''.join(cell['source'])).body:
+            if isinstance(line, ast.AnnAssign):
+                usual[line.target.id] = ast.literal_eval(line.value)
+    return usual
 
-def hide_place(name: str,  # of a parameter
-               value: object,  # that was given
-               ) -> object:
-    "The value for a report: a folder or file of somebody's machine is the word FOLDER."
+def hide_place(
+    name: str,      # name of a parameter
+    value: object,  # value that was given
+) -> object:        # value that may be shown
+    """Return the value for a report.
+
+    A folder or file of somebody's machine is the word FOLDER."""
     if not (isinstance(value, str) and value): return value
-    absolute = value.startswith('~') or PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
+    absolute = (value.startswith('~') or PurePosixPath(value).is_absolute()
+                or PureWindowsPath(value).is_absolute())
     return 'FOLDER' if name in PATHS or absolute else value
 
 # %% ../nbs/30a_runs.ipynb #c014a
-def command_line(name: str,  # of the notebook in nbs, without .ipynb
-                 report: str | Path,  # folder of the report
-                 given: Mapping,  # parameters that it was started with
-                 ) -> str:
-    "The line that was run: every parameter that departs from the notebook's own default; folders as FOLDER."
+def command_line(
+    name: str,           # name of the notebook in nbs, without .ipynb
+    report: str | Path,  # folder of the report
+    given: Mapping,      # parameters that it was started with
+) -> str:                # line of a shell
+    """Return the line that was run.
+
+    It has every parameter that departs from the notebook's own default; folders as FOLDER."""
     usual = usual_parameters(project_root() / 'nbs' / f'{name}.ipynb')
-    changed = {k: hide_place(k, v) for k, v in given.items() if v != usual.get(k)}
-    words = [w for k, v in changed.items() for w in ('-p', k, str(v))]
-    out = f'{hide_place("report", str(report))}/{Path(name).name}.ipynb'
-    return shlex.join(['papermill', f'nbs/{name}.ipynb', out, *words])
+    words = ['papermill', f'nbs/{name}.ipynb']
+    words.append(f'{hide_place("report", str(report))}/{Path(name).name}.ipynb')
+    for k, v in given.items():
+        if v != usual.get(k): words += ['-p', k, str(hide_place(k, v))]
+    return shlex.join(words)
 
-def module_line(module: str,  # that is run
-                **options,  # of its command line
-                ) -> str:
-    "The line that runs a module: every option that is not empty; folders as FOLDER."
-    given = {k: hide_place(k, v) for k, v in options.items() if v}
-    words = [w for k, v in given.items() for w in ([f'--{k}'] if v is True else [f'--{k}', str(v)])]
-    return shlex.join(['python', '-m', module, *words])
+def module_line(
+    module: str,  # module that is run
+    **options,    # options of its command line
+) -> str:         # line of a shell
+    "Return the line that runs a module: every option that is not empty; folders as FOLDER."
+    words = ['python', '-m', module]
+    for k, v in options.items():
+        if not v: continue
+        words.append(f'--{k}')
+        if v is not True: words.append(str(hide_place(k, v)))
+    return shlex.join(words)
 
-def spread_text(values: list[float],  # one a seed
-                digits: int = 1,  # after the point
-                ) -> str:  # 'mean ± spread', or only the mean of one
-    "Numbers of several seeds in one word."
+def spread_text(
+    values: list[float],  # numbers, one a seed
+    digits: int = 1,      # digits after the point
+) -> str:                 # 'mean ± spread', or only the mean of one
+    "Return the numbers of several seeds in one word."
     m = mean_and_spread(values)
-    return f'{m["mean"]:.{digits}f}' + (f' ± {m["std"]:.{digits}f}' if m['std'] is not None else '')
+    mean = f'{m["mean"]:.{digits}f}'
+    return mean if m['std'] is None else f'{mean} ± {m["std"]:.{digits}f}'
