@@ -132,6 +132,7 @@ def _own_detector(path, weights, args, told):
     fill(path, module.model if cfg.detector == 'detr' else module, weights)
     return module.eval(), cfg, names, args.get('category_ids')
 
+# %% ../nbs/29_detector.ipynb #c013o
 def _open(path, told):
     """Return what `load_detector` does, and the ids of the classes in the data set's own files.
 
@@ -273,6 +274,7 @@ def _of_set(detector, photos):
         return dataclasses.replace(found, **ours, classes=tuple(names), category_ids=tuple(ids))
     return own
 
+# %% ../nbs/29_detector.ipynb #c017c
 def coco_results(
     detector: Detector,                 # detector that answers
     photos,                             # labelled set with `image_ids`, or {image id: picture}

@@ -107,6 +107,7 @@ def given_parameters(
     parameters = {k: v for k, v in given.items() if k in known}
     return parameters, {k: v for k, v in given.items() if k in fields}
 
+# %% ../nbs/30a_runs.ipynb #c011p
 def _field_comments(source):
     "Return the comments of data classes' fields: beside them, or alone on the line above."
     comments, above = {}, ''
