@@ -18,57 +18,95 @@ from .paper import TABLES
 
 # %% ../nbs/40_experiments.ipynb #c005
 _TOY = dict(view_size=192, patch_size=48, views=400, epochs=4, cached_patches=25, log_every=5)
-_SCENES = dict(scene_size=192, val_size=192, square=192, scenes=200, scenes_val=100, cached_views=2, epochs=10, eval_every=2, log_every=5)
+_TOY_LIVE = dict(view_size=128, patch_size=32, views=100, cached_patches=0, cache_features=False,
+                 num_patches=5, num_queries=10)
+_SCENES = dict(scene_size=192, val_size=192, square=192, scenes=200, scenes_val=100,
+               cached_views=2, epochs=10, eval_every=2, log_every=5)
 _MINI = dict(view_size=192, patch_size=48, views=3000, epochs=4, cached_patches=25)
-_FEW = dict(scenes=0, scenes_val=0, val_size=192, square=192, photos=1200, cached_views=2, epochs=10, eval_every=2)
+_MINI_LIVE = dict(epochs=2, cached_patches=0, cache_features=False, num_patches=10)
+_FEW = dict(scenes=0, scenes_val=0, val_size=192, square=192, photos=1200, cached_views=2,
+            epochs=10, eval_every=2)
 _ABLATION = dict(epochs=15, lr_drop=10)  # Section 4.5
-_CNN = dict(scenes=0, scenes_val=0, epochs=10, eval_every=10)
 
-BASES = {
-    'toy': {
-        'pretrain': ('demo', _TOY), 'short': ('demo', _TOY), 'voc': ('demo', _SCENES), 'voc300': ('demo', _SCENES | dict(epochs=20)),
-        'live': ('demo', _TOY | dict(view_size=128, patch_size=32, views=100, cached_patches=0, cache_features=False, num_patches=5,
-                                     num_queries=10)),
-        'coco': ('demo', _SCENES | dict(scenes=400, epochs=5, eval_every=1)), 'oneshot': ('demo', _SCENES | dict(epochs=16, eval_every=8)),
-        'boxes': ('demo', _SCENES), 'masks': ('demo', _SCENES | dict(cached_views=0, epochs=2, eval_every=2)),
-        'cnn': ('demo', dict(scene_size=192, scenes=200, epochs=20, eval_every=20, log_every=5))},
-    'mini': {
-        'pretrain': ('demo', _MINI), 'short': ('demo', _MINI | dict(epochs=2)), 'voc': ('demo', _FEW),
-        'voc300': ('demo', _FEW | dict(epochs=20)),
-        'live': ('demo', _MINI | dict(epochs=2, cached_patches=0, cache_features=False, num_patches=10)),
-        'coco': ('demo', _FEW | dict(photos=0)), 'oneshot': ('demo', _FEW | dict(epochs=16, eval_every=8)),
-        'boxes': ('demo', _FEW | dict(photos=0)), 'masks': ('demo', _FEW | dict(photos=0, cached_views=0, epochs=5)),
-        'cnn': ('demo', _CNN)},
-    'paper': {
-        'pretrain': ('paper', {}), 'short': ('paper', _ABLATION), 'live': ('paper', _ABLATION), 'voc': ('voc150', {}),
-        'voc300': ('voc300', {}), 'coco': ('coco150', {}), 'coco300': ('coco300', {}), 'oneshot': ('voc', {}),
-        'boxes': ('coco', dict(epochs=300, lr_drop=200)), 'masks': ('coco', {})}}
-DESCRIPTIONS = {'toy': 'built-in photos and scenes, minutes on two CPU cores', 'mini': 'a few thousand photos of your own',
-                'paper': "the paper's data and schedules"}
+_TOY_BASES = {  # kind of job -> preset, changes to it
+    'pretrain': ('demo', _TOY),
+    'short': ('demo', _TOY),
+    'voc': ('demo', _SCENES),
+    'voc300': ('demo', _SCENES | dict(epochs=20)),
+    'live': ('demo', _TOY | _TOY_LIVE),
+    'coco': ('demo', _SCENES | dict(scenes=400, epochs=5, eval_every=1)),
+    'oneshot': ('demo', _SCENES | dict(epochs=16, eval_every=8)),
+    'boxes': ('demo', _SCENES),
+    'masks': ('demo', _SCENES | dict(cached_views=0, epochs=2, eval_every=2)),
+    'cnn': ('demo', dict(scene_size=192, scenes=200, epochs=20, eval_every=20, log_every=5)),
+}
+
+# %% ../nbs/40_experiments.ipynb #c005b
+_MINI_BASES = {
+    'pretrain': ('demo', _MINI),
+    'short': ('demo', _MINI | dict(epochs=2)),
+    'voc': ('demo', _FEW),
+    'voc300': ('demo', _FEW | dict(epochs=20)),
+    'live': ('demo', _MINI | _MINI_LIVE),
+    'coco': ('demo', _FEW | dict(photos=0)),
+    'oneshot': ('demo', _FEW | dict(epochs=16, eval_every=8)),
+    'boxes': ('demo', _FEW | dict(photos=0)),
+    'masks': ('demo', _FEW | dict(photos=0, cached_views=0, epochs=5)),
+    'cnn': ('demo', dict(scenes=0, scenes_val=0, epochs=10, eval_every=10)),
+}
+_PAPER_BASES = {
+    'pretrain': ('paper', {}),
+    'short': ('paper', _ABLATION),
+    'live': ('paper', _ABLATION),
+    'voc': ('voc150', {}),
+    'voc300': ('voc300', {}),
+    'coco': ('coco150', {}),
+    'coco300': ('coco300', {}),
+    'oneshot': ('voc', {}),
+    'boxes': ('coco', dict(epochs=300, lr_drop=200)),
+    'masks': ('coco', {}),
+}
+BASES = {'toy': _TOY_BASES, 'mini': _MINI_BASES, 'paper': _PAPER_BASES}
+DESCRIPTIONS = {
+    'toy': 'built-in photos and scenes, minutes on two CPU cores',
+    'mini': 'a few thousand photos of your own',
+    'paper': "the paper's data and schedules",
+}
 
 # %% ../nbs/40_experiments.ipynb #c007
+_TASKS = {  # kind of job -> task, where their names differ
+    'short': 'pretrain', 'live': 'pretrain', 'voc': 'finetune', 'voc300': 'finetune',
+    'coco': 'finetune', 'coco300': 'finetune'}
+
 @dataclass(frozen=True)
 class Scale:
-    "Where the base jobs of all experiments come from."
+    "A scale with its data: where the base jobs of all experiments come from."
     name: str = 'toy'  # toy, mini or paper
     photos: str = ''  # folder of photos without labels
     labelled: str = ''  # VOC, COCO or Roboflow folder, or a COCO file
-    more: tuple[tuple[str, object], ...] = ()  # further (field, value) pairs of the labelled set: split, year, ...
-    cnns: tuple[str, ...] = ()  # weights of ResNet-50 to compare: names or files, see `updetr.backbone`
+    # further (field, value) pairs of the labelled set: split, year, ...
+    more: tuple[tuple[str, object], ...] = ()
+    # weights of ResNet-50 to compare: names or files, see `updetr.backbone`
+    cnns: tuple[str, ...] = ()
 
     def base(self, kind, start=None, **changes):
-        "The job of a kind (a key of `BASES[name]`) with changes. Raises ValueError for what cannot be."
+        """Return the job of a kind (a key of `BASES[name]`) with changes.
+
+        Raises ValueError for what cannot be."""
         preset, own = BASES[self.name][kind]
-        task = {'short': 'pretrain', 'live': 'pretrain', 'voc': 'finetune', 'voc300': 'finetune', 'coco': 'finetune', 'coco300': 'finetune'}
-        task = task.get(kind, kind)
-        data = {'data': self.photos} if task == 'pretrain' else {'data': self.labelled, **dict(self.more)}
-        given = own | {k: v for k, v in data.items() if v != ''} | changes
-        return job(task, preset, start, **given)
+        task = _TASKS.get(kind, kind)
+        if task == 'pretrain':
+            data = {'data': self.photos}
+        else:
+            data = {'data': self.labelled, **dict(self.more)}
+        # what is not given stays the preset's
+        data = {k: v for k, v in data.items() if v != ''}
+        return job(task, preset, start, **own | data | changes)
 
 # %% ../nbs/40_experiments.ipynb #c010
 @dataclass(frozen=True)
 class Claim:
-    "That one arm is better than another."
+    "The statement that one arm is better than another."
     text: str  # as a reader would say it
     better: str  # name of an arm
     worse: str  # name of another
@@ -85,244 +123,383 @@ class Experiment:
     claims: tuple[Claim, ...] = ()  # to be decided
     table: str = ''  # of the paper, a key of `TABLES`
     paper: dict[str, str] = field(default_factory=dict, hash=False)  # arm -> row of the table
-    columns: dict[str, str] = field(default_factory=dict, hash=False)  # metric -> column of the table, where the names differ
-    single: tuple[str, ...] = ()  # arms that are run with the first seed only: shown, but nothing is claimed of them
+    # metric -> column of the table, where the names differ
+    columns: dict[str, str] = field(default_factory=dict, hash=False)
+    # arms that are run with the first seed only: shown, but nothing is claimed of them
+    single: tuple[str, ...] = ()
 
     def wanted(self, seeds):
-        "The (job, seed) pairs to be run."
-        return [(a, s) for name, a in self.arms.items() for s in (seeds[:1] if name in self.single else seeds)]
+        "Return the (job, seed) pairs to be run."
+        pairs = []
+        for name, arm in self.arms.items():
+            of_arm = seeds[:1] if name in self.single else seeds
+            pairs += [(arm, seed) for seed in of_arm]
+        return pairs
 
     def quoted(self, arm):
-        "The paper's numbers for an arm, metric -> value; None if it has none."
+        "Return the paper's numbers for an arm, metric -> value; None if it has none."
         if arm not in self.paper: return None
         names, rows = TABLES[self.table]
         row = dict(zip(names, rows[self.paper[arm]]))
-        return {m: row[self.columns.get(m, m)] for m in self.metrics if self.columns.get(m, m) in row}
+        columns = {m: self.columns.get(m, m) for m in self.metrics}
+        return {m: row[column] for m, column in columns.items() if column in row}
 
 # %% ../nbs/40_experiments.ipynb #c012
 AP = ('AP', 'AP50', 'AP75')
 
-def both_arms(scale: Scale,  # with its data
-              kind: str,  # of fine-tuning, a key of `BASES[scale.name]`
-              ) -> dict[str, Job]:
-    "DETR and UP-DETR, fine-tuned alike."
+def both_arms(
+    scale: Scale,     # scale with its data
+    kind: str,        # kind of fine-tuning, a key of `BASES[scale.name]`
+) -> dict[str, Job]:  # arm -> job
+    "Return DETR and UP-DETR, fine-tuned alike."
     return {'DETR': scale.base(kind), 'UP-DETR': scale.base(kind, scale.base('pretrain'))}
 
-def table1_voc(scale: Scale,  # with its data
-               ) -> Experiment:
-    "VOC: the scratch transformer against the pre-trained one."
-    arms, rows = both_arms(scale, 'voc'), {}
+def table1_voc(
+    scale: Scale,  # scale with its data
+) -> Experiment:   # Table 1
+    "Return VOC: the scratch transformer against the pre-trained one."
     if scale.name == 'paper':
-        arms = {f'{n}, {e} epochs': j for e, kind in ((150, 'voc'), (300, 'voc300')) for n, j in both_arms(scale, kind).items()}
-        arms = {'Faster R-CNN (R50-C4)': scale.base('voc', detector='faster_rcnn_c4'), **arms}
+        arms = {'Faster R-CNN (R50-C4)': scale.base('voc', detector='faster_rcnn_c4')}
+        for epochs, kind in ((150, 'voc'), (300, 'voc300')):
+            for name, arm in both_arms(scale, kind).items():
+                arms[f'{name}, {epochs} epochs'] = arm
+        # the arms are the rows of the table
         rows = {n: n for n in arms}
-    better, worse = [n for n in arms if n.startswith('UP-DETR')][-1], [n for n in arms if n.startswith('DETR')][-1]
-    claims = tuple(Claim(f'pre-training gives a higher {m} in the end', better, worse, m) for m in ('AP', 'AP50'))
-    return Experiment('table1_voc', 'Table 1: detection on VOC', arms, (*AP, 'early_AP50'), claims, 'table1',
-                      rows or {n: f'{n}, 150 epochs' for n in arms})
+    else:
+        arms = both_arms(scale, 'voc')
+        rows = {n: f'{n}, 150 epochs' for n in arms}
+    # the claims are on the longest trainings
+    better = [n for n in arms if n.startswith('UP-DETR')][-1]
+    worse = [n for n in arms if n.startswith('DETR')][-1]
+    claims = tuple(Claim(f'pre-training gives a higher {m} in the end', better, worse, m)
+                   for m in ('AP', 'AP50'))
+    return Experiment('table1_voc', 'Table 1: detection on VOC', arms, (*AP, 'early_AP50'),
+                      claims, 'table1', rows)
 
 # %% ../nbs/40_experiments.ipynb #c013
-def table2_coco(scale: Scale,  # with its data
-                ) -> Experiment:
-    "COCO: more labels, so less to gain."
-    arms, rows = both_arms(scale, 'coco'), {n: f'{n}, 150 epochs' for n in ('UP-DETR',)} | {'DETR': 'DETR (SwAV CNN), 150 epochs'}
+def table2_coco(
+    scale: Scale,  # scale with its data
+) -> Experiment:   # Table 2
+    "Return COCO: more labels, so less to gain."
     if scale.name == 'paper':
         arms = {}
-        for e, kind in ((150, 'coco'), (300, 'coco300')):
-            arms[f'DETR (supervised CNN), {e} epochs'] = scale.base(kind, weights='supervised')
-            arms |= {f'{n}{" (SwAV CNN)" * (n == "DETR")}, {e} epochs': j for n, j in both_arms(scale, kind).items()}
+        for epochs, kind in ((150, 'coco'), (300, 'coco300')):
+            detr, up_detr = both_arms(scale, kind).values()
+            supervised = scale.base(kind, weights='supervised')
+            arms[f'DETR (supervised CNN), {epochs} epochs'] = supervised
+            arms[f'DETR (SwAV CNN), {epochs} epochs'] = detr
+            arms[f'UP-DETR, {epochs} epochs'] = up_detr
         rows = {n: n for n in arms}
-    better, worse = list(arms)[-1], list(arms)[-2]
-    claims = (Claim('pre-training gives a higher AP also where there are more labels', better, worse, 'AP'),)
-    return Experiment('table2_coco', 'Table 2: detection on COCO', arms, (*AP, 'APS', 'APM', 'APL'), claims, 'table2', rows)
+    else:
+        arms = both_arms(scale, 'coco')
+        rows = {'UP-DETR': 'UP-DETR, 150 epochs', 'DETR': 'DETR (SwAV CNN), 150 epochs'}
+    # the claim is on the longest trainings
+    worse, better = list(arms)[-2:]
+    text = 'pre-training gives a higher AP also where there are more labels'
+    claims = (Claim(text, better, worse, 'AP'),)
+    return Experiment('table2_coco', 'Table 2: detection on COCO', arms,
+                      (*AP, 'APS', 'APM', 'APL'), claims, 'table2', rows)
 
-def fig1_fig4_curves(scale: Scale,  # with its data
-                     ) -> Experiment:
-    "Learning curves of the runs of Tables 1 and 2."
-    voc, coco = table1_voc(scale), table2_coco(scale)
-    arms = {f'{n} (Table 1)': j for n, j in voc.arms.items() if 'DETR' in n} | {f'{n} (Table 2)': j for n, j in coco.arms.items()}
-    pairs = [(f'{e.claims[0].better} ({t})', f'{e.claims[0].worse} ({t})', t) for e, t in ((voc, 'Table 1'), (coco, 'Table 2'))]
-    claims = tuple(Claim(f'pre-training speeds up convergence: {what} over the first half of the training ({t})', better, worse, metric)
-                   for better, worse, t in pairs for metric, what in (('early_AP50', 'mean AP50'), ('early_recall50', 'mean recall')))
-    return Experiment('fig1_fig4_curves', 'Figures 1 and 4: learning curves', arms, ('early_AP50', 'early_recall50', 'AP50', 'AP'), claims)
+def fig1_fig4_curves(
+    scale: Scale,  # scale with its data
+) -> Experiment:   # Figures 1 and 4
+    "Return the learning curves of the runs of Tables 1 and 2."
+    arms, claims = {}, []
+    early = {'early_AP50': 'mean AP50', 'early_recall50': 'mean recall'}
+    for e, table in ((table1_voc(scale), 'Table 1'), (table2_coco(scale), 'Table 2')):
+        # Faster R-CNN has no curve there
+        arms |= {f'{n} ({table})': arm for n, arm in e.arms.items() if 'DETR' in n}
+        better, worse = f'{e.claims[0].better} ({table})', f'{e.claims[0].worse} ({table})'
+        for metric, words in early.items():
+            text = (f'pre-training speeds up convergence: {words} over the first half of the '
+                    f'training ({table})')
+            claims.append(Claim(text, better, worse, metric))
+    metrics = ('early_AP50', 'early_recall50', 'AP50', 'AP')
+    return Experiment('fig1_fig4_curves', 'Figures 1 and 4: learning curves', arms, metrics,
+                      tuple(claims))
 
-def fig8_finetuned(scale: Scale,  # with its data
-                   ) -> Experiment:
-    "What the detectors of Table 1 draw."
-    arms = {n: j for n, j in table1_voc(scale).arms.items() if 'DETR' in n}
-    return Experiment('fig8_finetuned', 'Figure 8: what the fine-tuned detectors find', arms, AP)
+# %% ../nbs/40_experiments.ipynb #c013f
+def fig8_finetuned(
+    scale: Scale,  # scale with its data
+) -> Experiment:   # Figure 8
+    "Return the detectors of Table 1, for what they draw."
+    arms = {n: arm for n, arm in table1_voc(scale).arms.items() if 'DETR' in n}
+    title = 'Figure 8: what the fine-tuned detectors find'
+    return Experiment('fig8_finetuned', title, arms, AP)
 
 # %% ../nbs/40_experiments.ipynb #c015
-def table3_oneshot(scale: Scale,  # with its data
-                   ) -> Experiment:
-    "Asked with a picture, also of classes that no training photo shows."
-    claims = (Claim('pre-training finds more of unseen classes', 'UP-DETR', 'DETR', 'unseen_AP50'),
-              Claim('pre-training finds more of seen classes', 'UP-DETR', 'DETR', 'seen_AP50'))
+def table3_oneshot(
+    scale: Scale,  # scale with its data
+) -> Experiment:   # Table 3
+    "Return detectors that are asked with a picture, also of classes that no training photo shows."
+    arms = both_arms(scale, 'oneshot')
+    claims = tuple(Claim(f'pre-training finds more of {kind} classes', 'UP-DETR', 'DETR',
+                         f'{kind}_AP50') for kind in ('unseen', 'seen'))
+    # the paper's columns have shorter names
     columns = {'seen_AP50': 'seen', 'unseen_AP50': 'unseen'}
-    return Experiment('table3_oneshot', 'Table 3: one-shot detection', both_arms(scale, 'oneshot'), tuple(columns), claims, 'table3',
-                      {n: n for n in ('DETR', 'UP-DETR')}, columns)
+    return Experiment('table3_oneshot', 'Table 3: one-shot detection', arms, tuple(columns),
+                      claims, 'table3', {n: n for n in arms}, columns)
 
-def table4_panoptic(scale: Scale,  # with its data
-                    ) -> Experiment:
-    "Boxes of things and stuff, then masks."
-    arms = {n: scale.base('masks', boxes) for n, boxes in both_arms(scale, 'boxes').items()}
+def table4_panoptic(
+    scale: Scale,  # scale with its data
+) -> Experiment:   # Table 4
+    "Return boxes of things and stuff, then masks."
+    detectors = both_arms(scale, 'boxes')
+    arms = {n: scale.base('masks', boxes) for n, boxes in detectors.items()}
     claims = (Claim('pre-training gives a higher PQ', 'UP-DETR', 'DETR', 'PQ'),)
     metrics = tuple('PQ SQ RQ PQth SQth RQth PQst SQst RQst APseg'.split())
-    return Experiment('table4_panoptic', 'Table 4: panoptic segmentation', arms, metrics, claims, 'table4', {n: n for n in arms})
+    return Experiment('table4_panoptic', 'Table 4: panoptic segmentation', arms, metrics, claims,
+                      'table4', {n: n for n in arms})
 
 # %% ../nbs/40_experiments.ipynb #c017
-def table5_multiquery(scale: Scale,  # with its data
-                      ) -> Experiment:
-    "How many patches are asked for at once."
-    number = {'M=1': 1, 'M=10': 10} | ({'M=25': 25} if scale.name != 'paper' else {})
-    starts = {f'UP-DETR, {n}': scale.base('short', num_patches=m) for n, m in number.items()}
-    arms = {'DETR': scale.base('voc')} | {n: scale.base('voc', start) for n, start in starts.items()}
-    claims = (Claim('ten patches at a time are better than one', 'UP-DETR, M=10', 'UP-DETR, M=1', 'AP50'),
-              Claim('also one patch at a time is better than no pre-training', 'UP-DETR, M=1', 'DETR', 'AP50'))
-    return Experiment('table5_multiquery', 'Table 5: M = 1 against M = 10', arms, (*AP, 'early_AP50'), claims, 'table5',
-                      {n: n for n in arms if n in TABLES['table5'][1]})
+def table5_multiquery(
+    scale: Scale,  # scale with its data
+) -> Experiment:   # Table 5
+    "Return pre-trainings that ask for one patch at a time, or for several."
+    numbers = (1, 10) if scale.name == 'paper' else (1, 10, 25)
+    arms = {'DETR': scale.base('voc')}
+    for m in numbers:
+        start = scale.base('short', num_patches=m)
+        arms[f'UP-DETR, M={m}'] = scale.base('voc', start)
+    one, ten = 'UP-DETR, M=1', 'UP-DETR, M=10'
+    claims = (Claim('ten patches at a time are better than one', ten, one, 'AP50'),
+              Claim('also one patch at a time is better than no pre-training', one, 'DETR', 'AP50'))
+    # the paper has no row for M = 25
+    rows = {n: n for n in arms if n in TABLES['table5'][1]}
+    return Experiment('table5_multiquery', 'Table 5: M = 1 against M = 10', arms,
+                      (*AP, 'early_AP50'), claims, 'table5', rows)
 
-def table6_frozen_recon(scale: Scale,  # with its data
-                        ) -> Experiment:
-    "Whether the CNN is trained too, and whether patch features are reconstructed; with Figure 5's curves."
-    cases = {'(a) CNN trained, no reconstruction': (False, False), '(b) CNN frozen, no reconstruction': (True, False),
-             '(c) CNN trained, reconstruction': (False, True), '(d) CNN frozen, reconstruction': (True, True)}
-    starts = {n: scale.base('live', frozen_backbone=frozen, feature_recon=recon) for n, (frozen, recon) in cases.items()}
-    # the paper's numbers are of a target with a gradient: with a trained CNN that is another loss
-    moving = '(c) CNN trained, reconstruction'
-    starts[moving] = scale.base('live', frozen_backbone=False, feature_recon=True, detach_recon=False)
-    arms = {'DETR': scale.base('voc')} | {n: scale.base('voc', start) for n, start in starts.items()}
+# %% ../nbs/40_experiments.ipynb #c017t
+def table6_frozen_recon(
+    scale: Scale,  # scale with its data
+) -> Experiment:   # Table 6
+    """Return pre-trainings with the CNN trained too or frozen, with reconstruction or without.
+
+    Figure 5 has their curves."""
+    cases = {  # arm -> frozen CNN, reconstruction
+        '(a) CNN trained, no reconstruction': (False, False),
+        '(b) CNN frozen, no reconstruction': (True, False),
+        '(c) CNN trained, reconstruction': (False, True),
+        '(d) CNN frozen, reconstruction': (True, True),
+    }
     a, b, c, d = cases
+    arms = {'DETR': scale.base('voc')}
+    for name, (frozen, recon) in cases.items():
+        changes = dict(frozen_backbone=frozen, feature_recon=recon)
+        # the paper's target has a gradient: with a trained CNN that is another loss
+        if name == c: changes['detach_recon'] = False
+        arms[name] = scale.base('voc', scale.base('live', **changes))
     claims = (Claim('a frozen CNN is essential (with reconstruction)', d, c, 'AP50'),
               Claim('a frozen CNN is essential (without reconstruction)', b, a, 'AP50'),
               Claim('reconstruction helps early', d, b, 'early_AP50'))
-    return Experiment('table6_frozen_recon', 'Table 6 and Figure 5: frozen CNN and reconstruction', arms, ('AP50', 'early_AP50', 'AP'),
-                      claims, 'table6', {n: n for n in arms})
+    return Experiment('table6_frozen_recon', 'Table 6 and Figure 5: frozen CNN and reconstruction',
+                      arms, ('AP50', 'early_AP50', 'AP'), claims, 'table6', {n: n for n in arms})
 
 # %% ../nbs/40_experiments.ipynb #c018
-def fig6_attention_mask(scale: Scale,  # with its data
-                        ) -> Experiment:
-    "Pre-training with and without the group mask, matched alike."
-    arms = {n: scale.base('short', num_patches=10, attention_mask=mask) for n, mask in (('with mask', True), ('without mask', False))}
-    claims = (Claim('the attention mask lowers the loss late in pre-training', *arms, 'late_loss', True),)
+def fig6_attention_mask(
+    scale: Scale,  # scale with its data
+) -> Experiment:   # Figure 6
+    "Return pre-training with and without the group mask, matched alike."
+    arms = {'with mask': scale.base('short', num_patches=10, attention_mask=True),
+            'without mask': scale.base('short', num_patches=10, attention_mask=False)}
+    text = 'the attention mask lowers the loss late in pre-training'
+    claims = (Claim(text, 'with mask', 'without mask', 'late_loss', lower=True),)
     metrics = ('late_loss', 'late_loss_giou', 'mid_heldout_iou50')
     return Experiment('fig6_attention_mask', 'Figure 6: the attention mask', arms, metrics, claims)
 
-def fig7_localization(scale: Scale,  # with its data
-                      ) -> Experiment:
-    "What a pre-trained model says of patches."
-    metrics = ('mid_trained_iou50', 'mid_heldout_iou50', 'uniform_trained_iou50', 'uniform_heldout_iou50', 'mid_heldout_mean_iou')
-    return Experiment('fig7_localization', 'Figure 7: query patches found', {'UP-DETR': scale.base('pretrain')}, metrics)
+def fig7_localization(
+    scale: Scale,  # scale with its data
+) -> Experiment:   # Figure 7
+    "Return a pre-trained model, for what it says of patches."
+    metrics = ('mid_trained_iou50', 'mid_heldout_iou50', 'uniform_trained_iou50',
+               'uniform_heldout_iou50', 'mid_heldout_mean_iou')
+    arms = {'UP-DETR': scale.base('pretrain')}
+    return Experiment('fig7_localization', 'Figure 7: query patches found', arms, metrics)
 
 # %% ../nbs/40_experiments.ipynb #c020
-def ablations_pretext(scale: Scale,  # with its data
-                      ) -> Experiment:
-    "One change at a time in pre-training, judged by the patches that are found."
-    changes = {'free matching': dict(own_group=False), 'default initialisation': dict(matching_init=False), 'M=10': dict(num_patches=10)}
-    single = {'keep mask 0': dict(mask_ratio=0.), 'keep mask 0.3': dict(mask_ratio=.3), 'query shuffle': dict(query_shuffle=True),
-              'M=50': dict(num_patches=50, cached_patches=50), 'features of block 3': dict(features='blocks.3'),
-              'features of blocks 4 and 6': dict(features='blocks.4,blocks.6')}
-    if scale.name == 'paper':
-        changes = {'own group only': dict(own_group=True), 'matching initialisation': dict(matching_init=True),
-                   'keep mask 0': dict(mask_ratio=0.), 'keep mask 0.3': dict(mask_ratio=.3),
-                   'query shuffle': dict(query_shuffle=True)}
-        single = {}
-    base, metric = scale.base('short'), 'mid_heldout_iou50'
-    arms = {'base': base} | {n: scale.base('short', **c) for n, c in (changes | single).items()}
-    arms |= {'small views': scale.base('live'), 'small views, cached features': scale.base('live', **_cached(scale))}
-    claims = tuple(Claim(text, 'base', worse, metric) for text, worse in (
-        ('matching within the own group is better than free matching', 'free matching'),
-        ('starting as an appearance matcher is better than the default initialisation', 'default initialisation')) if worse in arms)
-    metrics = (metric, 'mid_trained_iou50', 'uniform_heldout_iou50', 'late_loss')
-    return Experiment('ablations_pretext', 'Beyond the paper: pre-training', arms, metrics, claims, single=tuple(single))
+_HELDOUT = 'mid_heldout_iou50'  # the share of patches of unseen photos that are found
+_FOUND = (_HELDOUT, 'mid_trained_iou50', 'uniform_heldout_iou50')
 
-def _cached(scale):
-    "What it takes to keep features of fixed views"
-    return dict(cache_features=True) if scale.name != 'paper' else dict(cache_features=True, views=1_281_167, view_size=480)
+_PRETEXT = {  # arms that are compared with the base at small scale
+    'free matching': dict(own_group=False),
+    'default initialisation': dict(matching_init=False),
+    'M=10': dict(num_patches=10),
+}
+_PRETEXT_SINGLE = {  # arms that are shown only
+    'keep mask 0': dict(mask_ratio=0.),
+    'keep mask 0.3': dict(mask_ratio=.3),
+    'query shuffle': dict(query_shuffle=True),
+    'M=50': dict(num_patches=50, cached_patches=50),
+    'features of block 3': dict(features='blocks.3'),
+    'features of blocks 4 and 6': dict(features='blocks.4,blocks.6'),
+}
+_PRETEXT_PAPER = {  # arms at the paper's scale
+    'own group only': dict(own_group=True),
+    'matching initialisation': dict(matching_init=True),
+    'keep mask 0': dict(mask_ratio=0.),
+    'keep mask 0.3': dict(mask_ratio=.3),
+    'query shuffle': dict(query_shuffle=True),
+}
+
+# %% ../nbs/40_experiments.ipynb #c020p
+def ablations_pretext(
+    scale: Scale,  # scale with its data
+) -> Experiment:   # beyond the paper
+    "Return one change at a time in pre-training, judged by the patches that are found."
+    at_paper = scale.name == 'paper'
+    # the base of the paper's scale has other defaults, so other arms depart from it
+    changes = _PRETEXT_PAPER if at_paper else _PRETEXT | _PRETEXT_SINGLE
+    arms = {'base': scale.base('short')}
+    arms |= {n: scale.base('short', **change) for n, change in changes.items()}
+    # features can be kept for fixed views only
+    cached = dict(views=1_281_167, view_size=480) if at_paper else {}
+    arms['small views'] = scale.base('live')
+    arms['small views, cached features'] = scale.base('live', cache_features=True, **cached)
+    claims = ()
+    if not at_paper:
+        own = 'matching within the own group is better than free matching'
+        start = 'starting as an appearance matcher is better than the default initialisation'
+        claims = (Claim(own, 'base', 'free matching', _HELDOUT),
+                  Claim(start, 'base', 'default initialisation', _HELDOUT))
+    single = () if at_paper else tuple(_PRETEXT_SINGLE)
+    return Experiment('ablations_pretext', 'Beyond the paper: pre-training', arms,
+                      (*_FOUND, 'late_loss'), claims, single=single)
+
+# %% ../nbs/40_experiments.ipynb #c020q
+def ablations_patches(
+    scale: Scale,  # scale with its data
+) -> Experiment:   # beyond the paper
+    """Return pre-trainings that differ in how many patches are asked for at once.
+
+    At small scale with two queries for each, at the paper's with a hundred in all."""
+    if scale.name == 'paper':
+        changes = {f'M={m}, N=100': dict(num_patches=m) for m in (10, 20, 25, 50)}
+        few, most = 'M=20, N=100', 'M=50, N=100'
+    else:
+        few, most = 'M=20, N=40', 'M=50, N=100'
+        changes = {few: dict(num_patches=20, num_queries=40), 'M=25, N=50': {},
+                   most: dict(num_patches=50, num_queries=100, cached_patches=50)}
+    arms = {n: scale.base('short', **change) for n, change in changes.items()}
+    # one seed decides nothing
+    if scale.name == 'toy':
+        more = dict(single=(few, most))
+    else:
+        text = 'fifty patches at a time are better than twenty'
+        more = dict(claims=(Claim(text, most, few, _HELDOUT),))
+    return Experiment('ablations_patches', 'Beyond the paper: patches at a time', arms, _FOUND,
+                      **more)
 
 # %% ../nbs/40_experiments.ipynb #c020a
-def ablations_patches(scale: Scale,  # with its data
-                      ) -> Experiment:
-    "How many patches at once; at small scale with two queries for each, at the paper's with a hundred in all."
-    changes = {'M=20, N=40': dict(num_patches=20, num_queries=40), 'M=25, N=50': {},
-               'M=50, N=100': dict(num_patches=50, num_queries=100, cached_patches=50)}
-    if scale.name == 'paper': changes = {f'M={m}, N=100': dict(num_patches=m) for m in (10, 20, 25, 50)}
-    arms, metric = {n: scale.base('short', **c) for n, c in changes.items()}, 'mid_heldout_iou50'
-    metrics = (metric, 'mid_trained_iou50', 'uniform_heldout_iou50')
-    few, most = (next(n for n in arms if n.startswith(m)) for m in ('M=20', 'M=50'))
-    claims = (Claim('fifty patches at a time are better than twenty', most, few, metric),)
-    more = dict(single=(few, most)) if scale.name == 'toy' else dict(claims=claims)
-    return Experiment('ablations_patches', 'Beyond the paper: patches at a time', arms, metrics, **more)
+def _other_cnns(scale):
+    "Return arms with a ResNet-50 of each of the scale's weights."
+    arms = {}
+    for weights in scale.cnns:
+        name = f'ResNet-50, {Path(weights).stem}'
+        arms[name] = scale.base('short', backbone='resnet50', weights=weights, features='layer3')
+    if len(arms) < len(scale.cnns):
+        raise ValueError(f'cnns {", ".join(scale.cnns)}: give every file a name of its own')
+    return arms
 
-def ablations_cnn(scale: Scale,  # with its data
-                  ) -> Experiment:
-    "What the frozen CNN has learnt from: labels, photos alone, or nothing."
-    arms, metric = {'SwAV CNN': scale.base('short')}, 'mid_heldout_iou50'
-    if scale.name == 'paper': arms |= {f'{n} CNN': scale.base('short', weights=n.lower()) for n in ('supervised', 'DINO')}
+def ablations_cnn(
+    scale: Scale,  # scale with its data
+) -> Experiment:   # beyond the paper
+    "Return frozen CNNs that have learnt from labels, from photos alone, or from nothing."
+    with_labels, without = 'own photos, with labels', 'own photos, without labels'
+    if scale.name == 'paper':
+        arms = {'SwAV CNN': scale.base('short'),
+                'supervised CNN': scale.base('short', weights='supervised'),
+                'DINO CNN': scale.base('short', weights='dino')}
     else:
-        arms = {'ImageNet, with labels': scale.base('short')}
-        arms |= {f'own photos, {how} labels': scale.base('short', scale.base('cnn', labels=how == 'with')) for how in ('with', 'without')}
-        arms['not trained'] = scale.base('short', weights='none')
-    named = {f'ResNet-50, {Path(w).stem}': scale.base('short', backbone='resnet50', weights=w, features='layer3') for w in scale.cnns}
-    if len(named) < len(scale.cnns): raise ValueError(f'cnns {", ".join(scale.cnns)}: give every file a name of its own')
-    pairs = (('labels help a CNN to localise', 'with'), ('training a CNN without labels helps it to localise', 'without'))
-    worse = {'with': 'own photos, without labels', 'without': 'not trained'}
-    claims = tuple(Claim(text, f'own photos, {how} labels', worse[how], metric) for text, how in pairs if scale.name == 'mini')
-    single = tuple([*arms, *named])[1:] if scale.name == 'toy' else tuple(named)
-    metrics = (metric, 'mid_trained_iou50', 'uniform_heldout_iou50')
-    return Experiment('ablations_cnn', 'Beyond the paper: the CNN', arms | named, metrics, claims, single=single)
-
-# %% ../nbs/40_experiments.ipynb #c021
-def ablations_detr(scale: Scale,  # with its data
-                   ) -> Experiment:
-    "What a scratch transformer needs: fewer queries, another start, more time."
-    start, voc = scale.base('pretrain'), scale.base('voc')
-    numbers = (10, 20, 50, 100)
-    arms = {f'DETR, N={n}': scale.base('voc', num_queries=n) for n in numbers}
-    arms |= {f'UP-DETR, N={n}': scale.base('voc', start, num_queries=n, fresh_queries=True) for n in numbers}
-    epochs = configure(voc, 0).epochs
-    arms['DETR, three times as long'] = scale.base('voc', epochs=3 * epochs, lr_drop=2 * epochs)
-    if scale.name != 'paper':  # the matching start alone: a pre-training whose learning rate is nearly nothing
-        arms['DETR, matching start'] = scale.base('voc', scale.base('short', views=8, epochs=1, lr=1e-9))
-    few, many = (f'N={n}' for n in (20, 100))
-    claims = [Claim('with five times as many queries a scratch transformer learns less', f'DETR, {few}', f'DETR, {many}', 'AP50'),
-              Claim('three times the epochs make up for pre-training', 'DETR, three times as long', f'UP-DETR, {few}', 'AP50')]
-    if 'DETR, matching start' in arms:
-        claims.append(Claim('pre-training is more than its initialisation', f'UP-DETR, {few}', 'DETR, matching start', 'AP50'))
-    asked = {a for c in claims for a in (c.better, c.worse)}
-    single = () if scale.name == 'paper' else tuple(a for a in arms if a not in asked)
-    return Experiment('ablations_detr', 'Beyond the paper: fine-tuning', arms, (*AP, 'early_AP50', 'recall50'), tuple(claims),
+        arms = {'ImageNet, with labels': scale.base('short'),
+                with_labels: scale.base('short', scale.base('cnn', labels=True)),
+                without: scale.base('short', scale.base('cnn', labels=False)),
+                'not trained': scale.base('short', weights='none')}
+    named = _other_cnns(scale)
+    claims = ()
+    if scale.name == 'mini':
+        learnt = 'training a CNN without labels helps it to localise'
+        claims = (Claim('labels help a CNN to localise', with_labels, without, _HELDOUT),
+                  Claim(learnt, without, 'not trained', _HELDOUT))
+    # one seed decides nothing: at toy scale all but the first arm are shown only
+    single = tuple(named) if scale.name != 'toy' else tuple([*arms, *named])[1:]
+    return Experiment('ablations_cnn', 'Beyond the paper: the CNN', arms | named, _FOUND, claims,
                       single=single)
 
+# %% ../nbs/40_experiments.ipynb #c021
+def ablations_detr(
+    scale: Scale,  # scale with its data
+) -> Experiment:   # beyond the paper
+    "Return what a scratch transformer may need: fewer queries, another start, more time."
+    start = scale.base('pretrain')
+    arms, numbers = {}, (10, 20, 50, 100)
+    for n in numbers: arms[f'DETR, N={n}'] = scale.base('voc', num_queries=n)
+    for n in numbers:
+        arms[f'UP-DETR, N={n}'] = scale.base('voc', start, num_queries=n, fresh_queries=True)
+    longer, matching = 'DETR, three times as long', 'DETR, matching start'
+    epochs = configure(scale.base('voc'), 0).epochs
+    arms[longer] = scale.base('voc', epochs=3 * epochs, lr_drop=2 * epochs)
+    few, many, pretrained = 'DETR, N=20', 'DETR, N=100', 'UP-DETR, N=20'
+    claims = [Claim('with five times as many queries a scratch transformer learns less', few, many,
+                    'AP50'),
+              Claim('three times the epochs make up for pre-training', longer, pretrained, 'AP50')]
+    if scale.name != 'paper':
+        # the matching start alone: a pre-training whose learning rate is nearly nothing
+        untrained = scale.base('short', views=8, epochs=1, lr=1e-9)
+        arms[matching] = scale.base('voc', untrained)
+        claims.append(Claim('pre-training is more than its initialisation', pretrained, matching,
+                            'AP50'))
+    # of the other arms nothing is claimed
+    asked = {a for c in claims for a in (c.better, c.worse)}
+    single = () if scale.name == 'paper' else tuple(a for a in arms if a not in asked)
+    return Experiment('ablations_detr', 'Beyond the paper: fine-tuning', arms,
+                      (*AP, 'early_AP50', 'recall50'), tuple(claims), single=single)
+
 # %% ../nbs/40_experiments.ipynb #c022
-def label_fraction(scale: Scale,  # with its data
-                   ) -> Experiment:
-    "Where pre-training pays: the same number of steps on ever fewer labelled photos."
-    voc, start = scale.base('voc'), scale.base('pretrain')
-    cfg, whole = configure(voc, 0), {'toy': _SCENES['scenes'], 'mini': _FEW['photos'], 'paper': 16_551}[scale.name]
-    arms = {}
+_PHOTOS = {'toy': _SCENES['scenes'], 'mini': _FEW['photos'], 'paper': 16_551}  # labelled ones
+
+def _fewer_photos(scale, percent):
+    "Return changes to `voc`: a share of the photos, shown so often that the steps stay as many."
+    if percent == 100: return {}
+    cfg, whole = configure(scale.base('voc'), 0), _PHOTOS[scale.name]
+    photos = whole * percent // 100
+    steps = whole // cfg.batch_size * cfg.epochs
+    epochs = steps // max(1, photos // cfg.batch_size)
+    lr_drop = max(1, epochs * cfg.lr_drop // cfg.epochs)
+    # as many measurements as with all photos
+    eval_every = cfg.eval_every * max(1, round(100 / percent))
+    return dict(photos=photos, epochs=epochs, lr_drop=lr_drop, eval_every=eval_every)
+
+def label_fraction(
+    scale: Scale,  # scale with its data
+) -> Experiment:   # beyond the paper
+    "Return the same number of steps on ever fewer labelled photos: where pre-training pays."
     percents = (25, 100) if scale.name == 'toy' else (5, 10, 25, 100)
+    start = scale.base('pretrain')
+    arms, claims = {}, []
     for percent in percents:
-        less = {}
-        if percent < 100:
-            photos, longer = whole * percent // 100, max(1, round(100 / percent))
-            epochs = whole // cfg.batch_size * cfg.epochs // max(1, photos // cfg.batch_size)
-            less = dict(photos=photos, epochs=epochs, lr_drop=max(1, epochs * cfg.lr_drop // cfg.epochs))
-            less |= dict(eval_every=cfg.eval_every * longer)
-        arms |= {f'DETR, {percent} %': scale.base('voc', **less), f'UP-DETR, {percent} %': scale.base('voc', start, **less)}
-    claims = tuple(Claim(f'pre-training pays with {p} % of the labels', f'UP-DETR, {p} %', f'DETR, {p} %', 'AP50')
-                   for p in percents)
-    return Experiment('label_fraction', 'Beyond the paper: fewer labels', arms, (*AP, 'early_AP50', 'recall50'), claims)
+        less = _fewer_photos(scale, percent)
+        scratch, pretrained = f'DETR, {percent} %', f'UP-DETR, {percent} %'
+        arms[scratch] = scale.base('voc', **less)
+        arms[pretrained] = scale.base('voc', start, **less)
+        text = f'pre-training pays with {percent} % of the labels'
+        claims.append(Claim(text, pretrained, scratch, 'AP50'))
+    return Experiment('label_fraction', 'Beyond the paper: fewer labels', arms,
+                      (*AP, 'early_AP50', 'recall50'), tuple(claims))
 
 # %% ../nbs/40_experiments.ipynb #c024
-EXPERIMENTS: dict[str, Callable] = {f.__name__: f for f in (
-    table1_voc, table2_coco, table3_oneshot, table4_panoptic, table5_multiquery, table6_frozen_recon, fig1_fig4_curves, fig6_attention_mask,
-    fig7_localization, fig8_finetuned, ablations_pretext, ablations_patches, ablations_cnn, ablations_detr, label_fraction)}
+_ALL = (table1_voc, table2_coco, table3_oneshot, table4_panoptic, table5_multiquery,
+        table6_frozen_recon, fig1_fig4_curves, fig6_attention_mask, fig7_localization,
+        fig8_finetuned, ablations_pretext, ablations_patches, ablations_cnn, ablations_detr,
+        label_fraction)
+EXPERIMENTS: dict[str, Callable] = {f.__name__: f for f in _ALL}
 
-def experiment(id: str,  # a key of `EXPERIMENTS`
-               scale: Scale,  # with its data
-               ) -> Experiment:
-    "An experiment by its name. Raises ValueError for an unknown one."
-    if id not in EXPERIMENTS: raise ValueError(f'experiment {id!r} is unknown: choose {", ".join(EXPERIMENTS)}')
-    if scale.name not in BASES: raise ValueError(f'scale {scale.name!r} is unknown: choose {", ".join(BASES)}')
+def experiment(
+    id: str,       # a key of `EXPERIMENTS`
+    scale: Scale,  # scale with its data
+) -> Experiment:   # arms, numbers and claims at this scale
+    "Return an experiment by its name. Raises ValueError for an unknown one."
+    if id not in EXPERIMENTS:
+        raise ValueError(f'experiment {id!r} is unknown: choose {", ".join(EXPERIMENTS)}')
+    if scale.name not in BASES:
+        raise ValueError(f'scale {scale.name!r} is unknown: choose {", ".join(BASES)}')
     return EXPERIMENTS[id](scale)
