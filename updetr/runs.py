@@ -103,6 +103,7 @@ def given_parameters(
     fields = {f.name for f in dataclasses.fields(kind)} - {'task'}
     known = fields | set(options.split())
     given = plain_variables(namespace)
+    # a mistyped name must not train with the default
     if not again: check_parameters(namespace, sorted(known))
     parameters = {k: v for k, v in given.items() if k in known}
     return parameters, {k: v for k, v in given.items() if k in fields}
@@ -178,6 +179,7 @@ def command_line(
     """Return the line that was run.
 
     It has every parameter that departs from the notebook's own default; folders as FOLDER."""
+    # what the notebook says of itself needs no word
     usual = usual_parameters(project_root() / 'nbs' / f'{name}.ipynb')
     words = ['papermill', f'nbs/{name}.ipynb']
     words.append(f'{hide_place("report", str(report))}/{Path(name).name}.ipynb')
@@ -194,6 +196,7 @@ def module_line(
     for k, v in options.items():
         if not v: continue
         words.append(f'--{k}')
+        # a switch has no value
         if v is not True: words.append(str(hide_place(k, v)))
     return shlex.join(words)
 
@@ -202,6 +205,7 @@ def spread_text(
     digits: int = 1,      # digits after the point
 ) -> str:                 # 'mean ± spread', or only the mean of one
     "Return the numbers of several seeds in one word."
+    # one seed has no spread
     m = mean_and_spread(values)
     mean = f'{m["mean"]:.{digits}f}'
     return mean if m['std'] is None else f'{mean} ± {m["std"]:.{digits}f}'
