@@ -138,8 +138,8 @@ def object_loader(
 def views_to_device(
     batch: dict,  # views uint8 (B, 2, 3, s, s), factors (B, 2, F), label (B,), index (B,)
     device: torch.device | str,  # where the CNN is
-    mean: tuple,  # of the CNN, (3,), for values in 0..1
-    std: tuple,   # of the CNN, (3,)
+    mean: tuple,  # means (3,) of the CNN, for values in 0..1
+    std: tuple,   # spreads (3,) of the CNN
 ) -> dict:        # views float, augmented and normalised; label; index on the CPU
     "Return a batch that was moved, the colours of each view changed by its own factors."
     views = batch['views'].to(device, non_blocking=True).flatten(0, 1)  # (2 B, 3, s, s)
@@ -320,7 +320,7 @@ class CNNTask:
         self,
         cfg: CNNConfig,        # configuration of the run
         run_dir: str | Path,   # folder of the run; it must exist
-        processes: Processes,  # of `join_processes`
+        processes: Processes,  # processes from `join_processes`
     ):
         self.cfg = cfg
         self.run_dir = Path(run_dir)

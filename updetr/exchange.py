@@ -182,7 +182,7 @@ def _options(config):
 
 # %% ../nbs/30_exchange.ipynb #c017f
 def from_huggingface(
-    state: dict[str, Tensor],  # of `DetrForObjectDetection`, from memory or a file
+    state: dict[str, Tensor],  # tensors of `DetrForObjectDetection`, from memory or a file
     config: dict,              # its `config.to_dict()`, or its config.json
 ) -> DETR:                     # detector in eval mode; its classes are config['id2label']
     """Take over a detector.

@@ -107,7 +107,7 @@ class Scale:
 @dataclass(frozen=True)
 class Claim:
     "The statement that one arm is better than another."
-    text: str  # as a reader would say it
+    text: str  # statement, as a reader would say it
     better: str  # name of an arm
     worse: str  # name of another
     metric: str  # the number that decides
@@ -119,9 +119,9 @@ class Experiment:
     id: str  # also the name of its notebook and of its report
     title: str  # what it is in the paper
     arms: dict[str, Job] = field(hash=False)  # name -> job
-    metrics: tuple[str, ...]  # of `updetr.results`, in the order of the columns
-    claims: tuple[Claim, ...] = ()  # to be decided
-    table: str = ''  # of the paper, a key of `TABLES`
+    metrics: tuple[str, ...]  # numbers of `updetr.results`, in the order of the columns
+    claims: tuple[Claim, ...] = ()  # statements to decide
+    table: str = ''  # table of the paper, a key of `TABLES`
     paper: dict[str, str] = field(default_factory=dict, hash=False)  # arm -> row of the table
     # metric -> column of the table, where the names differ
     columns: dict[str, str] = field(default_factory=dict, hash=False)

@@ -159,7 +159,7 @@ FINETUNE_DESCRIPTIONS = {
 FREE = ('weights', 'frozen_backbone', 'num_queries', 'dropout')
 
 def checkpoint_sizes(
-    pretrained: Pretrained,  # of `open_pretrained`
+    pretrained: Pretrained,  # checkpoint from `open_pretrained`
 ) -> dict:                   # field of `DetectorConfig` -> value, as a configuration has it
     "Return the architecture of a checkpoint."
     known = {f.name for f in dataclasses.fields(DetectorConfig)} - set(FREE)
@@ -392,10 +392,10 @@ def collate_targets(
     return {'images': padded, 'mask': mask, 'targets': targets}
 
 def batch_to_device(
-    batch: dict,  # of `collate_targets`, or with `feature` instead of `images`
+    batch: dict,  # batch from `collate_targets`, or with `feature` instead of `images`
     device: torch.device | str,  # where the model is
-    mean: tuple,  # of the backbone, (3,), for values in 0..1
-    std: tuple,   # of the backbone, (3,)
+    mean: tuple,  # means (3,) of the backbone, for values in 0..1
+    std: tuple,   # spreads (3,) of the backbone
 ) -> dict:        # images (B, 3, H, W) float, normalised, padding zero; the rest moved
     "Return a batch that was moved and normalised."
     def move(x): return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x

@@ -45,7 +45,7 @@ class DetectStep(nn.Module):
     def __init__(
         self,
         model: nn.Module,      # a `DETR`
-        criterion: nn.Module,  # of `build_criterion`
+        criterion: nn.Module,  # losses from `build_criterion`
     ):
         super().__init__()
         self.model = model
@@ -86,7 +86,7 @@ def build_module(
     return DetectStep(model, build_criterion(model, **loss_options(cfg)))
 
 def with_model(
-    module: nn.Module,  # of `build_module`
+    module: nn.Module,  # module from `build_module`
     model: nn.Module,   # its model, or an averaged copy of it
 ) -> nn.Module:         # module with `predict(batch)`
     "Return the same step around another copy of the model."
@@ -151,7 +151,7 @@ class CachedViews:
     `batch(items)` is what a loader's batch is, behind the CNN."""
     def __init__(
         self,
-        stored: Stored,  # of `labelled_source`
+        stored: Stored,  # features from `labelled_source`
     ):
         feature = stored.arrays['feature']  # (photos, views, C, h, w)
         self.num_views = feature.shape[1]
@@ -218,7 +218,7 @@ class LabelledRun:
         self,
         cfg: TransferConfig,   # configuration of the run
         run_dir: str | Path,   # folder of the run; it must exist
-        processes: Processes,  # of `join_processes`
+        processes: Processes,  # processes from `join_processes`
     ):
         self.cfg = cfg
         self.run_dir = Path(run_dir)
@@ -316,7 +316,7 @@ def fit_statistics(
 
 # %% ../nbs/28a_finetune_task.ipynb #c023a
 def target_skips(
-    batch: dict,  # of `batch_to_device`; `skipped` is taken out of its targets
+    batch: dict,  # batch from `batch_to_device`; `skipped` is taken out of its targets
 ) -> list[str]:   # messages, one a photo
     "Return what was wrong with photos in whose place a batch has others."
     return [m for target in batch['targets'] for m in target.pop('skipped', [])]

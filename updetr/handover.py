@@ -357,7 +357,7 @@ class Part:
 @dataclass(frozen=True)
 class HandOver:
     "What went from a file into a model; print it."
-    path: str  # of the file
+    path: str  # name of the file
     parts: tuple[Part, ...]  # every tensor of the model and of the file
     notes: tuple[str, ...] = ()  # what is legal but worth knowing
 
@@ -515,7 +515,7 @@ def _stride_note(model, pretrained):
 
 def hand_over(
     model: DETR,                           # model, changed in place
-    pretrained: Pretrained,                # of `open_pretrained`
+    pretrained: Pretrained,                # checkpoint from `open_pretrained`
     num_queries: int | None = None,        # the model's N, to allow another number in the file
     classes: Sequence[str] | None = None,  # names of the model's classes
     fresh_queries: bool = False,           # object queries stay the model's own (small scale)
