@@ -14,7 +14,6 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,354 +21,536 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from .canvas import LONGEST, heat_picture, patch_strip, photo_canvas, photo_upload, picture_bytes, show_on, tidy_box
+from updetr.canvas import (
+    LONGEST, heat_picture, patch_strip, photo_canvas, photo_upload, picture_bytes, show_on,
+    tidy_box,
+)
 from .launch import is_done, read_record
 from .localizer import Found, OpenPhoto, QueryPatchLocalizer
 from .photos import BadPhoto, builtin_photos, read_photo, resize
 
 # %% ../nbs/38_widget.ipynb #c005
-KINDS = {r'....ftyp(hei|hev|mif1|msf1)': 'a HEIC photo: save it as JPEG first (phones: share it, or the camera setting "most compatible")',
-         r'\s*(<\?xml|<!--|<!DOCTYPE svg|<svg)': 'an SVG drawing, no photo: save it as PNG first'}
+KINDS = {r'....ftyp(hei|hev|mif1|msf1)':
+             'a HEIC photo: save it as JPEG first '
+             '(phones: share it, or the camera setting "most compatible")',
+         r'\s*(<\?xml|<!--|<!DOCTYPE svg|<svg)':
+             'an SVG drawing, no photo: save it as PNG first'}
 
-def upload_problem(file: Mapping,  # of `photo_upload`
-                   reason: str,  # why it was not read
-                   ) -> str:
-    "Why a file cannot be used, by what it is."
+def upload_problem(
+    file: Mapping,  # of `photo_upload`
+    reason: str,    # why it was not read
+) -> str:           # what is wrong, for the person who uploaded it
+    "Return why a file cannot be used, by what it is."
+    # a kind is known by how its files begin, whatever the name says
     head = bytes(file['content'][:512]).decode('latin1')
-    known = next((text for pattern, text in KINDS.items() if re.match(pattern, head, re.DOTALL)), None)
-    large = f'{file.get("size", 0) / 2 ** 20:.0f} MiB, and of a kind that the browser cannot make smaller: save it as JPEG first'
-    return known or (large if file.get('note') == 'cut' else reason)
+    for pattern, text in KINDS.items():
+        if re.match(pattern, head, re.DOTALL): return text
+    if file.get('note') != 'cut': return reason
+    # only its beginning came: the browser could not open it either
+    mib = file.get('size', 0) / 2 ** 20
+    return (f'{mib:.0f} MiB, and of a kind that the browser cannot make smaller: '
+            'save it as JPEG first')
 
-def read_upload(file: Mapping,  # name and content, of `photo_upload`
-                ) -> tuple[str, Tensor]:  # name, (3,H,W) uint8, longer side at most LONGEST px
-    "An uploaded photo. Raises BadPhoto, with the file's own name."
+def read_upload(
+    file: Mapping,          # name and content, of `photo_upload`
+) -> tuple[str, Tensor]:    # name, photo (3, H, W) uint8, longer side at most LONGEST px
+    "Return an uploaded photo. Raises BadPhoto, with the file's own name."
     name = file['name']
+    # no other part of a stranger's name is used
+    suffix = re.fullmatch(r'\.\w{1,8}', Path(name).suffix)
     with tempfile.TemporaryDirectory() as folder:
-        suffix = re.fullmatch(r'\.\w{1,8}', Path(name).suffix)  # no other part of a stranger's name is used
-        path = Path(folder, f'photo{suffix[0] if suffix else ""}')
+        path = Path(folder, 'photo' + (suffix[0] if suffix else ''))
         path.write_bytes(bytes(file['content']))
         try: image = read_photo(path)
         except BadPhoto as e: raise BadPhoto(name, upload_problem(file, e.reason)) from e
-    if min(image.shape[1:]) < 16: raise BadPhoto(name, f'too small: {image.shape[2]} x {image.shape[1]} px, at least 16 are needed')
-    scale = LONGEST / max(image.shape[1:])
-    return name, image if scale >= 1 else resize(image, *(max(16, round(side * scale)) for side in image.shape[1:]))
+    height, width = image.shape[1:]
+    if min(height, width) < 16:
+        raise BadPhoto(name, f'too small: {width} x {height} px, at least 16 are needed')
+    scale = LONGEST / max(height, width)
+    if scale >= 1: return name, image
+    return name, resize(image, max(16, round(height * scale)), max(16, round(width * scale)))
 
 # %% ../nbs/38_widget.ipynb #c051
 class PhotoShelf:
     "Photos by name, opened when they are asked for."
     def __init__(self):
-        self.images, self.opened = {p.name: p.path for p in reversed(builtin_photos())}, {}
+        self.images = {p.name: p.path for p in reversed(builtin_photos())}  # path, then pixels
+        self.opened = {}  # (localizer, name) -> OpenPhoto, the last used one last
 
     def image(self, name):
-        "The photo, (3,H,W) uint8."
+        "Return the photo, (3, H, W) uint8."
         if isinstance(self.images[name], str): self.images[name] = read_photo(self.images[name])
         return self.images[name]
 
     def put(self, name, image):
         "Add a photo, or another one of the same name."
         self.images[name] = image
-        self.opened = {k: v for k, v in self.opened.items() if k[1] != name}
+        self.opened = {key: photo for key, photo in self.opened.items() if key[1] != name}
 
     def open(self, localizer: QueryPatchLocalizer, name: str) -> OpenPhoto:
-        "The photo, opened for a localizer; the last eight stay open."
+        "Return the photo, opened for a localizer; the last eight stay open."
         key = id(localizer), name
         photo = self.opened.pop(key, None) or localizer.open(self.image(name))
-        self.opened = dict([*self.opened.items(), (key, photo)][-8:])
+        last_used = [*self.opened.items(), (key, photo)]
+        self.opened = dict(last_used[-8:])
         return photo
 
 # %% ../nbs/38_widget.ipynb #c008
-def newest_runs(root: str | Path,  # folder of the project; runs are in root/runs
-                ) -> dict[str, Path]:  # 'pretrain', 'oneshot' -> checkpoint.pth, of those that are there
-    "Checkpoints of the newest finished runs that can be asked with patches."
+def newest_runs(
+    root: str | Path,   # folder of the project; runs are in root/runs
+) -> dict[str, Path]:   # 'pretrain', 'oneshot' -> checkpoint.pth, of those that are there
+    "Return the checkpoints of the newest finished runs that can be asked with patches."
     found = {}
-    for path in sorted(Path(root).glob('runs/*/checkpoint.pth'), key=lambda p: p.stat().st_mtime):
+    checkpoints = Path(root).glob('runs/*/checkpoint.pth')
+    # by age: of each task the newest stays
+    for path in sorted(checkpoints, key=lambda p: p.stat().st_mtime):
         cfg = read_record(path.with_name('cfg.json'))
         if cfg is None or not is_done(path.parent): continue
         task = cfg.get('task', 'pretrain')
         if task in ('pretrain', 'oneshot'): found[task] = path
     return found
 
-def weights_at_hand(checkpoint: str | Path = '',  # of a pre-training, ours or published; '': none
-                    oneshot: str | Path = '',  # of a one-shot run; '': none
-                    ) -> dict:  # name -> QueryPatchLocalizer or a function that opens one
-    "What can be switched between; the first is opened at once. Raises FileNotFoundError or ValueError for that one."
-    open_file = QueryPatchLocalizer.from_checkpoint
-    files = {'pre-trained': checkpoint, 'one-shot': oneshot}
-    found = {k: functools.partial(open_file, str(p)) for k, p in files.items() if p}
-    found['untrained'] = functools.partial(QueryPatchLocalizer.untrained, str(checkpoint or oneshot))
+def weights_at_hand(
+    checkpoint: str | Path = '',  # file of a pre-training, ours or published; '': none
+    oneshot: str | Path = '',     # file of a one-shot run; '': none
+) -> dict:                        # name -> QueryPatchLocalizer or a function that opens one
+    """Return what can be switched between; the first is opened at once.
+
+    Raises FileNotFoundError or ValueError for that one.
+    """
+    found = {}
+    for name, path in (('pre-trained', checkpoint), ('one-shot', oneshot)):
+        if path: found[name] = functools.partial(QueryPatchLocalizer.from_checkpoint, str(path))
+    # the transformer that has learnt nothing, behind the same CNN
+    untrained = functools.partial(QueryPatchLocalizer.untrained, str(checkpoint or oneshot))
+    found['untrained'] = untrained
     first = next(iter(found))
-    return found | {first: found[first]()}
+    found[first] = found[first]()
+    return found
+
+def _opened(localizers, name):
+    "Return the localizer of that name; opened when it is first asked for."
+    if not isinstance(localizers[name], QueryPatchLocalizer): localizers[name] = localizers[name]()
+    return localizers[name]
 
 # %% ../nbs/38_widget.ipynb #c011
-CHANGES = {'jitter': dict(jitter=.4), 'blur': dict(blur=2.), 'grey': dict(grey=True), 'flip': dict(flip=True), 'scale': dict(scale=2.)}
-HINTS = {'jitter': 'other brightness, contrast and colours, as strong as in pre-training', 'blur': 'blurred by 2 px, as in pre-training',
-         'grey': 'without colour', 'flip': 'mirrored, which pre-training never does', 'scale': 'the middle only, twice as large'}
+CHANGES = {'jitter': dict(jitter=.4), 'blur': dict(blur=2.), 'grey': dict(grey=True),
+           'flip': dict(flip=True), 'scale': dict(scale=2.)}
+HINTS = {'jitter': 'other brightness, contrast and colours, as strong as in pre-training',
+         'blur': 'blurred by 2 px, as in pre-training',
+         'grey': 'without colour',
+         'flip': 'mirrored, which pre-training never does',
+         'scale': 'the middle only, twice as large'}
 SAME = 'the same photo'
 
-def controls(weights: list[str],  # names to switch between
-             photos: list[str],  # names to choose from
-             ) -> SimpleNamespace:  # of widgets
-    "Everything that can be set, not yet connected."
-    import ipywidgets as W
-    wide, short = W.Layout(width='98%'), W.Layout(width='auto', min_width='58px')
-    buttons = {'button_width': 'auto'}
-    def slider(name, hint): return W.IntRangeSlider(description=name, tooltip=hint, min=0, max=100, continuous_update=False, layout=wide)
-    def choose(name, options, hint): return W.Dropdown(options=options, description=name, tooltip=hint, layout=wide)
-    def press(name, hint): return W.Button(description=name, tooltip=hint, layout=short)
+_WIDE = {'width': '98%'}
+_SHORT = {'width': 'auto', 'min_width': '58px'}
+
+def _choice(name, options, hint):
+    from ipywidgets import Dropdown
+    return Dropdown(options=options, description=name, tooltip=hint, layout=_WIDE)
+
+def _toggles(options, hints):
+    from ipywidgets import ToggleButtons
+    return ToggleButtons(options=options, tooltips=hints, style={'button_width': 'auto'})
+
+def _button(name, hint):
+    from ipywidgets import Button
+    return Button(description=name, tooltip=hint, layout=_SHORT)
+
+def _borders(name, hint):
+    from ipywidgets import IntRangeSlider
+    return IntRangeSlider(description=name, tooltip=hint, min=0, max=100,
+                          continuous_update=False, layout=_WIDE)
+
+# %% ../nbs/38_widget.ipynb #d3800001
+def _photo_controls(weights, photos):
+    "Return what chooses the weights and the two photos."
+    return dict(
+        weights=_toggles(weights, [f'answer with the {w} weights' for w in weights]),
+        photo=_choice('photo', photos, 'the photo to draw on'),
+        upload=photo_upload('another photo'),
+        target=_choice('find it in', [SAME, *photos], 'the photo to search'),
+        target_upload=photo_upload('another target'))
+
+def _box_controls():
+    "Return what draws, moves and removes boxes without a mouse."
+    from ipywidgets import Checkbox
+    several = Checkbox(description='several patches', indent=False, layout=_SHORT,
+                       tooltip='a drag adds a patch (as with shift)')
+    return dict(
+        several=several,
+        remove=_button('remove patch', 'remove the patch that was touched last'),
+        clear=_button('clear', 'remove all patches'),
+        which=_choice('box of', [('patch 1', 0)], 'the patch that the sliders x and y move'),
+        x=_borders('x', 'left and right border, px'),
+        y=_borders('y', 'upper and lower border, px'))
+
+def _change_controls():
+    "Return one switch for each change of the patch, by its name."
+    from ipywidgets import ToggleButton
+    hints = {name: f'ask with the patch {HINTS[name]}' for name in CHANGES}
+    return {name: ToggleButton(description=name, tooltip=hint, layout=_SHORT)
+            for name, hint in hints.items()}
+
+# %% ../nbs/38_widget.ipynb #d3800002
+def _answer_controls():
+    "Return what decides which answers are shown."
+    from ipywidgets import FloatSlider
+    hints = ['the highest score of each patch',
+             'all that the threshold lets through, but near-copies']
+    threshold = FloatSlider(value=0, min=0, max=1, step=.01, description='threshold', layout=_WIDE,
+                            tooltip='the smallest score of an answer that is shown',
+                            continuous_update=False)
+    return dict(
+        best=_toggles([('best of each patch', True), ('all answers', False)], hints),
+        threshold=threshold,
+        attention=_choice('attention', [('off', -1)],
+                          'the answer of which is shown where it looked'))
+
+def controls(
+    weights: list[str],  # names to switch between
+    photos: list[str],   # names to choose from
+) -> SimpleNamespace:    # widgets by name; `changes` is a dict of them
+    "Return everything that can be set or seen, not yet connected."
+    from ipywidgets import HTML
     return SimpleNamespace(
-        weights=W.ToggleButtons(options=weights, style=buttons, tooltips=[f'answer with the {w} weights' for w in weights]),
-        photo=choose('photo', photos, 'the photo to draw on'), upload=photo_upload('another photo'),
-        target=choose('find it in', [SAME, *photos], 'the photo to search'), target_upload=photo_upload('another target'),
-        several=W.Checkbox(description='several patches', indent=False, layout=short, tooltip='a drag adds a patch (as with shift)'),
-        remove=press('remove patch', 'remove the patch that was touched last'), clear=press('clear', 'remove all patches'),
-        which=choose('box of', [('patch 1', 0)], 'the patch that the sliders x and y move'),
-        x=slider('x', 'left and right border, px'), y=slider('y', 'upper and lower border, px'),
-        changes={k: W.ToggleButton(description=k, layout=short, tooltip=f'ask with the patch {HINTS[k]}') for k in CHANGES},
-        best=W.ToggleButtons(options=[('best of each patch', True), ('all answers', False)], style=buttons,
-                             tooltips=['the highest score of each patch', 'all that the threshold lets through, but near-copies']),
-        threshold=W.FloatSlider(value=0, min=0, max=1, step=.01, description='threshold', continuous_update=False, layout=wide,
-                                tooltip='the smallest score of an answer that is shown'),
-        attention=choose('attention', [('off', -1)], 'the answer of which is shown where it looked'),
+        **_photo_controls(weights, photos), **_box_controls(), **_answer_controls(),
+        changes=_change_controls(),
         canvas=photo_canvas(), other=photo_canvas(draws=False),
-        queries=W.HTML().add_class('updetr-strip'), message=W.HTML().add_class('updetr-message'))
+        queries=HTML().add_class('updetr-strip'), message=HTML().add_class('updetr-message'))
 
 # %% ../nbs/38_widget.ipynb #c050
-def arrange(c: SimpleNamespace,  # of `controls`
-            ):  # ipywidgets.Box
-    "Photos with the controls beside them, or below them on narrow screens."
-    import ipywidgets as W
-    row = W.Layout(flex_flow='row wrap', width='100%')
-    several = W.HBox([c.several, c.remove, c.clear], layout=row)
+def arrange(
+    c: SimpleNamespace,  # of `controls`
+):                       # ipywidgets.Box
+    "Return the photos with the controls beside them, or below them on narrow screens."
+    from ipywidgets import Box, HBox, Label, Layout, VBox
+    row = Layout(flex_flow='row wrap', width='100%')
+    # left: photos, what is asked with, and the answer in words
+    for canvas in (c.canvas, c.other):
+        canvas.layout = Layout(flex='1 1 240px', max_width='620px', margin='0 6px 6px 0')
+    c.queries.layout = Layout(width='auto', align_self='flex-start', max_width='100%')
+    c.message.layout = Layout(min_height='120px')
+    photos = [HBox([c.canvas, c.other], layout=row), c.queries, c.message]
+    # right: everything that can be set
+    several = HBox([c.several, c.remove, c.clear], layout=row)
+    changes = HBox([*c.changes.values()], layout=row)
     settings = [c.weights, c.photo, c.upload, c.target, c.target_upload, several, c.which, c.x, c.y,
-                W.Label('Change the patch:'), W.HBox([*c.changes.values()], layout=row), c.best, c.threshold, c.attention]
-    for canvas in (c.canvas, c.other): canvas.layout = W.Layout(flex='1 1 240px', max_width='620px', margin='0 6px 6px 0')
-    c.queries.layout, c.message.layout = W.Layout(width='auto', align_self='flex-start', max_width='100%'), W.Layout(min_height='120px')
-    photos = [W.HBox([c.canvas, c.other], layout=row), c.queries, c.message]
-    columns = [W.VBox(photos, layout=W.Layout(flex='4 1 320px')), W.VBox(settings, layout=W.Layout(flex='1 1 260px', max_width='330px'))]
-    return W.Box(columns, layout=W.Layout(flex_flow='row wrap', width='100%', grid_gap='10px')).add_class('updetr-widget')
+                Label('Change the patch:'), changes, c.best, c.threshold, c.attention]
+    columns = [VBox(photos, layout=Layout(flex='4 1 320px')),
+               VBox(settings, layout=Layout(flex='1 1 260px', max_width='330px'))]
+    page = Layout(flex_flow='row wrap', width='100%', grid_gap='10px')
+    return Box(columns, layout=page).add_class('updetr-widget')
 
-def strip_html(queries: Tensor,  # (m,3,s,s) uint8
-               ) -> str:
-    "What the model is asked with, as a picture with a name."
-    code, m = base64.b64encode(picture_bytes(patch_strip(queries), 'PNG')).decode(), len(queries)
+def strip_html(
+    queries: Tensor,  # query patches (m, 3, s, s), uint8
+) -> str:             # an <img>
+    "Return what the model is asked with, as a picture with a name."
+    m = len(queries)
+    code = base64.b64encode(picture_bytes(patch_strip(queries), 'PNG')).decode()
     name = f'{m} query patch{"es" * (m > 1)}, as the model is asked with them'
     return f'<img src="data:image/png;base64,{code}" alt="{name}" style="max-width:100%">'
 
 # %% ../nbs/38_widget.ipynb #c013
-def answer_text(found: Found,  # of `OpenPhoto.find`
-                truth: Tensor | None,  # (m,4) xyxy px: where the patches were cut out; None: of another photo
-                threshold: float,  # that was asked for
-                ms: float,  # time that the answer took
-                ) -> str:  # HTML
-    "What was found, in words; at most eight lines."
+_UNTRAINED = '<br>This transformer has learnt nothing. <code>make pretrain</code> teaches one.'
+
+def answer_text(
+    found: Found,          # answers, of `OpenPhoto.find`
+    truth: Tensor | None,  # boxes (m, 4), xyxy px, the patches were cut from; None: another photo's
+    threshold: float,      # smallest score that was asked for
+    ms: float,             # time that the answer took
+) -> str:                  # HTML
+    "Return what was found, in words; at most eight lines."
     lines = []
-    numbers = zip(found.names, found.labels.tolist(), found.scores.tolist(), found.likeness.tolist(), found.boxes)
-    for name, k, score, alike, box in numbers:
-        fit = '' if truth is None else f', IoU {float(box_iou(box[None], truth[k][None])):.2f} with where it is from'
+    for i, name in enumerate(found.names):
+        box = found.boxes[i]
         where = ', '.join(f'{v:.0f}' for v in box.tolist())
-        lines.append(f'<b>{name}</b> found at {where}: likeness {alike:.2f}, score {score:.2f}{fit}')
+        line = (f'<b>{name}</b> found at {where}: likeness {float(found.likeness[i]):.2f}, '
+                f'score {float(found.scores[i]):.2f}')
+        if truth is not None:
+            own = truth[int(found.labels[i])]
+            line += f', IoU {float(box_iou(box[None], own[None])):.2f} with where it is from'
+        lines.append(line)
     if len(lines) > 7: lines = [*lines[:7], f'and {len(lines) - 7} more']
-    nothing = [] if lines else [f'No answer has a score of {threshold:.2f} or more.']
-    lines += [*nothing, f'<small>{len(found.queries)} asked, answered in {ms:.0f} ms</small>']
+    if not lines: lines = [f'No answer has a score of {threshold:.2f} or more.']
+    lines.append(f'<small>{len(found.queries)} asked, answered in {ms:.0f} ms</small>')
     return f'<div style="line-height:1.4">{"<br>".join(lines)}</div>'
 
+def _change(c):
+    "Return how the patches are changed, as the switches say."
+    change = {}
+    for name, switch in c.changes.items():
+        if switch.value: change |= CHANGES[name]
+    return change
+
 def _marks(found):
-    "Answers as the canvas draws them"
+    "Return the answers as the canvas draws them."
     rows = zip(found.boxes.tolist(), found.labels.tolist(), found.likeness.tolist())
-    return [{'box': b, 'patch': k, 'text': f'{k + 1}: alike {a:.2f}'} for b, k, a in rows]
+    return [{'box': box, 'patch': k, 'text': f'{k + 1}: alike {alike:.2f}'}
+            for box, k, alike in rows]
 
 # %% ../nbs/38_widget.ipynb #c015
-class _Answering:
-    "Asks, and shows the answer."
-    def localizer(self):
-        "Of the chosen weights; opened when it is first asked for."
-        name = self.c.weights.value
-        if not isinstance(self.localizers[name], QueryPatchLocalizer): self.localizers[name] = self.localizers[name]()
-        return self.localizers[name]
+def _say(c, text, bad=False):
+    "Show a message below the photo; `bad` ones are plain text and red."
+    if bad: text = f'<span style="color:#c00">{html.escape(text)}</span>'
+    c.message.value = text
+
+class _Silence:
+    "A `with` block in which what is set is not taken for the user's doing."
+    def __init__(self): self.depth = 0
+    def __enter__(self): self.depth += 1
+    def __exit__(self, *error): self.depth -= 1
+
+    def unless(self, react):
+        "Return `react` as an observer that hears the user only."
+        def heard(event):
+            if not self.depth: react(event)
+        return heard
+
+# %% ../nbs/38_widget.ipynb #c017
+def _still_picked(found, want, each):
+    "Return which answer's attention is shown, -1: none; `each` object queries stand for a patch."
+    if want < 0: return -1
+    chosen = found.chosen.tolist()
+    if want in chosen: return chosen.index(want)
+    # the answers stand by falling score: the first of the patch is its best
+    labels = found.labels.tolist()
+    patch = want // each
+    return labels.index(patch) if patch in labels else -1
+
+class _Answers:
+    "The last answer on the canvases, with the attention of the object query that was picked."
+    def __init__(self, c, silence):
+        self.c, self.silence = c, silence
+        self.found = None  # the last answer, a Found
+        self.want = -1  # the object query that was picked; -1: none
+
+    def clear(self):
+        "Take the last answer from the page."
+        c = self.c
+        self.found = None
+        c.canvas.marks, c.canvas.overlay, c.queries.value = [], b'', ''
+        with self.silence: c.attention.options = [('off', -1)]
+
+    def show(self, found, same, each):
+        "Draw an answer on the photo itself (`same`) or on the other one."
+        self.found = found
+        c, marks = self.c, _marks(found)
+        # the canvas without an answer loses the old one
+        c.canvas.marks, c.other.marks = (marks, []) if same else ([], marks)
+        c.queries.value = strip_html(found.queries)
+        self._show_attention(c.canvas if same else c.other, each)
+
+    def _show_attention(self, canvas, each):
+        found, attention = self.found, self.c.attention
+        chosen, scores = found.chosen.tolist(), found.scores.tolist()
+        k = _still_picked(found, self.want, each)
+        # the list to pick from, and what is picked in it
+        names = [f'{name}, score {score:.2f}' for name, score in zip(found.names, scores)]
+        with self.silence:
+            attention.options = [('off', -1), *zip(names, chosen)]
+            attention.value = chosen[k] if k >= 0 else -1
+            canvas.picked = k
+        # the layer on the photo
+        canvas.overlay = picture_bytes(heat_picture(found.attention(k)), 'PNG') if k >= 0 else b''
+
+# %% ../nbs/38_widget.ipynb #c021
+class _BoxSliders:
+    "Boxes without a mouse: two sliders and a button, in step with the boxes on the canvas."
+    def __init__(self, c, silence):
+        self.c, self.silence = c, silence
+        slid, select = silence.unless(self.slid), silence.unless(lambda e: self.select(e['new']))
+        c.x.observe(slid, 'value')
+        c.y.observe(slid, 'value')
+        c.which.observe(select, 'value')
+        c.canvas.observe(select, 'selected')
+        c.remove.on_click(self.remove)
+        c.clear.on_click(self.clear)
+
+    def show(self):
+        "List the boxes that are drawn, and show the selected one."
+        c, boxes = self.c, self.c.canvas.boxes
+        count = max(1, len(boxes))  # without a box, the sliders make the first
+        with self.silence:
+            c.which.options = [(f'patch {i + 1}', i) for i in range(count)]
+            c.which.value = min(max(c.canvas.selected, 0), count - 1)
+            c.x.max, c.y.max = c.canvas.size
+            if boxes: self._follow(boxes[c.which.value])
+
+    def _follow(self, box):
+        self.c.x.value, self.c.y.value = box[::2], box[1::2]
+
+    def slid(self, _):
+        "Let the box follow the sliders, or make it."
+        c = self.c
+        (x, x2), (y, y2) = c.x.value, c.y.value
+        box = [x, y, x2, y2]
+        if not tidy_box(box, *c.canvas.size):
+            return _say(self.c, 'A patch has at least 4 px each way.', bad=True)
+        # a list that is changed in place would not be sent to the browser
+        boxes, i = list(c.canvas.boxes), c.which.value
+        boxes[i:i + 1] = [box]
+        c.canvas.boxes = boxes
+
+    def select(self, i):
+        "Let the sliders move box `i`."
+        if not 0 <= i < len(self.c.which.options): return
+        self.c.canvas.selected = i
+        with self.silence:
+            self.c.which.value = i
+            if i < len(self.c.canvas.boxes): self._follow(self.c.canvas.boxes[i])
+
+    def remove(self, _):
+        "Remove the patch that was touched last: keys do it too, a phone needs a button."
+        boxes, i = list(self.c.canvas.boxes), self.c.which.value
+        if i < len(boxes): self.c.canvas.boxes = boxes[:i] + boxes[i + 1:]
+
+    def clear(self, _):
+        "Remove all patches."
+        self.c.canvas.boxes = []
+
+# %% ../nbs/38_widget.ipynb #c023
+class _PhotoLists:
+    "The two lists of photos, which uploads join."
+    def __init__(self, c, shelf, silence):
+        self.c, self.shelf, self.silence = c, shelf, silence
+
+    def uploaded(self, upload, chooser, show):
+        "Put an uploaded photo among the others, and choose it in `chooser`; `show` shows it."
+        if not upload.file: return
+        try: name, image = read_upload(upload.file)
+        except BadPhoto as e: return _say(self.c, str(e), bad=True)
+        # in both lists, under its own name
+        self.shelf.put(name, image)
+        self._list_photos()
+        # the photo that is chosen already has become another one
+        if chooser.value == name: show()
+        chooser.value = name
+
+    def _list_photos(self):
+        for chooser, first in ((self.c.photo, []), (self.c.target, [SAME])):
+            chosen = chooser.value
+            with self.silence:
+                chooser.options = [*first, *self.shelf.images]
+                chooser.value = chosen
+
+# %% ../nbs/38_widget.ipynb #c024
+class LocalizeWidget:
+    """Drag a box on a photo and see where it is found.
+
+    The last line of a cell shows it, `.root` is its ipywidget.
+    """
+    def __init__(
+        self,
+        localizers: Mapping,     # name -> QueryPatchLocalizer, or a function that opens one
+        photo: str = 'chelsea',  # name of the built-in one to start with
+    ):
+        self.localizers = dict(localizers)
+        self.shelf = PhotoShelf()
+        if photo not in self.shelf.images:
+            raise ValueError(f'no photo {photo!r}: choose from {", ".join(self.shelf.images)}')
+        self.c = controls(list(self.localizers), list(self.shelf.images))
+        self.c.photo.value = photo
+        self.root = arrange(self.c)
+        self.silence = _Silence()
+        self.answers = _Answers(self.c, self.silence)
+        self.sliders = _BoxSliders(self.c, self.silence)
+        self.lists = _PhotoLists(self.c, self.shelf, self.silence)
+        self._connect()
+        self.show_photo()
+
+    def _connect(self):
+        c = self.c
+        def on(trait, react, *widgets):
+            for w in widgets: w.observe(self.silence.unless(react), trait)
+
+        on('value', self.update, c.weights, c.best, c.threshold, *c.changes.values())
+        on('value', self.show_photo, c.photo)
+        on('value', self.show_target, c.target)
+        on('boxes', self.show_boxes, c.canvas)
+        on('value', lambda e: setattr(c.canvas, 'several', e['new']), c.several)
+        on('value', lambda e: self.pick(e['new']), c.attention)
+        on('picked', self.picked_on, c.canvas, c.other)
+        joins = self.lists.uploaded
+        on('file', lambda _: joins(c.upload, c.photo, self.show_photo), c.upload)
+        on('file', lambda _: joins(c.target_upload, c.target, self.show_target), c.target_upload)
+
+    def show_photo(self, *_):
+        "Show the chosen photo, with a box in its middle."
+        name, canvas = self.c.photo.value, self.c.canvas
+        with self.silence:
+            show_on(canvas, self.shelf.image(name), f'photo {name}: drag to draw a query patch')
+            width, height = canvas.size
+            canvas.boxes = [[width * .3, height * .3, width * .7, height * .7]]
+            self.answers.want = -1
+        self.show_target()
+
+    def show_target(self, *_):
+        "Show the other photo, if there is one."
+        name, other = self.c.target.value, self.c.other
+        with self.silence:
+            if name != SAME: show_on(other, self.shelf.image(name), f'target photo {name}')
+            other.layout.display = 'none' if name == SAME else None
+            self.c.canvas.overlay, self.c.canvas.picked = b'', -1
+        self.show_boxes()
+
+    def show_boxes(self, *_):
+        "Let the sliders follow the boxes, then ask the model."
+        self.sliders.show()
+        self.update()
 
     def update(self, *_):
         "Ask with the boxes that are drawn, and show what is found."
         self.c.canvas.busy = True  # the browser says "working" until this is over
         try: self._ask()
-        except Exception as e: self.say(f'{type(e).__name__}: {e}', bad=True)
+        except Exception as e: _say(self.c, f'{type(e).__name__}: {e}', bad=True)
         finally: self.c.canvas.busy = False
 
     def _ask(self):
-        c, localizer, same = self.c, self.localizer(), self.c.target.value == SAME
+        c = self.c
+        localizer = _opened(self.localizers, c.weights.value)
+        same = c.target.value == SAME
         photo = self.shelf.open(localizer, c.photo.value)
         target = photo if same else self.shelf.open(localizer, c.target.value)
         c.other.marks, c.other.overlay = [], b''
         if not c.canvas.boxes:
-            self.found, c.canvas.marks, c.canvas.overlay, c.queries.value = None, [], b'', ''
-            with self.silently(): c.attention.options = [('off', -1)]  # of the answers that are gone
-            return self.say('Drag a box on the photo, or move the sliders x and y.')
-        _ = target.encoded  # the photo itself is not part of the time of an answer
-        start, change = time.perf_counter(), {k: v for n, b in c.changes.items() if b.value for k, v in CHANGES[n].items()}
-        self.found = photo.find(c.canvas.boxes, target, change, threshold=c.threshold.value, best_of_group=c.best.value,
-                                overlap=.7, maps=self.want >= 0, likeness=True)
+            self.answers.clear()
+            return _say(self.c, 'Drag a box on the photo, or move the sliders x and y.')
+        # the photo itself is not part of the time of an answer
+        _ = target.encoded
+        start = time.perf_counter()
+        found = photo.find(c.canvas.boxes, target, _change(c), threshold=c.threshold.value,
+                           best_of_group=c.best.value, overlap=.7, maps=self.answers.want >= 0,
+                           likeness=True)
         ms = 1000 * (time.perf_counter() - start)
-        marks = _marks(self.found)
-        c.canvas.marks, c.other.marks = (marks, []) if same else ([], marks)
-        c.queries.value = strip_html(self.found.queries)
-        self.show_attention(c.canvas if same else c.other)
+        # in pictures, then in words
+        self.answers.show(found, same, localizer.model.num_queries // localizer.model.num_patches)
         truth = torch.tensor(c.canvas.boxes, dtype=torch.float) if same else None
-        note = '' if localizer.kind != 'untrained' else '<br>This transformer has learnt nothing. <code>make pretrain</code> teaches one.'
-        self.say(answer_text(self.found, truth, c.threshold.value, ms) + note)
-
-    def say(self, text, bad=False):
-        "A message below the photo; `bad` ones are plain text and red."
-        self.c.message.value = f'<span style="color:#c00">{html.escape(text)}</span>' if bad else text
-
-# %% ../nbs/38_widget.ipynb #c017
-class _Attention(_Answering):
-    "Which answer's attention is shown."
-    want = -1  # the object query that was picked
-
-    def show_attention(self, canvas):
-        "The overlay of the picked object query, and the list to pick from."
-        c, found = self.c, self.found
-        chosen, each = found.chosen.tolist(), self._queries_each()
-        names = [(f'{n}, score {s:.2f}', q) for n, s, q in zip(found.names, found.scores.tolist(), chosen)]
-        k = chosen.index(self.want) if self.want in chosen else -1
-        if k < 0 <= self.want: k = next((i for i, patch in enumerate(found.labels.tolist()) if patch == self.want // each), -1)
-        with self.silently():
-            c.attention.options = [('off', -1), *names]
-            c.attention.value = chosen[k] if k >= 0 else -1
-            canvas.picked = k
-        canvas.overlay = picture_bytes(heat_picture(found.attention(k)), 'PNG') if k >= 0 else b''
-
-    def _queries_each(self):
-        model = self.localizer().model
-        return model.num_queries // model.num_patches
+        text = answer_text(found, truth, c.threshold.value, ms)
+        _say(c, text + _UNTRAINED if localizer.kind == 'untrained' else text)
 
     def pick(self, query):
         "Show where an object query looks, -1: none."
-        self.want = query
+        self.answers.want = query
         self.update()
 
-    def picked_on(self, change):
-        "A click on an answer."
-        if not self.quiet: self.pick(int(self.found.chosen[change['new']]) if change['new'] >= 0 else -1)
+    def picked_on(self, event):
+        "Pick the object query of the answer that was clicked, if any."
+        k = event['new']
+        self.pick(int(self.found.chosen[k]) if k >= 0 else -1)
 
-# %% ../nbs/38_widget.ipynb #c019
-class _Boxes(_Attention):
-    "Photos and boxes."
-    def show_photo(self, *_):
-        "The chosen photo, with a box in its middle."
-        if self.quiet: return
-        name, canvas = self.c.photo.value, self.c.canvas
-        with self.silently():
-            show_on(canvas, self.shelf.image(name), f'photo {name}: drag to draw a query patch')
-            canvas.boxes = [[canvas.width * .3, canvas.height * .3, canvas.width * .7, canvas.height * .7]]
-            self.want = -1
-        self.show_target()
-
-    def show_target(self, *_):
-        "The other photo, if there is one."
-        if self.quiet: return
-        name, other = self.c.target.value, self.c.other
-        with self.silently():
-            if name != SAME: show_on(other, self.shelf.image(name), f'target photo {name}')
-            other.layout.display = 'none' if name == SAME else None
-            self.c.canvas.overlay, self.c.canvas.picked = b'', -1
-        self.boxes_changed()
-
-    def boxes_changed(self, *_):
-        "Sliders follow the boxes, then the model is asked."
-        if self.quiet: return
-        c, boxes = self.c, self.c.canvas.boxes
-        with self.silently():
-            c.which.options = [(f'patch {i + 1}', i) for i in range(max(1, len(boxes)))]
-            c.which.value = min(max(c.canvas.selected, 0), len(c.which.options) - 1)
-            c.x.max, c.y.max = c.canvas.width, c.canvas.height
-            if boxes: self.follow(boxes[c.which.value])
-        self.update()
-
-# %% ../nbs/38_widget.ipynb #c021
-class _Sliders(_Boxes):
-    "Boxes without a mouse."
-    def follow(self, box):
-        "The sliders show this box."
-        self.c.x.value, self.c.y.value = box[::2], box[1::2]
-
-    def slid(self, *_):
-        "A slider was moved: the box follows, or is made."
-        if self.quiet: return
-        box = [self.c.x.value[0], self.c.y.value[0], self.c.x.value[1], self.c.y.value[1]]
-        if not tidy_box(box, *self.c.canvas.size): return self.say('A patch has at least 4 px each way.', bad=True)
-        boxes = list(self.c.canvas.boxes)
-        boxes[self.c.which.value:self.c.which.value + 1] = [box]
-        self.c.canvas.boxes = boxes
-
-    def remove(self, *_):
-        "The patch that was touched last goes: keys have this, a phone has a button."
-        boxes, i = list(self.c.canvas.boxes), self.c.which.value
-        if i < len(boxes): self.c.canvas.boxes = boxes[:i] + boxes[i + 1:]
-
-    def select(self, i):
-        "Box `i` is the one that the sliders move."
-        if not self.quiet and 0 <= i < len(self.c.which.options):
-            self.c.canvas.selected = i
-            with self.silently():
-                self.c.which.value = i
-                if i < len(self.c.canvas.boxes): self.follow(self.c.canvas.boxes[i])
-
-# %% ../nbs/38_widget.ipynb #c023
-class _Uploads(_Sliders):
-    "Photos from outside, and the little that all parts need."
-    def uploaded(self, upload, chooser):
-        "Put an uploaded photo among the others, and choose it in `chooser`."
-        if not upload.file: return
-        try: chosen, image = read_upload(upload.file)
-        except BadPhoto as e: return self.say(str(e), bad=True)
-        self.shelf.put(chosen, image)
-        self.list_photos()
-        if chooser.value == chosen: (self.show_photo if chooser is self.c.photo else self.show_target)()
-        chooser.value = chosen
-
-    def list_photos(self):
-        "All photos in both lists; what was chosen stays."
-        with self.silently():
-            for chooser, first in ((self.c.photo, []), (self.c.target, [SAME])):
-                value = chooser.value
-                chooser.options = [*first, *self.shelf.images]
-                chooser.value = value
-
-    @contextmanager
-    def silently(self):
-        "Nothing that is set inside is taken for the user's."
-        before, self.quiet = self.quiet, True
-        try: yield
-        finally: self.quiet = before
-
-# %% ../nbs/38_widget.ipynb #c024
-class LocalizeWidget(_Uploads):
-    "Drag a box on a photo and see where it is found: the last line of a cell shows it, `.root` is its ipywidget."
-    def __init__(self,
-                 localizers: Mapping,  # name -> QueryPatchLocalizer, or a function that opens one: see `weights_at_hand`
-                 photo: str = 'chelsea',  # a built-in one to start with
-                 ):
-        self.localizers, self.shelf, self.found, self.quiet = dict(localizers), PhotoShelf(), None, False
-        if photo not in self.shelf.images: raise ValueError(f'no photo {photo!r}: choose from {", ".join(self.shelf.images)}')
-        c = self.c = controls(list(self.localizers), list(self.shelf.images))
-        c.photo.value, self.root = photo, arrange(c)
-        for name, widgets, react in (
-                ('value', [c.weights, c.best, c.threshold, *c.changes.values()], self.update), ('value', [c.photo], self.show_photo),
-                ('value', [c.target], self.show_target), ('boxes', [c.canvas], self.boxes_changed), ('value', [c.x, c.y], self.slid),
-                ('selected', [c.canvas], lambda e: self.select(e['new'])), ('value', [c.which], lambda e: self.select(e['new'])),
-                ('value', [c.several], lambda e: setattr(c.canvas, 'several', e['new'])),
-                ('picked', [c.canvas, c.other], self.picked_on), ('value', [c.attention], lambda e: self.quiet or self.pick(e['new'])),
-                ('file', [c.upload], lambda e: self.uploaded(c.upload, c.photo)),
-                ('file', [c.target_upload], lambda e: self.uploaded(c.target_upload, c.target))):
-            for w in widgets: w.observe(react, name)
-        c.remove.on_click(self.remove)
-        c.clear.on_click(lambda _: setattr(c.canvas, 'boxes', []))
-        self.show_photo()
+    @property
+    def found(self):
+        "Return the last answer, a Found, or None."
+        return self.answers.found
 
     def _repr_mimebundle_(self, **options):
-        shown, still = self.root._repr_mimebundle_(**options), {}
-        if isinstance(shown, dict) and self.found is not None:  # where no widget can be shown
-            still = {'image/jpeg': self.found._repr_jpeg_()}
+        shown = self.root._repr_mimebundle_(**options)
         # Colab finds the canvas's program by what the canvas says beside its picture
         own = self.c.canvas._repr_mimebundle_(**options)
-        return (shown | still if isinstance(shown, dict) else shown), own[1] if isinstance(own, tuple) else {}
+        about = own[1] if isinstance(own, tuple) else {}
+        # a still picture, for where no widget can be shown
+        if isinstance(shown, dict) and self.found is not None:
+            shown = shown | {'image/jpeg': self.found._repr_jpeg_()}
+        return shown, about
