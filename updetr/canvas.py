@@ -27,7 +27,10 @@ from .photos import resize
 # %% ../nbs/37a_canvas.ipynb #c005
 _DRAW = r"""
 const SVG = 'http://www.w3.org/2000/svg';
-const set = (e, attributes) => { for (const k in attributes) e.setAttribute(k, attributes[k]); return e; };
+const set = (e, attributes) => {
+  for (const k in attributes) e.setAttribute(k, attributes[k]);
+  return e;
+};
 const make = (tag, attributes, parent) => {
   const e = set(document.createElementNS(SVG, tag), attributes);
   parent.append(e);
@@ -57,13 +60,15 @@ function picture(s, name, image, type) {
 
 # %% ../nbs/37a_canvas.ipynb #c031
 _LABELS = r"""
-function ink(hex) {  // black or white, whichever has more contrast with this colour (WCAG 2: at least 4.5)
+// black or white, whichever has more contrast with this colour (WCAG 2: at least 4.5)
+function ink(hex) {
   const linear = v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
   const [r, g, b] = [1, 3, 5].map(k => linear(parseInt(hex.slice(k, k + 2), 16) / 255));
   return .2126 * r + .7152 * g + .0722 * b > .179 ? '#000' : '#fff';
 }
 
-function place(s, box, width, height, placed) {  // a corner for a label where none is yet
+// a corner for a label where none is yet
+function place(s, box, width, height, placed) {
   const u = unit(s), [w, h] = size(s), x = clamp(box[0] + 14 * u, 0, w - width);
   let y = clamp(box[1] - height - u, 0, h - height);
   const hit = () => placed.some(p => Math.abs(p.x - x) < width && Math.abs(p.y - y) < height);
@@ -85,7 +90,8 @@ function drawMarks(s) {
   marks.forEach((m, i) => {
     const [x, y, x2, y2] = m.box, c = color(s, m.patch), picked = s.model.get('picked') === i;
     const line = {stroke: c, 'stroke-width': picked ? 5 : 3};
-    set(s.marks.children[i], {x, y, width: Math.max(0, x2 - x), height: Math.max(0, y2 - y), ...line});
+    const sides = {width: Math.max(0, x2 - x), height: Math.max(0, y2 - y)};
+    set(s.marks.children[i], {x, y, ...sides, ...line});
     const [ground, text] = s.labels.children[i].children;
     text.textContent = m.text;
     set(text, {fill: ink(c), 'font-size': 13 * u});
@@ -93,7 +99,8 @@ function drawMarks(s) {
     const at = place(s, m.box, width, height, placed);
     set(ground, {x: at[0], y: at[1], width, height, fill: c});
     set(text, {x: at[0] + 6 * u, y: at[1] + 17 * u});
-    set(s.labels.children[i], {'aria-pressed': picked, 'aria-label': `answer ${m.text}: show where it looked`});
+    const name = `answer ${m.text}: show where it looked`;
+    set(s.labels.children[i], {'aria-pressed': picked, 'aria-label': name});
   });
 }
 
@@ -101,7 +108,8 @@ function pick(s, i) {
   keep(s, () => s.model.set('picked', s.model.get('picked') === i ? -1 : i));
   s.ask();
   // arrows go on moving the patch; a canvas without patches keeps the focus on the label
-  if (s.boxes.children.length) focusBox(s, s.model.get('marks')[i].patch); else s.labels.children[i]?.focus();
+  if (s.boxes.children.length) focusBox(s, s.model.get('marks')[i].patch);
+  else s.labels.children[i]?.focus();
 }
 """
 
@@ -122,19 +130,26 @@ function drawBoxes(s) {
     for (const e of g.querySelectorAll('rect')) set(e, {x, y, width: x2 - x, height: y2 - y});
     g.querySelector('.line:not(.light)').setAttribute('stroke', color(s, i));
     const corner = (k, d) => ({cx: k % 2 ? x2 + d : x - d, cy: k < 2 ? y - d : y2 + d});
-    g.querySelectorAll('.knob').forEach((e, k) => set(e, {...corner(k, 0), r: 6 * u, fill: color(s, i)}));
-    g.querySelectorAll('.hit').forEach((e, k) => set(e, {...corner(k, out), r: 12 * u}));
+    const knob = {r: 6 * u, fill: color(s, i)}, hit = {r: 12 * u};
+    g.querySelectorAll('.knob').forEach((e, k) => set(e, {...corner(k, 0), ...knob}));
+    g.querySelectorAll('.hit').forEach((e, k) => set(e, {...corner(k, out), ...hit}));
   });
 }
 
-function focusBox(s, i) {  // of the boxes that are left; the photo itself where there is none
+// of the boxes that are left; the photo itself where there is none
+function focusBox(s, i) {
   const last = s.boxes.children.length - 1;
   (last < 0 ? s.svg : s.boxes.children[clamp(i, 0, last)]).focus({preventScroll: true});
 }
 
-function send(s, selected) {  // what was drawn goes to Python, in one message
+// what was drawn goes to Python, in one message
+function send(s, selected) {
   if (!s.live) return;
-  keep(s, () => { s.model.set('boxes', s.live); s.model.set('selected', selected); s.live = null; });
+  keep(s, () => {
+    s.model.set('boxes', s.live);
+    s.model.set('selected', selected);
+    s.live = null;
+  });
   s.tell('');
   s.ask();
 }
@@ -142,9 +157,10 @@ function send(s, selected) {  // what was drawn goes to Python, in one message
 
 # %% ../nbs/37a_canvas.ipynb #c009
 _GRIP = r"""
-function grip(s, e, from) {  // what a drag that begins here is going to change; null: nothing
-  const all = s.model.get('boxes'), g = e.target.closest('[data-box]'), corner = e.target.dataset.corner;
-  const most = s.model.get('colors').length, id = e.pointerId;
+// what a drag that begins here is going to change; null: nothing
+function grip(s, e, from) {
+  const all = s.model.get('boxes'), most = s.model.get('colors').length;
+  const g = e.target.closest('[data-box]'), corner = e.target.dataset.corner, id = e.pointerId;
   if (g) {
     const i = +g.dataset.box, [x, y, x2, y2] = all[i];
     if (!corner) return {id, i, from, kept: all, moved: all[i]};
@@ -195,29 +211,41 @@ function pointer(s) {
 _KEYS = r"""
 const ARROWS = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
 
-function step(s, b, arrow, resize) {  // box `b` one step further
+// box `b` one step further
+function step(s, b, arrow, resize) {
   const [width, height] = size(s), by = Math.max(1, Math.round(Math.max(width, height) / 100));
   const [dx, dy] = arrow.map(v => v * by);
-  if (resize) return [b[0], b[1], clamp(b[2] + dx, b[0] + 4, width), clamp(b[3] + dy, b[1] + 4, height)];
+  if (resize) {
+    const x2 = clamp(b[2] + dx, b[0] + 4, width), y2 = clamp(b[3] + dy, b[1] + 4, height);
+    return [b[0], b[1], x2, y2];
+  }
   const mx = clamp(dx, -b[0], width - b[2]), my = clamp(dy, -b[1], height - b[3]);
   return [b[0] + mx, b[1] + my, b[2] + mx, b[3] + my];
 }
 
-function key(s, e, i) {  // a key on box `i`
+// a key on box `i`
+function key(s, e, i) {
   if (e.key === 'Escape') { s.live = null; return drawBoxes(s); }
   s.live = (s.live ?? s.model.get('boxes')).map(b => [...b]);
-  if (ARROWS[e.key]) { s.live[i] = step(s, s.live[i], ARROWS[e.key], e.shiftKey); return drawBoxes(s); }
+  if (ARROWS[e.key]) {
+    s.live[i] = step(s, s.live[i], ARROWS[e.key], e.shiftKey);
+    return drawBoxes(s);
+  }
   s.live.splice(i, 1);
   const next = clamp(i, 0, Math.max(0, s.live.length - 1));
-  send(s, next); drawBoxes(s); focusBox(s, next);
+  send(s, next);
+  drawBoxes(s);
+  focusBox(s, next);
 }
 
 function keys(s) {
   const boxOf = e => +(e.target.closest?.('[data-box]')?.dataset.box ?? -1);
-  s.keydown = e => {  // listens in the window: programs that take a key before the page has it (Notebook 7) come after that
+  // listens in the window: programs that take a key before the page has it (Notebook 7) come later
+  s.keydown = e => {
     const escape = s.drag && e.key === 'Escape', mark = e.target.closest?.('[data-mark]');
     if (!escape && !s.svg.contains(e.target)) return;
-    if (!(ARROWS[e.key] || ['Delete', 'Backspace', 'Escape'].includes(e.key) || mark && [' ', 'Enter'].includes(e.key))) return;
+    const edits = ARROWS[e.key] || ['Delete', 'Backspace', 'Escape'].includes(e.key);
+    if (!(edits || mark && [' ', 'Enter'].includes(e.key))) return;
     e.preventDefault(); e.stopPropagation();
     if (escape) s.end(false);
     else if (mark && !ARROWS[e.key]) pick(s, +mark.dataset.mark);
@@ -228,7 +256,10 @@ function keys(s) {
   s.svg.onkeyup = left;
   s.boxes.addEventListener('focusout', left);
   s.boxes.addEventListener('focusin', e => keep(s, () => s.model.set('selected', boxOf(e))));
-  s.labels.onclick = e => { const g = e.target.closest('[data-mark]'); if (g) pick(s, +g.dataset.mark); };
+  s.labels.onclick = e => {
+    const g = e.target.closest('[data-mark]');
+    if (g) pick(s, +g.dataset.mark);
+  };
 }
 """
 
@@ -239,7 +270,9 @@ const SILENT = 'The kernel does not answer: it is busy, or gone. What is shown m
 
 function state(s, el) {
   const note = document.createElement('div');
-  note.className = 'updetr-state'; set(note, {role: 'status', 'aria-live': 'polite'}); el.append(note);
+  note.className = 'updetr-state';
+  set(note, {role: 'status', 'aria-live': 'polite'});
+  el.append(note);
   let asked = 0, heard = 0, since = 0, gone = false, told = '', timer = 0;
   const show = () => {
     const waited = asked > heard ? Date.now() - since : 0, busy = s.model.get('busy');
@@ -257,12 +290,21 @@ function state(s, el) {
     try { s.model.send({asked: ++asked}); } catch { gone = true; }
     show();
   };
-  s.hear = message => { if (message?.heard) { heard = Math.max(heard, message.heard); gone = false; show(); } };
+  s.hear = message => {
+    if (!message?.heard) return;
+    heard = Math.max(heard, message.heard);
+    gone = false;
+    show();
+  };
   s.busy = () => setTimeout(show, s.model.get('busy') ? 300 : 0);
   // the page marks a widget without a kernel, just after this event
-  s.live_update = () => setTimeout(() => { gone = !!el.closest('.jupyter-widgets-disconnected'); show(); });
+  s.live_update = () => setTimeout(() => {
+    gone = !!el.closest('.jupyter-widgets-disconnected');
+    show();
+  });
   s.visit = () => { if (heard >= asked && Date.now() - since > 2000) s.ask(); };
-  el.addEventListener('pointerenter', s.visit); window.addEventListener('focus', s.visit);
+  el.addEventListener('pointerenter', s.visit);
+  window.addEventListener('focus', s.visit);
   return () => { clearTimeout(timer); window.removeEventListener('focus', s.visit); };
 }
 """
@@ -273,12 +315,15 @@ function around(s) {
   const root = s.svg.closest('.updetr-widget');
   if (!root || s.late) return;
   const add = () => {
-    root.querySelectorAll('.updetr-message').forEach(e => set(e, {role: 'status', 'aria-live': 'polite'}));
+    const announced = {role: 'status', 'aria-live': 'polite'};
+    root.querySelectorAll('.updetr-message').forEach(e => set(e, announced));
     const focusable = root.querySelectorAll('button, select, input, [tabindex]');
     focusable.forEach(e => e.setAttribute('data-lm-suppress-shortcuts', 'true'));
     root.querySelectorAll('.widget-slider').forEach(e => {
-      const name = e.querySelector('.widget-label')?.textContent, handles = e.querySelectorAll('.noUi-handle');
-      handles.forEach((h, i) => h.setAttribute('aria-label', handles.length < 2 ? name : `${name} ${i ? 'to' : 'from'}`));
+      const name = e.querySelector('.widget-label')?.textContent;
+      const handles = e.querySelectorAll('.noUi-handle');
+      const names = handles.length < 2 ? [name] : [`${name} from`, `${name} to`];
+      handles.forEach((h, i) => h.setAttribute('aria-label', names[i]));
     });
   };
   add();
@@ -291,24 +336,39 @@ function around(s) {
 _RENDER = r"""
 function render({model, el}) {
   el.setAttribute('data-lm-suppress-shortcuts', 'true');
+  // the picture: photo, attention, answers, boxes, labels, from back to front
   const s = {model, urls: {}, live: null, drag: null};
   s.svg = document.createElementNS(SVG, 'svg');
-  set(s.svg, {class: 'updetr-photo', role: 'group', tabindex: -1}); el.append(s.svg);
-  const image = make('image', {}, s.svg), heat = make('image', {class: 'heat', preserveAspectRatio: 'none'}, s.svg);
+  set(s.svg, {class: 'updetr-photo', role: 'group', tabindex: -1});
+  el.append(s.svg);
+  const image = make('image', {}, s.svg);
+  const heat = make('image', {class: 'heat', preserveAspectRatio: 'none'}, s.svg);
   for (const [part, name] of [['marks', 'answers'], ['boxes', 'queries'], ['labels', 'labels']])
     s[part] = make('g', {class: name}, s.svg);
+  // what changes in Python is drawn again
   const stop = state(s, el), draw = () => { drawMarks(s); drawBoxes(s); };
-  const shown = () => { picture(s, 'image', image, 'image/jpeg'); s.live = s.drag = null; draw(); };
+  const shown = () => {
+    picture(s, 'image', image, 'image/jpeg');
+    s.live = s.drag = null;
+    draw();
+  };
   const events = {'change:image change:width change:height change:label': shown,
                   'change:overlay': () => picture(s, 'overlay', heat, 'image/png'),
-                  'change:boxes change:colors change:marks change:picked': draw, 'change:busy': s.busy};
+                  'change:boxes change:colors change:marks change:picked': draw,
+                  'change:busy': s.busy};
   const signs = {'msg:custom': s.hear, comm_live_update: s.live_update};
   for (const names in events) { model.on(names, events[names]); events[names](); }
   for (const name in signs) model.on(name, signs[name]);
-  pointer(s); keys(s);
-  const watcher = new ResizeObserver(() => { draw(); around(s); }); watcher.observe(s.svg);
+  // what the user does
+  pointer(s);
+  keys(s);
+  const watcher = new ResizeObserver(() => { draw(); around(s); });
+  watcher.observe(s.svg);
   return () => {
-    watcher.disconnect(); s.late?.disconnect(); stop(); window.removeEventListener('keydown', s.keydown, true);
+    watcher.disconnect();
+    s.late?.disconnect();
+    stop();
+    window.removeEventListener('keydown', s.keydown, true);
     for (const [name, f] of Object.entries({...events, ...signs})) model.off(name, f);
     for (const url of Object.values(s.urls)) if (url) URL.revokeObjectURL(url);
   };
@@ -318,19 +378,23 @@ export default {render};
 
 # %% ../nbs/37a_canvas.ipynb #c034
 _CSS = """
-.updetr-photo {display: block; width: 100%; max-height: 70vh; touch-action: none; cursor: crosshair; user-select: none; background: #8883}
+.updetr-photo {display: block; width: 100%; max-height: 70vh; background: #8883}
+.updetr-photo {touch-action: none; cursor: crosshair; user-select: none}
 .updetr-photo:focus {outline: none}
 .updetr-photo .heat {opacity: .75; pointer-events: none}
-.updetr-photo rect:not(.ground) {fill: none; vector-effect: non-scaling-stroke; pointer-events: none}
+.updetr-photo rect:not(.ground) {fill: none; pointer-events: none}
+.updetr-photo rect:not(.ground) {vector-effect: non-scaling-stroke}
 .updetr-photo .labels g {cursor: pointer}
 .updetr-photo .labels g:focus-visible .ground {stroke: #000; stroke-width: 2}
 .updetr-photo .labels .ground {pointer-events: auto}
 .updetr-photo text {font-family: sans-serif; font-weight: bold; pointer-events: auto}
 .updetr-photo .queries .line {stroke-width: 2; stroke-dasharray: 6 4}
 .updetr-photo .queries .light {stroke: white; stroke-dasharray: none; opacity: .8}
-.updetr-photo .queries .grip {stroke: transparent; stroke-width: 14; pointer-events: stroke; cursor: move}
+.updetr-photo .queries .grip {stroke: transparent; stroke-width: 14}
+.updetr-photo .queries .grip {pointer-events: stroke; cursor: move}
 .updetr-photo .queries .hit {fill: transparent; cursor: nwse-resize}
-.updetr-photo .queries .knob {stroke: white; vector-effect: non-scaling-stroke; opacity: 0; pointer-events: none}
+.updetr-photo .queries .knob {stroke: white; opacity: 0; pointer-events: none}
+.updetr-photo .queries .knob {vector-effect: non-scaling-stroke}
 .updetr-photo .queries g:is(:focus, :hover) .knob {opacity: 1}
 .updetr-photo .queries g:focus {outline: none}
 .updetr-photo .queries g:focus .line:not(.light) {stroke-width: 4}
@@ -339,48 +403,71 @@ _CSS = """
 .updetr-widget:has(.updetr-old) :is(.updetr-message, .updetr-strip) {opacity: .3}
 .updetr-old .updetr-state {color: #c00; font-weight: bold}
 /* noUiSlider draws a line there, 1 px wide: without its sizes the target is as small */
-.updetr-widget .noUi-handle::after {content: ''; position: absolute; inset: -5px; width: auto; height: auto; background: none}
+.updetr-widget .noUi-handle::after {content: ''; position: absolute; inset: -5px}
+.updetr-widget .noUi-handle::after {width: auto; height: auto; background: none}
 .updetr-widget .widget-readout {min-width: 92px; font-size: 13px}
-@media (pointer: coarse) {  /* a finger: 44 px for each control, and letters that a phone does not enlarge by itself */
+/* a finger: 44 px for each control, and letters that a phone does not enlarge by itself */
+@media (pointer: coarse) {
   .updetr-photo .queries .knob {opacity: 1}
   .updetr-photo .queries .grip {stroke-width: 24}
-  .updetr-widget {--jp-widgets-inline-height: 44px; --jp-widgets-font-size: 15px; --jp-widgets-slider-handle-size: 24px}
+  .updetr-widget {--jp-widgets-inline-height: 44px; --jp-widgets-font-size: 15px}
+  .updetr-widget {--jp-widgets-slider-handle-size: 24px}
   .updetr-widget .noUi-handle::after {inset: -11px}
-  .updetr-widget input[type=checkbox] {width: 24px; height: 24px; flex: none; align-self: center; margin: 0 8px 0 2px}
+  .updetr-widget input[type=checkbox] {width: 24px; height: 24px; flex: none}
+  .updetr-widget input[type=checkbox] {align-self: center; margin: 0 8px 0 2px}
   .updetr-widget select {font-size: 16px}
 }
 """
 
 def _script():
-    return ''.join([_DRAW, _LABELS, _ANSWERS, _BOXES, _GRIP, _POINTER, _KEYS, _STATE, _AROUND, _RENDER])
+    parts = [_DRAW, _LABELS, _ANSWERS, _BOXES, _GRIP, _POINTER, _KEYS, _STATE, _AROUND, _RENDER]
+    return ''.join(parts)
 
 # %% ../nbs/37a_canvas.ipynb #c015
-def check_box(box: Sequence[float],  # two opposite corners: x, y, x, y in px
-              ) -> None:
-    "Raises ValueError for anything but four finite numbers."
-    numbers = isinstance(box, Sequence) and len(box) == 4 and all(isinstance(v, Real) and not isinstance(v, bool) for v in box)
-    if not numbers or not all(map(math.isfinite, box)):
-        raise ValueError(f'a box is four finite numbers, x, y, x, y in px of the photo, not {reprlib.repr(box)}')
+def _finite(v): return isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)
 
-def tidy_box(box: Sequence[float],  # two opposite corners: x, y, x, y in px
-             width: int,  # of the photo, px
-             height: int,  # of the photo, px
-             ) -> list[int] | None:  # xyxy px; None for what is smaller than 4 px
-    "Corners in order, whole pixels, inside the photo. Raises ValueError for anything but four finite numbers."
+def check_box(
+    box: Sequence[float],  # two opposite corners: x, y, x, y in px
+) -> None:                 # nothing
+    "Raise ValueError for anything but four finite numbers."
+    if isinstance(box, Sequence) and len(box) == 4 and all(map(_finite, box)): return
+    raise ValueError('a box is four finite numbers, x, y, x, y in px of the photo, '
+                     f'not {reprlib.repr(box)}')
+
+def tidy_box(
+    box: Sequence[float],  # two opposite corners: x, y, x, y in px
+    width: int,            # px of the photo
+    height: int,           # px of the photo
+) -> list[int] | None:     # xyxy px; None for what is smaller than 4 px
+    """Return corners in order, whole pixels, inside the photo.
+
+    Raises ValueError for anything but four finite numbers.
+    """
     check_box(box)
-    x, y, x2, y2 = (round(v) for v in box)
-    x, x2 = sorted(min(max(v, 0), width) for v in (x, x2))
-    y, y2 = sorted(min(max(v, 0), height) for v in (y, y2))
+    x, y, x2, y2 = [round(v) for v in box]
+    x, x2 = sorted([min(max(x, 0), width), min(max(x2, 0), width)])
+    y, y2 = sorted([min(max(y, 0), height), min(max(y2, 0), height)])
     return [x, y, x2, y2] if min(x2 - x, y2 - y) >= 4 else None
 
-def check_mark(mark: Mapping,  # box xyxy px, patch (its number), text
-               ) -> None:
-    "Raises ValueError for an answer that cannot be drawn."
+def _check_colors(colors):
+    "Raise ValueError for anything but a list of #rrggbb, one a patch."
+    def known(color): return type(color) is str and re.fullmatch('#[0-9a-f]{6}', color)
+    wrong = [color for color in colors if not known(color)]
+    if wrong or not colors:
+        raise ValueError(f'colors are a list of #rrggbb, one a patch, not {reprlib.repr(wrong)}')
+
+def check_mark(
+    mark: Mapping,  # box xyxy px, patch (its number), text
+) -> None:          # nothing
+    "Raise ValueError for an answer that cannot be drawn."
     if not isinstance(mark, Mapping) or not {'box', 'patch', 'text'} <= set(mark):
         raise ValueError(f'an answer has box, patch and text, not {reprlib.repr(mark)}')
     check_box(mark['box'])
-    if type(mark['patch']) is not int or mark['patch'] < 0 or type(mark['text']) is not str:
-        raise ValueError(f'patch is a number from 0, text is text, not {mark["patch"]!r} and {reprlib.repr(mark["text"])}')
+    patch, text = mark['patch'], mark['text']
+    # a bool is an int, and no number of a patch
+    if type(patch) is not int or patch < 0 or type(text) is not str:
+        raise ValueError('patch is a number from 0, text is text, '
+                         f'not {patch!r} and {reprlib.repr(text)}')
 
 # %% ../nbs/37a_canvas.ipynb #c035
 @functools.cache
@@ -388,27 +475,38 @@ def _canvas_class():
     import anywidget
     import traitlets as T
 
+    def shared(kind, *default, **limits): return kind(*default, **limits).tag(sync=True)
+
     class PhotoCanvas(anywidget.AnyWidget):
         "A photo with query boxes that are drawn by hand, and answers."
         _esm, _css = _script(), _CSS
-        image, overlay, label = T.Bytes().tag(sync=True), T.Bytes().tag(sync=True), T.Unicode('photo').tag(sync=True)
-        width, height = T.Int(1, min=1).tag(sync=True), T.Int(1, min=1).tag(sync=True)
-        boxes, marks, colors = T.List().tag(sync=True), T.List().tag(sync=True), T.List().tag(sync=True)
-        selected, picked = T.Int(0, min=0).tag(sync=True), T.Int(-1, min=-1).tag(sync=True)
-        draws, several, busy = T.Bool(True).tag(sync=True), T.Bool(False).tag(sync=True), T.Bool(False).tag(sync=True)
+        # the photo, JPEG, and what lies over it, PNG
+        image, overlay = shared(T.Bytes), shared(T.Bytes)
+        label = shared(T.Unicode, 'photo')
+        width, height = shared(T.Int, 1, min=1), shared(T.Int, 1, min=1)
+        # what is asked, what is answered, and a colour for each patch
+        boxes, marks, colors = shared(T.List), shared(T.List), shared(T.List)
+        selected, picked = shared(T.Int, 0, min=0), shared(T.Int, -1, min=-1)
+        # how it behaves
+        draws, several = shared(T.Bool, True), shared(T.Bool, False)
+        busy = shared(T.Bool, False)
 
         def __init__(self, **values):
             super().__init__(**values)
             self.on_msg(self._sign)
 
         def _sign(self, _, content, buffers):
-            if isinstance(content, dict) and type(content.get('asked')) is int: self.send({'heard': content['asked']})
+            # "are you there?" is answered when all that came before is done
+            asked = content.get('asked') if isinstance(content, dict) else None
+            if type(asked) is int: self.send({'heard': asked})
 
         @property
         def size(self): return self.width, self.height
 
         @T.validate('boxes')
-        def _inside(self, proposal): return [b for b in (tidy_box(b, *self.size) for b in proposal.value) if b]
+        def _inside(self, proposal):
+            tidy = [tidy_box(box, *self.size) for box in proposal.value]
+            return [box for box in tidy if box]
 
         @T.validate('marks')
         def _drawable(self, proposal):
@@ -417,17 +515,17 @@ def _canvas_class():
 
         @T.validate('colors')
         def _colors(self, proposal):
-            wrong = [c for c in proposal.value if not (type(c) is str and re.fullmatch('#[0-9a-f]{6}', c))]
-            if wrong or not proposal.value: raise ValueError(f'colors are a list of #rrggbb, one a patch, not {reprlib.repr(wrong)}')
+            _check_colors(proposal.value)
             return proposal.value
 
     return PhotoCanvas
 
 # %% ../nbs/37a_canvas.ipynb #c040
-def photo_canvas(draws: bool = True,  # boxes can be drawn on it
-                 num_colors: int = 10,  # as many patches at once
-                 ):  # an anywidget with observed image, width, height, boxes, selected, marks, picked, overlay, ...
-    "An empty canvas. `show_on` puts a photo on it."
+def photo_canvas(
+    draws: bool = True,    # boxes can be drawn on it
+    num_colors: int = 10,  # as many patches at once
+):                         # an anywidget; observe image, width, height, boxes, selected, marks, ...
+    "Return an empty canvas. `show_on` puts a photo on it."
     colors = ['#%02x%02x%02x' % class_color(k) for k in range(num_colors)]
     return _canvas_class()(draws=draws, colors=colors)
 
@@ -441,9 +539,13 @@ async function smaller(file, longest, most) {
   const bitmap = await createImageBitmap(file).catch(() => null);  // upright, as the photo says
   if (!bitmap) return {content: await file.slice(0, 4096).arrayBuffer(), note: 'cut'};
   const scale = Math.min(1, longest / Math.max(bitmap.width, bitmap.height));
-  const [width, height] = [bitmap.width, bitmap.height].map(v => Math.max(1, Math.round(v * scale)));
-  const canvas = Object.assign(document.createElement('canvas'), {width, height}), g = canvas.getContext('2d');
-  g.imageSmoothingQuality = 'high'; g.fillStyle = '#fff'; g.fillRect(0, 0, width, height);
+  const scaled = side => Math.max(1, Math.round(side * scale));
+  const width = scaled(bitmap.width), height = scaled(bitmap.height);
+  const canvas = Object.assign(document.createElement('canvas'), {width, height});
+  const g = canvas.getContext('2d');
+  g.imageSmoothingQuality = 'high';
+  g.fillStyle = '#fff';
+  g.fillRect(0, 0, width, height);
   g.drawImage(bitmap, 0, 0, width, height);
   const blob = await new Promise(done => canvas.toBlob(done, 'image/jpeg', .92));
   return {content: await blob.arrayBuffer(), note: 'smaller'};
@@ -451,9 +553,14 @@ async function smaller(file, longest, most) {
 
 function render({model, el}) {
   const button = document.createElement('button'), input = document.createElement('input');
-  const name = () => { button.textContent = `⇪ ${model.get('label')}`; button.title = `upload ${model.get('label')}`; };
+  const name = () => {
+    const label = model.get('label');
+    Object.assign(button, {textContent: `⇪ ${label}`, title: `upload ${label}`});
+  };
   Object.assign(input, {type: 'file', accept: 'image/*,.heic,.heif', hidden: true});
-  button.className = 'jupyter-button widget-button'; el.className += ' updetr-upload'; el.append(button, input);
+  button.className = 'jupyter-button widget-button';
+  el.className += ' updetr-upload';
+  el.append(button, input);
   button.onclick = () => input.click();
   input.onchange = async () => {
     const file = input.files[0];
@@ -479,9 +586,12 @@ def _upload_class():
     import traitlets as T
 
     class PhotoUpload(anywidget.AnyWidget):
-        "A button; `file` is the last upload: name, size, content, and note: '', 'smaller' or 'cut'."
-        _esm, _css = _UPLOAD, '.updetr-upload button {width: 98%; overflow: hidden; text-overflow: ellipsis}'
-        label, longest, most = T.Unicode().tag(sync=True), T.Int(LONGEST).tag(sync=True), T.Int(SENT).tag(sync=True)
+        "A button; `file` is the last upload: name, size, content, note '', 'smaller' or 'cut'."
+        _esm = _UPLOAD
+        _css = '.updetr-upload button {width: 98%; overflow: hidden; text-overflow: ellipsis}'
+        label = T.Unicode().tag(sync=True)
+        longest = T.Int(LONGEST).tag(sync=True)
+        most = T.Int(SENT).tag(sync=True)
         file = T.Dict()
 
         def __init__(self, **values):
@@ -489,51 +599,66 @@ def _upload_class():
             self.on_msg(self._received)
 
         def _received(self, _, content, buffers):
-            if not (isinstance(content, dict) and type(content.get('name')) is str and len(buffers) == 1): return
+            named = isinstance(content, dict) and type(content.get('name')) is str
+            if not named or len(buffers) != 1: return
             self.file = content | {'content': bytes(buffers[0])}
-            self.file = {}  # the same photo may come again
+            # the same photo may come again, and is to be heard of
+            self.file = {}
 
     return PhotoUpload
 
-def photo_upload(label: str,  # on the button
-                 ):  # an anywidget; observe its `file`
-    "A button that uploads a photo of any size."
+def photo_upload(
+    label: str,  # text on the button
+):               # an anywidget; observe its `file`
+    "Return a button that uploads a photo of any size."
     return _upload_class()(label=label)
 
 # %% ../nbs/37a_canvas.ipynb #c018
-def picture_bytes(picture: Image.Image,  # any mode that the kind can hold
-                  kind: str,  # 'JPEG' or 'PNG'
-                  ) -> bytes:
-    "A picture as a file."
-    picture.save(file := io.BytesIO(), format=kind, quality=90)
+def picture_bytes(
+    picture: Image.Image,  # any mode that the kind can hold
+    kind: str,             # 'JPEG' or 'PNG'
+) -> bytes:                # the file's content
+    "Return a picture as a file."
+    file = io.BytesIO()
+    picture.save(file, format=kind, quality=90)
     return file.getvalue()
 
-def show_on(canvas,  # of `photo_canvas`
-            image: Tensor,  # (3,H,W) uint8
-            label: str,  # for screen readers
-            ) -> None:
+def show_on(
+    canvas,         # a `photo_canvas`
+    image: Tensor,  # photo (3, H, W), uint8
+    label: str,     # name for screen readers
+) -> None:          # nothing
     "Put a photo on a canvas: no boxes, no answers."
     canvas.boxes, canvas.marks, canvas.picked, canvas.overlay = [], [], -1, b''
+    # size and photo in one message, or boxes would be measured in a wrong size
     with canvas.hold_sync():
         canvas.height, canvas.width = image.shape[1:]
-        canvas.image, canvas.label = picture_bytes(F.to_pil_image(image), 'JPEG'), label
+        canvas.image = picture_bytes(F.to_pil_image(image), 'JPEG')
+        canvas.label = label
 
-def heat_picture(attention: Tensor,  # (h,w), not negative
-                 ) -> Image.Image:  # RGBA, eight times as large
-    "Attention as a layer to be put over a photo."
+def heat_picture(
+    attention: Tensor,  # weights (h, w), not negative
+) -> Image.Image:       # RGBA, eight times as large
+    "Return attention as a layer to be put over a photo."
     from matplotlib import colormaps
-    strength = attention / attention.max().clamp(min=1e-12)
-    fine = torch.nn.functional.interpolate(strength[None, None], scale_factor=8, mode='bilinear')[0, 0].sqrt().numpy()
-    colors = colormaps['inferno'](fine)
-    colors[..., 3] = fine
+    strength = attention / attention.max().clamp(min=1e-12)  # (h, w), 0..1
+    fine = torch.nn.functional.interpolate(strength[None, None], scale_factor=8, mode='bilinear')
+    # the root shows weak places, too
+    opacity = fine[0, 0].sqrt().numpy()  # (8h, 8w)
+    colors = colormaps['inferno'](opacity)
+    colors[..., 3] = opacity
     return Image.fromarray((colors * 255).astype(np.uint8), 'RGBA')
 
-def patch_strip(queries: Tensor,  # (m,3,s,s) uint8
-                side: int = 72,  # px, of each
-                ) -> Image.Image:
-    "What the model is asked with, side by side, in the colours of the boxes."
-    strip = Image.new('RGB', (len(queries) * (side + 4), side), 'white')
+def patch_strip(
+    queries: Tensor,  # query patches (m, 3, s, s), uint8
+    side: int = 72,   # px of each
+) -> Image.Image:     # RGB
+    "Return what the model is asked with, side by side, in the colours of the boxes."
+    step = side + 4
+    strip = Image.new('RGB', (len(queries) * step, side), 'white')
     for i, query in enumerate(queries):
-        strip.paste(class_color(i), (i * (side + 4), 0, i * (side + 4) + side, side))
-        strip.paste(F.to_pil_image(resize(query, side - 6, side - 6)), (i * (side + 4) + 3, 3))
+        # a frame of 3 px in the colour of the box
+        strip.paste(class_color(i), (i * step, 0, i * step + side, side))
+        inner = F.to_pil_image(resize(query, side - 6, side - 6))
+        strip.paste(inner, (i * step + 3, 3))
     return strip
