@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIKENESS_STEPS', 'LIMITS', 'load_localizer', 'scratch_localizer', 'change_queries', 'choose_answers', 'Found',
-           'LastSeen', 'TwoHalves', 'cut_queries', 'likeness_of', 'OpenPhoto', 'QueryPatchLocalizer',
-           'random_questions', 'likeness_rows', 'likeness_report', 'latency', 'latency_rows', 'latency_report']
+           'LastSeen', 'cut_queries', 'likeness_of', 'OpenPhoto', 'QueryPatchLocalizer', 'random_questions',
+           'likeness_rows', 'likeness_report', 'latency', 'latency_rows', 'latency_report']
 
 # %% ../nbs/37_localizer.ipynb #c002
 import os
@@ -35,357 +35,503 @@ from .transforms import Sizes, whole_view
 from .updetr import UPDETR, build_updetr
 
 # %% ../nbs/37_localizer.ipynb #c006
-def load_localizer(path: str | Path,  # checkpoint.pth or .safetensors of a pre-training or a one-shot run, ours or a published one
-                   num_patches: int | None = None,  # M of a pre-training, for a file that does not tell it
-                   **told,  # options of `build_detr` that a published file does not tell: dilation, nheads
-                   ) -> tuple[UPDETR, OneShotConfig, str]:  # the model in eval mode; sizes; 'pre-trained' or 'one-shot'
-    "A model that is asked with patches, in its own groups. Raises FileNotFoundError, or ValueError for a file without patch2query."
-    pretrained = open_pretrained(path, **told)
-    model, cfg = oneshot_of(pretrained)
-    kind, groups = ('pre-trained', _groups(pretrained, num_patches)) if cfg.task == 'pretrain' else ('one-shot', 1)
-    _set_groups(model, groups)
-    return model, cfg, kind
-
 def _groups(pretrained, told):
-    "The patches M that a pre-training had, 10 as the published one if nobody says it; ValueError if N/M is no number"
-    said = pretrained.args.get('num_patches', told)
-    groups, queries = 10 if said is None else said, pretrained.options['num_queries']
-    if told not in (None, groups): raise ValueError(f'{pretrained.path}: num_patches is {groups!r} by its arguments, not {told!r}')
+    "Return the patches M that a pre-training had; ValueError if N/M is no number."
+    path, said = pretrained.path, pretrained.args.get('num_patches', told)
+    queries = pretrained.options['num_queries']
+    # nobody says it: as the published model
+    groups = 10 if said is None else said
+    if told not in (None, groups):
+        raise ValueError(f'{path}: num_patches is {groups!r} by its arguments, not {told!r}')
     if type(groups) is not int or groups < 1 or queries % groups:
-        raise ValueError(f'{pretrained.path}: {queries} object queries cannot be shared among {groups!r} patches: say num_patches=')
-    if said is None: print(f'{Path(pretrained.path).name}: num_patches={groups} is taken, as in the published model. '
-                           'If it is another, say num_patches=')
+        raise ValueError(f'{path}: {queries} object queries cannot be shared among {groups!r} '
+                         'patches: say num_patches=')
+    if said is None:
+        print(f'{Path(path).name}: num_patches={groups} is taken, as in the published model. '
+              'If it is another, say num_patches=')
     return groups
 
-def _set_groups(model, groups):
-    model.group_mask, model.num_patches = group_mask(model.num_queries, groups), groups
+def load_localizer(
+    path: str | Path,  # checkpoint.pth or .safetensors of a pre-training or a one-shot run
+    num_patches: int | None = None,  # M of a pre-training, for a file that does not tell it
+    **told,  # options of `build_detr` that a published file does not tell: dilation, nheads
+) -> tuple[UPDETR, OneShotConfig, str]:  # model in eval mode; sizes; 'pre-trained' or 'one-shot'
+    """Return a model that is asked with patches, in its own groups; ours or a published one.
+
+    Raises FileNotFoundError, or ValueError for a file without patch2query.
+    """
+    pretrained = open_pretrained(path, **told)
+    model, cfg = oneshot_of(pretrained)
+    if cfg.task == 'pretrain': kind, groups = 'pre-trained', _groups(pretrained, num_patches)
+    else: kind, groups = 'one-shot', 1
+    # one group of object queries for each patch
+    model.num_patches = groups
+    model.group_mask = group_mask(model.num_queries, groups)
+    return model, cfg, kind
 
 # %% ../nbs/37_localizer.ipynb #c009
-def scratch_localizer(path: str | Path = '',  # a file to take architecture and CNN from; '': those of the demo
-                      seed: int = 0,  # of the random weights
-                      num_patches: int | None = None,  # M of a pre-training, for a file that does not tell it
-                      **told,  # options of `build_detr` that a published file does not tell: dilation, nheads
-                      ) -> tuple[UPDETR, OneShotConfig, str]:  # as `load_localizer`; the last is 'untrained'
-    "A model with a random transformer. Raises as `load_localizer`."
+_NOT_LEARNT = ('backbone.', 'feature_norm.', 'patch_norm.')  # what pre-training leaves as it is
+
+def scratch_localizer(
+    path: str | Path = '',  # file to take architecture and CNN from; '': those of the demo
+    seed: int = 0,  # seed of the random weights
+    num_patches: int | None = None,  # M of a pre-training, for a file that does not tell it
+    **told,  # options of `build_detr` that a published file does not tell: dilation, nheads
+) -> tuple[UPDETR, OneShotConfig, str]:  # as `load_localizer`; the last is 'untrained'
+    "Return a model with a random transformer. Raises as `load_localizer`."
+    # architecture and sizes
     if path:
         model, cfg, _ = load_localizer(path, num_patches, **told)
-        options = open_pretrained(path, **told).options | dict(num_patches=model.num_patches, num_classes=model.num_classes)
+        groups = dict(num_patches=model.num_patches, num_classes=model.num_classes)
+        options = open_pretrained(path, **told).options | groups
     else:
         demo = make_config('demo')
-        cfg = OneShotConfig(task='pretrain', query_size=demo.patch_size, val_size=demo.view_size, square=demo.view_size)
+        cfg = OneShotConfig(task='pretrain', query_size=demo.patch_size, val_size=demo.view_size,
+                            square=demo.view_size)
         options = model_options(demo) | dict(matching_init=False)
+    # new weights, from a generator of their own
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         scratch = build_updetr(**options | dict(feature_recon=False))
-    kept = {k: v for k, v in model.state_dict().items() if k.startswith(('backbone.', 'feature_norm.', 'patch_norm.'))} if path else {}
-    scratch.load_state_dict(scratch.state_dict() | kept)
+    # the file's CNN and the statistics of its features
+    if path:
+        kept = {k: v for k, v in model.state_dict().items() if k.startswith(_NOT_LEARNT)}
+        scratch.load_state_dict(scratch.state_dict() | kept)
     return scratch.eval(), cfg, 'untrained'
 
 # %% ../nbs/37_localizer.ipynb #c012
-def change_queries(pictures: Tensor,  # (m,3,s,s) uint8
-                   jitter: float = 0.,  # strength of brightness, contrast and saturation, 0..1, hue a quarter; pre-training has .4
-                   blur: float = 0.,  # width of the blur, px, 0..2.66; pre-training has at most 2
-                   grey: bool = False,  # without colour
-                   flip: bool = False,  # mirrored
-                   scale: float = 1.,  # above 0: how much larger things are
-                   seed: int = 0,  # of the jitter
-                   ) -> Tensor:  # (m,3,s,s) uint8
-    "Query pictures, changed. Raises ValueError for a strength out of range."
-    if not 0 <= blur <= BLUR_RADIUS / 3: raise ValueError(f'blur {blur} is not in 0..{BLUR_RADIUS / 3:.2f} px')
+def _scaled(pictures, scale):
+    "Return the middles, larger, or the whole, smaller, on its own mean colour."
+    scaled = []
+    for picture in pictures:
+        ground = picture.float().mean((1, 2)).tolist()
+        bilinear = F.InterpolationMode.BILINEAR
+        scaled.append(F.affine(picture, 0, [0, 0], scale, [0, 0], bilinear, ground))
+    return torch.stack(scaled)
+
+def change_queries(
+    pictures: Tensor,     # query pictures (m, 3, s, s), uint8
+    jitter: float = 0.,   # strength of light, contrast and saturation, 0..1; hue a quarter of it
+    blur: float = 0.,     # width of the blur, px, 0..2.66; pre-training has at most 2
+    grey: bool = False,   # without colour
+    flip: bool = False,   # mirrored
+    scale: float = 1.,    # how much larger things are, above 0
+    seed: int = 0,        # seed of the jitter
+) -> Tensor:              # (m, 3, s, s), uint8
+    "Return query pictures, changed. Raises ValueError for a strength out of range."
+    if not 0 <= blur <= BLUR_RADIUS / 3:
+        raise ValueError(f'blur {blur} is not in 0..{BLUR_RADIUS / 3:.2f} px')
     if not .1 <= scale <= 10: raise ValueError(f'scale {scale} is not in 0.1..10')
+    # place
     if flip: pictures = pictures.flip(-1)
-    if scale != 1:
-        ground = [p.float().mean((1, 2)).tolist() for p in pictures]
-        pictures = torch.stack([F.affine(p, 0, [0, 0], scale, [0, 0], F.InterpolationMode.BILINEAR, g) for p, g in zip(pictures, ground)])
+    if scale != 1: pictures = _scaled(pictures, scale)
+    # colour and blur, as in pre-training
+    rng = np.random.default_rng(seed)
     strengths = dict(brightness=jitter, contrast=jitter, saturation=jitter, hue=jitter / 4)
-    factors = draw_factors(np.random.default_rng(seed), len(pictures), **strengths, p_jitter=1, p_gray=float(grey), p_blur=0)
+    factors = draw_factors(rng, len(pictures), **strengths, p_jitter=1, p_gray=float(grey),
+                           p_blur=0)
     factors[:, -1] = blur
     return (augment(pictures, factors) * 255).round().byte()
 
 # %% ../nbs/37_localizer.ipynb #c015
-def choose_answers(scores: Tensor,  # (m n,) 0..1, n object queries a patch
-                   boxes: Tensor,  # (m n,4) xyxy
-                   num_patches: int,  # m
-                   threshold: float = 0.,  # smallest score, 0..1
-                   best_of_group: bool = True,  # the highest score of each patch only; False: all
-                   overlap: float = 1.,  # answers of one patch that overlap one of a higher score by more (IoU) are left out
-                   ) -> Tensor:  # (k,) int, the highest score first
-    "Which object queries are answers."
+def choose_answers(
+    scores: Tensor,    # scores (m n,), 0..1, n object queries a patch
+    boxes: Tensor,     # boxes (m n, 4), xyxy
+    num_patches: int,  # patches m
+    threshold: float = 0.,  # smallest score, 0..1
+    best_of_group: bool = True,  # the highest score of each patch only; False: all
+    overlap: float = 1.,  # IoU above which an answer is left out beside a better one of its patch
+) -> Tensor:  # object queries (k,), int, the highest score first
+    "Return which object queries are answers."
     group = group_of(len(scores), num_patches)
-    if best_of_group: index = scores.view(num_patches, -1).argmax(1) + torch.arange(num_patches) * (len(scores) // num_patches)
-    else: index = batched_nms(boxes, scores, group, overlap)
+    if best_of_group:
+        each = len(scores) // num_patches
+        index = scores.view(num_patches, each).argmax(1) + each * torch.arange(num_patches)
+    else:
+        index = batched_nms(boxes, scores, group, overlap)
     index = index[scores[index] >= threshold]
     return index[scores[index].argsort(descending=True)]
 
 # %% ../nbs/37_localizer.ipynb #c018
 @dataclass(frozen=True, eq=False, repr=False)
 class Found(Detections):
-    "Where query patches were found in one photo, the highest score first; `labels` says which patch, counted from 0."
-    queries: Tensor  # (m,3,s,s) uint8, what was asked for
-    chosen: Tensor  # (k,) int, the object query behind each box
-    maps: Tensor | None = None  # (layers,heads,m n,h,w): where each object query looked
-    likeness: Tensor | None = None  # (k,) -1..1: how like the query what is in the box looks to the CNN
+    """Where query patches were found in one photo, the highest score first.
+
+    `labels` says which patch, counted from 0.
+    """
+    queries: Tensor  # query pictures (m, 3, s, s), uint8, that were asked for
+    chosen: Tensor  # object query (k,), int, behind each box
+    maps: Tensor | None = None  # (layers, heads, m n, h, w): where each object query looked
+    likeness: Tensor | None = None  # (k,), -1..1: how like its query a box looks to the CNN
 
     def attention(self, k, layer=-1):
-        "Where the object query behind box `k` looked, (h,w), sums to 1. Raises ValueError if the maps were not asked for."
+        """Return where the object query behind box `k` looked, (h, w), sums to 1.
+
+        Raises ValueError if the maps were not asked for.
+        """
         if self.maps is None: raise ValueError('no attention was kept: ask with maps=True')
-        return self.maps[layer].mean(0)[self.chosen[k]]
+        all_queries = self.maps[layer].mean(0)  # (m n, h, w), over the heads
+        return all_queries[self.chosen[k]]
 
     def plot(self):
-        "The photo with boxes and scores, the patches below it in their colours, as a PIL image."
-        picture, side = super().plot(), max(self.image.shape) // 6
+        "Return the photo with boxes and scores, the patches below it, as a PIL image."
+        picture = super().plot()
+        side = max(self.image.shape) // 6
         sheet = Image.new('RGB', (picture.width, picture.height + side), 'white')
         sheet.paste(picture, (0, 0))
         for i, query in enumerate(self.queries):
-            sheet.paste(F.to_pil_image(resize(query, side - 4, side - 4)), (i * side + 2, picture.height + 2))
+            small = F.to_pil_image(resize(query, side - 4, side - 4))
+            sheet.paste(small, (i * side + 2, picture.height + 2))
         return sheet
 
 # %% ../nbs/37_localizer.ipynb #c049
 class LastSeen:
     "A function of a batch of pictures; what it gave for those of the last batch is kept."
-    def __init__(self,
-                 function,  # pictures (m,...) to results (m,...)
-                 ):
-        self.function, self.kept = function, {}
+    def __init__(
+        self,
+        function,  # function from pictures (m, ...) to results (m, ...)
+    ):
+        self.function = function
+        self.kept = {}  # (mark, the picture's bytes) -> result
 
     def __call__(self, pictures, mark=None):
-        "The results, computed for what is new; under another `mark` all is new."
+        "Return the results, computed for what is new; under another `mark` all is new."
         names = [(mark, p.numpy().tobytes()) for p in pictures]
+        # only new pictures are computed
         new = [i for i, name in enumerate(names) if name not in self.kept]
-        if new: self.kept |= dict(zip([names[i] for i in new], self.function(pictures[new])))
+        if new:
+            results = self.function(pictures[new])
+            self.kept |= {names[i]: result for i, result in zip(new, results)}
+        # only those of this batch are kept
         self.kept = {name: self.kept[name] for name in names}
         return torch.stack([self.kept[name] for name in names])
 
-# %% ../nbs/37_localizer.ipynb #c020
-class TwoHalves:
-    "A model that is asked with patches, cut between photo and question."
-    def __init__(self,
-                 model: UPDETR,  # pre-trained, one-shot or untrained
-                 sizes: Sizes,  # px, of photos
-                 square: int = 0,  # px: photos are squashed to a square of this side; 0 = the aspect is kept
-                 query_size: int = 128,  # px, side of a query picture
-                 query_shape: str = 'squash',  # or letterbox
-                 kind: str = 'pre-trained',  # what the weights are: pre-trained, one-shot or untrained
-                 device: str = 'cpu',  # where it runs
-                 ):
-        self.model, self.device, self.kind = model.to(device).eval().requires_grad_(False), device, kind
-        self.sizes, self.square, self.query_size, self.query_shape = sizes, square, query_size, query_shape
-        self.cnn = model.backbone[0]
-        self.cnn.frozen = True  # folds its norms
-        def features(pictures): return self.model.encode_patches(self._ready(pictures)[None])[0]
-        self.features, self.answer_features = LastSeen(features), LastSeen(features)
-
-    def mark(self):
-        "What changes when a weight is changed or replaced: what is kept of a photo or a patch is kept under it."
-        return tuple((p.data_ptr(), p._version) for p in self.model.parameters())
-
-    def _ready(self, images): return normalize(images.to(self.device).float() / 255, self.cnn.mean, self.cnn.std)
-
-    @torch.no_grad()
-    def encode(self, image):
-        "CNN and encoder of one photo (3,H,W) uint8: what `DETR.encode` returns, and the shape (h,w) of the feature map."
-        size = (self.square,) * 2 if self.square else whole_view(*image.shape[1:], self.sizes).size
-        feature = self.cnn(self._ready(resize(image, *size)[None]))
-        return self.model.encode(feature), tuple(feature.shape[-2:])
-
-    @torch.no_grad()
-    def answers(self, encoded, pictures, maps=False):
-        "Query pictures (m,3,s,s) uint8: scores (m n,), boxes (m n,4) xyxy in 0..1, attention (layers,heads,m n,S) or None."
-        model, kept = self.model, [] if maps else None
-        patch = model.patch_norm(self.features(pictures, self.mark())[None])
-        states = model.decode(encoded, model.queries(patch), model.attention_mask(len(pictures)), kept)
-        outputs = {k: v[-1, 0].cpu() for k, v in model.heads(states[-1:]).items()}
-        boxes = box_convert(outputs['pred_boxes'], 'cxcywh', 'xyxy')
-        return outputs['pred_logits'].softmax(-1)[:, -2], boxes, torch.cat(kept).cpu() if maps else None
-
 # %% ../nbs/37_localizer.ipynb #c022
-def cut_queries(image: Tensor,  # (3,H,W) uint8
-                boxes: Tensor | Sequence[Sequence[float]],  # (m,4) xyxy px
-                size: int = 128,  # px, side of a query picture
-                shape: str = 'squash',  # or letterbox
-                ) -> Tensor:  # (m,3,size,size) uint8
-    "What is in the boxes. Raises ValueError if there are none, or for one outside the photo."
+def cut_queries(
+    image: Tensor,          # photo (3, H, W), uint8
+    boxes: Tensor | Sequence[Sequence[float]],  # boxes (m, 4), xyxy px
+    size: int = 128,        # side of a query picture, px
+    shape: str = 'squash',  # 'squash' or 'letterbox'
+) -> Tensor:                # (m, 3, size, size), uint8
+    """Return what is in the boxes.
+
+    Raises ValueError if there are none, or for one outside the photo.
+    """
     boxes = torch.as_tensor(boxes)
     if boxes.dim() != 2 or boxes.shape[1] != 4 or not len(boxes):
-        raise ValueError(f'boxes must be (m,4) xyxy px with m of at least 1, not {tuple(boxes.shape)}')
+        raise ValueError(f'boxes must be (m,4) xyxy px with m of at least 1, '
+                         f'not {tuple(boxes.shape)}')
     return torch.stack([query_picture(image, box, size, shape) for box in boxes])
 
 @torch.no_grad()
-def likeness_of(halves: TwoHalves,  # that answered
-                found: Found,  # its answer
-                ) -> Tensor:  # (k,) -1..1: cosine of the features of query and box, as the decoder is asked with them
-    "How like their queries the boxes of an answer look to the CNN."
+def likeness_of(
+    localizer: 'QueryPatchLocalizer',  # model that answered
+    found: Found,  # its answer
+) -> Tensor:       # (k,), -1..1: cosine of the features of query and box, as the decoder has them
+    "Return how like their queries the boxes of an answer look to the CNN."
     if not len(found): return torch.zeros(0)
     # a box may be narrower than a pixel; its centre is in the photo
     low, high = found.boxes[:, :2].floor(), found.boxes[:, 2:].ceil()
     boxes = torch.cat([low, torch.maximum(high, low + 1)], 1)
-    shown = halves.answer_features(cut_queries(found.image, boxes, halves.query_size, halves.query_shape))
-    asked = halves.features(found.queries)[found.labels.to(shown.device)]
-    query, answer = (halves.model.patch_norm(f[None])[0] for f in (asked, shown))
-    return torch.cosine_similarity(query, answer, dim=-1).cpu()
+    # what the boxes show, and what was asked for
+    pictures = cut_queries(found.image, boxes, localizer.query_size, localizer.query_shape)
+    shown = localizer.answer_features(pictures)  # (k, C)
+    asked = localizer.features(found.queries)  # (m, C)
+    asked = asked[found.labels.to(shown.device)]  # (k, C)
+    # the decoder is given standardized features
+    norm = localizer.model.patch_norm
+    return torch.cosine_similarity(norm(asked[None])[0], norm(shown[None])[0], dim=-1).cpu()
 
 # %% ../nbs/37_localizer.ipynb #c025
 class OpenPhoto:
     "A photo that is asked with patches, encoded once and only when it is asked."
-    def __init__(self,
-                 halves: TwoHalves,  # the model that answers
-                 image: Tensor,  # (3,H,W) uint8
-                 ):
-        self.halves, self.image, self.kept = halves, image, None
+    def __init__(
+        self,
+        localizer: 'QueryPatchLocalizer',  # model that answers
+        image: Tensor,  # photo (3, H, W), uint8
+    ):
+        self.localizer, self.image = localizer, image
+        self.kept = None  # (mark of the weights, what `encoded` returns)
 
     @property
     def encoded(self):
-        "What `DETR.encode` makes of it, and the shape (h,w) of the feature map; kept until a weight is changed."
-        mark = self.halves.mark()
-        if self.kept is None or self.kept[0] != mark: self.kept = mark, self.halves.encode(self.image)
+        "Return `QueryPatchLocalizer.encode` of the photo; kept until a weight is changed."
+        mark = self.localizer.mark()
+        if self.kept is None or self.kept[0] != mark:
+            self.kept = mark, self.localizer.encode(self.image)
         return self.kept[1]
 
     def find(self, boxes, target=None, augment=None, **options):
-        """Where is what these `boxes` (m,4) xyxy px show? In this photo, or in another one, `target`.
-        `augment` are options of `change_queries`, the others those of `ask`. Raises ValueError for a box without any of the photo."""
-        pictures = cut_queries(self.image, boxes, self.halves.query_size, self.halves.query_shape)
-        return (target or self).ask(change_queries(pictures, **augment) if augment else pictures, **options)
+        """Return where what the `boxes` (m, 4) xyxy px show is, here or in another photo, `target`.
+
+        `augment` are options of `change_queries`, the others those of `ask`.
+        Raises ValueError for a box without any of the photo.
+        """
+        size, shape = self.localizer.query_size, self.localizer.query_shape
+        pictures = cut_queries(self.image, boxes, size, shape)
+        if augment: pictures = change_queries(pictures, **augment)
+        return (target or self).ask(pictures, **options)
 
     @torch.no_grad()
-    def ask(self, pictures, threshold=0., best_of_group=True, overlap=1., maps=False, likeness=False):
-        """Where are these query pictures, (m,3,s,s) uint8? Options of `choose_answers`.
-        With `maps` attention is kept (slower); with `likeness` each answer is looked at (a small CNN pass)."""
-        encoded, shape = self.encoded
-        scores, boxes, maps = self.halves.answers(encoded, pictures, maps)
-        boxes = boxes * torch.tensor(self.image.shape[:0:-1]).repeat(2)
-        chosen = choose_answers(scores, boxes, len(pictures), threshold, best_of_group, overlap)
-        labels = group_of(len(scores), len(pictures))[chosen]
-        names = tuple(f'patch {i + 1}' for i in range(len(pictures)))
-        maps = None if maps is None else maps.unflatten(-1, shape)
-        found = Found(self.image, boxes[chosen], labels, scores[chosen], names, pictures, chosen, maps)
-        return replace(found, likeness=likeness_of(self.halves, found)) if likeness else found
+    def ask(self, pictures, threshold=0., best_of_group=True, overlap=1., maps=False,
+            likeness=False):
+        """Return where these query pictures, (m, 3, s, s) uint8, are; options of `choose_answers`.
+
+        With `maps` attention is kept (slower); with `likeness` each answer is looked at, which
+        is a small CNN pass.
+        """
+        m, (encoded, shape) = len(pictures), self.encoded
+        scores, boxes, attention = self.localizer.answers(encoded, pictures, maps)
+        # boxes in px, attention as maps
+        height, width = self.image.shape[1:]
+        boxes = boxes * torch.tensor([width, height, width, height])
+        if maps: attention = attention.unflatten(-1, shape)  # (layers, heads, m n, h, w)
+        # the answers among all object queries
+        chosen = choose_answers(scores, boxes, m, threshold, best_of_group, overlap)
+        labels = group_of(len(scores), m)[chosen]
+        names = tuple(f'patch {i + 1}' for i in range(m))
+        found = Found(self.image, boxes[chosen], labels, scores[chosen], names, pictures, chosen,
+                      attention)
+        if not likeness: return found
+        return replace(found, likeness=likeness_of(self.localizer, found))
 
 # %% ../nbs/37_localizer.ipynb #c027
-class QueryPatchLocalizer(TwoHalves):
-    "Finds patches: `localizer(photo, boxes)`, or `localizer.open(photo).find(boxes)` to ask again and again."
+class QueryPatchLocalizer:
+    """Finds patches: `localizer(photo, boxes)`.
+
+    `localizer.open(photo).find(boxes)` to ask again and again.
+    """
+    def __init__(
+        self,
+        model: UPDETR,     # pre-trained, one-shot or untrained
+        sizes: Sizes,      # sizes of photos, px
+        square: int = 0,   # side to which photos are squashed, px; 0 = the aspect is kept
+        query_size: int = 128,        # side of a query picture, px
+        query_shape: str = 'squash',  # 'squash' or 'letterbox'
+        kind: str = 'pre-trained',    # what the weights are: pre-trained, one-shot or untrained
+        device: str = 'cpu',          # where it runs
+    ):
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.device, self.kind = device, kind
+        self.sizes, self.square = sizes, square
+        self.query_size, self.query_shape = query_size, query_shape
+        self.cnn = model.backbone[0]
+        self.cnn.frozen = True  # folds its norms
+        # the features of the last queries, and of what was in the boxes of the last answers
+        self.features, self.answer_features = LastSeen(self._features), LastSeen(self._features)
+
     @classmethod
     def from_checkpoint(cls, path, device='cpu', **told):
-        """From a file of a pre-training or a one-shot run, ours or a published one. Raises FileNotFoundError or ValueError.
-        `told` are options that a published file does not tell: dilation=True for a DC5 model, nheads."""
+        """Return one from a file of a pre-training or a one-shot run, ours or a published one.
+
+        `told` are options that a published file does not tell: dilation=True for a DC5 model,
+        nheads. Raises FileNotFoundError or ValueError.
+        """
         device = check_device(device)
         return cls._of(*load_localizer(path, **told), device)
 
     @classmethod
     def untrained(cls, path='', seed=0, device='cpu', **told):
-        "With the architecture and the CNN of a file ('': the demo's), and a random transformer."
+        "Return one with architecture and CNN of a file ('': the demo's), the rest random."
         return cls._of(*scratch_localizer(path, seed, **told), check_device(device))
 
     @classmethod
     def _of(cls, model, cfg, kind, device):
-        return cls(model, photo_sizes(cfg), cfg.square, cfg.query_size, cfg.query_shape, kind, device)
+        sizes = photo_sizes(cfg)
+        return cls(model, sizes, cfg.square, cfg.query_size, cfg.query_shape, kind, device)
+
+    def _ready(self, images):
+        return normalize(images.to(self.device).float() / 255, self.cnn.mean, self.cnn.std)
+
+    def _features(self, pictures): return self.model.encode_patches(self._ready(pictures)[None])[0]
+
+    def mark(self):
+        "Return what changes with any weight: what is kept of photos and patches is kept under it."
+        return tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+
+    @torch.no_grad()
+    def encode(self, image):
+        """Return what `DETR.encode` makes of a photo (3, H, W) uint8, and its feature map's shape.
+
+        This is the slow half: CNN and encoder.
+        """
+        if self.square: size = self.square, self.square
+        else: size = whole_view(*image.shape[1:], self.sizes).size
+        feature = self.cnn(self._ready(resize(image, *size)[None]))  # (1, C, h, w)
+        return self.model.encode(feature), tuple(feature.shape[-2:])
+
+    @torch.no_grad()
+    def answers(self, encoded, pictures, maps=False):
+        """Return what all object queries say to query pictures (m, 3, s, s) uint8.
+
+        Scores (m n,), boxes (m n, 4) xyxy in 0..1, attention (layers, heads, m n, S) or None.
+        """
+        model, kept = self.model, [] if maps else None
+        # patches to queries
+        patch = model.patch_norm(self.features(pictures, self.mark())[None])  # (1, m, C)
+        queries, mask = model.queries(patch), model.attention_mask(len(pictures))
+        # only the last decoder layer goes through the heads
+        states = model.decode(encoded, queries, mask, kept)
+        heads = model.heads(states[-1:])
+        scores = heads['pred_logits'][-1, 0].cpu().softmax(-1)[:, -2]
+        boxes = box_convert(heads['pred_boxes'][-1, 0].cpu(), 'cxcywh', 'xyxy')
+        return scores, boxes, torch.cat(kept).cpu() if maps else None
 
     def open(self, picture):
-        "A path, PIL image, array or tensor, ready to be asked. Raises BadPhoto or ValueError."
+        "Return a path, PIL image, array or tensor, ready to be asked; BadPhoto or ValueError."
         return OpenPhoto(self, as_image(picture))
 
     def __call__(self, picture, boxes, target=None, **options):
-        """Where the `boxes` (m,4) xyxy px of a picture are found, in it or in another picture `target`; options of `OpenPhoto.find`.
-        A list of targets gives a list, and so does a list of pictures, each with its own boxes. Raises ValueError if these are fewer."""
+        """Return where the `boxes` (m, 4) xyxy px of a picture are found.
+
+        In it, or in another picture `target`; options of `OpenPhoto.find`. A list of targets gives
+        a list, and so does a list of pictures, each with its own boxes; ValueError if these are
+        fewer.
+        """
         if isinstance(picture, (list, tuple)):
-            if len(picture) != len(boxes): raise ValueError(f'{len(picture)} pictures need as many lists of boxes, not {len(boxes)}')
+            if len(picture) != len(boxes):
+                raise ValueError(f'{len(picture)} pictures need as many lists of boxes, '
+                                 f'not {len(boxes)}')
             return [self(p, b, target, **options) for p, b in zip(picture, boxes)]
         photo = self.open(picture)
-        if isinstance(target, (list, tuple)): return [photo.find(boxes, self.open(t), **options) for t in target]
-        return photo.find(boxes, None if target is None else self.open(target), **options)
+        if target is None: return photo.find(boxes, **options)
+        if isinstance(target, (list, tuple)):
+            return [photo.find(boxes, self.open(t), **options) for t in target]
+        return photo.find(boxes, self.open(target), **options)
 
 # %% ../nbs/37_localizer.ipynb #c061
 LIKENESS_STEPS = (-1., .7, .8, .9, 1.01)  # bounds of the rows of `likeness_rows`
 
-def random_questions(localizer: QueryPatchLocalizer,  # to be asked
-                     photos: Sequence[Tensor],  # (3,H,W) uint8, not trained on
-                     each: int = 60,  # boxes on each photo
-                     seed: int = 0,  # of the boxes
-                     ) -> dict[str, np.ndarray]:  # score, likeness, IoU with the truth: one a box
-    "What the best answer to each random box says of itself, and how well it fits."
+def random_questions(
+    localizer: QueryPatchLocalizer,  # model to be asked
+    photos: Sequence[Tensor],  # photos (3, H, W), uint8, not trained on
+    each: int = 60,  # boxes on each photo
+    seed: int = 0,   # seed of the boxes
+) -> dict[str, np.ndarray]:  # score, likeness, IoU with the truth: one a box
+    "Return what the best answer to each random box says of itself, and how well it fits."
     rng, rows = np.random.default_rng(seed), []
     for image in photos:
-        photo, size = localizer.open(image), np.array(image.shape[:0:-1])
+        photo = localizer.open(image)
+        size = np.array(image.shape[:0:-1])  # width, height
+        # sides of 15 to 60 %, anywhere in the photo
         sides = rng.uniform(.15, .6, (each, 2)) * size
         corners = rng.uniform(0, 1, (each, 2)) * (size - sides)
-        for box in torch.tensor(np.concatenate([corners, corners + sides], 1)).round().float():
+        boxes = torch.tensor(np.concatenate([corners, corners + sides], 1)).round().float()
+        for box in boxes:
             found = photo.find(box[None], likeness=True)
-            rows.append((found.scores[0], found.likeness[0], box_iou(found.boxes[:1], box[None])[0, 0]))
+            iou = box_iou(found.boxes[:1], box[None])[0, 0]
+            rows.append((found.scores[0], found.likeness[0], iou))
     return dict(zip(('score', 'likeness', 'IoU'), np.array(rows, dtype=float).T))
 
-def likeness_rows(asked: Mapping[str, np.ndarray],  # of `random_questions`
-                  ) -> list[dict]:  # likeness from, to; how many; their mean IoU and mean score
-    "What to expect of an answer with a certain likeness."
+def likeness_rows(
+    asked: Mapping[str, np.ndarray],  # answers of `random_questions`
+) -> list[dict]:  # likeness from, to; how many; their mean IoU and mean score
+    "Return what to expect of an answer with a certain likeness."
     rows = []
     for low, high in zip(LIKENESS_STEPS, LIKENESS_STEPS[1:]):
         inside = (asked['likeness'] >= low) & (asked['likeness'] < high)
-        means = {f'mean {k}': float(asked[k][inside].mean()) for k in ('IoU', 'score') if inside.any()}
-        rows.append({'likeness from': low, 'to': min(high, 1.), 'answers': int(inside.sum())} | means)
+        row = {'likeness from': low, 'to': min(high, 1.), 'answers': int(inside.sum())}
+        # an empty row has no means
+        for name in ('IoU', 'score') if inside.any() else ():
+            row[f'mean {name}'] = float(asked[name][inside].mean())
+        rows.append(row)
     return rows
 
 # %% ../nbs/37_localizer.ipynb #c062
-def likeness_report(checkpoint: str | Path,  # of a pre-training on the built-in photos
-                    folder: str | Path = 'runs/likeness',  # for metrics.json
-                    each: int = 60,  # boxes on each of the held-out photos
-                    seed: int = 0,  # of the boxes
-                    ) -> str:  # markdown
-    "Measure score and likeness against the IoU on the held-out built-in photos, and write it down."
-    start, localizer = time.perf_counter(), QueryPatchLocalizer.from_checkpoint(checkpoint)
-    asked = random_questions(localizer, [read_photo(p.path) for p in builtin_photos('heldout')], each, seed)
-    r = {k: float(np.corrcoef(asked[k], asked['IoU'])[0, 1]) for k in ('score', 'likeness')}
+def likeness_report(
+    checkpoint: str | Path,  # file of a pre-training on the built-in photos
+    folder: str | Path = 'runs/likeness',  # where metrics.json goes
+    each: int = 60,  # boxes on each of the held-out photos
+    seed: int = 0,   # seed of the boxes
+) -> str:  # markdown
+    "Measure score and likeness against the IoU on the held-out photos, and write it down."
+    start = time.perf_counter()
+    localizer = QueryPatchLocalizer.from_checkpoint(checkpoint)
+    photos = [read_photo(p.path) for p in builtin_photos('heldout')]
+    asked = random_questions(localizer, photos, each, seed)
+    rows, boxes = likeness_rows(asked), len(asked['IoU'])
+    correlation = {name: float(np.corrcoef(asked[name], asked['IoU'])[0, 1])
+                   for name in ('score', 'likeness')}
+    # the record
     call = f"likeness_report('CHECKPOINT', '{Path(folder).as_posix()}', {each}, {seed})"
     about = provenance(f'python -c "from updetr.localizer import likeness_report; print({call})"',
-                       'random boxes on the held-out built-in photos', [seed], time.perf_counter() - start)
-    save_metrics(folder, {'boxes': len(asked['IoU']), 'correlation_with_iou': r, 'rows': likeness_rows(asked), 'provenance': about})
-    text = ', '.join(f'{k} {v:.2f}' for k, v in r.items())
-    return f'{len(asked["IoU"])} boxes; correlation with the IoU: {text}\n\n{markdown_table(likeness_rows(asked))}'
+                       'random boxes on the held-out built-in photos', [seed],
+                       time.perf_counter() - start)
+    save_metrics(folder, {'boxes': boxes, 'correlation_with_iou': correlation, 'rows': rows,
+                          'provenance': about})
+    text = ', '.join(f'{name} {r:.2f}' for name, r in correlation.items())
+    return f'{boxes} boxes; correlation with the IoU: {text}\n\n{markdown_table(rows)}'
 
 # %% ../nbs/37_localizer.ipynb #c037
 LIMITS = {'demo': 150, 'ResNet-50, 480 px': 400}  # ms, of 95 of 100 drags on two CPU cores
 
-def latency(localizer: QueryPatchLocalizer,  # to be measured
-            picture,  # path, PIL image, array or tensor
-            num_patches: int = 1,  # boxes on the photo, of which one moves
-            rounds: int = 100,  # drags, after 5 to warm up
-            ) -> dict[str, float]:  # ms: open (CNN and encoder, once), p50 and p95 of a drag, cpu95: p95 of its processor time
-    "Time from a photo to its being ready, and from a drag to its answer."
-    photo, rng, times, work = localizer.open(picture), np.random.default_rng(0), [], []
-    size = np.array(photo.image.shape[:0:-1])
-    def box(): return np.concatenate([corner := rng.uniform(0, .5, 2) * size, corner + size * .4])
-    boxes, start = [box() for _ in range(num_patches)], time.perf_counter()
+def latency(
+    localizer: QueryPatchLocalizer,  # model to be measured
+    picture,  # path, PIL image, array or tensor
+    num_patches: int = 1,  # boxes on the photo, of which one moves
+    rounds: int = 100,  # drags, after 5 to warm up
+) -> dict[str, float]:  # ms: open (CNN and encoder), p50 and p95 of a drag, p95 of its CPU time
+    "Return the time from a photo to its being ready, and from a drag to its answer."
+    photo, rng = localizer.open(picture), np.random.default_rng(0)
+    size = np.array(photo.image.shape[:0:-1])  # width, height
+    def random_box():
+        corner = rng.uniform(0, .5, 2) * size
+        return np.concatenate([corner, corner + size * .4])
+
+    boxes = [random_box() for _ in range(num_patches)]
+    # once a photo
+    start = time.perf_counter()
     _ = photo.encoded
     opened = time.perf_counter() - start
+    # once a drag: one box moves, all are asked as the widget asks
+    times, work = [], []
     for i in range(rounds + 5):
-        boxes[i % num_patches] = box()
+        boxes[i % num_patches] = random_box()
         start, before = time.perf_counter(), time.process_time()
-        photo.find(np.stack(boxes), likeness=True)  # as the widget asks
+        photo.find(np.stack(boxes), likeness=True)
         times.append(1000 * (time.perf_counter() - start))
         work.append(1000 * (time.process_time() - before))
-    p = {f'p{q}': float(np.percentile(times[5:], q)) for q in (50, 95)}
-    return {'open': 1000 * opened} | p | {'cpu95': float(np.percentile(work[5:], 95))}
+    p50, p95 = np.percentile(times[5:], (50, 95)).tolist()
+    return {'open': 1000 * opened, 'p50': p50, 'p95': p95,
+            'cpu95': float(np.percentile(work[5:], 95))}
 
 # %% ../nbs/37_localizer.ipynb #c047
-def latency_rows(rounds: int = 100,  # drags of each row
-                 ) -> list[dict]:  # model, patches, ms of `latency`, limit
-    "The demo model and ResNet-50 at 480 px (random weights, the paper's sizes), with one patch and with ten."
-    model = build_updetr('resnet50', None, feature_recon=False)
-    sizes = photo_sizes(OneShotConfig(task='pretrain', val_size=480))
-    models = QueryPatchLocalizer.untrained(), QueryPatchLocalizer(model, sizes, kind='untrained')
-    picture = torch.randint(0, 256, (3, 480, 640), dtype=torch.uint8)
-    return [{'model': name, 'patches': m} | latency(localizer, picture, m, rounds) | {'limit': limit}
-            for (name, limit), localizer in zip(LIMITS.items(), models) for m in (1, 10)]
+def latency_rows(
+    rounds: int = 100,  # drags of each row
+) -> list[dict]:        # model, patches, ms of `latency`, limit
+    """Return the times of the demo model and of ResNet-50 at 480 px, with one patch and with ten.
 
-def latency_report(folder: str | Path = 'runs/reports/widget',  # for metrics.json
-                   rounds: int = 100,  # drags of each row
-                   threads: int = 2,  # of torch
-                   ) -> str:  # markdown
+    Random weights, the paper's sizes.
+    """
+    paper = build_updetr('resnet50', None, feature_recon=False)
+    sizes = photo_sizes(OneShotConfig(task='pretrain', val_size=480))
+    localizers = [QueryPatchLocalizer.untrained(),
+                  QueryPatchLocalizer(paper, sizes, kind='untrained')]
+    picture = torch.randint(0, 256, (3, 480, 640), dtype=torch.uint8)
+    rows = []
+    for (name, limit), localizer in zip(LIMITS.items(), localizers):
+        for m in (1, 10):
+            ms = latency(localizer, picture, m, rounds)
+            rows.append({'model': name, 'patches': m} | ms | {'limit': limit})
+    return rows
+
+def latency_report(
+    folder: str | Path = 'runs/reports/widget',  # where metrics.json goes
+    rounds: int = 100,  # drags of each row
+    threads: int = 2,   # threads of torch
+) -> str:               # markdown
     "Measure here and now, and write it down with the machine and its load."
-    before, start, load = torch.get_num_threads(), time.perf_counter(), os.getloadavg()[0] if hasattr(os, 'getloadavg') else None
+    before, start = torch.get_num_threads(), time.perf_counter()
+    load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None
     torch.set_num_threads(threads)
     try: rows = latency_rows(rounds)
     finally: torch.set_num_threads(before)
+    # the record
     call = f"latency_report('{Path(folder).as_posix()}', {rounds}, {threads})"
     command = f'python -c "from updetr.localizer import latency_report; print({call})"'
-    about = provenance(command, "demo model and the paper's ResNet-50 at 480 px, random weights, photo of 640 x 480 px", [0],
-                       time.perf_counter() - start, threads=threads, load_before=load)
+    data = ("demo model and the paper's ResNet-50 at 480 px, random weights, "
+            'photo of 640 x 480 px')
+    about = provenance(command, data, [0], time.perf_counter() - start, threads=threads,
+                       load_before=load)
     save_metrics(folder, {'latency_ms': rows, 'provenance': about})
     return markdown_table(rows, 0)
