@@ -208,7 +208,7 @@ function pointer(s) {
 """
 
 # %% ../nbs/37a_canvas.ipynb #c011
-_KEYS = r"""
+_STEPS = r"""
 const ARROWS = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
 
 // box `b` one step further
@@ -237,7 +237,10 @@ function key(s, e, i) {
   drawBoxes(s);
   focusBox(s, next);
 }
+"""
 
+# %% ../nbs/37a_canvas.ipynb #d37a0001
+_KEYS = r"""
 function keys(s) {
   const boxOf = e => +(e.target.closest?.('[data-box]')?.dataset.box ?? -1);
   // listens in the window: programs that take a key before the page has it (Notebook 7) come later
@@ -270,8 +273,7 @@ const SILENT = 'The kernel does not answer: it is busy, or gone. What is shown m
 
 function state(s, el) {
   const note = document.createElement('div');
-  note.className = 'updetr-state';
-  set(note, {role: 'status', 'aria-live': 'polite'});
+  set(note, {class: 'updetr-state', role: 'status', 'aria-live': 'polite'});
   el.append(note);
   let asked = 0, heard = 0, since = 0, gone = false, told = '', timer = 0;
   const show = () => {
@@ -292,16 +294,13 @@ function state(s, el) {
   };
   s.hear = message => {
     if (!message?.heard) return;
-    heard = Math.max(heard, message.heard);
-    gone = false;
+    heard = Math.max(heard, message.heard); gone = false;
     show();
   };
   s.busy = () => setTimeout(show, s.model.get('busy') ? 300 : 0);
   // the page marks a widget without a kernel, just after this event
-  s.live_update = () => setTimeout(() => {
-    gone = !!el.closest('.jupyter-widgets-disconnected');
-    show();
-  });
+  const check = () => { gone = !!el.closest('.jupyter-widgets-disconnected'); show(); };
+  s.live_update = () => setTimeout(check);
   s.visit = () => { if (heard >= asked && Date.now() - since > 2000) s.ask(); };
   el.addEventListener('pointerenter', s.visit);
   window.addEventListener('focus', s.visit);
@@ -360,14 +359,12 @@ function render({model, el}) {
   for (const names in events) { model.on(names, events[names]); events[names](); }
   for (const name in signs) model.on(name, signs[name]);
   // what the user does
-  pointer(s);
-  keys(s);
+  pointer(s); keys(s);
   const watcher = new ResizeObserver(() => { draw(); around(s); });
   watcher.observe(s.svg);
   return () => {
     watcher.disconnect();
-    s.late?.disconnect();
-    stop();
+    s.late?.disconnect(); stop();
     window.removeEventListener('keydown', s.keydown, true);
     for (const [name, f] of Object.entries({...events, ...signs})) model.off(name, f);
     for (const url of Object.values(s.urls)) if (url) URL.revokeObjectURL(url);
@@ -380,7 +377,6 @@ export default {render};
 _CSS = """
 .updetr-photo {display: block; width: 100%; max-height: 70vh; background: #8883}
 .updetr-photo {touch-action: none; cursor: crosshair; user-select: none}
-.updetr-photo:focus {outline: none}
 .updetr-photo .heat {opacity: .75; pointer-events: none}
 .updetr-photo rect:not(.ground) {fill: none; pointer-events: none}
 .updetr-photo rect:not(.ground) {vector-effect: non-scaling-stroke}
@@ -396,7 +392,7 @@ _CSS = """
 .updetr-photo .queries .knob {stroke: white; opacity: 0; pointer-events: none}
 .updetr-photo .queries .knob {vector-effect: non-scaling-stroke}
 .updetr-photo .queries g:is(:focus, :hover) .knob {opacity: 1}
-.updetr-photo .queries g:focus {outline: none}
+.updetr-photo:focus, .updetr-photo .queries g:focus {outline: none}
 .updetr-photo .queries g:focus .line:not(.light) {stroke-width: 4}
 .updetr-state {min-height: 1.4em; font-size: 13px; line-height: 1.4}
 .updetr-old .updetr-photo :is(.answers, .labels, .heat) {opacity: .3}
@@ -419,8 +415,10 @@ _CSS = """
 }
 """
 
+# %% ../nbs/37a_canvas.ipynb #d37a0002
 def _script():
-    parts = [_DRAW, _LABELS, _ANSWERS, _BOXES, _GRIP, _POINTER, _KEYS, _STATE, _AROUND, _RENDER]
+    parts = [_DRAW, _LABELS, _ANSWERS, _BOXES, _GRIP, _POINTER, _STEPS, _KEYS, _STATE, _AROUND,
+             _RENDER]
     return ''.join(parts)
 
 # %% ../nbs/37a_canvas.ipynb #c015
@@ -449,13 +447,7 @@ def tidy_box(
     y, y2 = sorted([min(max(y, 0), height), min(max(y2, 0), height)])
     return [x, y, x2, y2] if min(x2 - x, y2 - y) >= 4 else None
 
-def _check_colors(colors):
-    "Raise ValueError for anything but a list of #rrggbb, one a patch."
-    def known(color): return type(color) is str and re.fullmatch('#[0-9a-f]{6}', color)
-    wrong = [color for color in colors if not known(color)]
-    if wrong or not colors:
-        raise ValueError(f'colors are a list of #rrggbb, one a patch, not {reprlib.repr(wrong)}')
-
+# %% ../nbs/37a_canvas.ipynb #d37a0003
 def check_mark(
     mark: Mapping,  # box xyxy px, patch (its number), text
 ) -> None:          # nothing
@@ -468,6 +460,24 @@ def check_mark(
     if type(patch) is not int or patch < 0 or type(text) is not str:
         raise ValueError('patch is a number from 0, text is text, '
                          f'not {patch!r} and {reprlib.repr(text)}')
+
+# values that are set are checked by these, wherever they come from
+
+def _tidy_boxes(canvas, proposal):
+    tidy = [tidy_box(box, *canvas.size) for box in proposal.value]
+    return [box for box in tidy if box]
+
+def _checked_marks(canvas, proposal):
+    for mark in proposal.value: check_mark(mark)
+    return proposal.value
+
+def _checked_colors(canvas, proposal):
+    def known(color): return type(color) is str and re.fullmatch('#[0-9a-f]{6}', color)
+    colors = proposal.value
+    wrong = [color for color in colors if not known(color)]
+    if wrong or not colors:
+        raise ValueError(f'colors are a list of #rrggbb, one a patch, not {reprlib.repr(wrong)}')
+    return colors
 
 # %% ../nbs/37a_canvas.ipynb #c035
 @functools.cache
@@ -491,6 +501,10 @@ def _canvas_class():
         draws, several = shared(T.Bool, True), shared(T.Bool, False)
         busy = shared(T.Bool, False)
 
+        _tidy_boxes = T.validate('boxes')(_tidy_boxes)
+        _checked_marks = T.validate('marks')(_checked_marks)
+        _checked_colors = T.validate('colors')(_checked_colors)
+
         def __init__(self, **values):
             super().__init__(**values)
             self.on_msg(self._sign)
@@ -502,21 +516,6 @@ def _canvas_class():
 
         @property
         def size(self): return self.width, self.height
-
-        @T.validate('boxes')
-        def _inside(self, proposal):
-            tidy = [tidy_box(box, *self.size) for box in proposal.value]
-            return [box for box in tidy if box]
-
-        @T.validate('marks')
-        def _drawable(self, proposal):
-            for mark in proposal.value: check_mark(mark)
-            return proposal.value
-
-        @T.validate('colors')
-        def _colors(self, proposal):
-            _check_colors(proposal.value)
-            return proposal.value
 
     return PhotoCanvas
 
@@ -533,7 +532,7 @@ def photo_canvas(
 LONGEST = 1280  # px, longer side of a photo on the canvas: models see 256 or 480 px of it anyway
 SENT = 2 << 20  # bytes; photos of more are made smaller by the browser
 
-_UPLOAD = r"""
+_SMALLER = r"""
 async function smaller(file, longest, most) {
   if (file.size <= most) return {content: await file.arrayBuffer(), note: ''};
   const bitmap = await createImageBitmap(file).catch(() => null);  // upright, as the photo says
@@ -550,7 +549,10 @@ async function smaller(file, longest, most) {
   const blob = await new Promise(done => canvas.toBlob(done, 'image/jpeg', .92));
   return {content: await blob.arrayBuffer(), note: 'smaller'};
 }
+"""
 
+# %% ../nbs/37a_canvas.ipynb #d37a0004
+_UPLOAD = r"""
 function render({model, el}) {
   const button = document.createElement('button'), input = document.createElement('input');
   const name = () => {
@@ -587,7 +589,7 @@ def _upload_class():
 
     class PhotoUpload(anywidget.AnyWidget):
         "A button; `file` is the last upload: name, size, content, note '', 'smaller' or 'cut'."
-        _esm = _UPLOAD
+        _esm = _SMALLER + _UPLOAD
         _css = '.updetr-upload button {width: 98%; overflow: hidden; text-overflow: ellipsis}'
         label = T.Unicode().tag(sync=True)
         longest = T.Int(LONGEST).tag(sync=True)
@@ -636,6 +638,7 @@ def show_on(
         canvas.image = picture_bytes(F.to_pil_image(image), 'JPEG')
         canvas.label = label
 
+# %% ../nbs/37a_canvas.ipynb #d37a0005
 def heat_picture(
     attention: Tensor,  # weights (h, w), not negative
 ) -> Image.Image:       # RGBA, eight times as large
