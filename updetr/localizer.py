@@ -235,8 +235,9 @@ def likeness_of(
     boxes = torch.cat([low, torch.maximum(high, low + 1)], 1)
     # what the boxes show, and what was asked for
     pictures = cut_queries(found.image, boxes, localizer.query_size, localizer.query_shape)
-    shown = localizer.answer_features(pictures)  # (k, C)
-    asked = localizer.features(found.queries)  # (m, C)
+    mark = localizer.mark()
+    shown = localizer.answer_features(pictures, mark)  # (k, C)
+    asked = localizer.features(found.queries, mark)  # (m, C)
     asked = asked[found.labels.to(shown.device)]  # (k, C)
     # the decoder is given standardized features
     norm = localizer.model.patch_norm
