@@ -55,12 +55,13 @@ def cnn_key(
     cnn: nn.Module,  # `Backbone`
 ) -> dict:  # that JSON can hold
     "Return everything about a frozen CNN on which its features depend."
-    looks = {k: getattr(cnn, k) for k in ('name', 'features', 'dilation', 'mean', 'std')}
-    return {'weights': weights_key(cnn)} | looks
+    key = {'weights': weights_key(cnn)}
+    for name in ('name', 'features', 'dilation', 'mean', 'std'): key[name] = getattr(cnn, name)
+    return key
 
 # %% ../nbs/13a_features.ipynb #f007
 def _changed(path):
-    "When a file was last changed, ns; -1 if there is none"
+    "Return when a file was last changed, ns; -1 if there is none"
     try: return os.stat(path).st_mtime_ns
     except OSError: return -1
 
@@ -71,9 +72,11 @@ def photos_key(
     sizes, contents = photo_contents(paths)
     digest = hashlib.blake2b(digest_size=16)
     for i, (path, size) in enumerate(zip(paths, sizes)):
+        content = contents.get(i, '')
         # a file that was not read to its end must not even have been touched
         read = i in contents and size <= WHOLE
-        digest.update(f'{size} {contents.get(i, "")} {0 if read else _changed(path)};'.encode())
+        changed = 0 if read else _changed(path)
+        digest.update(f'{size} {content} {changed};'.encode())
     return digest.hexdigest()
 
 def set_key(
@@ -87,46 +90,57 @@ def set_key(
 # %% ../nbs/13a_features.ipynb #f010
 @dataclass
 class Source:
-    "What features are kept, and how they are computed."
+    "Features that are to be kept, and how they are computed."
     what: Callable  # () -> all that determines them, JSON can hold it; asked in one process
-    num: int  # items
-    compute: Callable  # n numbers of items -> name -> (n,...) tensor; and n lists of dictionaries
+    num: int        # items
+    # n numbers of items -> name -> (n, ...) tensor; and n lists of dictionaries
+    compute: Callable
     chunk: int = 1  # items at a time
-    skipped: list[str] = field(default_factory=list)  # `compute` adds what is wrong with photos in whose place it took others
+    # `compute` adds what is wrong with photos in whose place it took others
+    skipped: list[str] = field(default_factory=list)
 
 @dataclass
 class Stored:
     "Features that are kept."
-    arrays: dict[str, Tensor]  # name -> (num,...), read from the disk when it is used
+    arrays: dict[str, Tensor]  # name -> (num, ...), read from the disk when it is used
     targets: list[list[dict]]  # of each item; empty if its items have none
-    skipped: list[str] = field(default_factory=list)  # what was wrong with photos, whoever computed the features
+    # what was wrong with photos, whoever computed the features
+    skipped: list[str] = field(default_factory=list)
 
 class Misfit(ValueError):
     "What is wrong with files of features."
 
 # %% ../nbs/13a_features.ipynb #f011
 def _packed(targets):
-    "Dictionaries of small tensors as tensors: of each key all numbers and, as key.shapes, (m, dimensions)"
+    """Return dictionaries of small tensors as few large ones:
+    of each key all numbers and, as key.shapes, (m, dimensions)"""
     packed = {}
     for key in targets[0] if targets else ():
         values = [t[key] for t in targets]
         packed[key] = torch.cat([v.reshape(-1) for v in values])
         shapes = torch.tensor([list(v.shape) for v in values], dtype=torch.long)
+        # as wide as there are dimensions, also where these are none
         packed[f'{key}.shapes'] = shapes.view(len(values), values[0].dim())
     return packed
 
+def _pieces(key, flat, shapes):
+    "Return the tensors of one key again. Raises Misfit for shapes that do not belong to it"
+    if shapes.dim() != 2 or shapes.dtype != torch.long: raise Misfit(f'{key} has no shapes')
+    # in floating point, where a product that is too large does not begin anew
+    numbers = shapes.double().prod(1).sum()
+    if (shapes < 0).any() or numbers != len(flat):
+        raise Misfit(f'{key} has other shapes than numbers')
+    shapes = shapes.tolist()
+    pieces = flat.split([math.prod(s) for s in shapes])
+    return [v.reshape(s) for v, s in zip(pieces, shapes)]
+
 def _unpacked(packed):
-    "The list of dictionaries again. Raises Misfit for tensors that do not belong together"
+    "Return the list of dictionaries again. Raises Misfit for tensors that do not belong together"
+    nothing = torch.zeros(0)
     parts = {}
-    for key in [k for k in packed if not k.endswith('.shapes')]:
-        flat, shapes = packed[key], packed.get(f'{key}.shapes', torch.zeros(0))
-        if shapes.dim() != 2 or shapes.dtype != torch.long: raise Misfit(f'{key} has no shapes')
-        # in floating point, where a product that is too large does not begin anew
-        if (shapes < 0).any() or shapes.double().prod(1).sum() != len(flat):
-            raise Misfit(f'{key} has other shapes than numbers')
-        shapes = shapes.tolist()
-        pieces = flat.split([math.prod(s) for s in shapes])
-        parts[key] = [v.reshape(s) for v, s in zip(pieces, shapes)]
+    for key, flat in packed.items():
+        if key.endswith('.shapes'): continue
+        parts[key] = _pieces(key, flat, packed.get(f'{key}.shapes', nothing))
     if len({len(p) for p in parts.values()}) > 1: raise Misfit('some targets lack some keys')
     return [dict(zip(parts, values)) for values in zip(*parts.values())]
 
@@ -135,24 +149,25 @@ def checksum(
     path: str | Path,  # any file
 ) -> int:  # 32 bits
     "Return a checksum (CRC-32) of a whole file."
-    total, block = 0, memoryview(bytearray(2**20))
+    total = 0
+    block = memoryview(bytearray(2**20))
     with open(path, 'rb', buffering=0) as file:
         while n := file.readinto(block): total = zlib.crc32(block[:n], total)
     return total
 
 def _header(kind, shape):
-    "The first bytes of a .npy file"
+    "Return the first bytes of a .npy file"
     file = io.BytesIO()
     about = {'descr': kind, 'fortran_order': False, 'shape': tuple(shape)}
     np.lib.format.write_array_header_1_0(file, about)
     return file.getvalue()
 
 def _nbytes(kind, shape):
-    "Bytes of a whole .npy file"
+    "Return the number of bytes of a whole .npy file"
     return len(_header(kind, shape)) + math.prod(shape) * np.dtype(kind).itemsize
 
 def _size(path):
-    "Bytes of a file. Raises Misfit if it is not there, or no file that can simply be read"
+    "Return the bytes of a file. Raises Misfit if there is none that can simply be read"
     try: info = os.stat(path)
     except OSError as e: raise Misfit(f'{path.name} is missing') from e
     if not stat.S_ISREG(info.st_mode): raise Misfit(f'{path.name} is no regular file')
@@ -161,8 +176,9 @@ def _size(path):
 SKIPPED = 'skipped.json'  # what was wrong with photos; it is there if something was
 
 def _load_skipped(folder):
-    "What was wrong with photos when the features were computed. Raises Misfit"
-    if SKIPPED not in json.loads((folder/'bank.json').read_bytes())['files']: return []
+    "Return what was wrong with photos when the features were computed. Raises Misfit"
+    files = json.loads((folder/'bank.json').read_bytes())['files']
+    if SKIPPED not in files: return []
     try: said = json.loads((folder/SKIPPED).read_bytes())
     except (ValueError, RecursionError) as e: raise Misfit(f'{SKIPPED} is broken') from e
     if isinstance(said, list) and all(isinstance(text, str) for text in said): return said
@@ -170,42 +186,50 @@ def _load_skipped(folder):
 
 # %% ../nbs/13a_features.ipynb #f020
 def _about(source, first):
-    "What bank.json must say, but for the checksums"
+    "Return what bank.json must say, but for the checksums"
     arrays, _ = first
     shapes = {k: [v.numpy().dtype.str, [source.num, *v.shape[1:]]] for k, v in arrays.items()}
     about = {'format': FORMAT, 'what': source.what(), 'arrays': shapes}
     return json.loads(json.dumps(about))  # as it will be read: without tuples
 
+def _is_pair(v): return isinstance(v, list) and list(map(type, v)) == [int, int]
+
 def _read_sums(path, about, names):
-    "Bytes and checksum of each file, from bank.json. Raises Misfit if it tells of anything else"
-    if (size := _size(path)) > 2**20: raise Misfit(f'{path.name} has {size:,} bytes')
+    "Return bytes and checksum of each file from bank.json. Raises Misfit if it is of other features"
+    size = _size(path)
+    if size > 2**20: raise Misfit(f'{path.name} has {size:,} bytes')
     try: said = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as e: raise Misfit(f'{path.name} is broken') from e
     if not isinstance(said, dict): raise Misfit(f'{path.name} is broken')
     sums = said.pop('files', None)
-    if other := [k for k in {**about, **said} if about.get(k) != said.get(k)]:
-        raise Misfit(f'{path.name} tells of another {", ".join(map(ascii, other[:3]))[:60]}')
-    def pair(v): return isinstance(v, list) and list(map(type, v)) == [int, int]
-    if not isinstance(sums, dict) or sums.keys() - {SKIPPED} != set(names) or not all(map(pair, sums.values())):
+    # what it belongs to
+    other = [k for k in {**about, **said} if about.get(k) != said.get(k)]
+    if other:
+        names_told = ', '.join(map(ascii, other[:3]))[:60]
+        raise Misfit(f'{path.name} tells of another {names_told}')
+    # one pair for each file, and for no other
+    complete = isinstance(sums, dict) and sums.keys() - {SKIPPED} == set(names)
+    if not complete or not all(map(_is_pair, sums.values())):
         raise Misfit(f'{path.name} has no checksum for each file')
     return sums
 
+# %% ../nbs/13a_features.ipynb #f020a
 def _check_files(folder, about, with_targets):
     "Raises Misfit unless all files are there, of the right size and content"
     arrays = {f'{k}.npy': _nbytes(*v) for k, v in about['arrays'].items()}
-    names = [*arrays, *['targets.safetensors'] * with_targets]
+    names = [*arrays, 'targets.safetensors'] if with_targets else [*arrays]
     sums = _read_sums(folder/'bank.json', about, names)
     # all sizes first: they cost nothing
-    for name in sums:
-        size, expected = _size(folder/name), sums[name][0]
-        if not size == expected == arrays.get(name, expected):
-            raise Misfit(f'{name} has {size:,} bytes instead of {arrays.get(name, expected):,}')
-    for name in sums:
-        if checksum(folder/name) != sums[name][1]: raise Misfit(f'the checksum of {name} is wrong')
+    for name, (kept, _) in sums.items():
+        size, expected = _size(folder/name), arrays.get(name, kept)
+        if not size == kept == expected:
+            raise Misfit(f'{name} has {size:,} bytes instead of {expected:,}')
+    for name, (_, kept) in sums.items():
+        if checksum(folder/name) != kept: raise Misfit(f'the checksum of {name} is wrong')
 
 # %% ../nbs/13a_features.ipynb #f021
 def _load_targets(path, num):
-    "The targets of each item. Raises Misfit"
+    "Return the targets of each item. Raises Misfit"
     try: packed = load_file(path)
     except (SafetensorError, OSError) as e: raise Misfit(f'{path.name} is broken') from e
     targets = _unpacked(packed)
@@ -214,7 +238,7 @@ def _load_targets(path, num):
     return [targets[i:i + views] for i in range(0, len(targets), views)]
 
 def _load(folder, about, with_targets):
-    "The features in a folder; the arrays stay on the disk until they are used, and are never written"
+    "Return the features in a folder; arrays stay on the disk until they are used, never written"
     arrays = {}
     for name, (kind, shape) in about['arrays'].items():
         offset = len(_header(kind, shape))
@@ -223,40 +247,49 @@ def _load(folder, about, with_targets):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torch has no tensors that are only read
             arrays[name] = torch.from_numpy(rows)
-    num = next(iter(about['arrays'].values()))[1][0]
+    _, (num, *_) = next(iter(about['arrays'].values()))
     targets = _load_targets(folder/'targets.safetensors', num) if with_targets else []
     return Stored(arrays, targets, _load_skipped(folder))
 
+# %% ../nbs/13a_features.ipynb #f021a
 def _same(kept, now):
-    "Whether a tensor is another one up to rounding"
+    "Return whether a tensor is another one up to rounding"
     if kept.shape != now.shape or kept.dtype != now.dtype: return False
     if not now.is_floating_point(): return torch.equal(kept, now)
+    if now.numel() == 0: return True
     kept, now = kept.float().nan_to_num(), now.float().nan_to_num()
-    return now.numel() == 0 or bool((kept - now).abs().max() <= .02 * now.abs().max())
+    apart = (kept - now).abs().max()
+    return bool(apart <= .02 * now.abs().max())
+
+def _same_target(kept, now):
+    "Return whether a dictionary of tensors is another one up to rounding"
+    return kept.keys() == now.keys() and all(_same(kept[k], now[k]) for k in now)
+
+def _same_targets(kept, now):
+    return len(kept) == len(now) and all(map(_same_target, kept, now))
 
 def _check_first(stored, first):
     "Raises Misfit unless the first item is what is computed now"
     arrays, targets = first
     same = all(_same(stored.arrays[k][:1], v) for k, v in arrays.items())
-    if targets:
-        kept = stored.targets[0]
-        same = same and len(kept) == len(targets[0]) and all(
-            a.keys() == b.keys() and all(_same(a[k], b[k]) for k in b) for a, b in zip(kept, targets[0]))
+    if targets: same = same and _same_targets(stored.targets[0], targets[0])
     if not same: raise Misfit('the first item is not what is computed now')
 
 # %% ../nbs/13a_features.ipynb #f023
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def _no_room(folder, need, free):
-    "What to say if features do not fit on the disk"
-    return OSError(errno.ENOSPC, f'no room for the features of a frozen CNN: they need '
-                   f'{need / 2**30:,.2f} GiB, {free / 2**30:,.2f} GiB are free. Make room (all of '
-                   f'{folder.parent} may be deleted while no run uses it), choose fewer views, or '
-                   'compute them live (cached_views=0, cache_features=False)', str(folder))
+    "Return the error that is raised if features do not fit on the disk"
+    need, free = need / 2**30, free / 2**30
+    said = ('no room for the features of a frozen CNN: they need '
+            f'{need:,.2f} GiB, {free:,.2f} GiB are free. Make room (all of '
+            f'{folder.parent} may be deleted while no run uses it), choose fewer views, or '
+            'compute them live (cached_views=0, cache_features=False)')
+    return OSError(errno.ENOSPC, said, str(folder))
 
 def check_room(
     folder: str | Path,  # that is to be filled; it must exist
-    about: dict,  # name -> (type of numbers, shape), under the key 'arrays'
+    about: dict,         # name -> (type of numbers, shape), under the key 'arrays'
 ) -> None:
     "Raises OSError that says what is needed if the disk has no room for it."
     need = sum(_nbytes(*v) for v in about['arrays'].values())
@@ -270,8 +303,9 @@ def _clear(folder, patterns=('bank.json', '*.npy', 'targets*', SKIPPED, '*.tmp')
         else: path.unlink(missing_ok=True)
 
 def _begin(folder, about, locked):
-    "Make the files aside in their full size; what their names end with"
-    if locked: _clear(folder)  # else somebody may be writing there
+    "Make the files aside in their full size; return what their names end with"
+    # without a lock somebody may be writing there
+    if locked: _clear(folder)
     check_room(folder, about)
     token = f'.{uuid.uuid4().hex[:8]}.tmp'
     for name, (kind, shape) in about['arrays'].items():
@@ -281,45 +315,59 @@ def _begin(folder, about, locked):
     return token
 
 # %% ../nbs/13a_features.ipynb #f024
+def _write_rows(file, start, numbers, rows):
+    "Write rows to the places of their numbers, behind a header of `start` bytes"
+    for i, row in zip(numbers, rows.contiguous().numpy(), strict=True):
+        file.seek(start + i * row.nbytes)
+        file.write(row.tobytes())
+
 def _fill(folder, about, token, source, mine, progress):
-    "Compute the items `mine` and write them; their targets"
+    "Compute the items `mine` and write them; return their targets"
     files = {k: open(folder/f'{k}.npy{token}', 'r+b') for k in about['arrays']}
-    starts, targets = {k: len(_header(*v)) for k, v in about['arrays'].items()}, []
+    starts = {k: len(_header(*v)) for k, v in about['arrays'].items()}
+    targets = []
     try:
         for begin in range(0, len(mine), source.chunk):
             numbers = list(mine[begin:begin + source.chunk])
             arrays, more = source.compute(numbers)
             for name, rows in arrays.items():
-                for i, row in zip(numbers, rows.contiguous().numpy(), strict=True):
-                    files[name].seek(starts[name] + i * row.nbytes)
-                    files[name].write(row.tobytes())
+                _write_rows(files[name], starts[name], numbers, rows)
             targets += more
             progress(begin + len(numbers), len(mine))
     finally:
         for file in files.values(): file.close()
     return targets
 
+# %% ../nbs/13a_features.ipynb #f024a
+def _in_order(shares, world):
+    "Return the targets of all items, as they were dealt out to the processes"
+    num = sum(map(len, shares))
+    return [t for i in range(num) for t in shares[i % world][i // world]]
+
+def _write_json(path, content):
+    path.write_text(json.dumps(content, indent=1, allow_nan=False))
+
 def _finish(folder, about, token, shares, world, skipped):
     "Put the files in place, and bank.json last (one process, after all are done)"
+    def aside(name): return folder/f'{name}{token}'
+
+    # what is written by one process
     names = [f'{k}.npy' for k in about['arrays']]
     if any(shares):
-        num = sum(map(len, shares))
-        each = [shares[i % world][i // world] for i in range(num)]  # as they were dealt out
-        save_file(_packed([t for item in each for t in item]), folder/f'targets.safetensors{token}')
+        save_file(_packed(_in_order(shares, world)), aside('targets.safetensors'))
         names.append('targets.safetensors')
     if skipped:
-        (folder/f'{SKIPPED}{token}').write_text(json.dumps(skipped, indent=1, allow_nan=False))
+        _write_json(aside(SKIPPED), skipped)
         names.append(SKIPPED)
-    made = {name: folder/f'{name}{token}' for name in names}
-    sums = {name: [_size(path), checksum(path)] for name, path in made.items()}
-    for name in names: os.replace(folder/f'{name}{token}', folder/name)
-    said = json.dumps(about | {'files': sums}, indent=1, allow_nan=False)
-    (folder/f'bank.json{token}').write_text(said)
-    os.replace(folder/f'bank.json{token}', folder/'bank.json')
+    sums = {name: [_size(aside(name)), checksum(aside(name))] for name in names}
+    # a bank is whole when bank.json is there
+    for name in names: os.replace(aside(name), folder/name)
+    _write_json(aside('bank.json'), about | {'files': sums})
+    os.replace(aside('bank.json'), folder/'bank.json')
 
 # %% ../nbs/13a_features.ipynb #f026
 def _by_first(processes, work):
-    "What `work()` gives in the first process, in all of them; what it raises, too"
+    "Return what `work()` gives in the first process, in all of them; raise what it raises, too"
     result = error = None
     if processes.rank == 0:
         try: result = work()
@@ -329,24 +377,27 @@ def _by_first(processes, work):
     return result
 
 def _lock_file(folder):
-    "A file to lock, None where nothing may be written"
+    "Return a file to lock, None where nothing may be written"
     try: return open(folder/'lock', 'a')
     except OSError: return None
 
 def _try_lock(file):
-    "True: it is ours now; False: another process has it; None: nothing can be locked here"
+    "Return True: it is ours now; False: another process has it; None: nothing can be locked here"
     if file is None or fcntl is None: return None
-    try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e: return False if e.errno in (errno.EACCES, errno.EAGAIN) else None
-    return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError as e:
+        return False if e.errno in (errno.EACCES, errno.EAGAIN) else None
 
 @contextmanager
 def only_maker(
     folder: Path,  # of the features; it exists
-    processes,  # `Processes` of a run, all of them call this
+    processes,     # `Processes` of a run, all of them call this
 ):  # context: whether it is certain
     "Wait until no other run makes these features; nobody begins meanwhile."
-    with (processes.rank == 0 and _lock_file(folder)) or nullcontext() as file:
+    file = _lock_file(folder) if processes.rank == 0 else None
+    with file or nullcontext():
         waiting = False
         while (got := _by_first(processes, lambda: _try_lock(file))) is False:
             if processes.rank == 0 and not waiting:
@@ -357,53 +408,62 @@ def only_maker(
 
 # %% ../nbs/13a_features.ipynb #f027
 def _trouble(folder, about, first):
-    "What is wrong with the features in a folder; '' if there are none, None if they can be used"
+    "Return what is wrong with features in a folder; '' if there are none, None if all is well"
     if not any(folder.glob('*.npy')) and not (folder/'bank.json').exists(): return ''
+    with_targets = bool(first[1])
     try:
-        _check_files(folder, about, bool(first[1]))
-        _check_first(_load(folder, about, bool(first[1])), first)
+        _check_files(folder, about, with_targets)
+        _check_first(_load(folder, about, with_targets), first)
     except Misfit as e: return str(e)
     except OSError as e: return f'{e.strerror}: {Path(e.filename or folder).name}'
 
+def _dealt(counts, packed):
+    "Return the targets of each item of one process again"
+    targets = iter(_unpacked(packed))
+    return [[next(targets) for _ in range(n)] for n in counts if n]
+
 def _make(folder, about, source, processes, locked, progress):
     "Compute all features, each process its share"
-    p = processes
-    token = _by_first(p, lambda: _begin(folder, about, locked))
+    token = _by_first(processes, lambda: _begin(folder, about, locked))
+    mine = range(processes.rank, source.num, processes.world)
     try:
-        targets = _fill(folder, about, token, source, range(p.rank, source.num, p.world), progress)
+        targets = _fill(folder, about, token, source, mine, progress)
         # of all processes: packed, or a million small tensors would travel
-        found = p.gather(([len(t) for t in targets], _packed([t for item in targets for t in item]), source.skipped))
-        shares = [_dealt(*share) for *share, _ in found] if p.rank == 0 else None
+        counts = [len(t) for t in targets]
+        packed = _packed([t for item in targets for t in item])
+        found = processes.gather((counts, packed, source.skipped))
+        shares = None
+        if processes.rank == 0: shares = [_dealt(counts, packed) for counts, packed, _ in found]
+        # each message once, in the order of the processes
         skipped = list(dict.fromkeys(m for *_, messages in found for m in messages))
-        _by_first(p, lambda: _finish(folder, about, token, shares, p.world, skipped))
+        _by_first(processes, lambda: _finish(
+            folder, about, token, shares, processes.world, skipped))
     except OSError as e:
         if e.errno not in _FULL: raise
         need = sum(_nbytes(*v) for v in about['arrays'].values())
         raise _no_room(folder, need, shutil.disk_usage(folder).free) from e
     finally: _clear(folder, [f'*{token}'])
 
-def _dealt(counts, packed):
-    "The targets of each item again"
-    targets = iter(_unpacked(packed))
-    return [[next(targets) for _ in range(n)] for n in counts if n]
-
 # %% ../nbs/13a_features.ipynb #f028
 def open_features(
     banks: str | Path,  # folder of all features that are kept; made if missing
-    source: Source,  # what is wanted
-    processes,  # `Processes` of a run, all of them call this
+    source: Source,     # what is wanted
+    processes,          # `Processes` of a run, all of them call this
     progress=lambda done, total: None,  # called while they are computed
-) -> Stored:
-    """Features of a frozen CNN from the disk, computed first where they are missing or do not fit.
-    Return them. Raises OSError that says how much room is needed where there is too little."""
+) -> Stored:  # of all items
+    """Return features of a frozen CNN from the disk, computed first where they do not fit or exist.
+    Raises OSError that says how much room is needed where there is too little."""
     def look():
         first = source.compute([0])
         return first, _about(source, first)
+
+    # the folder's name follows from all that determines the features
     first, about = _by_first(processes, look)
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
-    folder = Path(banks)/name
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    folder = Path(banks)/digest.hexdigest()[:24]
     _by_first(processes, lambda: folder.mkdir(parents=True, exist_ok=True))
     with only_maker(folder, processes) as locked:
+        # None: they can be used; '': there are none
         trouble = _by_first(processes, lambda: _trouble(folder, about, first))
         if trouble and processes.rank == 0:
             print(f'{folder} cannot be used, {trouble}: made anew', flush=True)
@@ -414,28 +474,35 @@ def open_features(
 
 # %% ../nbs/13a_features.ipynb #f037
 @torch.no_grad()
-def bank_chunk(model,  # UPDETR whose frozen CNN is used
-               dataset: Dataset,  # `Views` or `SelfDet`
-               indices: list[int],  # n views
-               size: int,  # px of a view
-               device: torch.device | str = 'cpu',  # where the model is
-               ) -> tuple[dict[str, Tensor], list[str]]:  # feature (n,C,h,w), patch_feature (n,P,C), boxes (n,P,4); skipped files
-    "Features of some views of epoch 0, on the CPU, and what was wrong with photos that were skipped."
+def bank_chunk(
+    model,               # UPDETR whose frozen CNN is used
+    dataset: Dataset,    # `Views` or `SelfDet`
+    indices: list[int],  # n views
+    size: int,           # px of a view
+    device: torch.device | str = 'cpu',  # where the model is
+) -> tuple[dict[str, Tensor], list[str]]:  # features on the CPU; what was wrong with photos skipped
+    """Return the features of some views of epoch 0: feature (n, C, h, w), patch_feature (n, P, C)
+    and boxes (n, P, 4)."""
     backbone = model.backbone[0]
     batch = collate([dataset[0, i, size] for i in indices])
     ready = to_device(batch, device, backbone.mean, backbone.std)
+    # patches a few at a time: a CPU is fastest so
     patches = ready['patches'].flatten(0, 1)
-    pooled = torch.cat([backbone(p).mean((2, 3)) for p in patches.split(32 if torch.device(device).type == 'cpu' else 4096)])
-    pooled = pooled.unflatten(0, batch['patches'].shape[:2])
-    return {'feature': backbone(ready['images']).cpu(), 'patch_feature': pooled.cpu(), 'boxes': batch['boxes']}, batch['skipped']
+    chunk = 32 if torch.device(device).type == 'cpu' else 4096
+    pooled = torch.cat([backbone(p).mean((2, 3)) for p in patches.split(chunk)])
+    pooled = pooled.unflatten(0, batch['patches'].shape[:2])    # (n, P, C)
+    feature = backbone(ready['images'])                         # (n, C, h, w)
+    found = {'feature': feature.cpu(), 'patch_feature': pooled.cpu(), 'boxes': batch['boxes']}
+    return found, batch['skipped']
 
+# %% ../nbs/13a_features.ipynb #f037a
 def view_source(
-    model,  # UPDETR whose frozen CNN is used
+    model,           # UPDETR whose frozen CNN is used
     dataset: Views,  # fixed views
-    size: int,  # px of a view
+    size: int,       # px of a view
     device: torch.device | str = 'cpu',  # where the model is
-) -> Source:
-    "The features of fixed views and of their patches."
+) -> Source:  # to be opened by `open_features`
+    "Return how the features of fixed views and of their patches are made."
     skipped = []
 
     def compute(numbers):
@@ -445,7 +512,8 @@ def view_source(
 
     def what():
         # what is drawn later, at every step, does not count
-        task = {k: v for k, v in asdict(dataset.task).items() if k not in ('num_queries', 'mask_ratio')}
+        later = 'num_queries', 'mask_ratio'
+        task = {k: v for k, v in asdict(dataset.task).items() if k not in later}
         views = {'size': size, 'seed': dataset.seed, 'collage': dataset.collage}
         data = {'photos': photos_key(dataset.paths), 'cnn': cnn_key(model.backbone[0])}
         return {'kind': 'views with patches'} | data | views | task
@@ -455,33 +523,48 @@ def view_source(
 # %% ../nbs/13a_features.ipynb #f041
 class FeatureBank:
     "Cached features; `bank.batch(items)` is what a loader's batch is, behind the CNN."
-    def __init__(self,
-                 stored: Stored,  # of `view_source`
-                 task: PatchTask,  # its M may be smaller than the number of cached patches
-                 seed: int = 42,  # of all draws
-                 device: torch.device | str = 'cpu',  # where batches go
-                 ):
-        self.task, self.seed, self.device = task, seed, torch.device(device)
+    def __init__(
+        self,
+        stored: Stored,   # of `view_source`
+        task: PatchTask,  # its M may be smaller than the number of cached patches
+        seed: int = 42,   # of all draws
+        device: torch.device | str = 'cpu',  # where batches go
+    ):
+        self.task = task
+        self.seed = seed
+        self.device = torch.device(device)
         home = bank_home(sum(v.nbytes for v in stored.arrays.values()), device)
         self.parts = {k: v.to(home) for k, v in stored.arrays.items()}
 
     def __len__(self): return len(self.parts['boxes'])
 
-    def draw(self,
-             items: list[tuple],  # (epoch, index, size)
-             ) -> tuple[Tensor, Tensor]:  # which M of the cached patches (n,M), keep (n,N); on the CPU
-        "What is drawn for each item, by a generator of its own."
-        rngs = [np.random.default_rng((self.seed, epoch, i, 1)) for epoch, i, _ in items]
-        cached, M = self.parts['boxes'].shape[1], self.task.num_patches
-        chosen = torch.from_numpy(np.stack([r.permutation(cached)[:M] if M < cached else np.arange(M) for r in rngs]))
-        return chosen, torch.from_numpy(np.stack([r.random(self.task.num_queries) >= self.task.mask_ratio for r in rngs]))
+    def draw(
+        self,
+        items: list[tuple],  # n of (epoch, index, size)
+    ) -> tuple[Tensor, Tensor]:  # which M of the cached patches (n, M), keep (n, N); on the CPU
+        "Return what is drawn for each item, by a generator of its own."
+        task, cached = self.task, self.parts['boxes'].shape[1]
+        M = task.num_patches
+        chosen, keep = [], []
+        for epoch, i, _ in items:
+            rng = np.random.default_rng((self.seed, epoch, i, 1))
+            # which patches, unless all are wanted; then which queries keep theirs
+            chosen.append(rng.permutation(cached)[:M] if M < cached else np.arange(M))
+            keep.append(rng.random(task.num_queries) >= task.mask_ratio)
+        return torch.from_numpy(np.stack(chosen)), torch.from_numpy(np.stack(keep))
 
-    def batch(self,
-              items: list[tuple],  # (epoch, index, size), as a `BatchPlan` yields them
-              ) -> dict:  # on the device, but for index
-        "feature, patch_feature, boxes, keep of `(epoch, index, size)` items; M of the cached patches are drawn."
-        index, (chosen, keep) = torch.tensor([i for _, i, _ in items]), self.draw(items)
-        patches = index[:, None] * self.parts['boxes'].shape[1] + chosen
-        taken = {k: take_rows(v if k == 'feature' else v.flatten(0, 1), index if k == 'feature' else patches, self.device)
-                 for k, v in self.parts.items()}
-        return {k: v.float() for k, v in taken.items()} | {'keep': send(keep, self.device), 'index': index, 'mask': None, 'skipped': []}
+    def batch(
+        self,
+        items: list[tuple],  # n of (epoch, index, size), as a `BatchPlan` yields them
+    ) -> dict:  # feature, patch_feature, boxes, keep on the device; index on the CPU; mask, skipped
+        "Return the features of some views, with M of their cached patches drawn anew."
+        index = torch.tensor([i for _, i, _ in items])
+        chosen, keep = self.draw(items)
+        # patches lie one after another: P of view 0, P of view 1, ...
+        patches = index[:, None] * self.parts['boxes'].shape[1] + chosen        # (n, M)
+        batch = {}
+        for k, v in self.parts.items():
+            rows = (v, index) if k == 'feature' else (v.flatten(0, 1), patches)
+            batch[k] = take_rows(*rows, self.device).float()
+        batch |= {'keep': send(keep, self.device), 'index': index, 'mask': None, 'skipped': []}
+        return batch
