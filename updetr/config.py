@@ -24,101 +24,110 @@ from pathlib import Path
 # %% ../nbs/14_config.ipynb #c004
 @dataclass(frozen=True)
 class DetectorConfig:
-    "What is trained: a DETR."
-    backbone: str = 'resnet50'  # torchvision ResNet or any timm model
-    weights: str = 'swav'  # swav, dino, supervised, builtin, none, or a file
-    features: str = ''  # layers to cut the backbone after, comma-separated; '' = the last
-    dilation: bool = False  # dilated C5: stride 16 instead of 32
-    frozen_backbone: bool = True  # the reference's --fre_cnn; the paper's Section 3.1.1
-    position: str = 'sine'  # sine or learned
-    hidden_dim: int = 256  # width of the transformer
-    nheads: int = 8  # attention heads
-    enc_layers: int = 6  # encoder layers
-    dec_layers: int = 6  # decoder layers
-    dim_feedforward: int = 2048  # hidden width of the feed-forward networks
-    dropout: float = 0.1  # in the transformer, 0..1
-    pre_norm: bool = True  # the released checkpoints' norm placement
-    num_queries: int = 100  # N object queries
-    pos_in_input: bool = False  # small-scale option: positions in the encoder's input too
-    standardize: bool = False  # small-scale option: fixed channel statistics before the projections
+    "The model that is trained: a DETR."
+    backbone: str = 'resnet50'     # torchvision ResNet or any timm model
+    weights: str = 'swav'          # swav, dino, supervised, builtin, none, or a file
+    features: str = ''             # layers to cut the CNN after, comma-separated; '' = the last
+    dilation: bool = False         # dilated C5: stride 16 instead of 32
+    frozen_backbone: bool = True   # the reference's --fre_cnn; the paper's Section 3.1.1
+    position: str = 'sine'         # sine or learned
+    hidden_dim: int = 256          # width of the transformer
+    nheads: int = 8                # attention heads
+    enc_layers: int = 6            # encoder layers
+    dec_layers: int = 6            # decoder layers
+    dim_feedforward: int = 2048    # hidden width of the feed-forward networks
+    dropout: float = 0.1           # in the transformer, 0..1
+    pre_norm: bool = True          # the released checkpoints' norm placement
+    num_queries: int = 100         # N object queries
+    # options for small scale
+    pos_in_input: bool = False     # positions in the encoder's input too
+    standardize: bool = False      # fixed channel statistics before the projections
 
 @dataclass(frozen=True)
 class ModelConfig(DetectorConfig):
-    "What pre-training adds to it."
-    num_patches: int = 10  # M query patches; divides N
-    feature_recon: bool = True  # reconstruct the patch feature (Eq. 2)
-    mask_ratio: float = 0.1  # share of queries that lose their patch while training, 0..1
-    query_shuffle: bool = False  # permute object queries over the groups (Fig. 2; off in the release)
-    attention_mask: bool = True  # object queries look only at queries of their own patch (Eq. 3)
-    matching_init: bool = False  # small-scale option: start as an appearance matcher
-    query_std: float = 1.  # spread of the object queries at the start; 1 is nn.Embedding's own
+    "The model of pre-training: a DETR with query patches."
+    num_patches: int = 10          # M query patches; divides N
+    feature_recon: bool = True     # reconstruct the patch feature (Eq. 2)
+    mask_ratio: float = 0.1        # share of queries that lose their patch while training, 0..1
+    # off in the release
+    query_shuffle: bool = False    # permute object queries over the groups (Fig. 2)
+    attention_mask: bool = True    # object queries look only at queries of their own patch (Eq. 3)
+    matching_init: bool = False    # small-scale option: start as an appearance matcher
+    query_std: float = 1.          # spread of the object queries at the start; 1 = nn.Embedding's
 
 # %% ../nbs/14_config.ipynb #c005
 @dataclass(frozen=True)
 class SetLossConfig:
-    "What is minimised: DETR's loss."
-    eos_coef: float = 0.1  # class weight of "no object"; 0 = the paper's M/N
-    set_cost_class: float = 1.  # weight of the class in the matching
-    set_cost_bbox: float = 5.  # weight of the L1 distance of boxes in the matching
-    set_cost_giou: float = 2.  # weight of -GIoU in the matching
-    bbox_loss_coef: float = 5.  # weight of the L1 distance of boxes in the loss
-    giou_loss_coef: float = 2.  # weight of 1 - GIoU in the loss
-    ce_per_process: bool = False  # each process divides its class loss by its own weights: the reference's way
+    "The loss that is minimised: DETR's."
+    eos_coef: float = 0.1          # class weight of "no object"; 0 = the paper's M/N
+    set_cost_class: float = 1.     # weight of the class in the matching
+    set_cost_bbox: float = 5.      # weight of the L1 distance of boxes in the matching
+    set_cost_giou: float = 2.      # weight of -GIoU in the matching
+    bbox_loss_coef: float = 5.     # weight of the L1 distance of boxes in the loss
+    giou_loss_coef: float = 2.     # weight of 1 - GIoU in the loss
+    # the reference's way: each process divides its class loss by its own weights
+    ce_per_process: bool = False
 
 @dataclass(frozen=True)
 class LossConfig(SetLossConfig):
-    "What pre-training adds to it."
-    own_group: bool = False  # small-scale option: match a patch within its own group of queries only
+    "The loss of pre-training: DETR's and the patch reconstruction."
+    own_group: bool = False        # small-scale option: match a patch within its own group only
     feature_loss_coef: float = 1.  # weight of the patch reconstruction in the loss
-    detach_recon: bool = True  # no gradient into the reconstruction's target; False = the reference's, another loss with a trained CNN
+    # no gradient into the reconstruction's target; False = the reference's,
+    # which is another loss with a trained CNN
+    detach_recon: bool = True
 
 @dataclass(frozen=True)
 class DataConfig:
-    "What is seen."
-    data: str = ''  # folder of photos; '' = the photos inside the installed packages
-    heldout: float = 0.0  # share of the folder's photos kept for measuring (a val/ beside train/ is used as it is)
-    patch_size: int = 128  # px, side of a squashed query patch
-    patch_law: str = 'uniform'  # uniform (the reference's), range, fixed, grid or mixed
-    views: int = 0  # 0 = whole photos; else that many fixed random views (crops and collages)
-    view_size: int = 256  # px, side of a view
-    collage: float = 0.5  # share of views that are four crops side by side
-    cache_features: bool = False  # compute the frozen CNN's features of all views once
-    cached_patches: int = 0  # patches kept for each view; 0 = num_patches
+    "The photos, and what is cut out of them."
+    data: str = ''                 # folder of photos; '' = the photos inside the installed packages
+    # share of the folder's photos kept for measuring (a val/ beside train/ is used as it is)
+    heldout: float = 0.0
+    patch_size: int = 128          # px, side of a squashed query patch
+    patch_law: str = 'uniform'     # uniform (the reference's), range, fixed, grid or mixed
+    views: int = 0                 # 0 = whole photos; else that many fixed random views
+    view_size: int = 256           # px, side of a view
+    collage: float = 0.5           # share of views that are four crops side by side
+    cache_features: bool = False   # compute the frozen CNN's features of all views once
+    cached_patches: int = 0        # patches kept for each view; 0 = num_patches
 
 # %% ../nbs/14_config.ipynb #c006
-def multiple(cfg,  # any configuration
-             name: str,  # of a field
-             of: str,  # of another field
-             ) -> str | None:  # a complaint, or None if all is well
-    "Whether one field is a multiple of another."
+def multiple(
+    cfg,        # any configuration
+    name: str,  # of a field
+    of: str,    # of another field
+) -> str | None:  # a complaint, or None if all is well
+    "Return what is wrong unless one field is a multiple of another."
     a, b = getattr(cfg, name), getattr(cfg, of)
     return f'{name} {a} must be a multiple of {of} {b}' if b > 0 and a % b else None
 
 # %% ../nbs/14_config.ipynb #c007
 @dataclass(frozen=True)
 class TrainConfig:
-    "How it is trained."
-    seed: int = 42  # of weights, data order, patches and augmentation
-    lr: float = 1e-4  # of all but the CNN
-    lr_backbone: float = 1e-4  # only with frozen_backbone False
-    learn_positions: bool = False  # learned positions beside a frozen CNN are trained, at lr_backbone; False = the reference's
-    weight_decay: float = 1e-4  # AdamW's, on every trained tensor
-    clip_max_norm: float = 0.1  # largest total gradient norm
-    epochs: int = 60  # times that all photos (or views) are seen
-    lr_drop: int = 40  # epoch of the step schedule's drop to a tenth
-    schedule: str = 'step'  # step, or cosine (to 0)
-    warmup: float = 0.0  # share of all steps with a linearly rising learning rate
-    batch_size: int = 256  # photos a step over all processes, whatever their number
-    accumulate: int = 1  # micro-batches a step and process
-    ema: float = 0.0  # decay of the averaged weights, e.g. 0.999; 0 = none
-    amp: bool = True  # bf16 autocast on GPU; boxes, matcher and losses stay fp32
+    "The training, of whatever model."
+    seed: int = 42                 # of weights, data order, patches and augmentation
+    lr: float = 1e-4               # of all but the CNN
+    lr_backbone: float = 1e-4      # only with frozen_backbone False
+    # learned positions beside a frozen CNN are trained, at lr_backbone; False = the reference's
+    learn_positions: bool = False
+    weight_decay: float = 1e-4     # AdamW's, on every trained tensor
+    clip_max_norm: float = 0.1     # largest total gradient norm
+    epochs: int = 60               # times that all photos (or views) are seen
+    lr_drop: int = 40              # epoch of the step schedule's drop to a tenth
+    schedule: str = 'step'         # step, or cosine (to 0)
+    warmup: float = 0.0            # share of all steps with a linearly rising learning rate
+    batch_size: int = 256          # photos a step over all processes, whatever their number
+    accumulate: int = 1            # micro-batches a step and process
+    ema: float = 0.0               # decay of the averaged weights, e.g. 0.999; 0 = none
+    amp: bool = True               # bf16 autocast on GPU; boxes, matcher and losses stay fp32
     gradient_checkpointing: bool = False  # recompute transformer layers in the backward pass
-    compile: bool = False  # torch.compile of the CNN
-    num_workers: int = 0  # decoding processes for each training process
-    log_every: int = 10  # steps between log lines
-    save_every: int = 500  # steps between saves of the last state
-    keep_every: int = 20  # epochs between checkpoints that are kept
-    max_skips: int = 0  # steps in a row that may be skipped where loss or gradient is not finite; 0 = stop at the first
+    compile: bool = False          # torch.compile of the CNN
+    num_workers: int = 0           # decoding processes for each training process
+    log_every: int = 10            # steps between log lines
+    save_every: int = 500          # steps between saves of the last state
+    keep_every: int = 20           # epochs between checkpoints that are kept
+    # steps in a row that may be skipped where loss or gradient is not finite; 0 = stop at the first
+    max_skips: int = 0
 
     def problems(self):
         "Yield what is wrong between fields; each kind of run has its own."
@@ -128,137 +137,213 @@ class TrainConfig:
 @dataclass(frozen=True)
 class PretrainConfig(TrainConfig, DataConfig, LossConfig, ModelConfig):
     "Everything that determines a pre-training run."
-    cuda_graphs: bool = False  # on GPU, play what follows the CNN as CUDA graphs
-    crop_on_gpu: bool = False  # on GPU, cut live photos and views there; who reads them only decodes
-    task: str = 'pretrain'  # which `updetr.train` task reads it
+    cuda_graphs: bool = False      # on GPU, play what follows the CNN as CUDA graphs
+    crop_on_gpu: bool = False      # on GPU, cut live photos and views there; workers only decode
+    task: str = 'pretrain'         # which `updetr.train` task reads it
 
     def problems(self):
         "Yield what is wrong between fields."
-        if complaint := multiple(self, 'num_queries', 'num_patches'): yield complaint
+        complaint = multiple(self, 'num_queries', 'num_patches')
+        if complaint: yield complaint
         if not 0 <= self.collage <= 1: yield f'collage {self.collage} must lie in [0, 1]'
+        # features can be kept if nothing that makes them ever changes
         if self.cache_features and not (self.frozen_backbone and self.views):
-            yield 'cache_features needs frozen_backbone=True and views > 0: features of a fixed set of views by a fixed CNN'
-        if self.cuda_graphs and (self.accumulate > 1 or self.gradient_checkpointing or not self.frozen_backbone or self.query_shuffle):
-            yield 'cuda_graphs needs accumulate 1, gradient_checkpointing False, query_shuffle False and frozen_backbone True'
+            yield ('cache_features needs frozen_backbone=True and views > 0: '
+                   'features of a fixed set of views by a fixed CNN')
+        # a graph is one fixed sequence of kernels
+        varying = self.accumulate > 1 or self.gradient_checkpointing or self.query_shuffle
+        if self.cuda_graphs and (varying or not self.frozen_backbone):
+            yield ('cuda_graphs needs accumulate 1, gradient_checkpointing False, '
+                   'query_shuffle False and frozen_backbone True')
         if 0 < self.cached_patches < self.num_patches:
-            yield f'cached_patches {self.cached_patches} must be 0 or at least num_patches {self.num_patches}'
+            yield (f'cached_patches {self.cached_patches} must be 0 or at least '
+                   f'num_patches {self.num_patches}')
 
 # %% ../nbs/14_config.ipynb #c010
 PRESETS = {
     'paper': {'num_workers': 8},
     'demo': dict(
+        # a small network
         backbone='tf_efficientnet_lite0', weights='builtin', features='blocks.4', standardize=True,
         hidden_dim=128, nheads=4, enc_layers=1, dec_layers=3, dim_feedforward=128, dropout=0.,
-        num_queries=50, num_patches=25, pos_in_input=True, matching_init=True, query_std=.02, own_group=True,
-        eos_coef=.2, heldout=.1, patch_size=64, patch_law='mixed', views=2000, cache_features=True,
-        lr=1e-3, clip_max_norm=1., schedule='cosine', warmup=.05, batch_size=4, epochs=10, keep_every=0)}
-DESCRIPTIONS = {'paper': "the reference's recipe: ResNet-50 with SwAV weights, 60 epochs, 256 photos a step",
-                'demo': 'minutes on two CPU cores: EfficientNet-Lite0, 1+3 layers, cached features'}
+        # many patches, and a start from which little is to be learned
+        num_queries=50, num_patches=25, pos_in_input=True, matching_init=True, query_std=.02,
+        own_group=True, eos_coef=.2,
+        # small pictures
+        heldout=.1, patch_size=64, patch_law='mixed', views=2000, cache_features=True,
+        # a short training
+        lr=1e-3, clip_max_norm=1., schedule='cosine', warmup=.05, batch_size=4, epochs=10,
+        keep_every=0)}
+DESCRIPTIONS = {
+    'paper': "the reference's recipe: ResNet-50 with SwAV weights, 60 epochs, 256 photos a step",
+    'demo': 'minutes on two CPU cores: EfficientNet-Lite0, 1+3 layers, cached features'}
 
 # %% ../nbs/14_config.ipynb #c013
 def _typed(name: str, value, kind: type):
-    "`value` as the field's type"
+    "Return `value` as the field's type"
     if kind is float and type(value) is int: return float(value)
-    if kind is str and type(value) is int: return str(value)  # papermill reads -p year 2007 as a number
+    # papermill reads -p year 2007 as a number
+    if kind is str and type(value) is int: return str(value)
     if type(value) is kind: return value
     raise ValueError(f'{name} is {value!r}, but must be {kind.__name__}')
 
-def check_names(given: Mapping,  # name -> value
-                known: list[str],  # names that exist
-                ) -> None:
+def check_names(
+    given: Mapping,    # name -> value
+    known: list[str],  # names that exist
+) -> None:
     "Raises ValueError that names every unknown parameter with the closest known one."
-    unknown = [n for n in given if n not in known]
-    if not unknown: return
-    close = {n: difflib.get_close_matches(n, known, 1) for n in unknown}
-    hints = '; '.join(f'{n} (did you mean {c[0]}?)' if c else n for n, c in close.items())
-    raise ValueError(f'unknown parameter: {hints}. Known: {", ".join(known)}')
+    hints = []
+    for name in given:
+        if name in known: continue
+        close = difflib.get_close_matches(name, known, 1)
+        hints.append(f'{name} (did you mean {close[0]}?)' if close else name)
+    if not hints: return
+    raise ValueError(f'unknown parameter: {"; ".join(hints)}. Known: {", ".join(known)}')
 
-def make_config(preset: str = 'demo',  # a name in `presets`
-                kind: type = PretrainConfig,  # of configuration
-                presets: Mapping = PRESETS,  # name -> changes to the defaults of `kind`
-                **changes,  # any field; None leaves the preset's value
-                ) -> TrainConfig:  # a `kind`
-    "A preset with changes, checked. Raises ValueError for unknown names, wrong types and impossible values."
-    if preset not in presets: raise ValueError(f'preset {preset!r} is unknown: choose {" or ".join(presets)}')
-    kinds = {f.name: f.type for f in dataclasses.fields(kind)}
-    kinds = {k: {'int': int, 'float': float, 'str': str, 'bool': bool}.get(t, t) for k, t in kinds.items()}
+# %% ../nbs/14_config.ipynb #c013b
+def make_config(
+    preset: str = 'demo',         # a name in `presets`
+    kind: type = PretrainConfig,  # of configuration
+    presets: Mapping = PRESETS,   # name -> changes to the defaults of `kind`
+    **changes,                    # any field; None leaves the preset's value
+) -> TrainConfig:  # a `kind`
+    """Return a preset with changes, checked.
+    Raises ValueError for unknown names, wrong types and impossible values."""
+    if preset not in presets:
+        raise ValueError(f'preset {preset!r} is unknown: choose {" or ".join(presets)}')
+    # types may stand in a dataclass as texts
+    named = {'int': int, 'float': float, 'str': str, 'bool': bool}
+    kinds = {f.name: named.get(f.type, f.type) for f in dataclasses.fields(kind)}
     check_names(changes, list(kinds))
-    changes = {k: _typed(k, v, kinds[k]) for k, v in changes.items() if v is not None}
-    return check_config(kind(**presets[preset] | changes))
+    given = {k: _typed(k, v, kinds[k]) for k, v in changes.items() if v is not None}
+    return check_config(kind(**presets[preset] | given))
 
 # %% ../nbs/14_config.ipynb #c013a
-MOST = dict(hidden_dim=2**14, dim_feedforward=2**16, channels=2**14, nheads=2**10, enc_layers=100, dec_layers=100, num_queries=2**14,
-            num_patches=2**14, patch_size=2**12, view_size=2**13, val_size=2**13, square=2**13, scene_size=2**13, num_workers=2**10,
-            cached_views=2**20, batch_size=2**20, seed=2**53 // 1000)
-LARGEST_INT, LARGEST_FLOAT, LONGEST_TEXT = 10**9, 1e30, 4096
+MOST = dict(
+    hidden_dim=2**14, dim_feedforward=2**16, channels=2**14, nheads=2**10,
+    enc_layers=100, dec_layers=100, num_queries=2**14, num_patches=2**14,
+    patch_size=2**12, view_size=2**13, val_size=2**13, square=2**13, scene_size=2**13,
+    num_workers=2**10, cached_views=2**20, batch_size=2**20, seed=2**53 // 1000)
+LARGEST_INT = 10**9
+LARGEST_FLOAT = 1e30
+LONGEST_TEXT = 4096
+
+def _shown(value): return repr(value)[:60]
 
 def _out_of_bounds(cfg):
-    "Complaints of values that are slips, whatever they are for: a run would fill the memory, or build for ever, before anybody sees why"
+    """Yield complaints of values that are slips, whatever they are for:
+    a run would fill the memory, or build for ever, before anybody sees why"""
     for f in dataclasses.fields(cfg):
         v = getattr(cfg, f.name)
         if isinstance(v, bool): continue
         if isinstance(v, str):
             if '\0' in v or len(v) > LONGEST_TEXT:
-                yield f'{f.name} {v[:60]!r} must be a text of at most {LONGEST_TEXT} characters without NUL'
+                yield (f'{f.name} {v[:60]!r} must be a text of at most {LONGEST_TEXT} characters '
+                       'without NUL')
             continue
         most = LARGEST_FLOAT if f.type in (float, 'float') else MOST.get(f.name, LARGEST_INT)
-        if not -most <= v <= most: yield f'{f.name} {repr(v)[:60]} must be a number of at most {most:,}'
-
+        if not -most <= v <= most:
+            yield f'{f.name} {_shown(v)} must be a number of at most {most:,}'
 
 # %% ../nbs/14_config.ipynb #c014m
-def missing_here(cfg: TrainConfig,  # of any kind
-                 ):  # complaints
+def missing_here(
+    cfg: TrainConfig,  # of any kind
+):  # complaints
     "Yield what a run asks for that this machine does not have, before time is spent."
     if getattr(cfg, 'eval_backend', '') == 'hotcoco' and not find_spec('hotcoco'):
-        yield "eval_backend hotcoco is not installed: pip install 'updetr[fast]', or eval_backend pycocotools"
+        yield ("eval_backend hotcoco is not installed: pip install 'updetr[fast]', "
+               "or eval_backend pycocotools")
     compilers = os.environ.get('CXX', 'g++').split()[:1] + ['c++', 'clang++']
     if cfg.compile and not any(map(shutil.which, compilers)):
         yield 'compile needs a C++ compiler, and there is none (apt install g++), or compile False'
 
 # %% ../nbs/14_config.ipynb #c014
-CHOICES = {'schedule': ('step', 'cosine'), 'position': ('sine', 'learned'), 'patch_law': ('uniform', 'range', 'fixed', 'grid', 'mixed'),
-           'eval_backend': ('pycocotools', 'hotcoco')}
-POSITIVE = ('hidden_dim nheads enc_layers dec_layers dim_feedforward num_queries num_patches patch_size view_size lr epochs lr_drop '
-            'batch_size accumulate clip_max_norm log_every save_every channels query_std').split()
-SHARES = 'dropout mask_ratio heldout warmup ema'.split()
-COUNTS = 'weight_decay lr_backbone eos_coef views cached_patches num_workers keep_every max_skips seed'.split()
+_KINDS = {'int': int, 'float': (int, float), 'str': str, 'bool': bool,
+          int: int, float: (int, float), str: str, bool: bool}
 
-def check_config(cfg: TrainConfig,  # of any kind; maybe impossible
-                 run: bool = True,  # False: a model is only rebuilt, so what a run needs besides is not asked
-                 ) -> TrainConfig:  # the same
-    "The configuration unchanged, or ValueError with everything that is wrong with it."
-    kinds = {'int': int, 'float': (int, float), 'str': str, 'bool': bool, int: int, float: (int, float), str: str, bool: bool}
-    def fits(v, kind): return isinstance(v, kind) and (kind is bool or not isinstance(v, bool))
-    found = [f'{f.name} {repr(getattr(cfg, f.name))[:60]} must be {getattr(f.type, "__name__", f.type)}' for f in dataclasses.fields(cfg)
-             if f.type in kinds and not fits(getattr(cfg, f.name), kinds[f.type])]
-    found = found or list(_out_of_bounds(cfg))
-    if found: raise ValueError('impossible configuration: ' + '; '.join(found))
-    def wrong(names, right, what):
-        return [f'{n} {repr(getattr(cfg, n))[:60]} must {what}' for n in names if hasattr(cfg, n) and not right(getattr(cfg, n))]
-    found = wrong(POSITIVE, lambda v: 0 < v < math.inf, 'be positive') + wrong(COUNTS, lambda v: 0 <= v < math.inf, 'not be negative')
-    found += wrong(SHARES, lambda v: 0 <= v < 1, 'lie in [0, 1)')
-    for n, choices in CHOICES.items(): found += wrong([n], choices.__contains__, f'be one of {", ".join(choices)}')
-    pairs = (('hidden_dim', 'nheads'), ('batch_size', 'accumulate'))
-    found += filter(None, (multiple(cfg, a, b) for a, b in pairs if hasattr(cfg, a)))
-    if getattr(cfg, 'hidden_dim', 0) % 4: found.append(f'hidden_dim {cfg.hidden_dim} must be a multiple of 4')
+def _fits(value, kind):
+    "Return whether a value is of its field's type; True and False are no numbers"
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+def _wrong_types(cfg):
+    "Yield a complaint for each field that holds another type than its own"
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if f.type in _KINDS and not _fits(value, _KINDS[f.type]):
+            kind = getattr(f.type, '__name__', f.type)
+            yield f'{f.name} {_shown(value)} must be {kind}'
+
+CHOICES = {'schedule': ('step', 'cosine'),
+           'position': ('sine', 'learned'),
+           'patch_law': ('uniform', 'range', 'fixed', 'grid', 'mixed'),
+           'eval_backend': ('pycocotools', 'hotcoco')}
+POSITIVE = ('hidden_dim nheads enc_layers dec_layers dim_feedforward num_queries num_patches '
+            'patch_size view_size lr epochs lr_drop batch_size accumulate clip_max_norm '
+            'log_every save_every channels query_std').split()
+SHARES = 'dropout mask_ratio heldout warmup ema'.split()
+COUNTS = ('weight_decay lr_backbone eos_coef views cached_patches num_workers keep_every '
+          'max_skips seed').split()
+
+# %% ../nbs/14_config.ipynb #c014a
+def _wrong_values(cfg):
+    "Yield a complaint for each field whose value lies outside of its range"
+    def those_not(right, names, what):
+        for name in names:
+            # each kind of run has only some of the fields
+            if hasattr(cfg, name) and not right(getattr(cfg, name)):
+                yield f'{name} {_shown(getattr(cfg, name))} must {what}'
+
+    yield from those_not(lambda v: 0 < v < math.inf, POSITIVE, 'be positive')
+    yield from those_not(lambda v: 0 <= v < math.inf, COUNTS, 'not be negative')
+    yield from those_not(lambda v: 0 <= v < 1, SHARES, 'lie in [0, 1)')
+    for name, choices in CHOICES.items():
+        yield from those_not(choices.__contains__, [name], f'be one of {", ".join(choices)}')
+    # what is shared out must come out even
+    for name, of in (('hidden_dim', 'nheads'), ('batch_size', 'accumulate')):
+        complaint = multiple(cfg, name, of) if hasattr(cfg, name) else None
+        if complaint: yield complaint
+    # sine and cosine, for x and y
+    width = getattr(cfg, 'hidden_dim', 0)
+    if width % 4: yield f'hidden_dim {width} must be a multiple of 4'
+
+def check_config(
+    cfg: TrainConfig,  # of any kind; maybe impossible
+    run: bool = True,  # False: a model is only rebuilt, so what only a run needs is not asked
+) -> TrainConfig:  # the same
+    "Return the configuration unchanged, or raise ValueError with everything that is wrong with it."
+    def refuse(found):
+        if found: raise ValueError('impossible configuration: ' + '; '.join(found))
+
+    # each check needs the one before: a text cannot be compared with a number
+    refuse(list(_wrong_types(cfg)) or list(_out_of_bounds(cfg)))
+    found = list(_wrong_values(cfg))
     if run: found += [*cfg.problems(), *missing_here(cfg)]
-    if found: raise ValueError('impossible configuration: ' + '; '.join(found))
+    refuse(found)
     return cfg
 
 # %% ../nbs/14_config.ipynb #c017
-def plain_variables(namespace: Mapping,  # a notebook's globals()
-                    ) -> dict:  # numbers, texts, truth values and None; no private names
-    "The variables of a notebook that could be parameters."
-    plain = {k: v for k, v in namespace.items() if not k.startswith('_') and k not in ('In', 'Out')}
-    return {k: v for k, v in plain.items() if v is None or type(v) in (int, float, str, bool, list, dict)}
+def plain_variables(
+    namespace: Mapping,  # a notebook's globals()
+) -> dict:  # numbers, texts, truth values, lists, dictionaries and None; no private names
+    "Return the variables of a notebook that could be parameters."
+    plain = int, float, str, bool, list, dict
+    found = {}
+    for name, value in namespace.items():
+        if name.startswith('_') or name in ('In', 'Out'): continue
+        if value is None or type(value) in plain: found[name] = value
+    return found
 
-def check_parameters(namespace: dict,  # a notebook's globals(); a private note of its names is kept in it
-                     known: list[str],  # names of parameters
-                     ) -> dict:  # the plain variables that were there from the start
-    """What a notebook was started with. Raises ValueError that names every unknown parameter with the closest known one.
-    What its own cells have made since the first call are no parameters: cells may be run again, also after an error."""
-    at_start = namespace.setdefault('_at_start', frozenset(plain_variables(namespace)))
-    given = {k: v for k, v in plain_variables(namespace).items() if k in at_start or k in known}
+def check_parameters(
+    namespace: dict,   # a notebook's globals(); a private note of its names is kept in it
+    known: list[str],  # names of parameters
+) -> dict:  # the plain variables that were there from the start
+    """Return what a notebook was started with.
+    Raises ValueError that names every unknown parameter with the closest known one. What its own
+    cells have made since the first call are no parameters: cells may be run again, also after an
+    error."""
+    plain = plain_variables(namespace)
+    at_start = namespace.setdefault('_at_start', frozenset(plain))
+    given = {k: v for k, v in plain.items() if k in at_start or k in known}
     check_names(given, known)
     return given
 
@@ -267,69 +352,100 @@ TREE = """expected one of
     {0}/train/n01440764/n01440764_10026.JPEG ...   (ImageNet: train/ to train, val/ to measure)
     {0}/any/folders/photo.jpg ...                  (any photos)"""
 
-def find_data(cfg: PretrainConfig,  # its `data` is read
-              builtin: bool = True,  # allow the photos inside the installed packages
-              ) -> tuple[str, str]:  # folder to train on, folder to measure on ('' = split the first; both '' = built-in photos)
-    "The photo folders of a run. Raises FileNotFoundError with the tree that is expected."
+def find_data(
+    cfg: PretrainConfig,   # its `data` is read
+    builtin: bool = True,  # allow the photos inside the installed packages
+) -> tuple[str, str]:  # folder to train on, folder to measure on
+    """Return the photo folders of a run; '' to measure on: the first is split; both '': the photos
+    inside the installed packages. Raises FileNotFoundError with the tree that is expected."""
     data = cfg.data or ('' if builtin else os.environ.get('UPDETR_DATA', ''))
+    if not data and builtin: return '', ''
     if not data:
-        if builtin: return '', ''
-        raise FileNotFoundError('no photos: give their folder with -p data FOLDER or UPDETR_DATA=FOLDER; ' + TREE.format('FOLDER'))
+        raise FileNotFoundError('no photos: give their folder with -p data FOLDER or '
+                                'UPDETR_DATA=FOLDER; ' + TREE.format('FOLDER'))
     root = Path(data).expanduser()
     if not root.is_dir():
+        # show what is there instead
         nearest = next(p for p in [root, *root.parents] if p.is_dir())
         seen = ', '.join(sorted(p.name for p in nearest.iterdir())[:8])
-        raise FileNotFoundError(f'no folder {data}; {TREE.format(data)}\nseen in {nearest}: {seen}')
-    train, val = root / 'train', root / 'val'
-    return (str(train), str(val)) if train.is_dir() and val.is_dir() else (str(root), '')
+        tree = TREE.format(data)
+        raise FileNotFoundError(f'no folder {data}; {tree}\nseen in {nearest}: {seen}')
+    # ImageNet's layout, or any other
+    train, val = root/'train', root/'val'
+    if train.is_dir() and val.is_dir(): return str(train), str(val)
+    return str(root), ''
 
 # %% ../nbs/14_config.ipynb #c023
-def check_devices(gpus: int,  # asked for; -1 = all there are
-                  found: int,  # torch.cuda.device_count()
-                  processes: int = 1,  # CPU processes, used without GPUs
-                  ) -> tuple[int, int]:  # GPUs to use, processes to start
-    "How many processes to start. Raises ValueError when more GPUs are asked for than there are."
+def check_devices(
+    gpus: int,           # asked for; -1 = all there are
+    found: int,          # torch.cuda.device_count()
+    processes: int = 1,  # CPU processes, used without GPUs
+) -> tuple[int, int]:  # GPUs to use, processes to start
+    "Return what to start. Raises ValueError when more GPUs are asked for than there are."
     if gpus > found:
-        way = f'-p gpus {found}' if found else f'-p gpus 0 -p processes {max(2, processes)}, on the CPU'
+        on_cpu = f'-p gpus 0 -p processes {max(2, processes)}, on the CPU'
+        way = f'-p gpus {found}' if found else on_cpu
         raise ValueError(f'{gpus} GPUs asked for, {found} found. Run with {way}')
-    if gpus < -1 or processes < 1: raise ValueError(f'gpus {gpus} must be -1 (all) or more, processes {processes} at least 1')
-    gpus = found if gpus == -1 else gpus
+    if gpus < -1 or processes < 1:
+        raise ValueError(f'gpus {gpus} must be -1 (all) or more, processes {processes} at least 1')
+    if gpus == -1: gpus = found
+    # one process a GPU
     return gpus, gpus or processes
 
 # %% ../nbs/14_config.ipynb #c026
 def _group(cfg, *kinds):
-    "The fields that the first fitting kind of `kinds` has, with their values in `cfg`"
-    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(next(k for k in kinds if isinstance(cfg, k)))}
+    "Return the fields that the first fitting kind of `kinds` has, with their values in `cfg`"
+    kind = next(k for k in kinds if isinstance(cfg, k))
+    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(kind)}
 
-def model_options(cfg: DetectorConfig,  # of a run
-                  ) -> dict:
-    "The arguments of `build_updetr`, or of `build_detr` but for the classes."
+def model_options(
+    cfg: DetectorConfig,  # of a run
+) -> dict:  # name of an argument -> value
+    "Return the arguments of `build_updetr`, or of `build_detr` but for the classes."
     options = _group(cfg, ModelConfig, DetectorConfig)
     layers = [f.strip() for f in cfg.features.split(',') if f.strip()]
-    return options | {'weights': None if cfg.weights == 'none' else cfg.weights, 'features': layers or None}
+    # None where the configuration has a plain value
+    options['weights'] = None if cfg.weights == 'none' else cfg.weights
+    options['features'] = layers or None
+    return options
 
-def loss_options(cfg: SetLossConfig,  # of a run
-                 ) -> dict:
-    "The arguments of `build_criterion`."
-    return _group(cfg, LossConfig, SetLossConfig) | {'eos_coef': cfg.eos_coef or None}
+def loss_options(
+    cfg: SetLossConfig,  # of a run
+) -> dict:  # name of an argument -> value
+    "Return the arguments of `build_criterion`."
+    options = _group(cfg, LossConfig, SetLossConfig)
+    options['eos_coef'] = cfg.eos_coef or None
+    return options
 
 # %% ../nbs/14_config.ipynb #c029
-NEUTRAL = ('num_workers', 'log_every', 'save_every', 'keep_every', 'max_skips', 'eval_every', 'eval_backend')
-LATER = {'ce_per_process': False, 'detach_recon': True, 'learn_positions': False,  # came later: a file without them is one with these
+NEUTRAL = ('num_workers', 'log_every', 'save_every', 'keep_every', 'max_skips', 'eval_every',
+           'eval_backend')
+# these came later: a file without them is one with these values
+LATER = {'ce_per_process': False, 'detach_recon': True, 'learn_positions': False,
          'images': '', 'images_val': '', 'exif': 'sizes', 'missing': 'refuse', 'val_share': .2}
 
-def earlier_values(cfg: Mapping,  # a configuration's names and values
-                   ) -> dict:  # name -> value
-    "What runs did before there were parameters for it."
-    # The start as an appearance matcher used to draw nearly equal object queries.
+def earlier_values(
+    cfg: Mapping,  # a configuration's names and values
+) -> dict:  # name -> value
+    "Return what runs did before there were parameters for it."
+    # the start as an appearance matcher used to draw nearly equal object queries
     return LATER | {'query_std': .02 if cfg.get('matching_init') else 1.}
 
-def cfg_changes(old: Mapping,  # configuration that the run was started with
-                new: Mapping,  # configuration asked for now
-                neutral: tuple[str, ...] = (),  # keys that may differ
-                ) -> dict[str, str]:  # key -> 'old -> new', for each key that differs
-    "What has changed between two configurations, compared as JSON (so a tuple equals a list)."
-    old, new = (json.loads(json.dumps(dict(c), default=os.fspath)) for c in (old, new))
+def _as_json(cfg): return json.loads(json.dumps(dict(cfg), default=os.fspath))
+
+def _value(cfg, key): return json.dumps(cfg[key], sort_keys=True) if key in cfg else '(not set)'
+
+def cfg_changes(
+    old: Mapping,                   # configuration that the run was started with
+    new: Mapping,                   # configuration asked for now
+    neutral: tuple[str, ...] = (),  # keys that may differ
+) -> dict[str, str]:  # key -> 'old -> new', for each key that differs
+    "Return what has changed between two configurations, compared as JSON (a tuple equals a list)."
+    old, new = _as_json(old), _as_json(new)
+    # an old file says nothing of what came later
     old = {k: v for k, v in earlier_values(old).items() if k in new} | old
-    def show(c, k): return json.dumps(c[k], sort_keys=True) if k in c else '(not set)'
-    return {k: f'{show(old, k)} -> {show(new, k)}' for k in {**old, **new} if k not in neutral and show(old, k) != show(new, k)}
+    changes = {}
+    for key in {**old, **new}:
+        before, now = _value(old, key), _value(new, key)
+        if key not in neutral and before != now: changes[key] = f'{before} -> {now}'
+    return changes
