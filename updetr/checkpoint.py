@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LARGEST', 'SIZES', 'write_atomic', 'json_text', 'write_json', 'read_json', 'save_checkpoint', 'first_line',
            'check_sums', 'check_file', 'load_checkpoint', 'rng_state', 'set_rng_state', 'gather_rng', 'export_weights',
-           'read_weights', 'plain_tensors', 'architecture', 'stored_config', 'check_cnn', 'check_architecture',
-           'class_names', 'built', 'fill', 'load_updetr']
+           'read_weights', 'plain_tensors', 'architecture', 'stored_config', 'built', 'check_cnn', 'check_architecture',
+           'class_names', 'fill', 'load_updetr']
 
 # %% ../nbs/15_checkpoint.ipynb #c002
 import dataclasses
@@ -39,127 +39,175 @@ def _keep(path, kept):
     try:
         os.link(path, aside)
         os.replace(aside, kept)
-    except OSError: os.replace(path, kept)  # a file system without links: for a moment there is the kept file only
+    except OSError:
+        # a file system without links: for a moment there is the kept file only
+        os.replace(path, kept)
     finally: aside.unlink(missing_ok=True)
 
-def write_atomic(path: str | Path,  # file to be made or replaced
-                 write,  # called with the path to write to
-                 keep: str | None = None,  # name beside it that what was there gets
-                 ) -> None:
-    "Let `write` make a file, then put it in place in one step. What was there stays if anything fails; OSError says if the disk is full."
+def _sync_folder(path):
+    "Force the names in a folder to disk"
+    if os.name != 'posix': return  # elsewhere a folder cannot be opened
+    folder = os.open(path, os.O_RDONLY)
+    try: os.fsync(folder)
+    finally: os.close(folder)
+
+# %% ../nbs/15_checkpoint.ipynb #c005a
+def write_atomic(
+    path: str | Path,         # file to be made or replaced
+    write,                    # called with the path to write to
+    keep: str | None = None,  # name beside it that what was there gets
+) -> None:
+    """Let `write` make a file, then put it in place in one step.
+    What was there stays if anything fails; OSError says if the disk is full."""
     path = Path(path)
     aside = _aside(path)
     try:
+        # the content must be on the disk before the name is
         write(aside)
         with open(aside, 'rb+') as f: os.fsync(f.fileno())
         if keep and path.exists(): _keep(path, path.with_name(keep))
         os.replace(aside, path)
     except OSError as e:
         if e.errno not in _FULL: raise
-        advice = f'no room for {path.name} ({e.strerror}): what was saved before is good. Make room and launch again'
+        advice = (f'no room for {path.name} ({e.strerror}): what was saved before is good. '
+                  'Make room and launch again')
         raise OSError(e.errno, advice, str(path)) from e
     finally: aside.unlink(missing_ok=True)
-    if os.name != 'posix': return  # elsewhere a folder cannot be opened
-    folder = os.open(path.parent, os.O_RDONLY)
-    try: os.fsync(folder)
-    finally: os.close(folder)
+    # or a power cut might bring the old name back
+    _sync_folder(path.parent)
 
 # %% ../nbs/15_checkpoint.ipynb #c007
 def _finite(x):
-    "The same content with None for numbers that are not finite"
+    "Return the same content with None for numbers that are not finite"
     if isinstance(x, float): return x if math.isfinite(x) else None
     if isinstance(x, dict): return {k: _finite(v) for k, v in x.items()}
-    return [_finite(v) for v in x] if isinstance(x, (list, tuple)) else x
+    if isinstance(x, (list, tuple)): return [_finite(v) for v in x]
+    return x
 
-def json_text(content,  # anything that JSON can hold, and paths
-              indent: int | None = 1,  # spaces a level; None: all in one line
-              ) -> str:
-    "Content as JSON. What cannot be measured, a number that is not finite, becomes null: JSON has no NaN."
+def json_text(
+    content,                 # anything that JSON can hold, and paths
+    indent: int | None = 1,  # spaces a level; None: all in one line
+) -> str:
+    """Return content as JSON.
+    What cannot be measured, a number that is not finite, becomes null: JSON has no NaN."""
     return json.dumps(_finite(content), indent=indent, default=os.fspath, allow_nan=False)
 
-def write_json(path: str | Path,  # file to be made or replaced
-               content,  # anything that JSON can hold, and paths
-               ) -> None:
-    "JSON, atomically, see `json_text`."
+def write_json(
+    path: str | Path,  # file to be made or replaced
+    content,           # anything that JSON can hold, and paths
+) -> None:
+    "Write JSON, atomically, see `json_text`."
     text = json_text(content)
     write_atomic(path, lambda p: p.write_text(text + '\n'))
 
-def read_json(path: str | Path,  # of an object
-              ) -> dict:
-    "The object in a JSON file. Raises FileNotFoundError, or ValueError for anything else."
+def read_json(
+    path: str | Path,  # of an object
+) -> dict:
+    "Return the object in a JSON file. Raises FileNotFoundError, or ValueError for anything else."
     if not Path(path).is_file(): raise FileNotFoundError(f'no file {path}')
-    try: content = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as e: raise ValueError(f'{path} is damaged, or no JSON file: {e}') from e
-    if not isinstance(content, dict): raise ValueError(f'{path} holds a {type(content).__name__}, not an object')
-    return content
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{path} is damaged, or no JSON file: {e}') from e
+    if isinstance(content, dict): return content
+    raise ValueError(f'{path} holds a {type(content).__name__}, not an object')
 
+# %% ../nbs/15_checkpoint.ipynb #c007a
 def _save(path, state):
     with open(path, 'wb') as f:
-        try: torch.save(state, f)
-        except RuntimeError as e: raise (e.__context__ if isinstance(e.__context__, OSError) else e) from None  # a full disk
+        try:
+            torch.save(state, f)
+        except RuntimeError as e:
+            # torch hides what the disk said: that it is full
+            cause = e.__context__
+            raise (cause if isinstance(cause, OSError) else e) from None
 
-def save_checkpoint(path: str | Path,  # file to be made or replaced
-                    state: dict,  # tensors, numbers, texts, lists and dictionaries of them
-                    keep: str | None = None,  # name beside it that what was there gets
-                    ) -> None:
+def save_checkpoint(
+    path: str | Path,         # file to be made or replaced
+    state: dict,              # tensors, numbers, texts, lists and dictionaries of them
+    keep: str | None = None,  # name beside it that what was there gets
+) -> None:
     "Save a training state atomically. Raises OSError where there is no room."
     write_atomic(path, lambda p: _save(p, state), keep)
 
 # %% ../nbs/15_checkpoint.ipynb #c009
-def first_line(error: Exception,  # maybe pages long, as torch's
-               ) -> str:
-    "What an error says first."
-    return f'{type(error).__name__}: {str(error).split(". ")[0].splitlines()[0] if str(error) else ""}'
+def first_line(
+    error: Exception,  # maybe pages long, as torch's
+) -> str:
+    "Return what an error says first."
+    said = str(error)
+    if said: said = said.split('. ')[0].splitlines()[0]
+    return f'{type(error).__name__}: {said}'
 
-def check_sums(path: str | Path,  # a file of `torch.save`
-               ) -> None:
-    "Compare every part of a file with its checksum. Raises ValueError or BadZipFile; torch's old format has no checksums and passes."
+def check_sums(
+    path: str | Path,  # a file of `torch.save`
+) -> None:
+    """Compare every part of a file with its checksum. Raises ValueError or BadZipFile.
+    A file of torch's old format has no checksums and passes."""
     if not zipfile.is_zipfile(path): return
-    with zipfile.ZipFile(path) as parts:
-        odd = [p.filename for p in parts.infolist() if p.compress_type != zipfile.ZIP_STORED]
-        if odd or sum(p.file_size for p in parts.infolist()) > os.path.getsize(path):
-            raise ValueError(f'its parts are compressed or overlap ({odd[:1]}), which torch.save does not do')
-        if bad := parts.testzip(): raise ValueError(f'the checksum of its part {bad} is wrong')
+    with zipfile.ZipFile(path) as file:
+        parts = file.infolist()
+        # a bomb: what is small on the disk and large in memory
+        odd = [p.filename for p in parts if p.compress_type != zipfile.ZIP_STORED]
+        if odd or sum(p.file_size for p in parts) > os.path.getsize(path):
+            raise ValueError(f'its parts are compressed or overlap ({odd[:1]}), '
+                             'which torch.save does not do')
+        bad = file.testzip()
+        if bad: raise ValueError(f'the checksum of its part {bad} is wrong')
 
-def check_file(path: str | Path,  # of weights
-               ) -> None:
-    "Raises FileNotFoundError for what is no file; a folder of a run or of transformers is told the way on."
+# %% ../nbs/15_checkpoint.ipynb #c009a
+def check_file(
+    path: str | Path,  # of weights
+) -> None:
+    "Raises FileNotFoundError for what is no file; folders of a run, of transformers get advice."
     path = Path(path)
     if path.is_file(): return
-    if (path / 'checkpoint.pth').is_file(): raise FileNotFoundError(f'{path} is a folder of a run: give {path}/checkpoint.pth')
-    if (path / 'config.json').is_file():
+    if (path/'checkpoint.pth').is_file():
+        raise FileNotFoundError(f'{path} is a folder of a run: give {path}/checkpoint.pth')
+    if (path/'config.json').is_file():
+        tensors = f"safetensors.torch.load_file('{path}/model.safetensors')"
+        config = f"json.load(open('{path}/config.json'))"
         raise FileNotFoundError(
-            f"{path} is a folder of Hugging Face's transformers. Take a DETR over with updetr.exchange.from_huggingface("
-            f"safetensors.torch.load_file('{path}/model.safetensors'), json.load(open('{path}/config.json')))")
-    raise FileNotFoundError(f'no checkpoint {path}' + (': it is a folder' if path.is_dir() else ''))
+            f"{path} is a folder of Hugging Face's transformers. Take a DETR over with "
+            f"updetr.exchange.from_huggingface({tensors}, {config})")
+    more = ': it is a folder' if path.is_dir() else ''
+    raise FileNotFoundError(f'no checkpoint {path}{more}')
 
-def load_checkpoint(path: str | Path,  # written by `save_checkpoint`
-                    ) -> dict:  # the state, on the CPU
-    "A training state. Raises FileNotFoundError, or ValueError for a file that is damaged or holds more than plain data."
+def load_checkpoint(
+    path: str | Path,  # written by `save_checkpoint`
+) -> dict:  # the state, on the CPU
+    """Return a training state.
+    Raises FileNotFoundError, or ValueError for a file that is damaged or not plain data."""
     check_file(path)
     try:
         check_sums(path)
         return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f'{path} cannot be read as a checkpoint of plain tensors: {first_line(e)}') from e
+    except Exception as e:
+        said = first_line(e)
+        raise ValueError(f'{path} cannot be read as a checkpoint of plain tensors: {said}') from e
 
 # %% ../nbs/15_checkpoint.ipynb #c014
-def rng_state(device: torch.device,  # of this process
-              ) -> Tensor:  # uint8
-    "The generator state of this process: the CPU's, and the GPU's behind it."
+def rng_state(
+    device: torch.device,  # of this process
+) -> Tensor:  # uint8
+    "Return the generator state of this process: the CPU's, and the GPU's behind it."
     state = torch.get_rng_state()
-    return torch.cat((state, torch.cuda.get_rng_state(device))) if device.type == 'cuda' else state
+    if device.type != 'cuda': return state
+    return torch.cat((state, torch.cuda.get_rng_state(device)))
 
-def set_rng_state(state: Tensor,  # of `rng_state`
-                  device: torch.device,  # of this process
-                  ) -> None:
+def set_rng_state(
+    state: Tensor,         # of `rng_state`
+    device: torch.device,  # of this process
+) -> None:
     "Put a generator state back."
     n = len(torch.get_rng_state())
     torch.set_rng_state(state[:n])
     if device.type == 'cuda' and len(state) > n: torch.cuda.set_rng_state(state[n:], device)
 
-def gather_rng(device: torch.device,  # of this process
-               ) -> list[Tensor]:  # one a process, in order
-    "The generator states of all processes, on every process."
+def gather_rng(
+    device: torch.device,  # of this process
+) -> list[Tensor]:  # one a process, in order
+    "Return the generator states of all processes, on every process."
     state = rng_state(device)
     if not dist.is_initialized(): return [state]
     states = [torch.empty_like(state) for _ in range(dist.get_world_size())]
@@ -170,162 +218,251 @@ def gather_rng(device: torch.device,  # of this process
 _PLACES = 'data data_val pretrain images pngs pngs_val instances'.split()
 
 def _without_places(cfg):
-    "A configuration without files and folders; a file of weights was read when the run began, and is not needed any more"
+    "Return a configuration without files and folders"
     mine = {k: '' if k in _PLACES else v for k, v in cfg.items()}
-    return mine | ({'weights': 'none'} if os.path.basename(w := str(cfg.get('weights', ''))) != w else {})
+    # a file of weights was read when the run began, and is not needed any more
+    weights = str(cfg.get('weights', ''))
+    if os.path.basename(weights) != weights: mine['weights'] = 'none'
+    return mine
 
-def export_weights(path: str | Path,  # .safetensors
-                   model: UPDETR,  # whose weights are saved
-                   cfg: dict,  # its configuration, plain
-                   half: bool = False,  # float16: half the size; answers move a little, and close scores may change places
-                   ) -> None:
-    "Save a model for sharing: weights and configuration, nothing else, and no folder of the machine it was made on."
-    def plain(v): return v.detach().to('cpu', torch.float16 if half and v.is_floating_point() else v.dtype).contiguous()
+def export_weights(
+    path: str | Path,    # .safetensors
+    model: UPDETR,       # whose weights are saved
+    cfg: dict,           # its configuration, plain
+    half: bool = False,  # float16: half the size; answers move a little, close scores may swap
+) -> None:
+    """Save a model for sharing: weights and configuration, nothing else.
+    No folder of the machine it was made on goes with it."""
+    def plain(v):
+        dtype = torch.float16 if half and v.is_floating_point() else v.dtype
+        return v.detach().to('cpu', dtype).contiguous()
+
     weights = {k: plain(v) for k, v in model.state_dict().items()}
-    write_atomic(path, lambda p: save_file(weights, p, {'config': json_text(_without_places(cfg), None)}))
+    metadata = {'config': json_text(_without_places(cfg), None)}
+    write_atomic(path, lambda p: save_file(weights, p, metadata))
 
-_CLASSES = 'class_names', 'category_ids', 'isthing'  # what a checkpoint says of its classes, beside its configuration
+# %% ../nbs/15_checkpoint.ipynb #c017g
+# what a checkpoint says of its classes, beside its configuration
+_CLASSES = 'class_names', 'category_ids', 'isthing'
 
-def read_weights(path: str | Path,  # checkpoint.pth or .safetensors
-                 ) -> tuple[dict[str, Tensor], dict]:  # state dict (averaged weights if there are any), configuration
-    "Weights and configuration of a file. Raises FileNotFoundError or ValueError."
-    if Path(path).suffix != '.safetensors':
-        state = load_checkpoint(path)
-        if not (isinstance(state, dict) and isinstance(state.get('model'), dict) and isinstance(state.get('args'), dict)):
-            held = list(state)[:6] if isinstance(state, dict) else f'a {type(state).__name__}'
-            raise ValueError(f'{path} is no checkpoint of this kit: it holds {held}, not model and args')
-        return state.get('ema') or state['model'], state['args'] | {k: state[k] for k in _CLASSES if k in state}
+def _read_pth(path):
+    "Return weights (averaged ones if there are any) and configuration of a checkpoint"
+    state = load_checkpoint(path)
+    is_dict = isinstance(state, dict)
+    if not (is_dict and all(isinstance(state.get(k), dict) for k in ('model', 'args'))):
+        held = list(state)[:6] if is_dict else f'a {type(state).__name__}'
+        raise ValueError(f'{path} is no checkpoint of this kit: it holds {held}, '
+                         'not model and args')
+    classes = {k: state[k] for k in _CLASSES if k in state}
+    return state.get('ema') or state['model'], state['args'] | classes
+
+def _read_safetensors(path):
+    "Return weights and configuration of a file of `export_weights`"
     check_file(path)
     try:
-        with safe_open(path, 'pt') as f: cfg = (f.metadata() or {}).get('config')
-    except SafetensorError as e: raise ValueError(f'{path} is damaged, or no .safetensors file: {first_line(e)}') from e
-    if cfg is None: raise ValueError(f'{path} has no configuration in its metadata: it was not written by export_weights')
-    try: cfg = dict(json.loads(cfg))
-    except (ValueError, TypeError, RecursionError) as e: raise ValueError(f'{path}: the configuration in its metadata is none: {e}') from e
-    return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}, cfg
+        with safe_open(path, 'pt') as f: metadata = f.metadata() or {}
+    except SafetensorError as e:
+        said = first_line(e)
+        raise ValueError(f'{path} is damaged, or no .safetensors file: {said}') from e
+    text = metadata.get('config')
+    if text is None:
+        raise ValueError(f'{path} has no configuration in its metadata: '
+                         'it was not written by export_weights')
+    try:
+        cfg = dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f'{path}: the configuration in its metadata is none: {e}') from e
+    weights = load_file(path)
+    return {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, cfg
+
+# %% ../nbs/15_checkpoint.ipynb #c017h
+def read_weights(
+    path: str | Path,  # checkpoint.pth or .safetensors
+) -> tuple[dict[str, Tensor], dict]:  # state dict (averaged if there is one), configuration
+    "Return weights and configuration of a file. Raises FileNotFoundError or ValueError."
+    if Path(path).suffix == '.safetensors': return _read_safetensors(path)
+    return _read_pth(path)
 
 # %% ../nbs/15_checkpoint.ipynb #c017b
-def plain_tensors(path: str | Path,  # where it comes from, for messages
-                  state: dict,  # name -> tensor
-                  ) -> dict[str, Tensor]:  # in fp32, without the prefix of DataParallel
-    "A state dict that can be trusted. Raises ValueError for anything else, also for tensors that are larger than their file."
+def plain_tensors(
+    path: str | Path,  # where it comes from, for messages
+    state: dict,       # name -> tensor
+) -> dict[str, Tensor]:  # in fp32, without the prefix of DataParallel
+    """Return a state dict that can be trusted.
+    Raises ValueError for anything else, also for tensors that are larger than their file."""
     named = isinstance(state, dict) and state and all(isinstance(k, str) for k in state)
     if not (named and all(isinstance(v, Tensor) for v in state.values())):
         raise ValueError(f'{path} holds no state dict: no dictionary of names and tensors')
-    blown = [k for k, v in state.items() if v.numel() * v.element_size() > v.untyped_storage().nbytes()]
-    if blown: raise ValueError(f'{path}: {blown[0]} says it is larger than what the file holds of it')
-    return {k.removeprefix('module.'): v.float() if v.is_floating_point() else v for k, v in state.items()}
+    plain = {}
+    for name, v in state.items():
+        # strides of 0 make a giant of one number
+        if v.numel() * v.element_size() > v.untyped_storage().nbytes():
+            raise ValueError(f'{path}: {name} says it is larger than what the file holds of it')
+        plain[name.removeprefix('module.')] = v.float() if v.is_floating_point() else v
+    return plain
 
-_BLOCKS = {(2, False): 'resnet18', (6, False): 'resnet34', (6, True): 'resnet50', (23, True): 'resnet101', (36, True): 'resnet152'}
+# (blocks in layer3, are there three convolutions in a block?) -> ResNet
+_BLOCKS = {(2, False): 'resnet18', (6, False): 'resnet34', (6, True): 'resnet50',
+           (23, True): 'resnet101', (36, True): 'resnet152'}
 
-def _numbered(names, pattern): return len({m[1] for n in names if (m := re.match(pattern, n))})
+def _numbered(names, pattern):
+    "Return how many numbers there are in those names that begin with the pattern"
+    matches = [re.match(pattern, name) for name in names]
+    return len({m[1] for m in matches if m})
 
 # %% ../nbs/15_checkpoint.ipynb #c017c
-def architecture(weights: dict[str, Tensor],  # state dict of a (UP-)DETR
-                 ) -> dict:  # arguments of `build_detr`; without backbone if it is no torchvision ResNet
-    "The build arguments that names and shapes of the tensors tell. Raises ValueError if essential tensors are missing."
-    needed = ('input_proj.weight', 'query_embed.weight', 'class_embed.weight', 'transformer.decoder.layers.0.linear1.weight')
+def architecture(
+    weights: dict[str, Tensor],  # state dict of a (UP-)DETR
+) -> dict:  # arguments of `build_detr`; without backbone if it is no torchvision ResNet
+    """Return the build arguments that names and shapes of the tensors tell.
+    Raises ValueError if essential tensors are missing."""
+    needed = ('input_proj.weight', 'query_embed.weight', 'class_embed.weight',
+              'transformer.decoder.layers.0.linear1.weight')
     missing = [k for k in needed if k not in weights]
     if missing: raise ValueError(f'not the weights of a DETR: no {", ".join(missing)}')
     flat = [k for k in needed if weights[k].dim() < 2]
     if flat: raise ValueError(f'not the weights of a DETR: {flat[0]} is no matrix')
-    project, queries, _, hidden = (weights[k] for k in needed)
-    cnn = 'backbone.0.body.layer3.'
-    backbone = _BLOCKS.get((_numbered(weights, re.escape(cnn) + r'(\d+)\.'), cnn + '0.conv3.weight' in weights))
-    return dict(hidden_dim=len(project), dim_feedforward=len(hidden), num_queries=len(queries),
-                enc_layers=_numbered(weights, r'transformer\.encoder\.layers\.(\d+)\.'),
-                dec_layers=_numbered(weights, r'transformer\.decoder\.layers\.(\d+)\.'),
-                pre_norm='transformer.encoder.norm.weight' in weights, standardize='feature_norm.mean' in weights,
-                position='learned' if 'backbone.1.row_embed.weight' in weights else 'sine') | ({'backbone': backbone} if backbone else {})
+
+    # widths and counts
+    project, queries, _, hidden = [len(weights[k]) for k in needed]
+    found = {'hidden_dim': project, 'dim_feedforward': hidden, 'num_queries': queries}
+    found['enc_layers'] = _numbered(weights, r'transformer\.encoder\.layers\.(\d+)\.')
+    found['dec_layers'] = _numbered(weights, r'transformer\.decoder\.layers\.(\d+)\.')
+    # options that add tensors
+    found['pre_norm'] = 'transformer.encoder.norm.weight' in weights
+    found['standardize'] = 'feature_norm.mean' in weights
+    learned = 'backbone.1.row_embed.weight' in weights
+    found['position'] = 'learned' if learned else 'sine'
+    # the CNN, told by its third stage
+    blocks = _numbered(weights, r'backbone\.0\.body\.layer3\.(\d+)\.')
+    bottleneck = 'backbone.0.body.layer3.0.conv3.weight' in weights
+    backbone = _BLOCKS.get((blocks, bottleneck))
+    if backbone: found['backbone'] = backbone
+    return found
 
 # %% ../nbs/15_checkpoint.ipynb #c017d
 LARGEST = 20_000  # px or channels: no size in a stored configuration may be larger
-SIZES = dict(val_size=1, query_size=1, patch_size=1, view_size=1, square=0, channels=1)  # the smallest
+# the smallest
+SIZES = dict(val_size=1, query_size=1, patch_size=1, view_size=1, square=0, channels=1)
 
-def stored_config(path: str | Path,  # of the file, for messages
-                  kind: type,  # of configuration
-                  args: dict,  # as stored, maybe with more in it
-                  ) -> TrainConfig:  # a `kind`
-    "The configuration of a file. Raises ValueError for one that no run can have had."
+def stored_config(
+    path: str | Path,  # of the file, for messages
+    kind: type,        # of configuration
+    args: dict,        # as stored, maybe with more in it
+) -> TrainConfig:  # a `kind`
+    "Return the configuration of a file. Raises ValueError for one that no run can have had."
     fields = {f.name for f in dataclasses.fields(kind)}
-    try: cfg = check_config(kind(**{k: v for k, v in args.items() if k in fields}), run=False)
-    except (ValueError, TypeError) as e: raise ValueError(f'{path}: its configuration cannot be used: {e}') from e
+    known = {k: v for k, v in args.items() if k in fields}
+    try:
+        cfg = check_config(kind(**known), run=False)
+    except (ValueError, TypeError) as e:
+        raise ValueError(f'{path}: its configuration cannot be used: {e}') from e
     sizes = {k: v for k, v in dataclasses.asdict(cfg).items() if k in SIZES}
     odd = [f'{k} {v}' for k, v in sizes.items() if not SIZES[k] <= v <= LARGEST]
-    if odd: raise ValueError(f'{path}: its configuration says {", ".join(odd)}, which cannot be meant')
-    return cfg
+    if not odd: return cfg
+    raise ValueError(f'{path}: its configuration says {", ".join(odd)}, which cannot be meant')
 
 # %% ../nbs/15_checkpoint.ipynb #c017e
-def check_cnn(path: str | Path,  # of the file, for messages
-              weights: dict[str, Tensor],  # all that it holds
-              backbone: str,  # its CNN, as its configuration has it
-              features: list[str] | None = None,  # layers that it is cut after
-              dilation: bool = False,  # of its last stage
-              ) -> None:
+def built(
+    path: str | Path,  # of the file, for messages
+    make,              # makes a model
+    *args,             # of it
+    **options,         # of it
+) -> nn.Module:
+    "Return what `make` makes. Raises ValueError that names the file if it cannot be built."
+    try:
+        return make(*args, **options)
+    except (ValueError, TypeError, RuntimeError, AssertionError, KeyError, AttributeError) as e:
+        raise ValueError(f'{path}: the model of its configuration cannot be built: {e}') from e
+
+def check_cnn(
+    path: str | Path,                    # of the file, for messages
+    weights: dict[str, Tensor],          # all that it holds
+    backbone: str,                       # its CNN, as its configuration has it
+    features: list[str] | None = None,   # layers that it is cut after
+    dilation: bool = False,              # of its last stage
+) -> None:
     "Raises ValueError, before anything is built, if a file's CNN is larger than the whole file."
     layers = tuple(features) if isinstance(features, list) else features
     need = built(path, cnn_numbers, backbone, layers, dilation)
     held = sum(v.numel() for v in weights.values())
     if need > held:
-        raise ValueError(f'{path} contradicts itself: its configuration says backbone {backbone!r}, which alone '
-                         f'has {need:,} numbers, and all its tensors together have {held:,}')
+        raise ValueError(f'{path} contradicts itself: its configuration says backbone '
+                         f'{backbone!r}, which alone has {need:,} numbers, and all its tensors '
+                         f'together have {held:,}')
 
-def check_architecture(path: str | Path,  # of the file, for messages
-                       weights: dict[str, Tensor],  # its state dict
-                       options: dict,  # of `build_detr`, as its configuration has them
-                       num_classes: int | None = None,  # without "no object"; None: not compared
-                       told: dict | None = None,  # options that the caller gave
-                       ) -> None:
-    "Raises ValueError, before anything is built, if a file's configuration is not that of its tensors."
+# %% ../nbs/15_checkpoint.ipynb #c017i
+def check_architecture(
+    path: str | Path,                # of the file, for messages
+    weights: dict[str, Tensor],      # its state dict
+    options: dict,                   # of `build_detr`, as its configuration has them
+    num_classes: int | None = None,  # without "no object"; None: not compared
+    told: dict | None = None,        # options that the caller gave
+) -> None:
+    "Raises ValueError, before anything is built, if a configuration is not that of its tensors."
     try: seen = architecture(weights)
     except ValueError as e: raise ValueError(f'{path}: {e}') from e
-    if options['backbone'] not in _BLOCKS.values(): seen.pop('backbone', None)  # timm's may have a ResNet's names
+    # one of timm's may have a ResNet's names
+    if options['backbone'] not in _BLOCKS.values(): seen.pop('backbone', None)
+    # against the names and shapes of the tensors
     wrong = [f'{k} {options[k]!r} (its tensors: {v!r})' for k, v in seen.items() if options[k] != v]
     classes = len(weights['class_embed.weight']) - 1
-    if num_classes not in (None, classes): wrong.append(f'{num_classes} classes (its tensors: {classes})')
-    if wrong: raise ValueError(f'{path} contradicts itself: its configuration says {"; ".join(wrong)}')
-    check_cnn(path, weights, *(options[k] for k in ('backbone', 'features', 'dilation')))
-    odd = [f'{k} is {options.get(k)!r}, not {v!r}' for k, v in (told or {}).items() if options.get(k) != v]
+    if num_classes not in (None, classes):
+        wrong.append(f'{num_classes} classes (its tensors: {classes})')
+    if wrong:
+        said = '; '.join(wrong)
+        raise ValueError(f'{path} contradicts itself: its configuration says {said}')
+    # against their number
+    check_cnn(path, weights, options['backbone'], options['features'], options['dilation'])
+    # against the caller
+    odd = []
+    for k, v in (told or {}).items():
+        stored = options.get(k)
+        if stored != v: odd.append(f'{k} is {stored!r}, not {v!r}')
     if odd: raise ValueError(f'{path} has a configuration of its own, by which {"; ".join(odd)}')
 
-def class_names(path: str | Path,  # of the file, for messages
-                args: dict,  # as stored
-                ) -> tuple[str, ...]:
-    "The names of the classes in a file. Raises ValueError if there are none, or others than texts."
+# %% ../nbs/15_checkpoint.ipynb #c017j
+def class_names(
+    path: str | Path,  # of the file, for messages
+    args: dict,        # as stored
+) -> tuple[str, ...]:
+    """Return the names of the classes in a file.
+    Raises ValueError if there are none, or others than texts."""
     names = args.get('class_names')
     texts = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
     if texts and names: return tuple(names)
-    raise ValueError(f'{path} has no list of the names of its classes (class_names is {str(names)[:60]})')
+    held = str(names)[:60]
+    raise ValueError(f'{path} has no list of the names of its classes (class_names is {held})')
 
-# %% ../nbs/15_checkpoint.ipynb #c017f
-def built(path: str | Path,  # of the file, for messages
-          make,  # makes a model
-          *args,  # of it
-          **options,  # of it
-          ) -> nn.Module:
-    "What `make` makes. Raises ValueError that names the file whose configuration cannot be built."
-    try: return make(*args, **options)
-    except (ValueError, TypeError, RuntimeError, AssertionError, KeyError, AttributeError) as e:
-        raise ValueError(f'{path}: the model of its configuration cannot be built: {e}') from e
-
-def fill(path: str | Path,  # of the file, for messages
-         model: nn.Module,  # changed in place
-         weights: dict[str, Tensor],  # of the file
-         ) -> None:
+def fill(
+    path: str | Path,            # of the file, for messages
+    model: nn.Module,            # changed in place
+    weights: dict[str, Tensor],  # of the file
+) -> None:
     "Load a state dict. Raises ValueError that names the file if it is not the model's."
-    try: model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as e:
-        raise ValueError(f'{path} does not fit the model of its own configuration: {first_line(e)}. {str(e)[:300]}') from e
+        said = f'{first_line(e)}. {str(e)[:300]}'
+        raise ValueError(f'{path} does not fit the model of its own configuration: {said}') from e
 
 # %% ../nbs/15_checkpoint.ipynb #c018
-def load_updetr(path: str | Path,  # checkpoint.pth or .safetensors of a pre-training run
-                ) -> tuple[UPDETR, PretrainConfig]:  # in eval mode, on the CPU
-    "Rebuild a pre-trained model from its file. Raises FileNotFoundError, or ValueError if file and model do not fit."
-    weights, cfg = read_weights(path)
+def load_updetr(
+    path: str | Path,  # checkpoint.pth or .safetensors of a pre-training run
+) -> tuple[UPDETR, PretrainConfig]:  # in eval mode, on the CPU
+    """Rebuild a pre-trained model from its file.
+    Raises FileNotFoundError, or ValueError if file and model do not fit."""
+    weights, args = read_weights(path)
+    # the claim must be possible, and that of the tensors, before anything is built
     fields = {f.name for f in dataclasses.fields(PretrainConfig)}
-    if odd := sorted(set(map(str, cfg)) - fields): raise ValueError(f'{path} is of no pre-training run: its configuration has {odd[:3]}')
-    cfg, weights = stored_config(path, PretrainConfig, cfg), plain_tensors(path, weights)
-    check_architecture(path, weights, model_options(cfg))
-    model = built(path, build_updetr, **model_options(cfg) | {'weights': None, 'matching_init': False})
+    odd = sorted(set(map(str, args)) - fields)
+    if odd: raise ValueError(f'{path} is of no pre-training run: its configuration has {odd[:3]}')
+    cfg = stored_config(path, PretrainConfig, args)
+    weights = plain_tensors(path, weights)
+    options = model_options(cfg)
+    check_architecture(path, weights, options)
+    # the starts of its training are not needed any more
+    options |= {'weights': None, 'matching_init': False}
+    model = built(path, build_updetr, **options)
     fill(path, model, weights)
     return model.eval(), cfg
