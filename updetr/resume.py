@@ -19,60 +19,71 @@ from .fingerprint import class_changes, data_changes, file_digest, short_mark
 
 # %% ../nbs/15b_resume.ipynb #c005
 PLACES = ('data', 'data_val', 'images', 'pngs', 'pngs_val', 'instances', 'pretrain')
+SAVED = ('checkpoint.pth', 'checkpoint_previous.pth')  # the last state of a run, and the one before
 
 def free_keys(
     cfg: Mapping,  # configuration asked for now
 ) -> tuple[str, ...]:  # names of parameters
     "Return the parameters that may differ from those a run was started with."
+    # the rate of a step depends on its epoch alone
     longer = cfg.get('schedule') == 'step' and not cfg.get('warmup')
     return NEUTRAL + PLACES + (('epochs',) if longer else ())
 
 def way_out(
     run_dir: str | Path,  # folder of the run
-    cfg: Mapping,  # configuration asked for now
+    cfg: Mapping,         # configuration asked for now
 ) -> str:  # the end of a sentence
     "Say what to do instead where a run must not go on."
-    checkpoint = Path(run_dir) / SAVED[0]
+    checkpoint = Path(run_dir)/SAVED[0]
     anew = 'give the run a new name'
-    if cfg.get('task') != 'finetune' or cfg.get('detector', 'detr') != 'detr' or not checkpoint.is_file(): return anew
+    is_detr = cfg.get('task') == 'finetune' and cfg.get('detector', 'detr') == 'detr'
+    if not is_detr or not checkpoint.is_file(): return anew
     # object queries are part of what was learnt, and the demo's preset would draw them anew
-    return f'{anew}; to go on from its weights, a new name and -p pretrain {checkpoint} -p fresh_queries False'
+    return (f'{anew}; to go on from its weights, a new name and '
+            f'-p pretrain {checkpoint} -p fresh_queries False')
 
 # %% ../nbs/15b_resume.ipynb #c005a
 def _moved_weights(run_dir, new):
-    "('weights',) if the file of CNN weights has the content that the run was begun with, wherever it lies; else ()"
-    kept, file = Path(run_dir) / 'data.json', os.path.expanduser(new.get('weights') or '')
+    "Return ('weights',) if the file of CNN weights has the content that it had, wherever it lies"
+    kept = Path(run_dir)/'data.json'
+    file = os.path.expanduser(new.get('weights') or '')
     if not kept.is_file() or not os.path.isfile(file): return ()
-    return ('weights',) if read_json(kept).get('files', {}).get('weights') == file_digest(file) else ()
+    digest = read_json(kept).get('files', {}).get('weights')
+    return ('weights',) if digest == file_digest(file) else ()
 
 def refuse_changes(
     run_dir: str | Path,  # folder of the run
-    old: Mapping,  # configuration that the run was started with
-    new: Mapping,  # configuration asked for now
-    free: tuple = (),  # more parameters that may differ
+    old: Mapping,         # configuration that the run was started with
+    new: Mapping,         # configuration asked for now
+    free: tuple = (),     # more parameters that may differ
 ) -> None:
     "Raise ValueError that names what must not differ between two configurations, and the way out."
-    changed = cfg_changes(old, new, (*free_keys(new), *free))
+    free = *free_keys(new), *free
+    changed = cfg_changes(old, new, free)
     # only now is a file worth reading
-    if 'weights' in changed: changed = cfg_changes(old, new, (*free_keys(new), *free, *_moved_weights(run_dir, new)))
+    if 'weights' in changed:
+        changed = cfg_changes(old, new, free + _moved_weights(run_dir, new))
     if not changed: return
     said = '; '.join(f'{k}: {v}' for k, v in changed.items())
     why = ''
-    if 'epochs' in changed: why = ', and with this schedule the learning rate of every step depends on the number of all steps'
-    raise ValueError(f'{run_dir} was started with another configuration ({said}){why}: {way_out(run_dir, new)}')
+    if 'epochs' in changed:
+        why = (', and with this schedule the learning rate of every step depends on the number '
+               'of all steps')
+    way = way_out(run_dir, new)
+    raise ValueError(f'{run_dir} was started with another configuration ({said}){why}: {way}')
 
 # %% ../nbs/15b_resume.ipynb #c006
-SAVED = ('checkpoint.pth', 'checkpoint_previous.pth')  # the last state of a run, and the one before
-
 def has_learnt(
     run_dir: str | Path,  # folder of a run
 ) -> bool:  # False: whatever it was begun with, it begins now
-    "Whether a run has anything to go on from."
-    return any((Path(run_dir) / name).is_file() for name in (*SAVED, 'done.json'))
+    "Return whether a run has anything to go on from."
+    return any((Path(run_dir)/name).is_file() for name in (*SAVED, 'done.json'))
 
 # %% ../nbs/15b_resume.ipynb #c011
 PARTS = {'train': 'to train on', 'val': 'to evaluate on', 'heldout': 'held out'}
-FILES = {'pretrain': 'the checkpoint to start from', 'weights': 'the file of CNN weights', 'instances': "the file of the things' outlines"}
+FILES = {'pretrain': 'the checkpoint to start from',
+         'weights': 'the file of CNN weights',
+         'instances': "the file of the things' outlines"}
 
 def file_marks(
     cfg: Mapping,  # of a run
@@ -81,24 +92,33 @@ def file_marks(
     places = {k: os.path.expanduser(cfg.get(k) or '') for k in FILES}
     return {k: file_digest(path) for k, path in places.items() if os.path.isfile(path)}
 
+# %% ../nbs/15b_resume.ipynb #c011a
 def run_changes(
     old: Mapping,  # part -> fingerprint, and 'files': what a run was begun with
     new: Mapping,  # the same of what is there now
 ) -> list[str]:  # sentences without an end; empty: nothing has changed
     "Say what has changed in the data of a run. What only one of both knows is not compared."
     found = []
+    # photos and their labels
     for part, words in PARTS.items():
         if part not in old or part not in new: continue
         found += [f'photos {words}: {change}' for change in data_changes(old[part], new[part])]
-    if 'class_names' in old and 'train' in new: found += class_changes(old['class_names'], new['train']['classes'])
+    # an older run knows its classes only
+    if 'class_names' in old and 'train' in new:
+        found += class_changes(old['class_names'], new['train']['classes'])
+    # the files that it started from
     before, now = old.get('files', {}), new.get('files', {})
-    return found + [f'{FILES[k]} ({k}) has another content' for k in before if k in now and before[k] != now[k]]
+    for k in before:
+        if k in now and before[k] != now[k]: found.append(f'{FILES[k]} ({k}) has another content')
+    return found
 
 def saved_marks(
     saved: Mapping,  # content of a checkpoint
 ) -> dict:  # empty: it does not tell
     "Return what a checkpoint was trained on; an older one knows the names of its classes at most."
-    return saved.get('data') or {k: list(saved[k]) for k in ('class_names',) if saved.get(k)}
+    if saved.get('data'): return saved['data']
+    names = saved.get('class_names')
+    return {'class_names': list(names)} if names else {}
 
 def short_marks(
     marks: Mapping,  # of a run
@@ -109,98 +129,121 @@ def short_marks(
 # %% ../nbs/15b_resume.ipynb #c012
 def refuse_data(
     run_dir: str | Path,  # folder of the run
-    old: Mapping,  # what it was begun with
-    new: Mapping,  # what is there now
-    cfg: Mapping,  # configuration asked for now
+    old: Mapping,         # what it was begun with
+    new: Mapping,         # what is there now
+    cfg: Mapping,         # configuration asked for now
 ) -> None:
     "Raise ValueError that names what has changed in the data of a run, and the way out."
-    if changes := run_changes(old, new):
-        raise ValueError(f'{run_dir} was begun with other data ({"; ".join(changes)}): bring the old data back, or {way_out(run_dir, cfg)}')
+    changes = '; '.join(run_changes(old, new))
+    if not changes: return
+    way = way_out(run_dir, cfg)
+    raise ValueError(f'{run_dir} was begun with other data ({changes}): '
+                     f'bring the old data back, or {way}')
 
 def check_data(
     run_dir: str | Path,  # folder of the run, maybe new
-    marks: Mapping,  # of the data that is there now
-    cfg: Mapping,  # configuration asked for now
+    marks: Mapping,       # of the data that is there now
+    cfg: Mapping,         # configuration asked for now
 ) -> None:
     "Raise ValueError if a run has learnt from other data than what is there now."
-    file = Path(run_dir) / 'data.json'
+    file = Path(run_dir)/'data.json'
     if has_learnt(run_dir) and file.exists(): refuse_data(run_dir, read_json(file), marks, cfg)
 
+# %% ../nbs/15b_resume.ipynb #c012a
 def agree_on_data(
-    find,  # () -> fingerprints of the data that is there now
+    find,                 # () -> fingerprints of the data that is there now
     run_dir: str | Path,  # folder of the run, maybe new
-    cfg: Mapping,  # configuration asked for now
-    processes,  # of `join_processes`; all of them call this
+    cfg: Mapping,         # configuration asked for now
+    processes,            # of `join_processes`; all of them call this
 ) -> dict:  # the fingerprints
     "Let one process read the data and all refuse alike, see `check_data`; return what was found."
-    marks = processes.gather(find() if processes.rank == 0 else None)[0]
+    found = find() if processes.rank == 0 else None
+    marks = processes.gather(found)[0]
     check_data(run_dir, marks, cfg)
     return marks
 
 def keep_data(
     run_dir: str | Path,  # folder of the run
-    marks: Mapping,  # of its data
-    resumed: bool,  # whether it has learnt from this data already
+    marks: Mapping,       # of its data
+    resumed: bool,        # whether it has learnt from this data already
 ) -> None:
-    "Write down what a run is begun with. A run from before fingerprints were kept is said to get one."
-    file = Path(run_dir) / 'data.json'
+    "Write down what a run is begun with. A run older than fingerprints is said to get one."
+    file = Path(run_dir)/'data.json'
     if resumed and file.exists(): return
-    if resumed: print('no fingerprint of its data was kept when this run began: from now on it is that of what is there now', flush=True)
+    if resumed:
+        print('no fingerprint of its data was kept when this run began: '
+              'from now on it is that of what is there now', flush=True)
     write_json(file, marks)
 
 # %% ../nbs/15b_resume.ipynb #fe41fd3c
 class HeldFolder:
     "A folder that is held open, so that it is found again when it was renamed."
-    def __init__(self,
+    def __init__(
+        self,
         path: str | Path,  # of a folder that exists
     ):
-        self.path, self.handle = Path(path), os.open(path, os.O_RDONLY)
+        self.path = Path(path)
+        self.handle = os.open(path, os.O_RDONLY)
         self.first = self._asked()
 
     def __del__(self):
         if hasattr(self, 'handle'): os.close(self.handle)
 
     def _asked(self):
-        "Where the system says that it is; None where it does not say"
+        "Return where the system says that it is; None where it does not say"
         try: return os.readlink(f'/proc/self/fd/{self.handle}')
         except OSError: return None
 
     def now(self):
         "Return where the folder is now: the path that was given, until it is renamed."
         where = self._asked()
-        if where != self.first and where and os.path.isdir(where): self.path, self.first = Path(where), where
+        # a folder that is gone has a name, too, at which nothing lies
+        if where and where != self.first and os.path.isdir(where):
+            self.path = Path(where)
+            self.first = where
         return self.path
 
 # %% ../nbs/15b_resume.ipynb #c016
 def last_saved(
     run_dir: Path,  # folder of the run
-    processes,  # of `join_processes`; all of them call this
-) -> tuple[dict | None, Path | None, dict]:  # state, its file, {damaged file: what is wrong with it}
-    "Return the last state that all processes can read; None, None if nothing was saved. Raises ValueError if no save is whole."
+    processes,      # of `join_processes`; all of them call this
+) -> tuple[dict | None, Path | None, dict]:  # state, its file, {damaged file: what is wrong}
+    """Return the last state that all processes can read; None, None if nothing was saved.
+    Raises ValueError if no save is whole."""
     damaged = {}
-    for path in (run_dir / name for name in SAVED if (run_dir / name).is_file()):
+    for path in [run_dir/name for name in SAVED]:
+        if not path.is_file(): continue
+        saved = None
         try: saved = load_checkpoint(path)
-        except ValueError as e: saved, damaged[path] = None, str(e)
+        except ValueError as e: damaged[path] = str(e)
+        # all take the same one, or none goes on with it
         if not processes.any(saved is None): return saved, path, damaged
         damaged.setdefault(path, f'{path} cannot be read by another process')
-    if damaged: raise ValueError(f'no save of this run can be read: {"; ".join(damaged.values())}. Put a copy back, or '
-                                 f'delete {", ".join(p.name for p in damaged)} to begin anew')
-    return None, None, damaged
+    if not damaged: return None, None, damaged
+    troubles = '; '.join(damaged.values())
+    names = ', '.join(p.name for p in damaged)
+    raise ValueError(f'no save of this run can be read: {troubles}. Put a copy back, or '
+                     f'delete {names} to begin anew')
 
 def put_away(
     run_dir: Path,  # folder of the run
     damaged: dict,  # of `last_saved`
 ) -> None:
-    "Rename damaged files, which must not become the previous save; remove half-written ones of a killed process."
+    """Rename damaged files, which must not become the previous save, and remove half-written ones of
+    a killed process."""
     for path, trouble in damaged.items():
         os.replace(path, path.with_stem(f'{path.stem}_damaged'))
         print(f'{trouble}: put away as {path.stem}_damaged.pth', flush=True)
     for half in run_dir.glob('*.[0-9]*.tmp'): half.unlink(missing_ok=True)
 
+# %% ../nbs/15b_resume.ipynb #c016a
 def last_logged(
     run_dir: Path,  # folder of the run
 ) -> int:  # 0 if nothing was logged
     "Return the last step in a run's log."
-    log = run_dir / 'log.txt'
-    said = log.read_text(errors='replace')[-100_000:] if log.exists() else ''
-    return max(map(int, re.findall(r'^{"step": (\d+)', said, re.M)), default=0)
+    log = run_dir/'log.txt'
+    if not log.exists(): return 0
+    # its last line may have been cut off
+    said = log.read_text(errors='replace')[-100_000:]
+    steps = re.findall(r'^{"step": (\d+)', said, re.M)
+    return max(map(int, steps), default=0)
