@@ -164,7 +164,8 @@ def _header(kind, shape):
 
 def _nbytes(kind, shape):
     "Return the number of bytes of a whole .npy file"
-    return len(_header(kind, shape)) + math.prod(shape) * np.dtype(kind).itemsize
+    numbers = math.prod(shape) * np.dtype(kind).itemsize
+    return len(_header(kind, shape)) + numbers
 
 def _size(path):
     "Return the bytes of a file. Raises Misfit if there is none that can simply be read"
@@ -188,14 +189,19 @@ def _load_skipped(folder):
 def _about(source, first):
     "Return what bank.json must say, but for the checksums"
     arrays, _ = first
-    shapes = {k: [v.numpy().dtype.str, [source.num, *v.shape[1:]]] for k, v in arrays.items()}
-    about = {'format': FORMAT, 'what': source.what(), 'arrays': shapes}
+    files = {}
+    for name, v in arrays.items():
+        kind, shape = v.numpy().dtype.str, [source.num, *v.shape[1:]]
+        files[name] = [kind, shape]
+    about = {'format': FORMAT, 'what': source.what(), 'arrays': files}
     return json.loads(json.dumps(about))  # as it will be read: without tuples
 
-def _is_pair(v): return isinstance(v, list) and list(map(type, v)) == [int, int]
+def _is_pair(v):
+    "Return whether something of a JSON file is a list of two whole numbers"
+    return isinstance(v, list) and [type(x) for x in v] == [int, int]
 
 def _read_sums(path, about, names):
-    "Return bytes and checksum of each file from bank.json. Raises Misfit if it is of other features"
+    "Return bytes and checksum of each file from bank.json. Raises Misfit unless it is of `about`"
     size = _size(path)
     if size > 2**20: raise Misfit(f'{path.name} has {size:,} bytes')
     try: said = json.loads(path.read_bytes())
@@ -263,10 +269,13 @@ def _same(kept, now):
 
 def _same_target(kept, now):
     "Return whether a dictionary of tensors is another one up to rounding"
-    return kept.keys() == now.keys() and all(_same(kept[k], now[k]) for k in now)
+    if kept.keys() != now.keys(): return False
+    return all(_same(kept[k], now[k]) for k in now)
 
 def _same_targets(kept, now):
-    return len(kept) == len(now) and all(map(_same_target, kept, now))
+    "Return whether the dictionaries of an item are others up to rounding"
+    if len(kept) != len(now): return False
+    return all(map(_same_target, kept, now))
 
 def _check_first(stored, first):
     "Raises Misfit unless the first item is what is computed now"
@@ -341,11 +350,14 @@ def _fill(folder, about, token, source, mine, progress):
 # %% ../nbs/13a_features.ipynb #f024a
 def _in_order(shares, world):
     "Return the targets of all items, as they were dealt out to the processes"
-    num = sum(map(len, shares))
-    return [t for i in range(num) for t in shares[i % world][i // world]]
+    targets = []
+    for i in range(sum(map(len, shares))):
+        targets += shares[i % world][i // world]
+    return targets
 
 def _write_json(path, content):
-    path.write_text(json.dumps(content, indent=1, allow_nan=False))
+    text = json.dumps(content, indent=1, allow_nan=False)
+    path.write_text(text)
 
 def _finish(folder, about, token, shares, world, skipped):
     "Put the files in place, and bank.json last (one process, after all are done)"
@@ -508,12 +520,14 @@ def view_source(
     def compute(numbers):
         found, bad = bank_chunk(model, dataset, numbers, size, device)
         skipped.extend(bad)
-        return {k: v if k == 'boxes' else v.half() for k, v in found.items()}, []
+        # half the room; boxes are small
+        for k in ('feature', 'patch_feature'): found[k] = found[k].half()
+        return found, []
 
     def what():
         # what is drawn later, at every step, does not count
-        later = 'num_queries', 'mask_ratio'
-        task = {k: v for k, v in asdict(dataset.task).items() if k not in later}
+        task = asdict(dataset.task)
+        for later in ('num_queries', 'mask_ratio'): del task[later]
         views = {'size': size, 'seed': dataset.seed, 'collage': dataset.collage}
         data = {'photos': photos_key(dataset.paths), 'cnn': cnn_key(model.backbone[0])}
         return {'kind': 'views with patches'} | data | views | task
@@ -533,7 +547,8 @@ class FeatureBank:
         self.task = task
         self.seed = seed
         self.device = torch.device(device)
-        home = bank_home(sum(v.nbytes for v in stored.arrays.values()), device)
+        nbytes = sum(v.nbytes for v in stored.arrays.values())
+        home = bank_home(nbytes, device)
         self.parts = {k: v.to(home) for k, v in stored.arrays.items()}
 
     def __len__(self): return len(self.parts['boxes'])

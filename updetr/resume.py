@@ -229,8 +229,8 @@ def put_away(
     run_dir: Path,  # folder of the run
     damaged: dict,  # of `last_saved`
 ) -> None:
-    """Rename damaged files, which must not become the previous save, and remove half-written ones of
-    a killed process."""
+    """Rename damaged files, which must not become the previous save.
+    Half-written ones of a killed process are removed."""
     for path, trouble in damaged.items():
         os.replace(path, path.with_stem(f'{path.stem}_damaged'))
         print(f'{trouble}: put away as {path.stem}_damaged.pth', flush=True)
