@@ -40,11 +40,15 @@ class BuiltinPhoto:
     credit: str  # who made it
 
 # %% ../nbs/02_photos.ipynb #c007
-_SKIMAGE, _SKLEARN, _MPL = ('skimage', 'data'), ('sklearn', 'datasets', 'images'), ('matplotlib', 'mpl-data', 'sample_data')
-_FREE, _UNSTATED = 'no known copyright restrictions', 'not stated by the package'
+_SKIMAGE = 'skimage', 'data'
+_SKLEARN = 'sklearn', 'datasets', 'images'
+_MPL = 'matplotlib', 'mpl-data', 'sample_data'
+_FREE = 'no known copyright restrictions'
+_UNSTATED = 'not stated by the package'
 _MIDDLEBURY = 'Middlebury 2014 stereo benchmark (D. Scharstein et al.)'
 _BUILTIN = ( # file, place, scene, split, licence, credit
-    ('astronaut.png', _SKIMAGE, 'astronaut', 'train', 'public domain', 'NASA (portrait of Eileen Collins)'),
+    ('astronaut.png', _SKIMAGE, 'astronaut', 'train', 'public domain',
+     'NASA (portrait of Eileen Collins)'),
     ('rocket.jpg', _SKIMAGE, 'rocket', 'train', 'public domain', 'SpaceX (launch of DSCOVR)'),
     ('motorcycle_left.png', _SKIMAGE, 'motorcycle', 'train', _UNSTATED, _MIDDLEBURY),
     ('motorcycle_right.png', _SKIMAGE, 'motorcycle', 'train', _UNSTATED, _MIDDLEBURY),
@@ -55,7 +59,8 @@ _BUILTIN = ( # file, place, scene, split, licence, credit
     ('ihc.png', _SKIMAGE, 'ihc', 'train', _FREE, 'Center for Microscopy and Molecular Imaging'),
     ('moon.png', _SKIMAGE, 'moon', 'train', _UNSTATED, 'not stated by the package'),
     ('flower.jpg', _SKLEARN, 'flower', 'train', 'CC BY 2.0', 'vultilion (Flickr)'),
-    ('grace_hopper.jpg', _MPL, 'hopper', 'train', 'public domain', 'US Navy (portrait of Grace Hopper)'),
+    ('grace_hopper.jpg', _MPL, 'hopper', 'train', 'public domain',
+     'US Navy (portrait of Grace Hopper)'),
     ('chelsea.png', _SKIMAGE, 'chelsea', 'heldout', 'CC0', 'Stefan van der Walt'),
     ('coffee.png', _SKIMAGE, 'coffee', 'heldout', 'CC0', 'Rachel Michetti'),
     ('china.jpg', _SKLEARN, 'china', 'heldout', 'CC BY 2.0', 'danielbuechele (Flickr)'),
@@ -64,71 +69,85 @@ _BUILTIN = ( # file, place, scene, split, licence, credit
 
 # %% ../nbs/02_photos.ipynb #c008
 def builtin_photos(
-    split:str=None, # 'train', 'heldout' or None for both
-)->list:            # of BuiltinPhoto, always in the same order
-    "Photos inside scikit-image, scikit-learn, matplotlib. Raises ValueError for an unknown split, FileNotFoundError for a missing package."
-    if split not in (None, 'train', 'heldout'): raise ValueError(f"split must be 'train', 'heldout' or None, not {split!r}")
+    split: str = None,  # 'train', 'heldout' or None for both
+) -> list:              # of BuiltinPhoto, always in the same order
+    """Return the photos inside scikit-image, scikit-learn and matplotlib.
+
+    Raises ValueError for an unknown split, FileNotFoundError for a missing package."""
+    if split not in (None, 'train', 'heldout'):
+        raise ValueError(f"split must be 'train', 'heldout' or None, not {split!r}")
     photos = []
     for file, (package, *folders), scene, part, licence, credit in _BUILTIN:
-        spec = find_spec(package)                                   # finds the folder without importing the package
+        # finds the folder without importing the package
+        spec = find_spec(package)
         path = Path(spec.submodule_search_locations[0], *folders, file) if spec else None
         if path is None or not path.is_file():
-            raise FileNotFoundError(f'{file} of the package {package!r} is not here: pip install scikit-image scikit-learn matplotlib')
+            raise FileNotFoundError(f'{file} of the package {package!r} is not here: '
+                                    'pip install scikit-image scikit-learn matplotlib')
         photos.append(BuiltinPhoto(path.stem, str(path), scene, part, licence, credit))
     return [p for p in photos if split in (None, p.split)]
 
 # %% ../nbs/02_photos.ipynb #c012
 def _learn_formats():
-    "Let PIL know all of its formats, and HEIC where pillow-heif is installed"
+    "Let PIL know all of its formats, and HEIC where pillow-heif is installed."
     Image.init()
     if not find_spec('pillow_heif'): return
+    # a broken package is as good as none
     try: import_module('pillow_heif').register_heif_opener()
-    except Exception: pass                               # a broken package is as good as none
+    except Exception: pass
 
 def _most_pixels():
-    "The limit of UPDETR_MAX_PIXELS, or 240 MB as RGB"
+    "Return the limit of UPDETR_MAX_PIXELS, or 240 MB as RGB."
     said = os.environ.get('UPDETR_MAX_PIXELS', '80000000')
     if said.isdecimal() and int(said): return int(said)
-    raise ValueError(f'UPDETR_MAX_PIXELS is {said!r}, but must be a number of pixels, such as 300000000')
+    raise ValueError(f'UPDETR_MAX_PIXELS is {said!r}, '
+                     'but must be a number of pixels, such as 300000000')
 
 _learn_formats()
-FORMATS = tuple(f for f in 'JPEG MPO PNG WEBP AVIF HEIF BMP GIF TIFF PPM'.split() if f in Image.OPEN)
+_USUAL = 'JPEG MPO PNG WEBP AVIF HEIF BMP GIF TIFF PPM'.split()
+FORMATS = tuple(f for f in _USUAL if f in Image.OPEN)
 SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .mpo .png .apng .webp .avif .heic .heif '
                      '.bmp .gif .tif .tiff .ppm .pgm .pbm .pnm'.split())
 MAX_PIXELS = _most_pixels()
 _TOO_LARGE = 'too many pixels'
-MIN_SIDE = 17                                            # photos with a side of 16 px or less are skipped (reference code)
+MIN_SIDE = 17  # px: photos with a side of 16 or less are skipped, as in the reference code
 
 def printable(
-    path, # of a file or folder; its name need not be UTF-8
-)->str:
+    path,  # of a file or folder; its name need not be UTF-8
+) -> str:
     "Return a path as text that can be printed and written anywhere."
     return os.fsencode(path).decode(errors='backslashreplace')
 
 class BadPhoto(Exception):
     "A file that cannot be used as a photo, and why: `path`, `reason`."
-    def __init__(self,
-        path,       # file
-        reason:str, # what is wrong; the part before the colon is one of the kinds above
+    def __init__(
+        self,
+        path,         # file
+        reason: str,  # what is wrong; the part before the colon is one of the kinds above
     ):
-        super().__init__(path, reason)                   # both in args, so that it can be pickled: workers raise it
-        self.path, self.reason = path, reason
+        # both in args, so that it can be pickled: workers raise it
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
     def __str__(self): return f'{printable(self.path)}: {self.reason}'
 
 # %% ../nbs/02_photos.ipynb #c013
 def _words(error): return str(error) or type(error).__name__
 
 def _check_file(path):
-    "BadPhoto unless `path` is a regular file with something in it"
+    "Raise BadPhoto unless `path` is a regular file with something in it."
     try: info = os.stat(path)
-    except OSError as e: raise BadPhoto(path, 'broken link' if os.path.islink(path) else f'cannot be read: {e.strerror}') from e
+    except OSError as e:
+        reason = 'broken link' if os.path.islink(path) else f'cannot be read: {e.strerror}'
+        raise BadPhoto(path, reason) from e
     if not stat.S_ISREG(info.st_mode): raise BadPhoto(path, 'not a regular file')
     if info.st_size == 0: raise BadPhoto(path, 'empty file')
 
 _HEIC = frozenset(b'heic heix heim heis hevc hevx mif1 msf1'.split())
 
 def _other_kind(file):
-    "What a file that PIL does not know is by its first bytes, with the way on; else None"
+    "Return what a file unknown to PIL is by its first bytes, with the way on; else None."
     file.seek(0)
     head = file.read(1000)
     if head[4:8] == b'ftyp' and head[8:12] in _HEIC and 'HEIF' not in FORMATS:
@@ -137,132 +156,170 @@ def _other_kind(file):
         return 'JPEG XL photo (save it as JPEG or PNG)'
     if b'<svg' in head: return 'not an image: an SVG drawing has no pixels, save it as PNG'
 
+# %% ../nbs/02_photos.ipynb #c013_open
 def _raise_limit(max_pixels):
-    "Lift PIL's own limit where more is asked for: beyond it PIL warns, beyond twice it refuses"
-    if max_pixels > (Image.MAX_IMAGE_PIXELS or math.inf): Image.MAX_IMAGE_PIXELS = max_pixels
+    "Lift PIL's own limit where more is asked for: beyond it PIL warns, beyond twice it refuses."
+    limit = Image.MAX_IMAGE_PIXELS or math.inf
+    if max_pixels > limit: Image.MAX_IMAGE_PIXELS = max_pixels
 
 def _open(path, file, max_pixels):
-    "PIL image of an open file, header only; BadPhoto if it is none or too large"
-    way = 'Set UPDETR_MAX_PIXELS=NUMBER before the start to raise it, or cut the photo into tiles'
+    "Return the PIL image of an open file, header only; BadPhoto if it is none or too large."
+    way = ('Set UPDETR_MAX_PIXELS=NUMBER before the start to raise it, '
+           'or cut the photo into tiles')
     _raise_limit(max_pixels)
     try: im = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as e:
         known = os.path.splitext(path)[1].lower() in SUFFIXES
         plain = 'broken image: header not understood' if known else 'not an image'
         raise BadPhoto(path, _other_kind(file) or plain) from e
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e: raise BadPhoto(path, f'{_TOO_LARGE}: {e}. {way}') from e
-    except Exception as e: raise BadPhoto(path, f'broken image: {_words(e)}') from e    # anything from struct.error to SyntaxError
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise BadPhoto(path, f'{_TOO_LARGE}: {e}. {way}') from e
+    # anything from struct.error to SyntaxError
+    except Exception as e:
+        raise BadPhoto(path, f'broken image: {_words(e)}') from e
     if im.width * im.height > max_pixels:
-        raise BadPhoto(path, f'{_TOO_LARGE}: {im.width}x{im.height}, limit {max_pixels:,}. {way}')
+        size = f'{im.width}x{im.height}'
+        raise BadPhoto(path, f'{_TOO_LARGE}: {size}, limit {max_pixels:,}. {way}')
     return im
 
 # %% ../nbs/02_photos.ipynb #c013b
 _WHOLE = 'size of the whole'  # in `info` of a PIL image that will be decoded smaller
 
 def _reduced(file, max_pixels):
-    "An over-large JPEG, to be decoded at 1/2, 1/4 or 1/8 of its size; None for what cannot be"
+    "Return an over-large JPEG, to be decoded at 1/2, 1/4 or 1/8; None for what cannot be."
     file.seek(0)
     try: im = JpegImageFile(file)
     except Exception: return None
+    # all coefficients of a progressive JPEG lie in memory before its first row comes out
+    if im.info.get('progressive'): return None
     width, height = im.size
     for part in (2, 4, 8):
-        if -(-width // part) * -(-height // part) > max_pixels or im.info.get('progressive'): continue
+        rows, columns = math.ceil(height / part), math.ceil(width / part)
+        if rows * columns > max_pixels: continue
         im.info[_WHOLE] = im.size
         # the smallest size at which this part is taken
         im.draft(None, (max(1, width // part), max(1, height // part)))
         return im
 
 def _open_or_less(path, file, max_pixels, reduce):
-    "As `_open`; with `reduce`, what is too large comes smaller if it can"
+    "Return what `_open` does; with `reduce`, what is too large comes smaller if it can."
     try: return _open(path, file, max_pixels)
     except BadPhoto as e:
-        less = _reduced(file, max_pixels) if reduce and e.reason.startswith(_TOO_LARGE) else None
+        if not reduce or not e.reason.startswith(_TOO_LARGE): raise
+        less = _reduced(file, max_pixels)
         if less is None: raise
         return less
 
 # %% ../nbs/02_photos.ipynb #c015
-_FLIPS = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}             # sides of (3, H, W): 1 = top/bottom, 2 = left/right
+# orientation -> sides of (3, H, W) to flip: 1 = top/bottom, 2 = left/right
+_FLIPS = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}
 
 def _orientation(im):
-    "EXIF orientation 1..8; 1 if there is none or it is broken"
-    if im.format == 'TIFF': return 1                                        # PIL itself turns TIFF, in the header too
-    exif = Image.Exif()                                       # im.getexif() would decode a whole PNG, and hide that it is broken
+    "Return the EXIF orientation 1..8; 1 if there is none or it is broken."
+    # PIL itself turns TIFF, in the header too
+    if im.format == 'TIFF': return 1
+    # im.getexif() would decode a whole PNG, and hide that it is broken
+    exif = Image.Exif()
+    # broken EXIF is common and no reason to lose a photo
     try: exif.load(im.info.get('exif', b''))
-    except Exception: return 1                                              # broken EXIF is common and no reason to lose a photo
-    return exif.get(0x0112) if exif.get(0x0112) in range(1, 9) else 1
+    except Exception: return 1
+    turn = exif.get(0x0112)
+    return turn if turn in range(1, 9) else 1
 
 def _upright(x, orientation):
-    "Undo the EXIF orientation of an image (3, H, W)"
+    "Return an image (3, H, W) with its EXIF orientation undone."
     if orientation >= 5: x = x.mT
     return x.flip(_FLIPS[orientation]) if orientation in _FLIPS else x
 
 # %% ../nbs/02_photos.ipynb #c017b
 def photo_turn(
-    path, # file
-)->int:   # EXIF orientation 1..8; 1 also for a file that is no photo
+    path,  # file
+) -> int:  # EXIF orientation 1..8; 1 also for a file that is no photo
     "Return how a photo has to be turned."
     try:
-        with open(path, 'rb') as file, _open(path, file, MAX_PIXELS) as im: return _orientation(im)
-    except (BadPhoto, OSError): return 1
+        with open(path, 'rb') as file, _open(path, file, MAX_PIXELS) as im:
+            return _orientation(im)
+    except (BadPhoto, OSError):
+        return 1
 
 def as_stored(
-    image:torch.Tensor, # (3, H, W), upright
-    turn:int,           # EXIF orientation 1..8
-)->torch.Tensor:        # (3, H, W) or (3, W, H)
+    image: torch.Tensor,  # (3, H, W), upright
+    turn: int,            # EXIF orientation 1..8
+) -> torch.Tensor:        # (3, H, W) or (3, W, H)
     "Return the pixels as the file has them."
+    # the steps of `_upright`, the last one first
     if turn in _FLIPS: image = image.flip(_FLIPS[turn])
-    return (image.mT if turn >= 5 else image).contiguous()
+    if turn >= 5: image = image.mT
+    return image.contiguous()
 
 # %% ../nbs/02_photos.ipynb #c019
 def _rgb(im):
-    "PIL image of any mode -> uint8 RGB tensor (3, H, W), not yet turned"
+    "Return a PIL image of any mode as a uint8 RGB tensor (3, H, W), not yet turned."
     if im.mode == 'F': raise ValueError('floating-point pixels have no fixed range')
     if im.mode.startswith('I'):
         grey = np.asarray(im).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535: raise ValueError('32-bit pixels have no fixed range')
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError('32-bit pixels have no fixed range')
+        # 65535 becomes 255
         im = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
-    if im.has_transparency_data: im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
+    if im.has_transparency_data:
+        white = Image.new('RGBA', im.size, 'white')
+        im = Image.alpha_composite(white, im.convert('RGBA'))
     return torch.from_numpy(np.array(im.convert('RGB'))).permute(2, 0, 1)
 
 # %% ../nbs/02_photos.ipynb #c020
-_decode_jpeg = getattr(getattr(torchvision, 'io', None), 'decode_jpeg', None)   # torchvision 0.29 announces its end; PIL does the same
+# torchvision 0.29 announces its end; PIL does the same
+_decode_jpeg = getattr(getattr(torchvision, 'io', None), 'decode_jpeg', None)
 
 def _decode(im, data):
-    "Pixels of an open image: plain JPEGs by the fast decoder; everything else, and what that one refuses, by PIL"
+    "Return the pixels of an open image, a plain JPEG's by the fast decoder, all others by PIL."
     if _decode_jpeg and im.format == 'JPEG' and im.mode in ('RGB', 'L') and _WHOLE not in im.info:
-        try: return _decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode='RGB')
-        except Exception: pass                                              # PIL has the last word, and clearer ones
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        # PIL has the last word, and clearer ones
+        try: return _decode_jpeg(encoded, mode='RGB')
+        except Exception: pass
     return _rgb(im)
 
 def _plain_jpeg(data, max_pixels):
-    "Whether bytes begin as a JPEG of 8-bit grey or colour, not too large, that EXIF cannot have turned: nothing that PIL has to settle"
-    at = 2 if data[:3] == b'\xff\xd8\xff' else len(data)
+    """Return True for bytes that leave nothing for PIL to settle.
+
+    They begin as a JPEG of 8-bit grey or colour, not too large, that EXIF cannot have turned."""
+    if data[:3] != b'\xff\xd8\xff': return False
+    # from marker to marker, up to the frame
+    at = 2
     while at + 10 < len(data) and data[at] == 0xff:
         kind, size = data[at + 1], int.from_bytes(data[at + 2:at + 4], 'big')
         if kind == 0xe1 and data[at + 4:at + 8] == b'Exif': return False
-        if 0xc0 <= kind <= 0xc2:                                            # the frame: baseline, extended or progressive
+        # the frame: baseline, extended or progressive
+        if 0xc0 <= kind <= 0xc2:
             bits, height, width, parts = struct.unpack('>BHHB', data[at + 4:at + 10])
             return bits == 8 and parts in (1, 3) and 0 < height * width <= max_pixels
         at += 2 + size
     return False
 
 def _quick(data, max_pixels):
-    "Pixels of a plain JPEG, or None: then PIL is asked"
-    try: return _decode_jpeg(torch.from_numpy(data), mode='RGB') if _decode_jpeg and _plain_jpeg(data.data, max_pixels) else None
-    except Exception: return None
+    "Return the pixels of a plain JPEG, or None: then PIL is asked."
+    try:
+        if not _decode_jpeg or not _plain_jpeg(data.data, max_pixels): return None
+        return _decode_jpeg(torch.from_numpy(data), mode='RGB')
+    except Exception:
+        return None
 
 # %% ../nbs/02_photos.ipynb #c021
 def read_photo(
-    path,                      # file, str or Path
-    max_pixels:int=MAX_PIXELS, # refuse to decode more, px
-    reduce:bool=False,         # decode a JPEG that has more at a half, a quarter or an eighth of its size
-)->torch.Tensor:               # (3, H, W) uint8 RGB, upright; channels side by side in memory
-    "Decode a photo of any usual kind. Raises BadPhoto with the reason."
+    path,                          # file, str or Path
+    max_pixels: int = MAX_PIXELS,  # refuse to decode more, px
+    reduce: bool = False,          # decode a JPEG that has more at 1/2, 1/4 or 1/8 of its size
+) -> torch.Tensor:                 # (3, H, W) uint8 RGB, upright; channels side by side in memory
+    "Return the pixels of a photo of any usual kind. Raises BadPhoto with the reason."
     path = os.fspath(path)
     _check_file(path)
     try: data = np.fromfile(path, np.uint8)
     except OSError as e: raise BadPhoto(path, f'cannot be read: {e.strerror}') from e
-    if (quick := _quick(data, max_pixels)) is not None: return quick
+    # plain JPEGs, nearly all there are, go without PIL
+    image = _quick(data, max_pixels)
+    if image is not None: return image
+    # everything else
     data = data.tobytes()
     with _open_or_less(path, io.BytesIO(data), max_pixels, reduce) as im:
         turn = _orientation(im)
@@ -271,7 +328,7 @@ def read_photo(
 
 # %% ../nbs/02_photos.ipynb #c030b
 def _from_pil(im):
-    "A PIL image as `read_photo` gives its file"
+    "Return a PIL image as `read_photo` gives its file."
     turn = _orientation(im)
     try: return _upright(_rgb(im), turn)
     except ValueError: raise
@@ -280,22 +337,25 @@ def _from_pil(im):
         raise BadPhoto(file, f'cannot be decoded: {_words(e)}') from e
 
 def _channels_last(x, first):
-    "An array (H,W) or (H,W,C) of one whose channels may come first; ValueError if it is no picture"
+    "Return a picture as (H,W) or (H,W,C); its channels may come first."
     if x.ndim == 2 and x.size: return x
-    places = [d for d in ((0, 2) if first else (2, 0)) if x.ndim == 3 and x.size and x.shape[d] in (1, 2, 3, 4)]
-    if places:
-        x = np.moveaxis(x, places[0], -1)
-        return x[..., 0] if x.shape[-1] == 1 else x
+    # the side that has as many places as a pixel has channels, the usual one first
+    for side in (0, 2) if first else (2, 0):
+        if x.ndim == 3 and x.size and x.shape[side] in (1, 2, 3, 4):
+            x = np.moveaxis(x, side, -1)
+            return x[..., 0] if x.shape[-1] == 1 else x
     one = ': give the pictures of a batch one by one, or as a list' if x.ndim == 4 else ''
-    raise ValueError('a picture must be of the shape (H,W), (H,W,3) or (3,H,W), with alpha (H,W,4), '
-                     f'not {x.shape}{one}')
+    raise ValueError('a picture must be of the shape (H,W), (H,W,3) or (3,H,W), '
+                     f'with alpha (H,W,4), not {x.shape}{one}')
 
 def _eight_bits(x):
-    "The numbers of a picture as uint8; ValueError if it is not known which is white"
+    "Return the numbers of a picture as uint8; ValueError if it is not known which is white."
     if x.dtype == np.uint8: return x
     if x.dtype == bool: return x * np.uint8(255)
     if x.dtype == np.uint16:
-        return ((x.astype(np.int64) + 128) // 257 if x.ndim == 2 else x >> 8).astype(np.uint8)
+        # grey is rounded, of colour PIL takes the upper byte
+        eight = (x.astype(np.int64) + 128) // 257 if x.ndim == 2 else x >> 8
+        return eight.astype(np.uint8)
     if x.dtype.kind not in 'fiu': raise ValueError(f'the numbers of a picture cannot be {x.dtype}')
     low, high = x.min(), x.max()
     if x.dtype.kind == 'f' and 0 <= low <= high <= 1:
@@ -305,19 +365,23 @@ def _eight_bits(x):
 
 # %% ../nbs/02_photos.ipynb #c030c
 def as_image(
-    picture,      # path, PIL image, array or tensor, as described above
-)->torch.Tensor:  # (3, H, W) uint8
-    "Any usual picture as a tensor. Raises BadPhoto (files), or ValueError that says what was expected."
+    picture,        # path, PIL image, array or tensor, as described above
+) -> torch.Tensor:  # (3, H, W) uint8
+    """Return any usual picture as a tensor.
+
+    Raises BadPhoto (files), or ValueError that says what was expected."""
     if isinstance(picture, (str, os.PathLike)): return read_photo(picture)
     if isinstance(picture, Image.Image): return _from_pil(picture)
     first = isinstance(picture, torch.Tensor)
     if first:
         done = picture.dtype == torch.uint8 and picture.ndim == 3 and len(picture) == 3
         if done and picture.numel(): return picture.cpu()
-        picture = (picture.float() if picture.is_floating_point() else picture).detach().cpu().numpy()
+        # numpy has no bfloat16
+        if picture.is_floating_point(): picture = picture.float()
+        picture = picture.detach().cpu().numpy()
     if not isinstance(picture, np.ndarray):
-        raise ValueError('a picture must be a path, a PIL image, an array (H,W,3) or a tensor (3,H,W), '
-                         f'not {type(picture).__name__}')
+        raise ValueError('a picture must be a path, a PIL image, an array (H,W,3) '
+                         f'or a tensor (3,H,W), not {type(picture).__name__}')
     pixels = np.require(_eight_bits(_channels_last(picture, first)), requirements='CW')
     if pixels.ndim == 2: return torch.from_numpy(pixels).expand(3, -1, -1)
     if pixels.shape[-1] == 3: return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -325,42 +389,56 @@ def as_image(
 
 # %% ../nbs/02_photos.ipynb #c032
 def _by_reason(skipped, examples):
-    "Lines with the number of skipped files and some of their names, one a reason, the most frequent first"
+    "Return lines with the number of skipped files and some names, one a reason, most first."
     names = {}
-    for path, reason in skipped: names.setdefault(reason.split(':')[0], []).append(printable(path))
-    return ''.join(f'\n  {len(ps):,} {reason} ({", ".join(ps[:examples])}{", ..." if len(ps) > examples else ""})'
-                   for reason, ps in sorted(names.items(), key=lambda item: -len(item[1])))
+    for path, reason in skipped:
+        names.setdefault(reason.split(':')[0], []).append(printable(path))
+    text = ''
+    for reason, ps in sorted(names.items(), key=lambda item: -len(item[1])):
+        more = ', ...' if len(ps) > examples else ''
+        text += f'\n  {len(ps):,} {reason} ({", ".join(ps[:examples])}{more})'
+    return text
 
 def over_large(
-    index, # `PhotoIndex`
-)->list:   # paths
-    "Photos beyond the limit, which `read_photo(reduce=True)` reads smaller."
-    return [path for path, size in zip(index.paths, index.sizes.tolist()) if math.prod(size) > MAX_PIXELS]
+    index,  # `PhotoIndex`
+) -> list:  # paths
+    "Return the photos beyond the limit, which `read_photo(reduce=True)` reads smaller."
+    sizes = zip(index.paths, index.sizes.tolist())
+    return [path for path, size in sizes if math.prod(size) > MAX_PIXELS]
 
 def _read_smaller(index):
-    "What to say of such photos"
+    "Return what to say of such photos."
     large = over_large(index)
-    return f', {len(large):,} of more than {MAX_PIXELS:,} px are read smaller, first {printable(large[0])}' if large else ''
+    if not large: return ''
+    return (f', {len(large):,} of more than {MAX_PIXELS:,} px are read smaller, '
+            f'first {printable(large[0])}')
 
 # %% ../nbs/02_photos.ipynb #c032a
 def _list_sum(content):
-    "A checksum of a saved index, wherever its photos lie"
+    "Return a checksum of a saved index, wherever its photos lie."
     return zlib.crc32(json.dumps([content[k] for k in ('paths', 'sizes', 'skipped')]).encode())
 
 def _check_list(content, root):
-    "The folder of a saved index. Raises ValueError, TypeError or KeyError for what is none, or was changed by anybody"
+    """Return the folder of a saved index.
+
+    Raises ValueError, TypeError or KeyError for what is none, or was changed by anybody."""
     root = os.fspath(root or content['root'])
-    paths, sizes, skipped = (content[k] for k in ('paths', 'sizes', 'skipped'))
+    paths, sizes, skipped = content['paths'], content['sizes'], content['skipped']
     texts = [root, *paths, *(text for pair in skipped for text in pair)]
-    if not isinstance(paths, list) or not all(isinstance(text, str) for text in texts): raise ValueError('names must be texts')
-    if len(paths) != len(sizes) or not all(len(pair) == 2 for pair in [*sizes, *skipped]): raise ValueError('two sizes a photo')
+    if not isinstance(paths, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError('names must be texts')
+    if len(paths) != len(sizes) or not all(len(pair) == 2 for pair in [*sizes, *skipped]):
+        raise ValueError('two sizes a photo')
     numbers = [side for pair in sizes for side in pair]
-    if not all(type(side) is int and 0 < side < 2**31 for side in numbers): raise ValueError('sizes must be positive integers')
+    if not all(type(side) is int and 0 < side < 2**31 for side in numbers):
+        raise ValueError('sizes must be positive integers')
     # photos lie below their folder; those inside packages have none
-    outside = [p for p in paths if os.path.isabs(p) or '..' in p and '..' in Path(p).parts] if root else []
-    if outside: raise ValueError(f'{outside[0]!r} leaves the folder')
+    for p in paths if root else []:
+        if os.path.isabs(p) or '..' in p and '..' in Path(p).parts:
+            raise ValueError(f'{p!r} leaves the folder')
     # lists of before have no checksum
-    if content.get('sum', total := _list_sum(content)) != total: raise ValueError('its checksum is wrong')
+    total = _list_sum(content)
+    if content.get('sum', total) != total: raise ValueError('its checksum is wrong')
     return root
 
 # %% ../nbs/02_photos.ipynb #c033
@@ -373,59 +451,79 @@ class PhotoIndex:
     skipped: list     # of (path, reason), sorted
     def __len__(self): return len(self.paths)
 
-    def path(self,
-        i:int, # number of a photo
-    )->str:    # file
-        "Where photo `i` lies, ready for `read_photo`."
+    def path(
+        self,
+        i: int,  # number of a photo
+    ) -> str:    # file
+        "Return where photo `i` lies, ready for `read_photo`."
         return os.path.join(self.root, self.paths[i])
 
-    def summary(self,
-        examples:int=2, # file names shown for each reason
-    )->str:             # one line, and one more a reason
-        "What was found and what was skipped, counted by reason."
+    def summary(
+        self,
+        examples: int = 2,  # file names shown for each reason
+    ) -> str:               # one line, and one more a reason
+        "Return what was found and what was skipped, counted by reason."
         found = f'{len(self):,} photos in {printable(self.root)}'
-        return f'{found}{_read_smaller(self)}, {len(self.skipped):,} skipped{_by_reason(self.skipped, examples)}'
+        skipped = f'{len(self.skipped):,} skipped{_by_reason(self.skipped, examples)}'
+        return f'{found}{_read_smaller(self)}, {skipped}'
 
-    def save(self, path # JSON file
+    def save(
+        self,
+        path,  # JSON file
     ):
         "Write the index, first aside and then renamed: a reader never sees half a file."
-        content, aside = dict(asdict(self), sizes=self.sizes.tolist()), Path(f'{os.fspath(path)}.{os.getpid()}.tmp')
+        content = dict(asdict(self), sizes=self.sizes.tolist())
+        aside = Path(f'{os.fspath(path)}.{os.getpid()}.tmp')
         aside.write_text(json.dumps(content | {'sum': _list_sum(content)}, allow_nan=False))
         os.replace(aside, path)
 
     @classmethod
-    def load(cls,
-        path,      # JSON file written by `save`
-        root=None, # where the photos are now, if they were moved
-    ):             # PhotoIndex
-        "Read a saved index. Raises ValueError for any other file, and for one that was damaged or edited."
+    def load(
+        cls,
+        path,       # JSON file written by `save`
+        root=None,  # where the photos are now, if they were moved
+    ):              # PhotoIndex
+        """Return a saved index.
+
+        Raises ValueError for any other file, and for one that was damaged or edited."""
         try:
-            root = _check_list(d := json.loads(Path(path).read_text()), root)
-            return cls(root, d['paths'], np.array(d['sizes'], int).reshape(-1, 2), [tuple(s) for s in d['skipped']])
+            content = json.loads(Path(path).read_text())
+            root = _check_list(content, root)
+            sizes = np.array(content['sizes'], int).reshape(-1, 2)
+            skipped = [tuple(pair) for pair in content['skipped']]
+            return cls(root, content['paths'], sizes, skipped)
         except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise ValueError(f'{path} is no saved photo index ({e!r}): make it anew with index_photos') from e
+            raise ValueError(f'{path} is no saved photo index ({e!r}): '
+                             'make it anew with index_photos') from e
 
 # %% ../nbs/02_photos.ipynb #c034
 def walk_files(
-    root, # folder
-)->tuple: # names relative to `root`, sorted; (folder, reason) of those that could not be listed
-    "All files below a folder, links followed, each folder once."
+    root,    # folder
+) -> tuple:  # names relative to `root`, sorted; (folder, reason) where that failed
+    "Return all files below a folder, links followed, each folder once."
     seen, files, closed = set(), [], []
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=closed.append):
         info = os.stat(folder)
-        if (info.st_dev, info.st_ino) in seen: subfolders.clear(); continue
-        seen.add((info.st_dev, info.st_ino)); subfolders.sort()
+        place = info.st_dev, info.st_ino
+        # a link has led back to where we were
+        if place in seen:
+            subfolders.clear()
+            continue
+        seen.add(place)
+        subfolders.sort()
         relative = os.path.relpath(folder, root)
         files += names if relative == '.' else [os.path.join(relative, name) for name in names]
-    return sorted(files), [(os.path.relpath(e.filename, root), f'folder cannot be listed: {e.strerror}') for e in closed]
+    unlisted = [(os.path.relpath(e.filename, root), f'folder cannot be listed: {e.strerror}')
+                for e in closed]
+    return sorted(files), unlisted
 
 def header_size(
-    path,                      # file
-    min_side:int=1,            # smallest side that will do, px
-    max_pixels:int=MAX_PIXELS, # a larger photo is unusable, px
-    reduce:bool=False,         # unless `read_photo(reduce=True)` would read it smaller
-):                             # (height, width) of the whole photo, upright, px; the reason as text if it is unusable
-    "What the header of a photo says of its size, without decoding it."
+    path,                          # file
+    min_side: int = 1,             # smallest side that will do, px
+    max_pixels: int = MAX_PIXELS,  # a larger photo is unusable, px
+    reduce: bool = False,          # unless `read_photo(reduce=True)` would read it smaller
+):                                 # (height, width) of the whole, upright, px; a text if unusable
+    "Return what the header of a photo says of its size, without decoding it."
     try:
         _check_file(path)
         with open(path, 'rb') as file, _open_or_less(path, file, max_pixels, reduce) as im:
@@ -442,15 +540,18 @@ _TREE = '''Expected: a folder of photos, in any subfolders, for example
     FOLDER/n01440764/n01440764_10026.JPEG'''
 
 def index_photos(
-    root,                      # folder, searched with all its subfolders
-    min_side:int=MIN_SIDE,     # smallest side that is kept, px
-    workers:int=8,             # threads that read headers
-    max_pixels:int=MAX_PIXELS, # larger photos are skipped, px
-    reduce:bool=False,         # but not those that `read_photo(reduce=True)` reads smaller
-)->PhotoIndex:                 # sorted: the same on every run and machine
-    "Find the usable photos below a folder by their headers. Raises FileNotFoundError, or ValueError if there is no photo in it."
+    root,                          # folder, searched with all its subfolders
+    min_side: int = MIN_SIDE,      # smallest side that is kept, px
+    workers: int = 8,              # threads that read headers
+    max_pixels: int = MAX_PIXELS,  # larger photos are skipped, px
+    reduce: bool = False,          # but not those that `read_photo(reduce=True)` reads smaller
+) -> PhotoIndex:                   # sorted: the same on every run and machine
+    """Return the usable photos below a folder, found by their headers.
+
+    Raises FileNotFoundError, or ValueError if there is no photo in it."""
     root = os.path.abspath(os.fspath(root))
-    if not os.path.lexists(root): raise FileNotFoundError(f'there is no folder {printable(root)}. {_TREE}')
+    if not os.path.lexists(root):
+        raise FileNotFoundError(f'there is no folder {printable(root)}. {_TREE}')
     if not os.path.isdir(root): raise ValueError(f'{printable(root)} is not a folder. {_TREE}')
     files, skipped = walk_files(root)
     with ThreadPool(workers) as pool:
@@ -458,33 +559,40 @@ def index_photos(
         found = list(pool.imap(look, files, chunksize=32))
     good = [(f, size) for f, size in zip(files, found) if not isinstance(size, str)]
     skipped += [(f, reason) for f, reason in zip(files, found) if isinstance(reason, str)]
-    index = PhotoIndex(root, [f for f, _ in good], np.array([s for _, s in good], int).reshape(-1, 2), sorted(skipped))
+    sizes = np.array([size for _, size in good], int).reshape(-1, 2)
+    index = PhotoIndex(root, [f for f, _ in good], sizes, sorted(skipped))
     if not good: raise ValueError(f'no usable photo: {index.summary(5)}\n{_TREE}')
     return index
 
 # %% ../nbs/02_photos.ipynb #c045
-PRETRAIN_SIZES = (320, 336, 352, 368, 400, 416, 432, 448, 464, 480)  # short sides, px; 384 is missing in the reference code, too
-PRETRAIN_MAX = 600                                                   # longest side, px
+# short sides, px; 384 is missing in the reference code, too
+PRETRAIN_SIZES = (320, 336, 352, 368, 400, 416, 432, 448, 464, 480)
+PRETRAIN_MAX = 600  # longest side, px
 
 def resize_shape(
-    height:int,   # of the photo, px
-    width:int,    # of the photo, px
-    size:int,     # wanted short side, px
-    max_size:int, # longest side allowed, px
-)->tuple:         # (height, width) after resizing, px
-    "DETR's size rule (Section 4, pre-training set-up). Raises ValueError for a size below 1."
-    if min(height, width, size, max_size) < 1: raise ValueError(f'sizes must be positive, got {height}x{width} to {size}, max {max_size}')
+    height: int,    # of the photo, px
+    width: int,     # of the photo, px
+    size: int,      # wanted short side, px
+    max_size: int,  # longest side allowed, px
+) -> tuple:         # (height, width) after resizing, px
+    """Return the size of a resized photo by DETR's rule (Section 4, pre-training set-up).
+
+    Raises ValueError for a size below 1."""
+    if min(height, width, size, max_size) < 1:
+        raise ValueError(f'sizes must be positive, got {height}x{width} to {size}, max {max_size}')
     short, long = sorted((height, width))
     if long * size > max_size * short: size = max(1, round(max_size * short / long))
+    # rounded down
     other = size * long // short
     return (size, other) if height <= width else (other, size)
 
 # %% ../nbs/02_photos.ipynb #c049
 def resize(
-    image:torch.Tensor, # (3, H, W) uint8
-    height:int,         # new height, px
-    width:int,          # new width, px
-)->torch.Tensor:        # (3, height, width) uint8
-    "Antialiased bilinear resize."
-    pixels = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)      # a batch of one, whose strides say which way the pixels lie
+    image: torch.Tensor,  # (3, H, W) uint8
+    height: int,          # new height, px
+    width: int,           # new width, px
+) -> torch.Tensor:        # (3, height, width) uint8
+    "Return the image at another size, antialiased and bilinear."
+    # a batch of one, whose strides say which way the pixels lie
+    pixels = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     return interpolate(pixels, (height, width), mode='bilinear', antialias=True)[0]
