@@ -25,19 +25,21 @@ BLOCK = 2**18  # bytes of such a block
 BLOCKS = 16  # blocks read of a large file
 
 def file_digest(
-    path: str | Path,  # any file
+    path: str | Path,    # any file
     whole: int = WHOLE,  # bytes; a larger file is not read to its end
-    length: int = 16,  # bytes of the digest
-) -> str:  # 2 * length hexadecimal digits
+    length: int = 16,    # bytes of the digest
+) -> str:                # 2 * length hexadecimal digits
     "Return a digest of a file's size and content. Raises OSError where it cannot be read."
     digest = hashlib.blake2b(digest_size=length)
     with open(path, 'rb') as file:
         size = file.seek(0, os.SEEK_END)
         digest.update(b'%d ' % size)
+        # the whole content
         if size <= whole:
             file.seek(0)
             for block in iter(lambda: file.read(2**20), b''): digest.update(block)
             return digest.hexdigest()
+        # or blocks from the head to the tail
         for k in range(BLOCKS):
             file.seek(k * (size - BLOCK) // (BLOCKS - 1))
             digest.update(file.read(BLOCK))
@@ -49,26 +51,28 @@ OPENING = 2**16  # bytes that opening a file counts as
 SAMPLE = 2000  # photos that are read of a larger set
 
 def _size(path):
-    "Bytes of a file, -1 if there is none"
+    "Return the bytes of a file, -1 if there is none."
     try: return os.stat(path).st_size
     except OSError: return -1
 
 def _content(path):
-    "A short digest of a photo, '' if it cannot be read"
+    "Return a short digest of a photo, '' if it cannot be read."
     try: return file_digest(path, length=6)
     except OSError: return ''
 
 def photo_contents(
-    paths: list[str],  # n files
-    budget: int = BUDGET,  # bytes that are read of all of them, at most
-    sample: int = SAMPLE,  # files that are read where all would be too much
-    threads: int = 16,  # that ask and read
-) -> tuple[list[int], dict[int, str]]:  # n sizes; place in the list -> digest, of those that were read
-    "Ask all files for their size and read all contents, or evenly spread ones."
+    paths: list[str],                   # n files
+    budget: int = BUDGET,               # bytes that are read of all of them, at most
+    sample: int = SAMPLE,               # files that are read where all would be too much
+    threads: int = 16,                  # that ask and read
+) -> tuple[list[int], dict[int, str]]:  # n sizes; place in the list -> digest, of those read
+    "Return the sizes of all files, and the contents of all or of evenly spread ones."
     with ThreadPool(threads) as pool:
         sizes = pool.map(_size, paths)
         places = np.arange(len(paths))
-        if sum(sizes) + OPENING * len(paths) > budget and len(paths) > sample:
+        cost = sum(sizes) + OPENING * len(paths)
+        # too long to be read as a whole: evenly spread ones
+        if cost > budget and len(paths) > sample:
             places = np.linspace(0, len(paths) - 1, sample).astype(int)
         contents = pool.map(_content, [paths[i] for i in places])
     return sizes, dict(zip(places.tolist(), contents))
@@ -89,132 +93,164 @@ class SetRows:
 def set_rows(
     dataset,  # a data set of any kind that has registered how
 ) -> SetRows:
-    "Return what the fingerprint of a data set is made of. Raises TypeError for a kind that nobody registered."
-    raise TypeError(f'{type(dataset).__name__}: this kind of data set has not registered its rows with set_rows')
+    """Return what the fingerprint of a data set is made of.
+
+    Raises TypeError for a kind that nobody registered."""
+    raise TypeError(f'{type(dataset).__name__}: '
+                    'this kind of data set has not registered its rows with set_rows')
 
 def column_rows(
-    columns: dict,  # name -> array or tensor (m, ...), the objects of one photo after those of the other
+    columns: dict,       # name -> array or tensor (m, ...), photo after photo
     starts: np.ndarray,  # (n + 1,) where each photo's objects begin
-) -> list[bytes]:  # n, one a photo
+) -> list[bytes]:        # n, one a photo
     "Return the bytes of each photo's objects in all columns."
     parts = [np.ascontiguousarray(columns[k]) for k in sorted(columns)]
     starts = np.asarray(starts).tolist()
+    # a bar keeps the columns of a photo apart
     return [b'|'.join(p[a:b].tobytes() for p in parts) for a, b in zip(starts, starts[1:])]
 
 # %% ../nbs/02a_fingerprint.ipynb #c013
 LISTED = 5000  # photos that a fingerprint lists one by one, at most
 
 def _digest(parts: Iterable, length=16):
-    "Hexadecimal digest of texts and bytes, one after the other; the length of each counts, so no two lists are alike"
+    """Return the hexadecimal digest of texts and bytes, one after the other.
+
+    The length of each counts, so no two lists are alike."""
     digest = hashlib.blake2b(digest_size=length)
     for part in parts:
-        part = part if isinstance(part, bytes) else json.dumps(part).encode()
+        if not isinstance(part, bytes): part = json.dumps(part).encode()
         digest.update(b'%d ' % len(part) + part)
     return digest.hexdigest()
 
 def mark_rows(
     rows: SetRows,  # of a data set
-    **limits,  # budget, sample and threads of `photo_contents`
-) -> dict:  # that JSON can hold
+    **limits,       # budget, sample and threads of `photo_contents`
+) -> dict:          # that JSON can hold
     "Return the fingerprint of a data set, photo by photo if these are not too many."
-    sizes, contents = photo_contents(rows.paths, **limits) if rows.paths is not None else ([0] * len(rows.names), {})
-    labels = [_digest([x], 6) for x in rows.labels] if rows.labels is not None else [''] * len(rows.names)
-    mark = {'format': 1, 'photos': len(rows.names), 'read': len(contents), 'objects': rows.objects,
-            'classes': None if rows.classes is None else list(map(str, rows.classes)), 'rule': rows.rule,
-            'names': _digest([rows.names]), 'ids': _digest([rows.ids]), 'labels': _digest([labels]),
-            'content': _digest([sizes, sorted(contents.items())])}
-    if rows.paths is None or len(rows.names) > LISTED: return mark
-    each = zip(rows.names, sizes, [contents.get(i, '') for i in range(len(sizes))], labels)
-    return mark | {'each': {name: list(parts) for name, *parts in each}}
+    n = len(rows.names)
+    # painted photos have no files, photos of a folder no labels
+    sizes, contents = [0] * n, {}
+    if rows.paths is not None: sizes, contents = photo_contents(rows.paths, **limits)
+    labels = [''] * n
+    if rows.labels is not None: labels = [_digest([x], 6) for x in rows.labels]
+    classes = None if rows.classes is None else list(map(str, rows.classes))
+    # what belongs together has a digest of its own
+    mark = {'format': 1, 'photos': n, 'read': len(contents), 'objects': rows.objects,
+            'classes': classes, 'rule': rows.rule,
+            'names': _digest([rows.names]), 'ids': _digest([rows.ids]),
+            'labels': _digest([labels]), 'content': _digest([sizes, sorted(contents.items())])}
+    if rows.paths is None or n > LISTED: return mark
+    each = {name: [sizes[i], contents.get(i, ''), labels[i]] for i, name in enumerate(rows.names)}
+    return mark | {'each': each}
 
 def mark_set(
     dataset,  # a data set of any kind that has registered its rows
-) -> dict:  # that JSON can hold
+) -> dict:    # that JSON can hold
     "Return the fingerprint of a data set."
     return mark_rows(set_rows(dataset))
 
 def mark_photos(
     names: list[str],  # n, relative to their folder
     paths: list[str],  # n files
-    **limits,  # budget, sample and threads of `photo_contents`
-) -> dict:  # that JSON can hold
+    **limits,          # budget, sample and threads of `photo_contents`
+) -> dict:             # that JSON can hold
     "Return the fingerprint of photos without labels."
     return mark_rows(SetRows(list(names), list(paths)), **limits)
 
 # %% ../nbs/02a_fingerprint.ipynb #c014
-_COMPARED = ('format', 'photos', 'objects', 'classes', 'rule', 'names', 'ids', 'labels', 'content')
+_COMPARED = ('format', 'photos', 'objects', 'classes', 'rule',
+             'names', 'ids', 'labels', 'content')
 
 def short_mark(
     mark: dict,  # of `mark_set` or `mark_photos`
-) -> dict:  # the same without names of photos
+) -> dict:       # the same without names of photos
     "Return a fingerprint without its list of photos: of one size whatever the set."
     return {k: v for k, v in mark.items() if k != 'each'}
 
 def mark_digest(
     *marks: dict,  # fingerprints
-) -> str:  # 32 hexadecimal digits
+) -> str:          # 32 hexadecimal digits
     "Return one short text for some data sets, e.g. for the name of a folder."
     return _digest([mark.get(k) for mark in marks for k in _COMPARED])
 
 def same_data(
     old: dict,  # a fingerprint, short or not
     new: dict,  # another one
-) -> bool:  # True: nothing has changed
-    "Whether two fingerprints are of equal data."
+) -> bool:      # True: nothing has changed
+    "Return True for two fingerprints of equal data."
     return all(old.get(k) == new.get(k) for k in _COMPARED)
 
 # %% ../nbs/02a_fingerprint.ipynb #c018
 def _some(names, most=3):
-    "The first few names, in brackets"
+    "Return the first few names, in brackets."
     names = [ascii(n)[1:-1] for n in names]
-    return f' ({", ".join(names[:most])}{", ..." if len(names) > most else ""})'
+    more = ', ...' if len(names) > most else ''
+    return f' ({", ".join(names[:most])}{more})'
 
 def _photos(names, what):
-    "'3 photos fewer (a, b, c)', [] if there are none"
-    return [f'{len(names):,} photo{"s" if len(names) > 1 else ""} {what}{_some(names)}'] if names else []
+    "Return ['3 photos fewer (a, b, c)'], [] if there are none."
+    if not names: return []
+    plural = 's' if len(names) > 1 else ''
+    return [f'{len(names):,} photo{plural} {what}{_some(names)}']
 
 def class_changes(
     old: list[str] | None,  # names in order
     new: list[str] | None,  # the same of what is there now
-) -> list[str]:  # sentences without an end; empty: nothing has changed
-    "Say how two lists of classes differ."
+) -> list[str]:             # sentences without an end; empty: nothing has changed
+    "Return how two lists of classes differ."
     old, new = list(old or []), list(new or [])
     if old == new: return []
-    found = [f'class {c!r} is new' for c in new if c not in old] + [f'class {c!r} is gone' for c in old if c not in new]
-    return found or [f'the classes are in another order ({", ".join(old[:5])} -> {", ".join(new[:5])})']
+    found = [f'class {c!r} is new' for c in new if c not in old]
+    found += [f'class {c!r} is gone' for c in old if c not in new]
+    if found: return found
+    # the same names, so another order
+    return [f'the classes are in another order ({", ".join(old[:5])} -> {", ".join(new[:5])})']
 
 def _listed_changes(old, new, relabelled):
-    "Sentences on photos, where both fingerprints list them"
-    gone, more = [n for n in old if n not in new], [n for n in new if n not in old]
-    both = [(n, old[n], new[n]) for n in old if n in new]
-    # a photo that was not read in one of the two has only its size to show
-    content = [n for n, a, b in both if a[0] != b[0] or (a[1] and b[1] and a[1] != b[1])]
-    boxes = [] if relabelled else [n for n, a, b in both if a[2] != b[2]]
-    lost = [n for n, a, b in both if b[0] < 0 <= a[0]]
-    changed = [n for n in content if n not in lost]
+    "Return sentences on photos, where both fingerprints list them."
+    gone = [n for n in old if n not in new]
+    more = [n for n in new if n not in old]
+    lost, changed, boxes = [], [], []
+    for name in old:
+        if name not in new: continue
+        size, content, labels = old[name]
+        size_now, content_now, labels_now = new[name]
+        # a photo that was not read in one of the two has only its size to show
+        both_read = content and content_now
+        if size_now < 0 <= size: lost.append(name)
+        elif size != size_now or (both_read and content != content_now): changed.append(name)
+        if labels != labels_now and not relabelled: boxes.append(name)
     return [*_photos(gone, 'fewer'), *_photos(more, 'more'), *_photos(lost, 'without a file'),
             *_photos(changed, 'with another content'), *_photos(boxes, 'with other boxes or flags')]
 
 def _counted_changes(old, new, relabelled):
-    "Sentences on photos, where only the whole is known"
+    "Return sentences on photos, where only the whole is known."
     more = new['photos'] - old['photos']
-    if more: return [f'{abs(more):,} photo{"s" if abs(more) > 1 else ""} {"more" if more > 0 else "fewer"}']
-    kinds = {'names': 'other names of photos', 'content': 'photos with another size or content',
-             'labels': 'other boxes or flags'}
-    return [text for k, text in kinds.items() if old[k] != new[k] and not (relabelled and k == 'labels')]
+    if more:
+        plural = 's' if abs(more) > 1 else ''
+        return [f'{abs(more):,} photo{plural} {"more" if more > 0 else "fewer"}']
+    kinds = {'names': 'other names of photos', 'content': 'photos with another size or content'}
+    if not relabelled: kinds['labels'] = 'other boxes or flags'
+    return [text for k, text in kinds.items() if old[k] != new[k]]
 
 # %% ../nbs/02a_fingerprint.ipynb #c019
 def data_changes(
-    old: dict,  # fingerprint that a run was begun with
-    new: dict,  # fingerprint of what is there now
+    old: dict,   # fingerprint that a run was begun with
+    new: dict,   # fingerprint of what is there now
 ) -> list[str]:  # sentences without an end; empty: nothing has changed
-    "Say what has changed between two fingerprints."
+    "Return what has changed between two fingerprints."
     if same_data(old, new): return []
     found = class_changes(old['classes'], new['classes'])
-    relabelled, listed = bool(found), 'each' in old and 'each' in new
-    if old['rule'] != new['rule']: found.append(f'painted by another rule ({old["rule"]} -> {new["rule"]})')
-    found += _listed_changes(old['each'], new['each'], relabelled) if listed else _counted_changes(old, new, relabelled)
-    if old['objects'] != new['objects']: found.append(f'{old["objects"]:,} boxes -> {new["objects"]:,}')
+    # with the classes the labels of all photos have changed
+    relabelled = bool(found)
+    if old['rule'] != new['rule']:
+        found.append(f'painted by another rule ({old["rule"]} -> {new["rule"]})')
+    if 'each' in old and 'each' in new:
+        found += _listed_changes(old['each'], new['each'], relabelled)
+    else:
+        found += _counted_changes(old, new, relabelled)
+    if old['objects'] != new['objects']:
+        found.append(f'{old["objects"]:,} boxes -> {new["objects"]:,}')
     # what is left when everything that can be named is the same
     if not found and old['names'] != new['names']: found.append('the photos are in another order')
     if not found and old['ids'] != new['ids']: found.append('the photos have other ids')
