@@ -19,73 +19,97 @@ from .photos import SUFFIXES, BadPhoto, as_stored, photo_turn, printable, read_p
 
 # %% ../nbs/22b_photo_files.ipynb #c005
 def best_folder(
-    places,     # folders, the likeliest first
-    names:list, # of files, relative to the folder
-)->tuple:       # (folder, number of the names looked up that are in it); (None, 0) if there are none
-    "The folder that has most of the files."
+    places,       # folders, the likeliest first
+    names: list,  # of files, relative to the folder
+) -> tuple:       # (folder, names looked up that are in it); (None, 0) if none is
+    "Return the folder that has most of the files."
     places = [p for p in dict.fromkeys(map(os.fspath, places)) if os.path.isdir(p)]
+    def count(place, some): return sum(os.path.isfile(os.path.join(place, name)) for name in some)
+    # about a thousand names tell where they are; only where none is there, all are looked up
     for some in (names[::len(names) // 1000 + 1], names):
-        counts = {p: sum(os.path.isfile(os.path.join(p, name)) for name in some) for p in places}
+        counts = {place: count(place, some) for place in places}
         best = max(counts, key=counts.get, default=None)
         if best is not None and counts[best]: return best, counts[best]
     return None, 0
 
 # %% ../nbs/22b_photo_files.ipynb #c007
 def _readings(names):
-    "(names, what was done to them) in the order in which they are tried"
+    "Yield (names, what was done to them) in the order in which they are tried."
     yield names, ''
-    slashes, plain = [n.replace('\\', '/') for n in names], [unquote(n) for n in names]
+    # written on Windows, or parts of a URL, or both
+    slashes = [n.replace('\\', '/') for n in names]
+    plain = [unquote(n) for n in names]
     both = [unquote(n) for n in slashes]
-    if slashes != names: yield slashes, 'file names with \\ (written on Windows) are read with /'
-    if plain != names: yield plain, 'file names with %20 and the like (parts of a URL) are decoded'
-    if both not in (slashes, plain): yield both, 'file names with \\ are read with /, and %20 and the like are decoded'
+    if slashes != names:
+        yield slashes, 'file names with \\ (written on Windows) are read with /'
+    if plain != names:
+        yield plain, 'file names with %20 and the like (parts of a URL) are decoded'
+    if both not in (slashes, plain):
+        yield both, 'file names with \\ are read with /, and %20 and the like are decoded'
 
 def find_files(
     places,        # folders, the likeliest first
-    names:list,    # of files, as the annotation file has them
-    what:str,      # they are: 'photos', 'PNGs'
-    source:str,    # name of the annotation file
-    way_out:str,   # how a user names the folder
-)->tuple:          # folder, names in it, what has to be said about that ('' if nothing)
-    "Where files lie and what they are called there. Raises FileNotFoundError, or ValueError for a name that leads out of the folder."
+    names: list,   # of files, as the annotation file has them
+    what: str,     # they are: 'photos', 'PNGs'
+    source: str,   # name of the annotation file
+    way_out: str,  # how a user names the folder
+) -> tuple:        # folder, names in it, what has to be said about that ('' if nothing)
+    """Return where files lie and what they are called there.
+
+    Raises FileNotFoundError, or ValueError for a name that leads out of the folder."""
     places = list(dict.fromkeys(map(os.fspath, places)))
     require_inside(names, source)
     for readings, note in _readings(names):
+        # a reading may lead out of the folder where the name did not
         require_inside(readings, source)
         folder, _ = best_folder(places, readings)
         if folder is not None: return folder, readings, note
-    hint = ' (names have \\, written on Windows, or % as in a URL: that was tried, too)' if len(list(_readings(names))) > 1 else ''
-    raise FileNotFoundError(f'{source} names {what} like {names[0]!r}, which are in none of {", ".join(map(printable, places))}{hint}: '
-                            f'say {way_out}')
+    hint = ''
+    if len(list(_readings(names))) > 1:
+        hint = ' (names have \\, written on Windows, or % as in a URL: that was tried, too)'
+    nowhere = ', '.join(map(printable, places))
+    raise FileNotFoundError(f'{source} names {what} like {names[0]!r}, which are in none of '
+                            f'{nowhere}{hint}: say {way_out}')
 
 # %% ../nbs/22b_photo_files.ipynb #c010
-_ORDER = {s: k for k, s in enumerate(('.jpg', '.jpeg', '.png', *sorted(SUFFIXES - {'.jpg', '.jpeg', '.png'})))}
-_BESIDE = frozenset('.xml .json .txt .csv .yaml .yml .md .html .npy .npz .zip .tmp .bak .ini .db'.split())
+# of photos with one name, the first of these is taken
+_FIRST = '.jpg', '.jpeg', '.png'
+_ORDER = {suffix: k for k, suffix in enumerate((*_FIRST, *sorted(SUFFIXES - {*_FIRST})))}
+_BESIDE = frozenset('.xml .json .txt .csv .yaml .yml .md .html '
+                    '.npy .npz .zip .tmp .bak .ini .db'.split())
 
 def photos_by_stem(
-    folder, # of photos, and maybe of files that belong to them
-)->dict:    # name without suffix -> file names, the one to take first
-    "The photos of a folder by their names without a suffix."
+    folder,  # of photos, and maybe of files that belong to them
+) -> dict:   # name without suffix -> file names, the one to take first
+    "Return the photos of a folder by their names without a suffix."
     found = {}
     for entry in os.scandir(folder):
         stem, suffix = os.path.splitext(entry.name)
         if suffix.lower() not in _BESIDE: found.setdefault(stem, []).append(entry.name)
-    def place(name): return _ORDER.get(os.path.splitext(name)[1].lower(), len(_ORDER)), name
+    def place(name):
+        # an unknown suffix comes last
+        suffix = os.path.splitext(name)[1].lower()
+        return _ORDER.get(suffix, len(_ORDER)), name
     return {stem: sorted(names, key=place) for stem, names in found.items()}
 
 # %% ../nbs/22b_photo_files.ipynb #c013
 _MARKS = {codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 
 def _text(path):
-    "Content of a text file of any system; names need not be UTF-8"
+    "Return the content of a text file of any system; names need not be UTF-8."
     data = Path(path).read_bytes()
-    try: return data.decode(_MARKS[data[:2]]) if data[:2] in _MARKS else os.fsdecode(data.removeprefix(codecs.BOM_UTF8))
-    except UnicodeDecodeError as e: raise ValueError(f'{printable(path)} is no text: {e}') from e
+    try:
+        if data[:2] in _MARKS: return data.decode(_MARKS[data[:2]])
+        return os.fsdecode(data.removeprefix(codecs.BOM_UTF8))
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{printable(path)} is no text: {e}') from e
 
 def _name_in(line, known):
-    "(name, flag) of a line"
+    "Return (name, flag) of a line."
     flagged = re.fullmatch(r'(.*\S)\s+([+-]?[01])', line)
-    forms = [(line, '')] + ([(flagged[1], flagged[2])] if flagged else [])
+    forms = [(line, '')]
+    if flagged: forms.append((flagged[1], flagged[2]))
+    # a name may end like a flag, so the whole line has the first say
     for form, flag in forms:
         stem, suffix = os.path.splitext(form)
         if form in known: return form, flag
@@ -93,11 +117,12 @@ def _name_in(line, known):
     return forms[-1]
 
 def read_list(
-    path,  # text file, one name a line
-    known, # names that there are, without suffix
-)->tuple:  # names, number of names that are marked as absent and left out
-    "The names in a list. Raises ValueError for a list without names."
-    rows = [_name_in(line.strip(), known) for line in _text(path).splitlines() if line.strip()]
+    path,    # text file, one name a line
+    known,   # names that there are, without suffix
+) -> tuple:  # names, number of names that are marked as absent and left out
+    "Return the names in a list. Raises ValueError for a list without names."
+    lines = [line.strip() for line in _text(path).splitlines()]
+    rows = [_name_in(line, known) for line in lines if line]
     names = [name for name, flag in rows if flag != '-1']
     if not names: raise ValueError(f'{printable(path)} lists no photos')
     return names, len(rows) - len(names)
@@ -106,21 +131,25 @@ def read_list(
 EXIF = ('sizes', 'upright', 'stored')
 
 def size_trouble(
-    real:tuple, # (height, width) of the photo
-    said:tuple, # (height, width) in its annotation
-)->str:         # how they differ
-    "What to say if a photo does not have the size that its annotation states."
+    real: tuple,  # (height, width) of the photo
+    said: tuple,  # (height, width) in its annotation
+) -> str:         # how they differ
+    "Return what to say if a photo does not have the size that its annotation states."
     swapped = ': are width and height exchanged?' if tuple(real) == tuple(said)[::-1] else ''
-    return f'the photo is {real[1]} x {real[0]} px, its annotation says {said[1]} x {said[0]}{swapped}'
+    return (f'the photo is {real[1]} x {real[0]} px, '
+            f'its annotation says {said[1]} x {said[0]}{swapped}')
 
 def read_as_said(
-    path,               # file
-    said:tuple,         # (height, width) in its annotation, px
-    exif:str='sizes',   # 'sizes', 'upright' or 'stored'
-)->torch.Tensor:        # (3, *said) uint8
-    "A photo the way up in which it was labelled. Raises BadPhoto, also for one of another size."
-    image, said = read_photo(path), tuple(int(v) for v in said)
+    path,                 # file
+    said: tuple,          # (height, width) in its annotation, px
+    exif: str = 'sizes',  # 'sizes', 'upright' or 'stored'
+) -> torch.Tensor:        # (3, *said) uint8
+    "Return a photo as it was labelled. Raises BadPhoto, also for one of another size."
+    image = read_photo(path)
+    said = tuple(int(v) for v in said)
+    # width and height exchanged: it was labelled lying on its side
     lies = exif == 'sizes' and tuple(image.shape[1:]) == said[::-1] != said
     if lies or exif == 'stored': image = as_stored(image, photo_turn(path))
-    if tuple(image.shape[1:]) != said: raise BadPhoto(path, f'of another size: {size_trouble(image.shape[1:], said)}')
+    real = tuple(image.shape[1:])
+    if real != said: raise BadPhoto(path, f'of another size: {size_trouble(real, said)}')
     return image
