@@ -18,93 +18,120 @@ from .photos import printable
 
 # %% ../nbs/22c_voc_files.ipynb #c005
 class _Plain(ElementTree.TreeBuilder):
-    "Builds the tree of an XML file that declares nothing"
-    def doctype(self, name, pubid, system): raise ValueError('it has a DOCTYPE, which annotations do not need: refused, delete that line')
+    "Builds the tree of an XML file that declares nothing."
+    def doctype(self, name, pubid, system):
+        # entities that it declares could grow without end
+        raise ValueError('it has a DOCTYPE, which annotations do not need: '
+                         'refused, delete that line')
 
 def read_xml(
-    path, # of an annotation
-):        # its root element
-    "An XML file. Raises ValueError that names the file."
-    try: return ElementTree.parse(path, ElementTree.XMLParser(target=_Plain())).getroot()
-    except OSError as e: raise ValueError(f'{printable(path)} cannot be read: {e.strerror}') from e
-    except (ElementTree.ParseError, ValueError, LookupError) as e: raise ValueError(f'{printable(path)} is no VOC annotation: {e}') from e
+    path,  # of an annotation
+):         # its root element
+    "Return the root of an XML file. Raises ValueError that names the file."
+    try:
+        parser = ElementTree.XMLParser(target=_Plain())
+        return ElementTree.parse(path, parser).getroot()
+    except OSError as e:
+        raise ValueError(f'{printable(path)} cannot be read: {e.strerror}') from e
+    except (ElementTree.ParseError, ValueError, LookupError) as e:
+        raise ValueError(f'{printable(path)} is no VOC annotation: {e}') from e
 
 def voc_number(
-    text, # of an element; None: there is no such element
-)->float: # finite; NaN for anything else
-    "The number in a text."
+    text,    # of an element; None: there is no such element
+) -> float:  # finite; NaN for anything else
+    "Return the number in a text."
     try: value = float(text)
     except (TypeError, ValueError): return np.nan
+    # Python reads 1_0 as ten, other programs do not
     return value if is_number(value) and '_' not in text else np.nan
 
 def _difficult(text, where):
-    "Whether an object is marked as difficult"
+    "Return True for an object that is marked as difficult."
     if text.strip() and voc_number(text) not in (0, 1):
-        raise ValueError(f'{where} has <difficult> {text.strip()[:40]!r}: it must be 0 or 1, or left out')
+        raise ValueError(f'{where} has <difficult> {text.strip()[:40]!r}: '
+                         'it must be 0 or 1, or left out')
     return voc_number(text) == 1
 
 def voc_objects(
-    root, # of `read_xml`
-    path, # of the file, for messages
-)->list:  # (class name, four edges as they are stated, difficult)
-    "The objects of an annotation. Raises ValueError for one without a name or a box."
+    root,   # of `read_xml`
+    path,   # of the file, for messages
+) -> list:  # (class name, four edges as they are stated, difficult)
+    "Return the objects of an annotation. Raises ValueError for one without a name or a box."
     objects = []
     for node in root.iterfind('object'):
         where = f'{printable(path)}: object {len(objects) + 1}'
-        name, box = (node.findtext('name') or '').strip(), node.find('bndbox')
-        if not name or box is None: raise ValueError(f'{where} has no <{"bndbox" if name else "name"}>')
+        name = (node.findtext('name') or '').strip()
+        box = node.find('bndbox')
+        if not name: raise ValueError(f'{where} has no <name>')
+        if box is None: raise ValueError(f'{where} has no <bndbox>')
+        # an edge that is no number is NaN: it is judged with the photo's size
         edges = [voc_number(box.findtext(k)) for k in ('xmin', 'ymin', 'xmax', 'ymax')]
-        objects.append((name, edges, _difficult(node.findtext('difficult') or '', where)))
+        difficult = _difficult(node.findtext('difficult') or '', where)
+        objects.append((name, edges, difficult))
     return objects
 
 # %% ../nbs/22c_voc_files.ipynb #c008
 def voc_splits(
-    folder, # VOC2007, ...
-)->tuple:   # names of all lists, and of those to be shown: VOC's lists of single classes (cat_train: '000012 -1') are many
-    "The splits of a VOC folder: every list in ImageSets/Main."
+    folder,  # VOC2007, ...
+) -> tuple:  # names of all lists, names of those to be shown
+    "Return the splits of a VOC folder: every list in ImageSets/Main."
     lists = sorted((folder / 'ImageSets' / 'Main').glob('*.txt'))
-    of_class = {p.stem for p in lists if re.search(r'_(train|val|trainval|test)$', p.stem) and re.match(rb'\S+ +-?[01]\s', p.read_bytes())}
-    return [p.stem for p in lists], [p.stem for p in lists if p.stem not in of_class]
+    # VOC's lists of single classes (cat_train: '000012 -1') are too many to be shown
+    def of_class(path):
+        if not re.search(r'_(train|val|trainval|test)$', path.stem): return False
+        return re.match(rb'\S+ +-?[01]\s', path.read_bytes())
+    return [p.stem for p in lists], [p.stem for p in lists if not of_class(p)]
 
 def need_split(
-    split:str,       # asked for
-    found:list,      # that there are
-    path,            # where
-    shown:list=None, # to be named; None: all
+    split: str,          # asked for
+    found: list,         # that there are
+    path,                # where
+    shown: list = None,  # to be named; None: all
 ):
-    "Raises ValueError unless a split is there."
+    "Raise ValueError unless a split is there."
     if split not in found:
-        raise ValueError(f'{printable(path)} has no split {split!r}; it has: {", ".join(shown or found) or "none"}')
+        there = ', '.join(shown or found) or 'none'
+        raise ValueError(f'{printable(path)} has no split {split!r}; it has: {there}')
 
 def voc_names(
-    folder:Path, # VOC2007, ...
-    split:str,   # name of a list
-    known,       # names that there are
-    notes:list,  # takes what has to be said
-)->list:         # names, without suffix
-    "The photos of a split. Raises ValueError for an unknown split, or for a name that leads out of the folder."
+    folder: Path,  # VOC2007, ...
+    split: str,    # name of a list
+    known,         # names that there are
+    notes: list,   # takes what has to be said
+) -> list:         # names, without suffix
+    """Return the photos of a split.
+
+    Raises ValueError for an unknown split, or for a name that leads out of the folder."""
     every, shown = voc_splits(folder)
     need_split(split, every, folder, shown)
     file = folder / 'ImageSets' / 'Main' / f'{split}.txt'
     names, absent = read_list(file, known)
-    if absent: notes.append(f'photos marked -1 in {printable(file.name)} are left out: {absent:,}')
+    if absent:
+        notes.append(f'photos marked -1 in {printable(file.name)} are left out: {absent:,}')
     require_inside(names, printable(file))
     return names
 
 # %% ../nbs/22c_voc_files.ipynb #c009
 def voc_classes(
-    folders:list, # VOC2007, VOC2012, ...
-)->list:          # names, in alphabetical order
-    "The classes of all annotations in some folders; files that cannot be read have no say."
+    folders: list,  # VOC2007, VOC2012, ...
+) -> list:          # names, in alphabetical order
+    "Return the classes of all annotations in some folders; unreadable files have no say."
     names = set()
-    for path in (p for f in folders for p in f.glob('Annotations/*.xml')):
-        try: names |= {name for name, _, _ in voc_objects(read_xml(path), path)}
+    paths = [p for f in folders for p in f.glob('Annotations/*.xml')]
+    for path in paths:
+        try: objects = voc_objects(read_xml(path), path)
         except ValueError: continue
+        names |= {name for name, _, _ in objects}
     return sorted(names)
 
 def voc_ids(
-    names:list, # of photos
-)->list:        # whole numbers, unique
-    "Numbers of photos: the digits of VOC's own names (2007_000063 -> 2007000063), else 1, 2, 3, ..."
-    ids = [int(name.replace('_', '')) for name in names if re.fullmatch(r'[0-9]{1,6}|[0-9]{4}_[0-9]{6}', name)]
-    return ids if len(set(ids)) == len(names) else list(range(1, len(names) + 1))
+    names: list,  # of photos
+) -> list:        # whole numbers, unique
+    """Return numbers of photos: the digits of VOC's own names, else 1, 2, 3, ...
+
+    2007_000063 becomes 2007000063."""
+    own = [name for name in names if re.fullmatch(r'[0-9]{1,6}|[0-9]{4}_[0-9]{6}', name)]
+    ids = [int(name.replace('_', '')) for name in own]
+    # one name of another kind, or one number twice, and all are counted
+    unique = len(set(ids)) == len(names)
+    return ids if unique else list(range(1, len(names) + 1))
