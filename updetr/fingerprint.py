@@ -143,6 +143,7 @@ def mark_rows(
     each = {name: [sizes[i], contents.get(i, ''), labels[i]] for i, name in enumerate(rows.names)}
     return mark | {'each': each}
 
+# %% ../nbs/02a_fingerprint.ipynb #c013_sets
 def mark_set(
     dataset,  # a data set of any kind that has registered its rows
 ) -> dict:    # that JSON can hold
@@ -206,6 +207,7 @@ def class_changes(
     # the same names, so another order
     return [f'the classes are in another order ({", ".join(old[:5])} -> {", ".join(new[:5])})']
 
+# %% ../nbs/02a_fingerprint.ipynb #c018_photos
 def _listed_changes(old, new, relabelled):
     "Return sentences on photos, where both fingerprints list them."
     gone = [n for n in old if n not in new]
