@@ -22,7 +22,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from .augment import normalize
-from .checkpoint import built, check_architecture, class_names, fill, plain_tensors, read_weights, stored_config
+from updetr.checkpoint import (
+    built, check_architecture, class_names, fill, plain_tensors, read_weights, stored_config,
+)
 from .config import model_options
 from .detector import check_device, own_ids
 from .detr import build_detr
@@ -35,146 +37,223 @@ from .photos import as_image, resize
 from .transforms import DETR_SIZES, Sizes, whole_view
 
 # %% ../nbs/36_segmenter.ipynb #c005
+def _widest_place(mask):
+    "Return (x, y) of the pixel of a mask (H, W) that is farthest from its border."
+    framed = F.pad(mask[None], [1] * 4)[0].numpy()  # the edge of the picture is a border, too
+    depth = distance_transform_edt(framed)[1:-1, 1:-1]
+    y, x = divmod(int(depth.argmax()), depth.shape[1])
+    return x, y
+
 @dataclass(frozen=True, eq=False)
 class Segments:
     "What a segmenter found in one picture."
-    image: Tensor  # (3,H,W) uint8
-    ids: Tensor  # (H,W) int, number of the segment that owns each pixel, 0 = none
-    info: list[dict]  # id, category_id (0..C-1), isthing, area, bbox (x, y, width, height), score, query
+    image: Tensor             # picture (3, H, W), uint8
+    ids: Tensor               # number of the segment that owns each pixel (H, W), int, 0 = none
+    info: list[dict]          # id, category_id (0..C-1), isthing, area, bbox (xywh), score, query
     classes: tuple[str, ...]  # names of all C classes
-    attention: Tensor  # (k,heads,h,w), where the query of each segment looked
-    category_ids: tuple | None = field(default=None, kw_only=True)  # the classes' ids in the data set's own files
+    attention: Tensor         # (k, heads, h, w): where the query of each segment looked
+    category_ids: tuple | None = field(default=None, kw_only=True)  # the data set's own class ids
+
     def __len__(self): return len(self.info)
+
     @property
     def names(self):
-        "Name of each segment's class."
+        "Return the name of each segment's class."
         return [self.classes[s['category_id']] for s in self.info]
+
     def mask(self, i):
-        "(H,W) bool: the pixels of segment i of the list."
+        "Return the pixels of segment i of the list, (H, W) bool."
         return self.ids == self.info[i]['id']
+
     def __repr__(self):
-        rows = (f'\n{n} {s["score"]:.2f}, {s["area"] / self.ids.numel():.1%} of the picture' for n, s in zip(self.names, self.info))
-        return f'{len(self)} segments' + ''.join(rows)
+        lines = [f'{len(self)} segments']
+        for name, segment in zip(self.names, self.info):
+            part = segment['area'] / self.ids.numel()
+            lines.append(f'{name} {segment["score"]:.2f}, {part:.1%} of the picture')
+        return '\n'.join(lines)
 
     def plot(self):
-        "The picture under the colours of its segments, with their names, as a PIL image."
+        "Return the picture under the colours of its segments, with their names, as a PIL image."
         picture = F.to_pil_image(draw_segments(self.image, self.ids, self.info))
-        font = ImageFont.truetype(f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf', max(10, max(picture.size) // 40))
         draw = ImageDraw.Draw(picture)
+        file = f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf'
+        font = ImageFont.truetype(file, max(10, max(picture.size) // 40))
         for i, name in enumerate(self.names):
-            depth = distance_transform_edt(F.pad(self.mask(i)[None], [1] * 4)[0].numpy())[1:-1, 1:-1]  # the name goes to the widest place
-            y, x = divmod(int(depth.argmax()), depth.shape[1])
-            draw.text((x, y), name, 'white', font, 'mm', stroke_width=2, stroke_fill='black')
+            place = _widest_place(self.mask(i))
+            draw.text(place, name, 'white', font, 'mm', stroke_width=2, stroke_fill='black')
         return picture
 
     def _repr_jpeg_(self):
-        self.plot().save(file := io.BytesIO(), format='JPEG', quality=85)
+        file = io.BytesIO()
+        self.plot().save(file, format='JPEG', quality=85)
         return file.getvalue()
+
     def to_dict(self, image_id=0):
-        "COCO's panoptic entry, category_id as in the data set's own files; the picture of numbers is `ids` (see `panoptic.id2rgb`)."
-        ids = own_ids([s['category_id'] for s in self.info], self.category_ids)
-        rows = [{k: v for k, v in s.items() if k != 'query'} | {'category_id': k} for s, k in zip(self.info, ids)]
+        """Return COCO's panoptic entry, category_id as in the data set's own files.
+
+        The picture of numbers is `ids` (see `panoptic.id2rgb`).
+        """
+        own = own_ids([s['category_id'] for s in self.info], self.category_ids)
+        rows = []
+        for segment, category in zip(self.info, own):
+            # the object query is ours, not COCO's
+            row = {k: v for k, v in segment.items() if k != 'query'}
+            rows.append(row | {'category_id': category})
         return {'image_id': image_id, 'segments_info': rows}
 
 # %% ../nbs/36_segmenter.ipynb #c009
 COCO_THINGS, COCO_IDS = 90, 200  # the largest category id of a thing in COCO, and of all
 
 def _own_segmenter(path, weights, args, told):
-    "Model without weights, configuration and classes of a file of this kit; nothing is built before it is checked"
-    cfg, names, isthing = stored_config(path, PanopticConfig, args), class_names(path, args), args.get('isthing')
-    told_things = isinstance(isthing, (list, tuple)) and all(t in (True, False, None) for t in isthing)
-    if not told_things or len(isthing) != len(names):
-        raise ValueError(f'{path} does not say of each of its {len(names)} classes whether it is a thing (isthing)')
+    """Return model without weights, configuration and classes of a file of this kit.
+
+    Nothing is built before it is checked.
+    """
+    cfg, names = stored_config(path, PanopticConfig, args), class_names(path, args)
+    # each class is a thing or not, or nobody knows
+    isthing = args.get('isthing')
+    listed = isinstance(isthing, (list, tuple)) and all(t in (True, False, None) for t in isthing)
+    if not listed or len(isthing) != len(names):
+        raise ValueError(f'{path} does not say of each of its {len(names)} classes '
+                         'whether it is a thing (isthing)')
+    # the detector has the shapes that the configuration says
     detector = {k.removeprefix('detr.'): v for k, v in weights.items() if k.startswith('detr.')}
     check_architecture(path, detector, model_options(cfg), len(names), told)
-    model = built(path, build_panoptic, dataclasses.replace(cfg, weights='none', stage='masks'), len(names)).model
-    return model, cfg, {'classes': names, 'isthing': list(isthing), 'category_ids': args.get('category_ids')}
+    whole = dataclasses.replace(cfg, weights='none', stage='masks')
+    model = built(path, build_panoptic, whole, len(names)).model
+    known = {'classes': names, 'isthing': list(isthing), 'category_ids': args.get('category_ids')}
+    return model, cfg, known
 
 def _published(path, weights, args, told):
-    "The same for a published file: the mask head's width is the model's and its heads'; its labels are COCO's ids"
+    "Return the same for a published file, whose labels are COCO's ids."
+    # the mask head is as wide as the model and its heads together
     heads = len(weights['mask_head.lay1.bias']) - len(weights['bbox_attention.q_linear.bias'])
     pretrained = open_pretrained(path, detector_part=True, **{'nheads': heads} | told)
     num = pretrained.num_classes
+    detector = built(path, build_detr, num, **pretrained.options)
+    model = DETRsegm(detector, per_head=pretrained.options['pre_norm'])
+    # ids that COCO does not use are neither thing nor stuff
     isthing = [k <= COCO_THINGS if 0 < k <= COCO_IDS else None for k in range(num)]
-    model = DETRsegm(built(path, build_detr, num, **pretrained.options), pretrained.options['pre_norm'])
     return model, None, {'classes': None, 'isthing': isthing, 'category_ids': list(range(num))}
 
-def load_segmenter(path: str | Path,  # checkpoint.pth or .safetensors of stage masks, or a published panoptic DETR
-                   per_head: bool | None = None,  # softmax of the attention maps; None: by the file's origin
-                   **told,  # options of `build_detr` that a published file does not tell: dilation
-                   ) -> tuple[DETRsegm, PanopticConfig | None, dict]:  # model, configuration, what is known of its classes
-    "Rebuild a segmenter from its file, in eval mode. Raises FileNotFoundError, or ValueError for a file without masks."
+# %% ../nbs/36_segmenter.ipynb #d3600001
+def load_segmenter(
+    path: str | Path,  # file of stage masks (.pth, .safetensors), or a published panoptic DETR
+    per_head: bool | None = None,  # softmax of the attention maps; None: by the file's origin
+    **told,  # options of `build_detr` that a published file does not tell: dilation
+) -> tuple[DETRsegm, PanopticConfig | None, dict]:  # model, configuration, what its classes are
+    """Return a segmenter rebuilt from its file, in eval mode.
+
+    Raises FileNotFoundError, or ValueError for a file without masks.
+    """
     try: weights, args = read_weights(path)
     except ValueError: weights, args = load_official(path)
-    weights = {k: v for k, v in plain_tensors(path, weights).items() if not k.endswith('.num_batches_tracked')}
+    weights = plain_tensors(path, weights)
+    weights = {k: v for k, v in weights.items() if not k.endswith('.num_batches_tracked')}
+    # is there a mask head?
     if 'mask_head.lay1.bias' not in weights or 'bbox_attention.q_linear.bias' not in weights:
-        if owner := foreign_weights(weights): raise ValueError(f'{path} has the names of {owner}')
-        raise ValueError(f'{path} has no mask head: train one on it with papermill nbs/panoptic.ipynb, stage masks')
-    model, cfg, known = (_own_segmenter if args.get('task') == 'panoptic' else _published)(path, weights, args, told)
+        owner = foreign_weights(weights)
+        if owner: raise ValueError(f'{path} has the names of {owner}')
+        raise ValueError(f'{path} has no mask head: train one on it with papermill '
+                         'nbs/panoptic.ipynb, stage masks')
+    # ours or a published one
+    rebuild = _own_segmenter if args.get('task') == 'panoptic' else _published
+    model, cfg, known = rebuild(path, weights, args, told)
     fill(path, model, weights)
     if per_head is not None: model.bbox_attention.per_head = per_head
     return model.eval(), cfg, known
 
 # %% ../nbs/36_segmenter.ipynb #c010
-def one_picture(image: Tensor,  # (3,H,W) uint8
-                cnn,  # `Backbone`: its device and normalisation
-                sizes: Sizes,  # px
-                square: int = 0,  # px: squashed to a square of this side; 0 = the aspect is kept
-                ) -> dict:  # images (1,3,h,w), mask None, targets with size and orig_size
-    "A picture as a batch, sized as for evaluation."
+def one_picture(
+    image: Tensor,    # picture (3, H, W), uint8
+    cnn,              # `Backbone`: its device and normalisation
+    sizes: Sizes,     # sizes of pictures, px
+    square: int = 0,  # side to which it is squashed, px; 0 = the aspect is kept
+) -> dict:            # images (1, 3, h, w), mask None, targets with size and orig_size
+    "Return a picture as a batch, sized as for evaluation."
     size = (square, square) if square else whole_view(*image.shape[1:], sizes).size
-    pixels = resize(image, *size).to(next(cnn.parameters()).device)[None].float() / 255
+    device = next(cnn.parameters()).device
+    pixels = resize(image, *size).to(device)[None].float() / 255
     target = {'size': torch.tensor(size), 'orig_size': torch.tensor(image.shape[1:])}
     return {'images': normalize(pixels, cnn.mean, cnn.std), 'mask': None, 'targets': [target]}
 
 # %% ../nbs/36_segmenter.ipynb #c011
 class PanopticSegmenter:
-    "A segmenter for pictures: `segmenter(picture)` or `segmenter([picture, ...])` gives `Segments`."
-    def __init__(self,
-                 model: DETRsegm,  # trained
-                 classes: Sequence[str],  # names of its classes
-                 isthing: Sequence[bool],  # of its classes
-                 sizes: Sizes = DETR_SIZES,  # px, as in its evaluation
-                 square: int = 0,  # px: pictures are squashed to a square of this side; 0 = the aspect is kept
-                 threshold: float = .85,  # smallest probability of what is drawn, 0..1
-                 category_ids: Sequence | None = None,  # its classes' ids in the data set's own files
-                 ):
-        self.model, self.classes, self.isthing, self.threshold = model.eval(), tuple(classes), list(isthing), threshold
+    "A segmenter for pictures: `segmenter(picture)` or a list of them gives `Segments`."
+    def __init__(
+        self,
+        model: DETRsegm,            # trained segmenter
+        classes: Sequence[str],     # names of its classes
+        isthing: Sequence[bool],    # whether each class is a thing
+        sizes: Sizes = DETR_SIZES,  # sizes of pictures as in its evaluation, px
+        square: int = 0,            # side to which pictures are squashed, px; 0 = aspect is kept
+        threshold: float = .85,     # smallest probability of what is drawn, 0..1
+        category_ids: Sequence | None = None,  # its classes' ids in the data set's own files
+    ):
+        self.model, self.threshold = model.eval(), threshold
+        self.classes, self.isthing = tuple(classes), list(isthing)
         self.category_ids = None if category_ids is None else tuple(category_ids)
-        self.prepare = partial(one_picture, cnn=model.detr.backbone[0], sizes=sizes, square=square)
+        cnn = model.detr.backbone[0]
+        self.prepare = partial(one_picture, cnn=cnn, sizes=sizes, square=square)
 
     @classmethod
     def from_checkpoint(cls, path, device='cpu', classes=None, per_head=None, **told):
-        """From a file of stage masks or a published panoptic DETR; `classes` names them where the file does not.
-        `told` are options that a published file does not tell: dilation=True for a DC5 model."""
+        """Return one from a file of stage masks or a published panoptic DETR.
+
+        `classes` names them where the file does not. `told` are options that a published file
+        does not tell: dilation=True for a DC5 model.
+        """
         device = check_device(device)
         model, cfg, known = load_segmenter(path, per_head, **told)
-        names, num = classes or known['classes'], model.detr.num_classes
-        if names and len(names) != num: raise ValueError(f'{path} has {num} classes, but {len(names)} names were given')
-        ours = dict(sizes=view_sizes(cfg), square=cfg.square, threshold=cfg.threshold) if cfg else {}
-        return cls(model.to(device), names or [f'class {i}' for i in range(num)], known['isthing'], **ours,
+        num = model.detr.num_classes
+        names = classes or known['classes']
+        if names and len(names) != num:
+            raise ValueError(f'{path} has {num} classes, but {len(names)} names were given')
+        names = names or [f'class {i}' for i in range(num)]
+        # sizes and threshold of its evaluation; a published one has DETR's
+        ours = {}
+        if cfg: ours = dict(sizes=view_sizes(cfg), square=cfg.square, threshold=cfg.threshold)
+        return cls(model.to(device), names, known['isthing'], **ours,
                    category_ids=known['category_ids'])
 
     def __call__(self, pictures, threshold=None):
-        "Segments whose class has at least this probability (None: as it was measured); a list of pictures gives a list."
+        """Return the segments whose class has at least this probability.
+
+        None: as it was measured. A list of pictures gives a list.
+        """
         if isinstance(pictures, (list, tuple)): return [self(p, threshold) for p in pictures]
-        image, limit = as_image(pictures), self.threshold if threshold is None else threshold
-        with torch.no_grad(): looked = self.model.look((batch := self.prepare(image))['images'])
+        image = as_image(pictures)
+        limit = self.threshold if threshold is None else threshold
+        batch = self.prepare(image)
+        # once through the model, then segments out of its masks
+        with torch.no_grad(): looked = self.model.look(batch['images'])
         ids, info = panoptic_segments(self.model, batch, self.isthing, limit, looked)[0]
-        query = torch.tensor([s['query'] for s in info], dtype=torch.int64, device=batch['images'].device)
-        with torch.no_grad(): attention = self.model.attention(looked[1], torch.zeros_like(query), query).cpu()
+        # where the queries looked that gave a segment; all are of photo 0
+        query = torch.tensor([s['query'] for s in info], dtype=torch.int64,
+                             device=batch['images'].device)
+        with torch.no_grad():
+            attention = self.model.attention(looked[1], torch.zeros_like(query), query).cpu()
         return Segments(image, ids, info, self.classes, attention, category_ids=self.category_ids)
 
     def instances(self, picture):
-        "One mask for each query that says a thing, without threshold: scores, labels, boxes xyxy px, masks (k,H,W) bool; for AP."
+        """Return one mask for each query that says a thing, without threshold; for AP.
+
+        Scores, labels, boxes xyxy px, masks (k, H, W) bool.
+        """
         return instance_masks(self.model, self.prepare(as_image(picture)), self.isthing)[0]
 
 # %% ../nbs/36_segmenter.ipynb #c015b
 def segments_by_name(
-    found: Segments,  # of a segmenter
-    places: np.ndarray,  # of `classes_by_name`
-) -> tuple[Tensor, list[dict]]:  # picture and list, for `PanopticEvaluator` and `write_panoptic`
-    "Translate the classes of segments into a data set's; a segment whose class it lacks is taken out of the picture."
-    kept = [s | {'category_id': int(places[s['category_id']])} for s in found.info if places[s['category_id']] >= 0]
-    there = torch.isin(found.ids, torch.tensor([s['id'] for s in kept], dtype=found.ids.dtype))
-    return found.ids.where(there, 0), kept
+    found: Segments,     # segments of a segmenter
+    places: np.ndarray,  # places of its classes in the data set, of `classes_by_name`
+) -> tuple[Tensor, list[dict]]:  # picture, list: for `PanopticEvaluator` and `write_panoptic`
+    """Return segments with their classes translated into a data set's.
+
+    A segment whose class it lacks is taken out of the picture.
+    """
+    kept = []
+    for segment in found.info:
+        place = int(places[segment['category_id']])
+        if place >= 0: kept.append(segment | {'category_id': place})
+    numbers = torch.tensor([s['id'] for s in kept], dtype=found.ids.dtype)
+    return found.ids.where(torch.isin(found.ids, numbers), 0), kept
