@@ -1417,6 +1417,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'updetr.segmenter.Segments.to_dict': ('segmenter.html#segments.to_dict', 'updetr/segmenter.py'),
                                   'updetr.segmenter._own_segmenter': ('segmenter.html#_own_segmenter', 'updetr/segmenter.py'),
                                   'updetr.segmenter._published': ('segmenter.html#_published', 'updetr/segmenter.py'),
+                                  'updetr.segmenter._widest_place': ('segmenter.html#_widest_place', 'updetr/segmenter.py'),
                                   'updetr.segmenter.load_segmenter': ('segmenter.html#load_segmenter', 'updetr/segmenter.py'),
                                   'updetr.segmenter.one_picture': ('segmenter.html#one_picture', 'updetr/segmenter.py'),
                                   'updetr.segmenter.segments_by_name': ('segmenter.html#segments_by_name', 'updetr/segmenter.py')},
