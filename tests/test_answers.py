@@ -21,7 +21,7 @@ from updetr.detector import Detections, Detector, coco_results
 from updetr.detr import build_detr
 from updetr.evaluate import CocoEvaluator
 from updetr.exchange import to_huggingface
-from updetr.finetune import finetune_config
+from updetr.finetune import Subset, finetune_config
 from updetr.finetune_task import evaluate, measurement
 from updetr.launch import read_log
 from updetr.oneshot import ask, build_oneshot
@@ -77,6 +77,23 @@ def test_pycocotools_on_the_results_file_gives_the_ap_of_the_log(noise, run, tmp
     assert last['test_AP'] > 0 and stats[:2] == pytest.approx([last['test_AP'], last['test_AP50']], abs=.01)
     assert {r['category_id'] for r in rows} <= set(IDS) and {r['image_id'] for r in rows} == {FAR + i for i in range(6)}
     assert seen == [(i, 6) for i in range(1, 7)]
+
+
+def test_photos_with_texts_for_ids_are_written_with_them(noise, run, tmp_path):
+    """pycocotools counts texts as ids, too: results go with the very file they are made of, of a set and of a part of it."""
+    content = json.loads((noise / 'annotations/instances_val.json').read_text())
+    names = {p['id']: p['file_name'] for p in content['images']}
+    for p in content['images']: p['id'] = names[p['id']]
+    for a in content['annotations']: a['image_id'] = names[a['image_id']]
+    write_json(file := tmp_path / 'texts.json', content)
+    data, detector, taken = open_dataset(file, images=noise / 'val'), Detector.from_checkpoint(run / 'checkpoint.pth'), []
+    rows = coco_results(detector, data, tmp_path / 'results.json', take=lambda image_id, found: taken.append(image_id))
+    assert taken == data.image_ids == [1, 2, 3, 4, 5, 6] and {r['image_id'] for r in rows} == set(names.values())
+    with contextlib.redirect_stdout(io.StringIO()):
+        theirs = COCO(str(file)).loadRes(str(tmp_path / 'results.json'))
+    assert len(theirs.anns) == len(rows)
+    part = coco_results(detector, Subset(data, [1, 4]))
+    assert part == [r for r in rows if r['image_id'] in (names[FAR + 1], names[FAR + 4])]
 
 
 def test_ids_go_with_the_checkpoint_and_an_old_one_says_what_it_gives(noise, run, tmp_path):

@@ -12,18 +12,21 @@ import re
 from collections import Counter
 from colorsys import hsv_to_rgb
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
 from torchvision.utils import draw_bounding_boxes
 
-from .annotations import (ID, NAME, OPTIONAL_FLAG, OPTIONAL_NUMBER, as_float, read_annotations, require_inside, require_keys,
-                                require_unique, require_values)
+from .annotations import (
+    ID, NAME, OPTIONAL_FLAG, OPTIONAL_NUMBER, as_float, read_annotations, require_inside,
+    require_keys, require_unique, require_values)
 from .fingerprint import SetRows, column_rows, set_rows
 from .photo_files import EXIF, find_files, photos_by_stem, read_as_said
 from .photos import header_size, photo_turn, printable
-from .voc_files import need_split, read_xml, voc_classes, voc_ids, voc_names, voc_number, voc_objects
+from .voc_files import (
+    need_split, read_xml, voc_classes, voc_ids, voc_names, voc_number, voc_objects)
 
 # %% ../nbs/23_datasets.ipynb #c006
 @dataclass(eq=False)
@@ -37,14 +40,14 @@ class Table:
     classes: list          # C names
     category_ids: list     # C ids, as the files have them
     ids: list              # m annotation ids
-    image: np.ndarray      # (m,) int, place of the box's photo; -1 = a photo that is not in the list
+    image: np.ndarray      # (m,) int, place of the box's photo; -1 = a photo not in the list
     label: np.ndarray      # (m,) int, 0..C-1; -1 = unknown; -2 = a class that was not asked for
-    boxes: np.ndarray      # (m, 4) float64, x, y, width, height, px, counted from 0; NaN = no number
+    boxes: np.ndarray      # (m, 4) float64, x, y, width, height, px, from 0; NaN = no number
     area: np.ndarray       # (m,) float64, px^2; NaN = not stated
     iscrowd: np.ndarray    # (m,) bool
     difficult: np.ndarray  # (m,) bool
-    unknown: dict = field(default_factory=dict)  # 'photo', 'class' -> Counter of the values that nobody knows
-    file_ids: list = field(default_factory=list)  # n ids of the photos, as the files have them
+    unknown: dict = field(default_factory=dict)  # 'photo', 'class' -> Counter of unknown values
+    file_ids: list = field(default_factory=list)  # n ids of a COCO file's photos; VOC: image_ids
     exif: str = 'sizes'    # how photos are shown that lie on their side, see notebook 22b
     notes: list = field(default_factory=list)  # texts: what was decided in reading
 
@@ -52,120 +55,169 @@ class Table:
 DIFFICULT = ('ignore', 'keep', 'drop')
 
 def clean_boxes(
-    table:Table,            # as read
-    difficult:str='ignore', # 'drop' leaves difficult objects out
-)->tuple:                   # rows (k,) of `table`, photo by photo; boxes (k, 4) float32 xyxy px inside the photo; counts by reason
-    "The boxes that can be trained on (DETR's rule), and how many cannot."
+    table: Table,               # as read
+    difficult: str = 'ignore',  # 'drop' leaves difficult objects out
+) -> tuple:  # rows (k,) of `table` by photo; boxes (k, 4) float32 xyxy px; counts by reason
+    "Return the boxes that can be trained on (DETR's rule), and how many cannot."
     x, y, w, h = np.nan_to_num(table.boxes).T
-    edges, sides = np.stack([x, y, x + w, y + h], 1), table.sizes[table.image]
-    inside = edges.clip(0, np.concatenate([sides, sides], 1)[:, [1, 0, 3, 2]])
+    edges = np.stack([x, y, x + w, y + h], 1)
+    # clamp to the photo
+    height, width = table.sizes[table.image].T
+    inside = edges.clip(0, np.stack([width, height, width, height], 1))
     boxes = inside.astype(np.float32)
-    reasons = {'of an unknown photo': table.image == -1, 'of an unknown class': table.label == -1, 'of other classes': table.label == -2,
-               'not numbers': ~np.isfinite(table.boxes).all(1), 'empty': (boxes[:, 2:] <= boxes[:, :2]).any(1),
-               'difficult': table.difficult & (difficult == 'drop')}
-    out, counts = np.zeros(len(edges), bool), {}
+    # what cannot be used, by the first reason that fits
+    reasons = {
+        'of an unknown photo': table.image == -1,
+        'of an unknown class': table.label == -1,
+        'of other classes': table.label == -2,
+        'not numbers': ~np.isfinite(table.boxes).all(1),
+        'empty': (boxes[:, 2:] <= boxes[:, :2]).any(1),
+        'difficult': table.difficult & (difficult == 'drop')}
+    out = np.zeros(len(edges), bool)
+    counts = {}
     for reason, bad in reasons.items():
         counts[reason] = int((bad & ~out).sum())
         out |= bad
-    counts['clamped'] = int(((inside != edges).any(1) & ~out).sum())
+    clamped = (inside != edges).any(1)
+    counts['clamped'] = int((clamped & ~out).sum())
+    # photo by photo, in the order of the file within each
     rows = np.flatnonzero(~out)
     rows = rows[np.argsort(table.image[rows], kind='stable')]
     return rows, boxes[rows], counts
 
 # %% ../nbs/23_datasets.ipynb #c010b
 def truth_rows(
-    table:Table,            # as read
-    difficult:str='ignore', # 'drop' leaves difficult objects out
-)->np.ndarray:              # rows (k,) of `table`, photo by photo
-    "The boxes that pycocotools would judge by, given the file."
+    table: Table,               # as read
+    difficult: str = 'ignore',  # 'drop' leaves difficult objects out
+) -> np.ndarray:  # rows (k,) of `table`, photo by photo
+    "Return the boxes that pycocotools would judge by, given the file."
     known = (table.image >= 0) & (table.label >= 0) & np.isfinite(table.boxes).all(1)
-    rows = np.flatnonzero(known & ~(table.difficult & (difficult == 'drop')))
+    dropped = table.difficult & (difficult == 'drop')
+    rows = np.flatnonzero(known & ~dropped)
     return rows[np.argsort(table.image[rows], kind='stable')]
 
 # %% ../nbs/23_datasets.ipynb #c012
 class DetectionSet:
     """Photos with labelled boxes.
 
-    `ds[i]` is a sample: image uint8 (3,H,W); boxes float (k,4) xyxy px inside the photo, labels (k,) 0..C-1, iscrowd, area px^2, difficult;
-    image_id. Raises BadPhoto for a broken photo, and for one that has not the stated size.
+    `ds[i]` is a sample: image uint8 (3, H, W); boxes float (k, 4) xyxy px inside the photo,
+    labels (k,) 0..C-1, iscrowd, area px^2, difficult; image_id. Raises BadPhoto for a broken photo,
+    and for one that has not the stated size.
     """
     def __init__(self,
-        table:Table,            # as read
-        difficult:str='ignore', # 'ignore', 'keep' or 'drop', see above
+        table: Table,               # as read
+        difficult: str = 'ignore',  # 'ignore', 'keep' or 'drop', see above
     ):
-        if difficult not in DIFFICULT: raise ValueError(f'difficult must be one of {DIFFICULT}, not {difficult!r}')
-        self.table, self.policy, self.sizes = table, difficult, table.sizes
-        self.classes, self.category_ids, self.image_ids = table.classes, table.category_ids, table.image_ids
+        if difficult not in DIFFICULT:
+            raise ValueError(f'difficult must be one of {DIFFICULT}, not {difficult!r}')
+        self.table = table
+        self.policy = difficult
+        self.sizes = table.sizes
+        self.classes = table.classes
+        self.category_ids = table.category_ids
+        self.image_ids = table.image_ids
         self.rows, boxes, counts = clean_boxes(table, difficult)
-        self.clamped, self.left_out = counts.pop('clamped'), counts
+        self.clamped = counts.pop('clamped')
+        self.left_out = counts
+        # the boxes of photo i are starts[i] to starts[i + 1]
         self.starts = np.searchsorted(table.image[self.rows], np.arange(len(self) + 1))
-        self.area = np.where(table.area[self.rows] > 0, table.area[self.rows], (boxes[:, 2:] - boxes[:, :2]).prod(1, dtype=float))
+        # the stated area, else that of the box
+        stated = table.area[self.rows]
+        self.area = np.where(stated > 0, stated, (boxes[:, 2:] - boxes[:, :2]).prod(1, dtype=float))
         self.columns = _columns(self, boxes)
 
     def __len__(self): return len(self.image_ids)
     def __repr__(self): return _summary(self)
 
     def path(self,
-        i:int, # number of a photo
-    )->str:    # file
-        "Where photo `i` lies."
+        i: int,  # number of a photo
+    ) -> str:  # file
+        "Return where photo `i` lies."
         return os.path.join(self.table.root, self.table.files[i])
 
     def __getitem__(self, i):
         i = range(len(self))[i]
         image = read_as_said(self.path(i), self.sizes[i], self.table.exif)
         mine = slice(self.starts[i], self.starts[i + 1])
-        return {'image': image, 'image_id': self.image_ids[i]} | {k: v[mine] for k, v in self.columns.items()}
+        labels = {k: v[mine] for k, v in self.columns.items()}
+        return {'image': image, 'image_id': self.image_ids[i]} | labels
 
     def coco(self):
-        "The ground truth as a COCO dictionary: categories 0..C-1, annotations 1.., boxes as in the file; those not trained on are `empty`."
+        """Return the ground truth as a COCO dictionary: categories 0..C-1, annotations 1.., boxes
+        as in the file; those not trained on are `empty`."""
         return _coco(self)
 
 # %% ../nbs/23_datasets.ipynb #c013
 def _columns(ds, boxes):
     "Everything that belongs to the usable boxes, as tensors"
-    t, hard = ds.table, ds.table.difficult[ds.rows]
+    t = ds.table
+    hard = t.difficult[ds.rows]
+    # what is ignored is left out of training like a crowd
     crowd = t.iscrowd[ds.rows] | (hard & (ds.policy == 'ignore'))
-    return {'boxes': torch.from_numpy(boxes), 'labels': torch.from_numpy(t.label[ds.rows].astype(np.int64)),
-            'iscrowd': torch.from_numpy(crowd), 'area': torch.from_numpy(ds.area.astype(np.float32)), 'difficult': torch.from_numpy(hard)}
+    return {
+        'boxes': torch.from_numpy(boxes),
+        'labels': torch.from_numpy(t.label[ds.rows].astype(np.int64)),
+        'iscrowd': torch.from_numpy(crowd),
+        'area': torch.from_numpy(ds.area.astype(np.float32)),
+        'difficult': torch.from_numpy(hard)}
 
 def _truth(ds):
     "Columns of everything that is evaluated on, photo by photo"
-    t, rows = ds.table, truth_rows(ds.table, ds.policy)
-    crowd = t.iscrowd[rows] | (t.difficult[rows] & (ds.policy == 'ignore'))
-    area = np.where(np.isfinite(t.area[rows]), t.area[rows], t.boxes[rows, 2:].prod(1))
-    return {'image': t.image[rows], 'label': t.label[rows], 'boxes': t.boxes[rows], 'area': area, 'crowd': crowd,
-            'difficult': t.difficult[rows], 'empty': ~np.isin(rows, ds.rows)}
-
-def _coco(ds):
-    t, entries = ds.table, zip(*(c.tolist() for c in _truth(ds).values()))
-    photos = zip(t.image_ids, t.files, t.sizes.tolist())
-    return {'images': [{'id': k, 'file_name': f, 'height': h, 'width': w} for k, f, (h, w) in photos],
-            'categories': [{'id': i, 'name': name} for i, name in enumerate(t.classes)],
-            'annotations': [{'id': k, 'image_id': t.image_ids[i], 'category_id': c, 'bbox': b, 'area': a, 'iscrowd': int(o),
-                             'difficult': int(d), 'empty': int(e)} for k, (i, c, b, a, o, d, e) in enumerate(entries, 1)]}
+    t = ds.table
+    rows = truth_rows(t, ds.policy)
+    hard = t.difficult[rows]
+    crowd = t.iscrowd[rows] | (hard & (ds.policy == 'ignore'))
+    stated = t.area[rows]
+    area = np.where(np.isfinite(stated), stated, t.boxes[rows, 2:].prod(1))
+    return {'image': t.image[rows], 'label': t.label[rows], 'boxes': t.boxes[rows], 'area': area,
+            'crowd': crowd, 'difficult': hard, 'empty': ~np.isin(rows, ds.rows)}
 
 def _summary(ds):
+    "One line: where from, how many, what was left out"
+    parts = [f'{printable(ds.table.source)}: photos {len(ds):,}, boxes {len(ds.rows):,}, '
+             f'classes {len(ds.classes)}']
+    parts += [f'left out, {reason}: {k:,}' for reason, k in ds.left_out.items() if k]
     crowd = int(ds.columns['iscrowd'].sum())
-    notes = [f'left out, {reason}: {k:,}' for reason, k in ds.left_out.items() if k]
-    if ds.clamped: notes.append(f'clamped: {ds.clamped:,}')
-    if crowd: notes.append(f'only for evaluation: {crowd:,}')
-    found = f'{printable(ds.table.source)}: photos {len(ds):,}, boxes {len(ds.rows):,}, classes {len(ds.classes)}'
-    return '; '.join([found, *notes])
+    if ds.clamped: parts.append(f'clamped: {ds.clamped:,}')
+    if crowd: parts.append(f'only for evaluation: {crowd:,}')
+    return '; '.join(parts)
+
+# %% ../nbs/23_datasets.ipynb #c013c
+def _coco(ds):
+    "COCO's dict of what is evaluated on"
+    t = ds.table
+    images = []
+    for k, file, (height, width) in zip(t.image_ids, t.files, t.sizes.tolist()):
+        images.append({'id': k, 'file_name': file, 'height': height, 'width': width})
+    annotations = []
+    columns = [column.tolist() for column in _truth(ds).values()]
+    for number, row in enumerate(zip(*columns), 1):
+        i, label, box, area, crowd, difficult, empty = row
+        annotations.append({
+            'id': number, 'image_id': t.image_ids[i], 'category_id': label, 'bbox': box,
+            'area': area, 'iscrowd': int(crowd), 'difficult': int(difficult), 'empty': int(empty)})
+    categories = [{'id': k, 'name': name} for k, name in enumerate(t.classes)]
+    return {'images': images, 'categories': categories, 'annotations': annotations}
 
 # %% ../nbs/23_datasets.ipynb #c022
 def _without_parent(categories, used):
     "Categories without the one that is only the others' supercategory (Roboflow)"
+    # who stands above each, and who stands above anybody
     above = [c.get('supercategory') for c in categories]
     parents = {name for name in above if isinstance(name, str) and name != 'none'}
-    return [c for c, parent in zip(categories, above) if c['id'] in used or parent != 'none' or c['name'] not in parents]
+    kept = []
+    for category, parent in zip(categories, above):
+        is_parent = parent == 'none' and category['name'] in parents
+        if category['id'] in used or not is_parent: kept.append(category)
+    return kept
 
 def _choose(names, classes, source):
     "Place of each name in the class list; -2 for one that was not asked for"
     if classes is None: return {name: i for i, name in enumerate(names)}
     classes = list(classes)
     require_unique(classes, 'the classes asked for', source)
-    if not set(classes) & set(names): raise ValueError(f'{source}: none of the classes {classes} is here, but {sorted(names)}')
+    if not set(classes) & set(names):
+        raise ValueError(f'{source}: none of the classes {classes} is here, but {sorted(names)}')
     return {name: classes.index(name) if name in classes else -2 for name in names}
 
 def _categories(data, source, classes):
@@ -173,11 +225,12 @@ def _categories(data, source, classes):
     rows = data['categories']
     require_unique([c['id'] for c in rows], 'category ids', source)
     rows = _without_parent(rows, {a['category_id'] for a in data['annotations']})
+    # in the order of their ids, numbers before texts
     rows = sorted(rows, key=lambda c: (isinstance(c['id'], str), c['id']))
     names = [c['name'] for c in rows]
     require_unique(names, 'category names', source)
     label = _choose(names, classes, source)
-    ids = dict(zip(names, (c['id'] for c in rows)))
+    ids = {c['name']: c['id'] for c in rows}
     classes = names if classes is None else list(classes)
     return classes, [ids.get(name) for name in classes], {i: label[name] for name, i in ids.items()}
 
@@ -186,19 +239,24 @@ def _floats(rows, width):
     "Lists of numbers -> (m, width) float64; a row that is none becomes NaN"
     def one(row):
         if not isinstance(row, (list, tuple)) or len(row) != width: return [np.nan] * width
-        return list(map(as_float, row))
+        return [as_float(value) for value in row]
     return np.array([one(row) for row in rows], float).reshape(-1, width)
+
+def _flags(rows, key):
+    "(m,) bool: a flag of each entry, False where it is not stated"
+    return np.array([bool(row.get(key)) for row in rows], bool)
 
 def _lookup(places, values, what, unknown):
     "Place of each value, -1 where it is unknown; the unknown ones are counted"
+    # as texts: an unknown value may be of any kind
     lost = Counter(repr(v) for v in values if v not in places)
     if lost: unknown[what] = lost
     return np.fromiter((places.get(v, -1) for v in values), int, len(values))
 
 def photo_ids(
-    ids:list, # of photos, as a file has them
-)->list:      # whole numbers
-    "Ids that pycocotools can compute with: the file's own, or 1, 2, 3, ..."
+    ids: list,  # of photos, as a file has them
+) -> list:  # whole numbers
+    "Return ids that pycocotools can compute with: the file's own, or 1, 2, 3, ..."
     good = all(type(k) is int and abs(k) < 2**53 for k in ids)
     return list(ids) if good else list(range(1, len(ids) + 1))
 
@@ -210,21 +268,37 @@ def _sizes(said, root, files, exif, notes):
     for i in np.flatnonzero(~stated):
         path = os.path.join(root, files[i])
         found = header_size(path)
-        if isinstance(found, str): raise ValueError(f'{printable(files[i])}: no size is stated, and the photo does not help: {found}')
-        sizes[i] = found[::-1] if exif == 'stored' and photo_turn(path) >= 5 else found
-    if not stated.all(): notes.append(f'sizes that are not stated, or are no whole numbers, are read from the photos: {(~stated).sum():,}')
+        if isinstance(found, str):
+            raise ValueError(f'{printable(files[i])}: no size is stated, and the photo does not '
+                             f'help: {found}')
+        # annotations of stored pixels state the size of those
+        lies = exif == 'stored' and photo_turn(path) >= 5
+        sizes[i] = found[::-1] if lies else found
+    if not stated.all():
+        notes.append('sizes that are not stated, or are no whole numbers, are read from the '
+                     f'photos: {(~stated).sum():,}')
     return sizes
 
 def _upright_sizes(table):
-    "Sizes of photos turned by EXIF whose boxes fit only upright are exchanged: the file states those of the stored pixels"
+    """Exchange the sizes of photos turned by EXIF whose boxes fit only upright: the file states
+    those of the stored pixels"""
+    # how far the boxes of each photo reach: (n, 2), height and width
     known = (table.image >= 0) & np.isfinite(table.boxes).all(1)
+    boxes = table.boxes[known]
     ends = np.zeros_like(table.sizes, float)
-    np.maximum.at(ends, table.image[known], (table.boxes[known, :2] + table.boxes[known, 2:])[:, ::-1])
-    odd = (ends > table.sizes + 1).any(1) & (ends <= table.sizes[:, ::-1] + 1).all(1)
-    turned = [i for i in np.flatnonzero(odd) if photo_turn(os.path.join(table.root, table.files[i])) >= 5]
+    np.maximum.at(ends, table.image[known], (boxes[:, :2] + boxes[:, 2:])[:, ::-1])
+    too_far = (ends > table.sizes + 1).any(1)
+    fits_turned = (ends <= table.sizes[:, ::-1] + 1).all(1)
+    # only photos that an EXIF note lays on their side
+    turned = []
+    for i in np.flatnonzero(too_far & fits_turned):
+        if photo_turn(os.path.join(table.root, table.files[i])) >= 5: turned.append(i)
     table.sizes[turned] = table.sizes[turned, ::-1]
-    if turned: table.notes.append(f'photos turned by an EXIF note whose boxes fit only upright: {len(turned):,}, first '
-                                  f'{printable(table.files[turned[0]])}. The file states the size of the stored pixels: exchanged')
+    if turned:
+        table.notes.append(
+            f'photos turned by an EXIF note whose boxes fit only upright: {len(turned):,}, first '
+            f'{printable(table.files[turned[0]])}. The file states the size of the stored pixels: '
+            'exchanged')
     return table
 
 # %% ../nbs/23_datasets.ipynb #c026
@@ -232,118 +306,154 @@ MISSING = ('refuse', 'skip')
 
 def _there(root, files, missing, notes):
     "(n,) bool: the photos to take; all of them unless those that are missing are to be skipped"
-    if missing not in MISSING: raise ValueError(f'missing must be one of {MISSING}, not {missing!r}')
-    there = np.array([missing == 'refuse' or os.path.lexists(os.path.join(root, f)) for f in files], bool)
+    if missing not in MISSING:
+        raise ValueError(f'missing must be one of {MISSING}, not {missing!r}')
+    there = [missing == 'refuse' or os.path.lexists(os.path.join(root, f)) for f in files]
+    there = np.array(there, bool)
+    if not there.any():
+        raise ValueError(f'none of the {len(files):,} photos is in {printable(root)}')
     gone = np.flatnonzero(~there)
-    if not there.any(): raise ValueError(f'none of the {len(files):,} photos is in {printable(root)}')
-    if len(gone): notes.append(f'photos missing and left out: {len(gone):,} of {len(files):,}, first {printable(files[gone[0]])}')
+    if len(gone):
+        notes.append(f'photos missing and left out: {len(gone):,} of {len(files):,}, first '
+                     f'{printable(files[gone[0]])}')
     return there
 
+_ANNOTATION_RULES = {
+    'id': ID, 'image_id': ID, 'category_id': ID, 'iscrowd': OPTIONAL_FLAG, 'area': OPTIONAL_NUMBER,
+    'difficult': OPTIONAL_FLAG}
+
 def _required(data, source):
-    "Raises ValueError for an entry that cannot be understood"
-    for kind in ('images', 'categories'):
-        if not data[kind]: raise ValueError(f'{source} lists no {kind}')
-    require_keys(data['images'], 'images', ('id', 'file_name'), source)
-    require_keys(data['categories'], 'categories', ('id', 'name'), source)
-    require_keys(data['annotations'], 'annotations', ('id', 'image_id', 'category_id', 'bbox'), source)
-    require_values(data['images'], 'images', {'id': ID}, source)
-    require_values(data['categories'], 'categories', {'id': ID, 'name': NAME}, source)
-    rules = {'id': ID, 'image_id': ID, 'category_id': ID, 'iscrowd': OPTIONAL_FLAG, 'area': OPTIONAL_NUMBER, 'difficult': OPTIONAL_FLAG}
-    require_values(data['annotations'], 'annotations', rules, source)
-    require_unique([p['id'] for p in data['images']], 'image ids', source)
+    "ValueError for an entry that cannot be understood"
+    images, categories, annotations = data['images'], data['categories'], data['annotations']
+    if not images: raise ValueError(f'{source} lists no images')
+    if not categories: raise ValueError(f'{source} lists no categories')
+    # first the keys, for rules ask for values of keys that are there
+    require_keys(images, 'images', ('id', 'file_name'), source)
+    require_keys(categories, 'categories', ('id', 'name'), source)
+    require_keys(annotations, 'annotations', ('id', 'image_id', 'category_id', 'bbox'), source)
+    require_values(images, 'images', {'id': ID}, source)
+    require_values(categories, 'categories', {'id': ID, 'name': NAME}, source)
+    require_values(annotations, 'annotations', _ANNOTATION_RULES, source)
+    require_unique([p['id'] for p in images], 'image ids', source)
 
 # %% ../nbs/23_datasets.ipynb #c026a
+def _kept(rows, there): return [row for row, here in zip(rows, there) if here]
+
 def coco_table(
-    data:dict,           # content of a COCO file
-    root,                # folder of the photos
-    source,              # name of the file
-    classes=None,        # names of the classes wanted, in the order wanted; None: all, in the order of their ids
-    files=None,          # names of the photos in `root`, if they are not as in the file
-    exif:str='sizes',    # how photos that lie on their side are shown, see notebook 22b
-    missing:str='refuse',# 'skip' leaves out photos that are not there
-    notes=(),            # texts: what was decided before
-)->Table:                # columns
-    "Columns of a COCO dictionary. Raises ValueError that names the entry which cannot be understood."
-    source, root, notes, unknown = printable(source), os.fspath(root), list(notes), {}
+    data: dict,               # content of a COCO file
+    root,                     # folder of the photos
+    source,                   # name of the file
+    classes=None,             # names of the classes wanted, in order; None: all, by their ids
+    files=None,               # names of the photos in `root`, if they are not as in the file
+    exif: str = 'sizes',      # how photos that lie on their side are shown, see notebook 22b
+    missing: str = 'refuse',  # 'skip' leaves out photos that are not there
+    notes=(),                 # texts: what was decided before
+) -> Table:  # columns
+    """Return the columns of a COCO dictionary.
+    Raises ValueError that names the entry which cannot be understood."""
+    source, root, notes = printable(source), os.fspath(root), list(notes)
     _required(data, source)
-    files = [p['file_name'] for p in data['images']] if files is None else files
+    if files is None: files = [p['file_name'] for p in data['images']]
     require_inside(files, source)
     names, category_ids, label = _categories(data, source, classes)
+    # photos that are there, and what is said of them
     there = _there(root, files, missing, notes)
-    photos = [p for p, here in zip(data['images'], there) if here]
-    files = [f for f, here in zip(files, there) if here]
-    gone = {p['id'] for p, here in zip(data['images'], there) if not here}
+    photos, files = _kept(data['images'], there), _kept(files, there)
+    gone = {p['id'] for p in _kept(data['images'], ~there)}
     rows = [a for a in data['annotations'] if a['image_id'] not in gone]
+    # one pass through the list for each column
     file_ids = [p['id'] for p in photos]
-    sizes = _sizes(_floats([(p.get('height'), p.get('width')) for p in photos], 2), root, files, exif, notes)
-    image = _lookup({k: i for i, k in enumerate(file_ids)}, [a['image_id'] for a in rows], 'photo', unknown)
-    kinds = _lookup(label, [a['category_id'] for a in rows], 'class', unknown)
-    area = _floats([(a.get('area'),) for a in rows], 1)[:, 0]
-    crowd, hard = (np.array([bool(a.get(k)) for a in rows], bool) for k in ('iscrowd', 'difficult'))
-    table = Table(source, root, files, photo_ids(file_ids), sizes, names, category_ids, [a['id'] for a in rows], image, kinds,
-                  _floats([a['bbox'] for a in rows], 4), area, crowd, hard, unknown, file_ids, exif, notes)
+    said = _floats([(p.get('height'), p.get('width')) for p in photos], 2)
+    place = {k: i for i, k in enumerate(file_ids)}
+    unknown = {}
+    table = Table(
+        source, root, files, photo_ids(file_ids), _sizes(said, root, files, exif, notes),
+        names, category_ids, [a['id'] for a in rows],
+        image=_lookup(place, [a['image_id'] for a in rows], 'photo', unknown),
+        label=_lookup(label, [a['category_id'] for a in rows], 'class', unknown),
+        boxes=_floats([a['bbox'] for a in rows], 4),
+        area=_floats([(a.get('area'),) for a in rows], 1)[:, 0],
+        iscrowd=_flags(rows, 'iscrowd'), difficult=_flags(rows, 'difficult'),
+        unknown=unknown, file_ids=file_ids, exif=exif, notes=notes)
     return _upright_sizes(table) if exif == 'sizes' else table
 
 # %% ../nbs/23_datasets.ipynb #c034
 def _voc_photos(folders, split, images, notes):
     "(folder, name, file relative to the root) of every photo of a split, and the root"
-    root, chosen = folders[0].parent if images is None else Path(images), []
+    root = folders[0].parent if images is None else Path(images)
+    chosen = []
     for folder in folders:
-        place = folder / 'JPEGImages' if images is None else root
-        photos = photos_by_stem(place)
+        photos = photos_by_stem(folder / 'JPEGImages' if images is None else root)
         known = photos.keys() | {p.stem for p in folder.glob('Annotations/*.xml')}
+        several = []
         for name in voc_names(folder, split, known, notes):
-            file = photos.get(name, [f'{name}.jpg'])[0]
-            chosen.append((folder, name, file if images is not None else f'{folder.name}/JPEGImages/{file}'))
-        several = [photos[name] for f, name, _ in chosen if f == folder and len(photos.get(name, ())) > 1]
-        if several: notes.append(f'photos of one name: {len(several):,}, first {printable(several[0][0])}, which is taken, and '
-                                 f'{", ".join(map(printable, several[0][1:]))}, left out')
+            found = photos.get(name, [f'{name}.jpg'])
+            if len(found) > 1: several.append(found)
+            file = found[0] if images is not None else f'{folder.name}/JPEGImages/{found[0]}'
+            chosen.append((folder, name, file))
+        if several:
+            taken, *others = map(printable, several[0])
+            notes.append(f'photos of one name: {len(several):,}, first {taken}, which is taken, '
+                         f'and {", ".join(others)}, left out')
     return chosen, os.fspath(root)
 
 def _thin_boxes(found, paths):
-    "What to say of boxes that begin and end at the same number"
+    "[what to say of boxes that begin and end at the same number]; [] if there are none"
     thin = [paths[i].name for i, _, (x1, y1, x2, y2), _ in found if x1 == x2 or y1 == y2]
-    return [f'boxes with xmin = xmax or ymin = ymax: {len(thin):,}, first in {printable(thin[0])}. As VOC counts, they are one pixel wide '
-            'or high, and are kept; one_based=False (for tools that count from 0) leaves them out as empty'] if thin else []
+    if not thin: return []
+    return [f'boxes with xmin = xmax or ymin = ymax: {len(thin):,}, first in {printable(thin[0])}. '
+            'As VOC counts, they are one pixel wide or high, and are kept; one_based=False '
+            '(for tools that count from 0) leaves them out as empty']
 
 def _voc_columns(found, label, one_based):
     "The columns of (photo, class name, edges, difficult) rows"
     edges = np.array([e for _, _, e, _ in found], float).reshape(-1, 4)
+    # counted from 0, a box starts one earlier; its end is outside and stays
     if one_based: edges[:, :2] -= 1
-    return {'image': np.array([i for i, *_ in found], int), 'label': np.array([label[name] for _, name, _, _ in found], int),
-            'boxes': np.concatenate([edges[:, :2], edges[:, 2:] - edges[:, :2]], 1), 'area': np.full(len(found), np.nan),
-            'iscrowd': np.zeros(len(found), bool), 'difficult': np.array([d for *_, d in found], bool)}
+    return {
+        'image': np.array([i for i, *_ in found], int),
+        'label': np.array([label[name] for _, name, _, _ in found], int),
+        'boxes': np.concatenate([edges[:, :2], edges[:, 2:] - edges[:, :2]], 1),
+        'area': np.full(len(found), np.nan),
+        'iscrowd': np.zeros(len(found), bool),
+        'difficult': np.array([d for *_, d in found], bool)}
 
 # %% ../nbs/23_datasets.ipynb #c034a
 def voc_table(
-    folders:list,         # VOC2007, VOC2012, ..., each with Annotations, ImageSets/Main, JPEGImages, in one parent folder
-    split:str,            # 'train', 'val', 'trainval', 'test' or any other list in ImageSets/Main
-    classes=None,         # names of the classes wanted, in the order wanted; None: all, in alphabetical order
-    one_based:bool=True,  # pixels are counted from 1, as VOC does
-    images=None,          # folder of the photos, if it is not JPEGImages
-    exif:str='sizes',     # how photos that lie on their side are shown, see notebook 22b
-    missing:str='refuse', # 'skip' leaves out photos that are not there
-)->Table:                 # columns
-    "Columns of VOC folders. Raises ValueError that names the file which cannot be understood."
+    folders: list,            # VOC2007, VOC2012, ..., in one parent folder
+    split: str,               # 'train', 'val', 'trainval', 'test' or any list in ImageSets/Main
+    classes=None,             # names of the classes wanted, in order; None: all, by the alphabet
+    one_based: bool = True,   # pixels are counted from 1, as VOC does
+    images=None,              # folder of the photos, if it is not JPEGImages
+    exif: str = 'sizes',      # how photos that lie on their side are shown, see notebook 22b
+    missing: str = 'refuse',  # 'skip' leaves out photos that are not there
+) -> Table:  # columns
+    """Return the columns of VOC folders, each with Annotations, ImageSets/Main, JPEGImages.
+    Raises ValueError that names the file which cannot be understood."""
     folders, notes = [Path(f) for f in folders], []
     source = f'{"+".join(f.name for f in folders)}/{split}'
     chosen, root = _voc_photos(folders, split, images, notes)
     require_unique([f'{f.name}/{name}' for f, name, _ in chosen], 'photo names', source)
-    there = _there(root, [file for *_, file in chosen], missing, notes)
-    chosen = [row for row, here in zip(chosen, there) if here]
-    files, paths = [file for *_, file in chosen], [f / 'Annotations' / f'{name}.xml' for f, name, _ in chosen]
-    trees = [read_xml(p) for p in paths]
-    found = [(i, *o) for i, (tree, p) in enumerate(zip(trees, paths)) for o in voc_objects(tree, p)]
+    chosen = _kept(chosen, _there(root, [file for *_, file in chosen], missing, notes))
+    files = [file for *_, file in chosen]
+    # every object of every photo
+    paths = [f / 'Annotations' / f'{name}.xml' for f, name, _ in chosen]
+    trees = [read_xml(path) for path in paths]
+    found = []
+    for i, (tree, path) in enumerate(zip(trees, paths)):
+        found += [(i, *thing) for thing in voc_objects(tree, path)]
     if one_based: notes += _thin_boxes(found, paths)
-    names = voc_classes(folders) if classes is None else sorted({name for _, name, _, _ in found})
+    # classes of all splits: a class has the same label in each
+    names = voc_classes(folders) if classes is None else sorted({name for _, name, *_ in found})
     if not names: raise ValueError(f'{source}: no annotation has an <object>')
     label = _choose(names, classes, source)
     classes = names if classes is None else list(classes)
-    said = _floats([[voc_number(t.findtext(f'size/{k}')) for k in ('height', 'width')] for t in trees], 2)
-    photos = [name for _, name, _ in chosen]
-    table = Table(source, root, files, voc_ids(photos), _sizes(said, root, files, exif, notes), classes,
-                  list(range(1, len(classes) + 1)), list(range(1, len(found) + 1)), **_voc_columns(found, label, one_based),
-                  file_ids=photos, exif=exif, notes=notes)
+    sizes = [[voc_number(t.findtext(f'size/{k}')) for k in ('height', 'width')] for t in trees]
+    sizes = _sizes(_floats(sizes, 2), root, files, exif, notes)
+    ids = voc_ids([name for _, name, _ in chosen])
+    table = Table(source, root, files, ids, sizes, classes, list(range(1, len(classes) + 1)),
+                  list(range(1, len(found) + 1)), **_voc_columns(found, label, one_based),
+                  file_ids=ids, exif=exif, notes=notes)
     return _upright_sizes(table) if exif == 'sizes' else table
 
 # %% ../nbs/23_datasets.ipynb #c036
@@ -367,121 +477,167 @@ any COCO file:
   open_dataset('F.json', images='folder')
 photos elsewhere: images='folder', in notebooks -p images FOLDER'''.splitlines()
 
+# %% ../nbs/23_datasets.ipynb #c036t
+def _indented(lines): return [f'  {line}' for line in lines]
+
 def _tree(folder, depth=3, most=6):
     "Lines with the folders below a folder and their files, counted by kind"
     entries = sorted(os.scandir(folder), key=lambda e: e.name)
-    folders, files = [e for e in entries if e.is_dir()], [e.name for e in entries if not e.is_dir()]
-    kinds = Counter(os.path.splitext(f)[1] or 'no suffix' for f in files)
-    lines = [printable(f) for f in files] if len(files) <= 3 else [f'{k:,} files {kind}' for kind, k in kinds.most_common(most)]
-    for e in folders[:most]: lines += [f'{printable(e.name)}/'] + [f'  {s}' for s in (_tree(e.path, depth - 1) if depth > 1 else [])]
-    return lines + ([f'... {len(folders) - most:,} more folders'] if len(folders) > most else [])
+    folders = [e for e in entries if e.is_dir()]
+    files = [e.name for e in entries if not e.is_dir()]
+    # a few files by name, many by their number
+    if len(files) <= 3:
+        lines = [printable(f) for f in files]
+    else:
+        kinds = Counter(os.path.splitext(f)[1] or 'no suffix' for f in files)
+        lines = [f'{k:,} files {kind}' for kind, k in kinds.most_common(most)]
+    for e in folders[:most]:
+        lines.append(f'{printable(e.name)}/')
+        if depth > 1: lines += _indented(_tree(e.path, depth - 1))
+    if len(folders) > most: lines.append(f'... {len(folders) - most:,} more folders')
+    return lines
 
 def _layout_error(path):
     "The tree expected beside the tree seen"
-    seen = [f'{printable(path)}/'] + [f'  {s}' for s in _tree(path)]
-    rows = max(len(seen), len(_EXPECTED))
-    pairs = zip(_EXPECTED + [''] * (rows - len(_EXPECTED)), seen + [''] * (rows - len(seen)))
-    hint = '\nYOLO label files are not read: export the set as COCO.' if any(Path(path).rglob('data.yaml')) else ''
-    return ValueError(f'{printable(path)} has no layout that is known.{hint}\n{"EXPECTED":42}SEEN\n'
-                      + '\n'.join(f'{a:42}{b}'.rstrip() for a, b in pairs))
+    seen = [f'{printable(path)}/', *_indented(_tree(path))]
+    rows = zip_longest(_EXPECTED, seen, fillvalue='')
+    beside = '\n'.join(f'{expected:42}{there}'.rstrip() for expected, there in rows)
+    hint = ''
+    if any(Path(path).rglob('data.yaml')):
+        hint = '\nYOLO label files are not read: export the set as COCO.'
+    return ValueError(f'{printable(path)} has no layout that is known.{hint}\n'
+                      f'{"EXPECTED":42}SEEN\n{beside}')
 
 # %% ../nbs/23_datasets.ipynb #c037
 def _find_voc(path, images):
     "VOC folders at or below `path`; their photos may lie elsewhere"
-    parts = ('Annotations', 'ImageSets/Main', *(() if images else ('JPEGImages',)))
-    def is_voc(p): return all((p / part).is_dir() for part in parts)
+    parts = ['Annotations', 'ImageSets/Main']
+    if not images: parts.append('JPEGImages')
+    def is_voc(folder): return all((folder / part).is_dir() for part in parts)
     if is_voc(path): return [path]
-    return [p for base in (path, path / 'VOCdevkit') for p in sorted(base.glob('VOC*')) if is_voc(p)]
+    below = [*sorted(path.glob('VOC*')), *sorted((path / 'VOCdevkit').glob('VOC*'))]
+    return [folder for folder in below if is_voc(folder)]
 
 def _pick_years(folders, year):
     "The folders of '2007', '2012' or '07+12'"
     names = [f.name for f in folders]
-    if year is None and len(folders) > 1: raise ValueError(f'{names} are here: say year="2007", "2012" or "07+12"')
-    wanted = names if year is None else [f'VOC20{y.strip()[-2:]}' for y in str(year).split('+')]
+    if year is None and len(folders) > 1:
+        raise ValueError(f'{names} are here: say year="2007", "2012" or "07+12"')
+    if year is None: return folders
+    wanted = [f'VOC20{y.strip()[-2:]}' for y in str(year).split('+')]
     missing = [w for w in wanted if w not in names]
     if missing: raise ValueError(f'year {year!r} needs {missing[0]}, but only {names} are here')
     return [folders[names.index(w)] for w in wanted]
 
 def _find_coco(path):
     "{split: [files]} of instances_*.json (COCO) or _annotations.coco.json (Roboflow) below `path`"
-    files, found = sorted(path.glob('annotations/instances_*.json')), {}
-    if not files: return {file.parent.name: [file] for file in sorted(path.glob('*/_annotations.coco.json'))}
-    for part, file in ((file.stem.removeprefix('instances_'), file) for file in files):
-        for split in {part, re.sub(r'\d+$', '', part)}: found.setdefault(split, []).append(file)    # train2017 is called train, too
+    files = sorted(path.glob('annotations/instances_*.json'))
+    if not files:
+        return {file.parent.name: [file] for file in sorted(path.glob('*/_annotations.coco.json'))}
+    found = {}
+    for file in files:
+        part = file.stem.removeprefix('instances_')
+        # train2017 is called train, too
+        for split in {part, re.sub(r'\d+$', '', part)}: found.setdefault(split, []).append(file)
     return found
 
 def _pick_file(path, found, split, year):
     "The one file of a split; 'val' and 'valid' are the same"
-    if split not in found and split in ('val', 'valid'): split = 'valid' if split == 'val' else 'val'
-    need_split(split, list(found), path, [k for k in found if not re.search(r'\d$', k)] or list(found))
+    if split not in found: split = {'val': 'valid', 'valid': 'val'}.get(split, split)
+    # a message shows the short names of splits, if there are such
+    without_year = [k for k in found if not re.search(r'\d$', k)]
+    need_split(split, list(found), path, without_year or list(found))
     files = [f for f in found[split] if year is None or f.stem.endswith(str(year))]
-    if len(files) != 1: raise ValueError(f'{printable(path)} has {[f.name for f in found[split]]} for split {split!r}: '
-                                          f'say which of them by its whole name or its year, not {year!r}')
+    if len(files) != 1:
+        names = [f.name for f in found[split]]
+        raise ValueError(f'{printable(path)} has {names} for split {split!r}: say which of them by '
+                         f'its whole name or its year, not {year!r}')
     return files[0]
 
 # %% ../nbs/23_datasets.ipynb #c038
 def _usual_places(file, images):
     "Folders where the photos of a COCO file may be"
     part = file.stem.removeprefix('instances_')
-    parts = (part, f'images/{part}', re.sub(r'\d+$', '', part), 'images', '.')
+    parts = [part, f'images/{part}', re.sub(r'\d+$', '', part), 'images', '.']
     if images is not None: return [os.path.normpath(os.path.join(images, p)) for p in ('.', *parts)]
-    return [os.path.normpath(base / p) for base in (file.parent, file.parent.parent) for p in parts]
+    bases = (file.parent, file.parent.parent)
+    return [os.path.normpath(base / p) for base in bases for p in parts]
 
 def _open_coco(file, classes, images, exif, missing):
     "Table of a COCO file"
-    data, source = read_annotations(file), printable(file)
+    data = read_annotations(file)
+    source = printable(file)
     require_keys(data['images'], 'images', ('id', 'file_name'), source)
     if not data['images']: raise ValueError(f'{source} lists no images')
     names = [p['file_name'] for p in data['images']]
-    root, files, note = find_files(_usual_places(file, images), names, 'photos', source, 'images=FOLDER (in notebooks: -p images FOLDER)')
+    say = 'images=FOLDER (in notebooks: -p images FOLDER)'
+    root, files, note = find_files(_usual_places(file, images), names, 'photos', source, say)
     return coco_table(data, root, file, classes, files, exif, missing, [note] if note else [])
 
 def _open_table(path, split, year, classes, one_based, images, exif, missing):
     "Table of any usual layout"
     if path.is_file(): return _open_coco(path, classes, images, exif, missing)
-    if voc := _find_voc(path, images): return voc_table(_pick_years(voc, year), split, classes, one_based, images, exif, missing)
-    if coco := _find_coco(path): return _open_coco(_pick_file(path, coco, split, year), classes, images, exif, missing)
+    # VOC first: a VOC folder may have a COCO file beside it
+    voc = _find_voc(path, images)
+    if voc:
+        folders = _pick_years(voc, year)
+        return voc_table(folders, split, classes, one_based, images, exif, missing)
+    coco = _find_coco(path)
+    if coco:
+        file = _pick_file(path, coco, split, year)
+        return _open_coco(file, classes, images, exif, missing)
     raise _layout_error(path)
 
 # %% ../nbs/23_datasets.ipynb #c038a
+def _one_of(name, value, known):
+    "ValueError for a value that a parameter does not know"
+    if value not in known: raise ValueError(f'{name} must be one of {known}, not {value!r}')
+
 def open_dataset(
-    path,                   # a VOC, COCO or Roboflow folder, or a COCO file
-    split:str=None,         # 'train', 'val', 'trainval', 'test', ...; not for a file
-    year:str=None,          # VOC: '2007', '2012', '07+12'; COCO: if there are files of several years
-    classes=None,           # names of the classes wanted, in the order wanted; None: all
-    difficult:str='ignore', # VOC's difficult objects: 'ignore', 'keep' or 'drop'
-    one_based:bool=True,    # VOC: pixels are counted from 1
-    images=None,            # folder of the photos, if it is in none of the usual places
-    exif:str='sizes',       # photos that lie on their side: as the stated 'sizes' tell, all 'upright' or all as 'stored'
-    missing:str='refuse',   # 'skip' leaves out photos that are not there; 'refuse' leaves it to `check_dataset`
-)->DetectionSet:            # photos with labelled boxes
-    "Open a labelled data set of any usual layout. Raises FileNotFoundError, or ValueError with what was expected beside what is there."
+    path,                       # a VOC, COCO or Roboflow folder, or a COCO file
+    split: str = None,          # 'train', 'val', 'trainval', 'test', ...; not for a file
+    year: str = None,           # VOC: '2007', '2012', '07+12'; COCO: if there are several
+    classes=None,               # names of the classes wanted, in the order wanted; None: all
+    difficult: str = 'ignore',  # VOC's difficult objects: 'ignore', 'keep' or 'drop'
+    one_based: bool = True,     # VOC: pixels are counted from 1
+    images=None,                # folder of the photos, if it is in none of the usual places
+    exif: str = 'sizes',        # photos on their side: by stated 'sizes', all 'upright' or 'stored'
+    missing: str = 'refuse',    # 'skip' leaves out photos not there; 'refuse': see `check_dataset`
+) -> DetectionSet:  # photos with labelled boxes
+    """Open a labelled data set of any usual layout.
+    Raises FileNotFoundError, or ValueError with what was expected beside what is there."""
     path = Path(path).expanduser()
     images = None if images is None else Path(images).expanduser()
-    if difficult not in DIFFICULT: raise ValueError(f'difficult must be one of {DIFFICULT}, not {difficult!r}')
-    if exif not in EXIF: raise ValueError(f'exif must be one of {EXIF}, not {exif!r}')
-    if missing not in MISSING: raise ValueError(f'missing must be one of {MISSING}, not {missing!r}')
+    _one_of('difficult', difficult, DIFFICULT)
+    _one_of('exif', exif, EXIF)
+    _one_of('missing', missing, MISSING)
     if not path.exists():
-        raise FileNotFoundError(f'there is nothing at {printable(path)}: give a VOC, COCO or Roboflow folder, or a COCO file')
-    if images is not None and not images.is_dir(): raise FileNotFoundError(f'there is no folder of photos {printable(images)}')
-    return DetectionSet(_open_table(path, split, year, classes, one_based, images, exif, missing), difficult)
+        raise FileNotFoundError(f'there is nothing at {printable(path)}: give a VOC, COCO or '
+                                'Roboflow folder, or a COCO file')
+    if images is not None and not images.is_dir():
+        raise FileNotFoundError(f'there is no folder of photos {printable(images)}')
+    table = _open_table(path, split, year, classes, one_based, images, exif, missing)
+    return DetectionSet(table, difficult)
 
 # %% ../nbs/23_datasets.ipynb #c043
 def class_color(
-    label:int, # 0..C-1
-)->tuple:      # red, green, blue, 0..255
-    "A colour for a class: golden steps around the circle of hues, so neighbours differ."
+    label: int,  # 0..C-1
+) -> tuple:  # red, green, blue, 0..255
+    "Return a colour for a class: golden steps around the circle of hues, so neighbours differ."
     return tuple(round(255 * v) for v in hsv_to_rgb(label * .618034 % 1, 1, .9))
 
 def draw_sample(
-    sample:dict,    # image uint8, boxes xyxy px, labels, iscrowd
-    width:int=None, # of the lines, px; None: a hundredth of the photo
-)->torch.Tensor:    # (3, H, W) uint8
-    "The photo of a sample with its boxes in the colours of their classes; what is only for evaluation is grey."
+    sample: dict,       # image uint8, boxes xyxy px, labels, iscrowd
+    width: int = None,  # of the lines, px; None: a hundredth of the photo
+) -> torch.Tensor:  # (3, H, W) uint8
+    "Draw a sample's boxes in the colours of their classes; what is only for evaluation is grey."
     image = sample['image'].contiguous()
     if not len(sample['boxes']): return image
-    colors = ['gray' if crowd else class_color(label) for label, crowd in zip(sample['labels'].tolist(), sample['iscrowd'].tolist())]
-    return draw_bounding_boxes(image, sample['boxes'], colors=colors, width=width or max(2, max(image.shape) // 100))
+    colors = [class_color(label) for label in sample['labels'].tolist()]
+    for i, crowd in enumerate(sample['iscrowd'].tolist()):
+        if crowd: colors[i] = 'gray'
+    width = width or max(2, max(image.shape) // 100)
+    return draw_bounding_boxes(image, sample['boxes'], colors=colors, width=width)
 
 # %% ../nbs/23_datasets.ipynb #e26c1925
 @set_rows.register
@@ -489,7 +645,10 @@ def _(dataset: DetectionSet):
     table, truth = dataset.table, _truth(dataset)
     places = np.searchsorted(truth.pop('image'), np.arange(len(dataset) + 1))
     # what is trained on and what is evaluated on
-    labels = [b'%b/%b' % both for both in zip(column_rows(dataset.columns, dataset.starts), column_rows(truth, places))]
+    trained = column_rows(dataset.columns, dataset.starts)
+    evaluated = column_rows(truth, places)
+    labels = [b'%b/%b' % both for both in zip(trained, evaluated)]
     paths = [dataset.path(i) for i in range(len(dataset))]
+    ids = [str(i) for i in table.image_ids]
     rule = '' if table.exif == 'sizes' else f'exif {table.exif}'
-    return SetRows(table.files, paths, dataset.classes, list(map(str, table.image_ids)), labels, len(dataset.rows), rule)
+    return SetRows(table.files, paths, dataset.classes, ids, labels, len(dataset.rows), rule)
