@@ -25,73 +25,120 @@ from .losses import process_count
 # %% ../nbs/25_evaluate.ipynb #c006
 @torch.no_grad()
 def postprocess(
-    outputs:dict, # of the model: pred_logits (B,N,C+1) with "no object" last, pred_boxes (B,N,4) cxcywh in 0..1
-    sizes,        # (B,2) height and width of the original photos, px
-)->list:          # one dict a photo: scores (N,) 0..1, labels (N,) 0..C-1, boxes (N,4) xyxy px of the original photo
-    "DETR's post-processing. Raises ValueError if there is not one size a photo."
-    logits, boxes = outputs['pred_logits'].float(), outputs['pred_boxes'].float()
+    outputs: dict,  # pred_logits (B, N, C+1), "no object" last; pred_boxes (B, N, 4), cxcywh, 0..1
+    sizes,          # height and width of the original photos (B, 2), px
+) -> list:  # one dict a photo: scores (N,) 0..1, labels (N,) 0..C-1, boxes (N, 4) xyxy px
+    "Return what each query found. Raises ValueError if there is not one size a photo."
+    logits = outputs['pred_logits'].float()
+    boxes = outputs['pred_boxes'].float()
     sizes = torch.as_tensor(sizes, device=boxes.device).float()
-    if sizes.shape != (len(logits), 2): raise ValueError(f'sizes must be ({len(logits)}, 2), height and width; got {tuple(sizes.shape)}')
-    scores, labels = logits.softmax(-1)[..., :-1].max(-1)
-    boxes = box_convert(boxes, 'cxcywh', 'xyxy') * sizes.flip(1).repeat(1, 2)[:, None]
-    return [dict(scores=s, labels=k, boxes=b) for s, k, b in zip(scores, labels, boxes)]
+    if sizes.shape != (len(logits), 2):
+        raise ValueError(f'sizes must be ({len(logits)}, 2), height and width; '
+                         f'got {tuple(sizes.shape)}')
+    # the best real class, whatever "no object" says
+    scores, labels = logits.softmax(-1)[..., :-1].max(-1)  # (B, N)
+    # from 0..1 to pixels: width, height, width, height
+    scale = sizes.flip(1).repeat(1, 2)[:, None]  # (B, 1, 4)
+    boxes = box_convert(boxes, 'cxcywh', 'xyxy') * scale
+    return [{'scores': s, 'labels': k, 'boxes': b} for s, k, b in zip(scores, labels, boxes)]
 
 # %% ../nbs/25_evaluate.ipynb #c012
-_STATS = ('AP', 'AP50', 'AP75', 'APS', 'APM', 'APL', 'AR1', 'AR10', 'AR100', 'ARS', 'ARM', 'ARL')   # pycocotools' order
+# pycocotools' order
+_STATS = ('AP', 'AP50', 'AP75', 'APS', 'APM', 'APL', 'AR1', 'AR10', 'AR100', 'ARS', 'ARM', 'ARL')
+
+def _coco_of(dataset):
+    "pycocotools' COCO object of a dict, without a file"
+    coco = COCO()
+    coco.dataset = dataset
+    coco.createIndex()
+    return coco
 
 def _backend(name):
     "(function that makes a COCO object of a dict, COCOeval)"
-    if name == 'pycocotools':
-        def make(dataset):
-            coco = COCO()
-            coco.dataset = dataset
-            coco.createIndex()
-            return coco
-        return make, COCOeval
-    if name != 'hotcoco': raise ValueError(f"backend must be 'pycocotools' or 'hotcoco', not {name!r}")
-    try: import hotcoco
-    except ImportError as e: raise ImportError("the fast back end is missing: pip install 'updetr[fast]', or backend='pycocotools'") from e
+    if name == 'pycocotools': return _coco_of, COCOeval
+    if name != 'hotcoco':
+        raise ValueError(f"backend must be 'pycocotools' or 'hotcoco', not {name!r}")
+    try:
+        import hotcoco
+    except ImportError as e:
+        raise ImportError("the fast back end is missing: pip install 'updetr[fast]', "
+                          "or backend='pycocotools'") from e
     return hotcoco.COCO, hotcoco.COCOeval
 
 def _copied(coco, places, kinds=None):
-    "The parts of a COCO dict that are needed, with images by their places: of all classes or of some"
+    "The parts of a COCO dict that are needed, images by their places: of all classes or of some"
     wanted = set(kinds or ())
-    mine = [a for a in coco['annotations'] if a['image_id'] in places and (kinds is None or a['category_id'] in wanted)]
-    return dict(images=[dict(p, id=places[p['id']]) for p in coco['images']], categories=coco['categories'],
-                annotations=[dict(a, image_id=places[a['image_id']]) for a in mine])
+    annotations = []
+    for a in coco['annotations']:
+        if a['image_id'] not in places: continue
+        if kinds is not None and a['category_id'] not in wanted: continue
+        # a copy: pycocotools writes into what it is given
+        annotations.append(a | {'image_id': places[a['image_id']]})
+    images = [image | {'id': places[image['id']]} for image in coco['images']]
+    return {'images': images, 'categories': coco['categories'], 'annotations': annotations}
 
 # %% ../nbs/25_evaluate.ipynb #c013
-def _as_numpy(x, dtype): return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, dtype)
+def _as_numpy(x, dtype):
+    "An array of a tensor on any device, an array or a list"
+    if isinstance(x, Tensor): x = x.detach().cpu()
+    return np.asarray(x, dtype)
+
+def _check_prediction(image_id, p, last_label):
+    "ValueError for numbers that do not agree, are not finite, or name no class"
+    n = len(p['scores'])
+    labels = p['labels']
+    if not n == len(labels) == len(p['boxes']):
+        raise ValueError(f'image {image_id}: {n} scores, {len(labels)} labels and '
+                         f'{len(p["boxes"])} boxes: the numbers must agree')
+    for name in ('scores', 'boxes'):
+        if np.isfinite(p[name]).all(): continue
+        raise ValueError(f'image {image_id}: {name} that are not finite; has training diverged?')
+    if n and not 0 <= labels.min() <= labels.max() <= last_label:
+        raise ValueError(f'image {image_id}: labels {labels.min()}..{labels.max()}, but the '
+                         f'categories of the ground truth end at {last_label}: the model has other '
+                         'classes than the data')
 
 def _checked(image_id, prediction, last_label, masks):
     "A prediction as numpy arrays; masks as run lengths"
-    p = dict(scores=_as_numpy(prediction['scores'], np.float64), labels=_as_numpy(prediction['labels'], np.int64),
-             boxes=_as_numpy(prediction['boxes'], np.float64).reshape(-1, 4))
-    n = len(p['scores'])
-    if not n == len(p['labels']) == len(p['boxes']):
-        raise ValueError(f'image {image_id}: {n} scores, {len(p["labels"])} labels and {len(p["boxes"])} boxes: the numbers must agree')
-    for name in ('scores', 'boxes'):
-        if not np.isfinite(p[name]).all(): raise ValueError(f'image {image_id}: {name} that are not finite; has training diverged?')
-    if n and not 0 <= p['labels'].min() <= p['labels'].max() <= last_label:
-        raise ValueError(f'image {image_id}: labels {p["labels"].min()}..{p["labels"].max()}, but the categories of the ground truth '
-                         f'end at {last_label}: the model has other classes than the data')
-    if masks: p['masks'] = [rle.encode(np.asfortranarray(m)) for m in _as_numpy(prediction['masks'], np.uint8)]
+    p = {'scores': _as_numpy(prediction['scores'], np.float64),
+         'labels': _as_numpy(prediction['labels'], np.int64),
+         'boxes': _as_numpy(prediction['boxes'], np.float64).reshape(-1, 4)}
+    _check_prediction(image_id, p, last_label)
+    if masks:
+        bitmaps = _as_numpy(prediction['masks'], np.uint8)
+        p['masks'] = [rle.encode(np.asfortranarray(m)) for m in bitmaps]
     return p
 
+# %% ../nbs/25_evaluate.ipynb #c013r
+def _mask_results(ids, labels, scores, masks, mine):
+    "COCO's results with masks: a dict for each row that is marked in `mine`"
+    results = []
+    for i in np.flatnonzero(mine):
+        results.append({'image_id': int(ids[i]), 'category_id': int(labels[i]),
+                        'score': float(scores[i]), 'segmentation': masks[i]})
+    return results
+
 def _as_results(predictions, kinds=None):
-    "COCO's results of {image id: prediction}, all classes or some: rows (image, x, y, w, h, score, class); for masks a list of dicts"
+    """COCO's results of {image id: prediction}, all classes or some: an array of rows
+    (image, x, y, w, h, score, class); for masks a list of dicts"""
     found = [p for p in predictions.values() if len(p['scores'])]
     if not found: return []
+    # all images one after the other
     ids = np.repeat(list(predictions), [len(p['scores']) for p in predictions.values()])
-    scores, labels, boxes = (np.concatenate([p[k] for p in found]) for k in ('scores', 'labels', 'boxes'))
+    scores = np.concatenate([p['scores'] for p in found])
+    labels = np.concatenate([p['labels'] for p in found])
+    boxes = np.concatenate([p['boxes'] for p in found])
     mine = np.ones(len(ids), bool) if kinds is None else np.isin(labels, kinds)
-    if 'masks' not in found[0]: return np.column_stack([ids, boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores, labels])[mine]
-    each = zip(ids.tolist(), labels.tolist(), scores.tolist(), [m for p in found for m in p['masks']], mine)
-    return [dict(image_id=i, category_id=k, score=s, segmentation=m) for i, k, s, m, wanted in each if wanted]
+    if 'masks' in found[0]:
+        masks = [m for p in found for m in p['masks']]
+        return _mask_results(ids, labels, scores, masks, mine)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    return np.column_stack([ids, boxes[:, :2], sides, scores, labels])[mine]
 
 # %% ../nbs/25_evaluate.ipynb #c015
-def from_all_processes(mine,  # anything that can be pickled
-                       ) -> list:  # one entry a process, in the order of their ranks
+def from_all_processes(
+    mine,  # anything that can be pickled
+) -> list:  # one entry a process, in the order of their ranks
     "Return what every process has."
     everything = [None] * process_count()
     dist.all_gather_object(everything, mine)
@@ -99,7 +146,8 @@ def from_all_processes(mine,  # anything that can be pickled
 
 def _shares(work, world):
     "{class: work} dealt out: `world` sorted lists of classes with about equal work"
-    shares, load = [[] for _ in range(world)], [0] * world
+    shares = [[] for _ in range(world)]
+    load = [0] * world
     for kind in sorted(work, key=lambda k: (-work[k], k)):
         least = load.index(min(load))
         shares[least].append(kind)
@@ -107,45 +155,71 @@ def _shares(work, world):
     return [sorted(s) for s in shares]
 
 def _merged(parts, shares):
-    "COCOeval's tables of all classes, of the tables of each process's: classes are the last axis but two"
+    "COCOeval's tables of all classes, of those that each process has for its own"
     order = np.argsort(np.concatenate(shares))
-    return {k: np.take(np.concatenate([p[k] for p in parts], -3), order, -3) for k in ('precision', 'recall', 'scores')}
+    tables = {}
+    for name in ('precision', 'recall', 'scores'):
+        # classes are the last axis but two
+        dealt = np.concatenate([part[name] for part in parts], -3)
+        tables[name] = np.take(dealt, order, -3)
+    return tables
 
 # %% ../nbs/25_evaluate.ipynb #c017
 class CocoEvaluator:
-    "Collects predictions and computes COCO's AP, in one process or in many: `update` for each batch, `gather`, `summary`."
+    """Collects predictions and computes COCO's AP, in one process or in many:
+    `update` for each batch, `gather`, `summary`."""
     def __init__(self,
-        coco:dict,                  # ground truth as COCO's dict: of a detection set's `coco()`
-        iou_type:str='bbox',        # 'bbox', or 'segm' with predictions that have masks (k, H, W)
-        backend:str='pycocotools',  # 'hotcoco' is fast and gives the same numbers; needs updetr[fast]
+        coco: dict,                   # ground truth as COCO's dict: of a detection set's `coco()`
+        iou_type: str = 'bbox',       # 'bbox', or 'segm': predictions have masks (k, H, W)
+        backend: str = 'pycocotools', # 'hotcoco' is fast, with the same numbers; needs updetr[fast]
     ):
-        if iou_type not in ('bbox', 'segm'): raise ValueError(f"iou_type must be 'bbox' or 'segm', not {iou_type!r}")
-        self.coco, self.iou_type, self.backend = coco, iou_type, backend
-        self.image_ids = sorted((i['id'] for i in coco['images']), key=lambda k: (isinstance(k, str), k))
+        if iou_type not in ('bbox', 'segm'):
+            raise ValueError(f"iou_type must be 'bbox' or 'segm', not {iou_type!r}")
+        _backend(backend)  # say at once if it is missing
+        self.coco = coco
+        self.iou_type = iou_type
+        self.backend = backend
+        # numbers before texts
+        ids = (image['id'] for image in coco['images'])
+        self.image_ids = sorted(ids, key=lambda k: (isinstance(k, str), k))
         self.names = dict(sorted((c['id'], c['name']) for c in coco['categories']))
-        self.predictions, self._result, _ = {}, None, _backend(backend)          # say at once if the back end is missing
+        self.predictions = {}
+        self._result = None
 
     def update(self, image_ids, predictions):
-        "Take the predictions of some images, one dict an image, as `postprocess` gives them. Raises ValueError for what cannot be right."
-        if len(image_ids) != len(predictions): raise ValueError(f'{len(image_ids)} image ids, but {len(predictions)} predictions')
-        for i, p in zip((i if isinstance(i, str) else int(i) for i in image_ids), predictions):
-            self.predictions[i] = _checked(i, p, max(self.names), self.iou_type == 'segm')
+        """Take the predictions of some images, one dict an image, as `postprocess` gives them.
+        Raises ValueError for what cannot be right."""
+        if len(image_ids) != len(predictions):
+            raise ValueError(f'{len(image_ids)} image ids, but {len(predictions)} predictions')
+        last_label = max(self.names)
+        for i, p in zip(image_ids, predictions):
+            if not isinstance(i, str): i = int(i)
+            self.predictions[i] = _checked(i, p, last_label, self.iou_type == 'segm')
         self._result = None
         return self
+
     def gather(self):
-        "Exchange what all processes have, and share the work: to be called by all of them. Does nothing in a single process."
+        """Exchange what all processes have, and share the work: to be called by all of them.
+        Does nothing in a single process."""
         if process_count() > 1: self.predictions, self._result = _gathered(self)
         return self
 
     def summary(self):
-        "{AP, AP50, AP75, APS, APM, APL, AR1, ...} times 100; nan where there is no ground truth. Raises ValueError if an image is missing."
-        return {k: 100 * s if s >= 0 else float('nan') for k, s in zip(_STATS, np.asarray(self.result.stats).tolist())}
+        """Return {AP, AP50, AP75, APS, APM, APL, AR1, ...} times 100; nan where there is no ground
+        truth. Raises ValueError if an image is missing."""
+        stats = np.asarray(self.result.stats).tolist()
+        # -1 is pycocotools' word for nothing to measure
+        return {k: 100 * s if s >= 0 else float('nan') for k, s in zip(_STATS, stats)}
 
     def per_class(self):
-        "{class: {AP, AP50, AP75}} times 100; nan for a class without ground truth."
-        precision = np.asarray(self.result.eval['precision'])[..., 0, -1]        # (10 limits, 101 recalls, classes)
+        "Return {class: {AP, AP50, AP75}} times 100; nan for a class without ground truth."
+        # all sizes, 100 detections an image: (10 limits, 101 recalls, classes)
+        precision = np.asarray(self.result.eval['precision'])[..., 0, -1]
         table = np.where(precision.min((0, 1)) < 0, np.nan, 100 * precision.mean(1))
-        return {name: dict(AP=float(t.mean()), AP50=float(t[0]), AP75=float(t[5])) for name, t in zip(self.names.values(), table.T)}
+        numbers = {}
+        for name, aps in zip(self.names.values(), table.T):
+            numbers[name] = {'AP': float(aps.mean()), 'AP50': float(aps[0]), 'AP75': float(aps[5])}
+        return numbers
 
     @property
     def result(self):
@@ -156,21 +230,28 @@ class CocoEvaluator:
 # %% ../nbs/25_evaluate.ipynb #c018
 def _check_images(image_ids, predictions):
     "ValueError unless there is a prediction for each image and for no other"
-    here, wanted = set(predictions), set(image_ids)
-    missing, unknown = sorted(wanted - here, key=str), sorted(here - wanted, key=str)
-    if unknown: raise ValueError(f'predictions for images that the ground truth lacks: {len(unknown)}, e.g. image {unknown[0]}')
-    if missing: raise ValueError(f'{len(missing)} of {len(image_ids)} images have no predictions, e.g. image {missing[0]}: '
-                                 'update with each image, also where nothing was found (empty arrays), and gather() in all processes')
+    unknown = sorted(set(predictions) - set(image_ids), key=str)
+    missing = sorted(set(image_ids) - set(predictions), key=str)
+    if unknown:
+        raise ValueError('predictions for images that the ground truth lacks: '
+                         f'{len(unknown)}, e.g. image {unknown[0]}')
+    if missing:
+        raise ValueError(f'{len(missing)} of {len(image_ids)} images have no predictions, e.g. '
+                         f'image {missing[0]}: update with each image, also where nothing was found '
+                         '(empty arrays), and gather() in all processes')
 
 def _evaluated(ev, kinds=None):
     "COCOeval with its tables of precision and recall, of all classes or of some"
     _check_images(ev.image_ids, ev.predictions)
     make, evaluator = _backend(ev.backend)
-    places = {k: n for n, k in enumerate(ev.image_ids, 1)}   # results are floats, which do not hold every id
+    # images are numbered: results are floats, which do not hold every id
+    places = {k: n for n, k in enumerate(ev.image_ids, 1)}
     coco = _copied(ev.coco, places, kinds)
+    results = _as_results({places[i]: ev.predictions[i] for i in ev.image_ids}, kinds)
     with redirect_stdout(io.StringIO()):
-        truth, results = make(coco), _as_results({places[i]: ev.predictions[i] for i in ev.image_ids}, kinds)
-        found = truth.loadRes(results) if len(results) else make(dict(coco, annotations=[]))
+        truth = make(coco)
+        # loadRes fails on an empty list
+        found = truth.loadRes(results) if len(results) else make(coco | {'annotations': []})
         result = evaluator(truth, found, ev.iou_type)
         if kinds is not None: result.params.catIds = kinds
         result.evaluate()
@@ -185,123 +266,181 @@ def _summarized(result):
 # %% ../nbs/25_evaluate.ipynb #c018a
 def _gathered(ev):
     "The predictions of all processes, and COCOeval of them (None: still to be made)"
-    ev.predictions = {i: p for part in reversed(from_all_processes(ev.predictions)) for i, p in part.items()}
+    # an image that several processes have seen counts once: the first process's
+    everything = {}
+    for part in reversed(from_all_processes(ev.predictions)): everything |= part
+    ev.predictions = everything
     if ev.backend != 'pycocotools': return ev.predictions, None
-    labels = np.concatenate([p['labels'] for p in ev.predictions.values()] or [[]]).astype(int)
+    # a class's work: its detections, and a little for each image, empty or not
+    labels = np.concatenate([p['labels'] for p in everything.values()] or [[]]).astype(int)
     found = np.bincount(labels, minlength=max(ev.names) + 1)
-    shares = _shares({k: int(found[k]) + len(ev.image_ids) // 10 for k in ev.names}, process_count())   # an empty image costs a little, too
+    work = {k: int(found[k]) + len(ev.image_ids) // 10 for k in ev.names}
+    shares = _shares(work, process_count())
+    # each process evaluates its classes over all images; then tables are exchanged
     result = _evaluated(ev, shares[dist.get_rank()])
     result.eval |= _merged(from_all_processes(result.eval), shares)
-    result.params.catIds, result.eval['counts'][2] = sorted(ev.names), len(ev.names)
+    result.params.catIds = sorted(ev.names)
+    result.eval['counts'][2] = len(ev.names)
     return ev.predictions, _summarized(result)
 
 # %% ../nbs/25_evaluate.ipynb #c028b
 def _some(names):
     "The first few names, for a message"
-    return ', '.join(map(repr, names[:5])) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
+    text = ', '.join(map(repr, names[:5]))
+    return text if len(names) <= 5 else f'{text} and {len(names) - 5} more'
 
 def classes_by_name(
-    known: Sequence[str],  # names of a model's classes, label by label
+    known: Sequence[str],   # names of a model's classes, label by label
     wanted: Sequence[str],  # names of a data set's classes, label by label
 ) -> np.ndarray:  # (len(known),) the set's label for each of the model's; -1 where the set lacks it
-    """Translate a model's labels into a data set's, by name. Warns of classes that only one of the two has;
-    raises ValueError where they share none, or share a name that one of them has twice."""
+    """Translate a model's labels into a data set's, by name.
+    Warns of classes that only one of the two has; raises ValueError where they share none, or share
+    a name that one of them has twice."""
     known, wanted = list(known), list(wanted)
     # equal lists need no names, which a file may then give twice
     if known == wanted: return np.arange(len(known))
     shared = [name for name in dict.fromkeys(known) if name in wanted]
     if not shared:
-        raise ValueError(f'the model and the data set share no class: it knows {_some(known)}, the set has '
-                         f'{_some(wanted)}. If only the names differ, say them with classes=[...]')
+        raise ValueError(f'the model and the data set share no class: it knows {_some(known)}, '
+                         f'the set has {_some(wanted)}. If only the names differ, say them with '
+                         'classes=[...]')
     twice = [name for name in shared if known.count(name) + wanted.count(name) > 2]
-    if twice: raise ValueError(f'the class {twice[0]!r} comes twice: it cannot be told by its name')
+    if twice:
+        raise ValueError(f'the class {twice[0]!r} comes twice: it cannot be told by its name')
+    # what only one of the two has is no error, but has to be said
     missing = [name for name in wanted if name not in known]
+    if missing:
+        warnings.warn(f'classes that the model never saw count as not found: {_some(missing)}',
+                      stacklevel=2)
     extra = [name for name in known if name not in wanted]
-    if missing: warnings.warn(f'classes that the model never saw count as not found: {_some(missing)}', stacklevel=2)
-    if extra: warnings.warn(f'answers of classes that the data set lacks are left out: {_some(extra)}', stacklevel=2)
+    if extra:
+        warnings.warn(f'answers of classes that the data set lacks are left out: {_some(extra)}',
+                      stacklevel=2)
     return np.array([wanted.index(name) if name in shared else -1 for name in known])
 
+# %% ../nbs/25_evaluate.ipynb #c028n
 def by_name(
-    prediction: dict,  # of one photo, tensors (k, ...): labels by the model's classes, scores, boxes, maybe masks
-    places: np.ndarray,  # of `classes_by_name`
+    prediction: dict,    # tensors (k, ...) of one photo: the model's labels, scores, boxes, masks
+    places: np.ndarray,  # as `classes_by_name` gives them
 ) -> dict:  # the same with the set's labels
     "Translate the labels of a prediction; what has a class that the set lacks is left out."
-    labels = torch.as_tensor(places, device=prediction['labels'].device)[prediction['labels']]
+    places = torch.as_tensor(places, device=prediction['labels'].device)
+    labels = places[prediction['labels']]
     there = labels >= 0
     return {k: v[there] for k, v in (prediction | {'labels': labels}).items()}
 
 # %% ../nbs/25_evaluate.ipynb #c030
 def _ap(precision, recall, points):
     "Mean of the best precision at or beyond each recall: 11 points, or all of them (the area)"
-    best = np.maximum.accumulate(np.append(precision, 0)[::-1])[::-1]             # best[i]: from detection i on
-    if points == 11: return best[np.searchsorted(recall, np.arange(11) / 10 - 1e-12)].mean()
+    # best[i]: from detection i on
+    best = np.maximum.accumulate(np.append(precision, 0)[::-1])[::-1]
+    if points == 11:
+        places = np.searchsorted(recall, np.arange(11) / 10 - 1e-12)
+        return best[places].mean()
     return (np.diff(recall, prepend=0) * best[:-1]).sum()
 
+def _xyxy(things):
+    "(n, 4) float64 boxes of COCO's annotations"
+    boxes = torch.tensor([a['bbox'] for a in things], dtype=torch.float64).reshape(-1, 4)
+    return box_convert(boxes, 'xywh', 'xyxy')
+
+def _is_hard(a): return bool(a.get('difficult', 0) or a['iscrowd'])
+
 def _best_match(coco, predictions, kind):
-    "Of all detections of one class, by falling score: (key of the thing each overlaps most, its IoU); and {key: difficult}"
-    truth, keys, ious, scores = {}, [], [], []
+    """Of all detections of one class, by falling score: (key of the thing each overlaps most, its
+    IoU); and {key: difficult}"""
+    truth = {}
     for a in coco['annotations']:
         if a['category_id'] == kind: truth.setdefault(a['image_id'], []).append(a)
+    # a thing's key: its image, and its place there, from 1
+    hard = {(i, k): _is_hard(a) for i, things in truth.items() for k, a in enumerate(things, 1)}
+    keys, ious, scores = [], [], []
     for i, p in sorted(predictions.items()):
         mine = p['labels'] == kind
-        boxes = torch.tensor([a['bbox'] for a in truth.get(i, [])], dtype=torch.float64).reshape(-1, 4)
         # two boxes without area have no IoU: it counts as 0
-        iou = box_iou(torch.as_tensor(p['boxes'][mine]), box_convert(boxes, 'xywh', 'xyxy')).nan_to_num(0).numpy()
-        iou = np.concatenate([np.zeros((len(iou), 1)), iou], 1)                   # column 0: nothing at all
-        keys += [(i, k) for k in iou.argmax(1)]; ious += iou.max(1).tolist(); scores += p['scores'][mine].tolist()
+        iou = box_iou(torch.as_tensor(p['boxes'][mine]), _xyxy(truth.get(i, []))).nan_to_num(0)
+        # column 0: nothing at all
+        iou = np.concatenate([np.zeros((len(iou), 1)), iou.numpy()], 1)
+        keys += [(i, k) for k in iou.argmax(1)]
+        ious += iou.max(1).tolist()
+        scores += p['scores'][mine].tolist()
     order = np.argsort(-np.array(scores), kind='stable')
-    hard = {(i, k): bool(a.get('difficult', 0) or a['iscrowd']) for i, some in truth.items() for k, a in enumerate(some, 1)}
     return [keys[j] for j in order], np.array(ious)[order], hard
 
 # %% ../nbs/25_evaluate.ipynb #c031
+def _class_ap(keys, ious, hard, limit, points):
+    "AP of one class times 100, from what `_best_match` returns; nan without ground truth"
+    total = len(hard) - sum(hard.values())
+    if not total: return float('nan')
+    right, taken = [], set()
+    for key, iou in zip(keys, ious):
+        hit = iou >= limit and key in hard
+        # a difficult thing does not count, found or not
+        if hit and hard[key]: continue
+        # the first one that finds a thing is right, the others are wrong
+        right.append(hit and key not in taken)
+        if hit: taken.add(key)
+    found = np.array(right, bool).cumsum()
+    precision = found / np.arange(1, len(found) + 1)
+    return 100 * float(_ap(precision, found / total, points))
+
 def voc_ap(
-    coco:dict,        # ground truth as COCO's dict; annotations may have a key `difficult`
-    predictions:dict, # {image id: dict of scores, labels, boxes xyxy}: `CocoEvaluator.predictions`
-    iou:float=.5,     # a detection is right from this IoU on
-    points='all',     # 'all' (VOC 2010 and later) or 11 (VOC 2007)
-)->dict:              # {class: AP times 100}; nan for a class without ground truth
-    "VOC's average precision of each class. Raises ValueError for other points, or if an image has no predictions."
+    coco: dict,         # ground truth as COCO's dict; annotations may have a key `difficult`
+    predictions: dict,  # {image id: scores, labels, boxes xyxy}: `CocoEvaluator.predictions`
+    iou: float = .5,    # a detection is right from this IoU on
+    points='all',       # 'all' (VOC 2010 and later) or 11 (VOC 2007)
+) -> dict:  # {class: AP times 100}; nan for a class without ground truth
+    """Return VOC's average precision of each class.
+    Raises ValueError for other points, or if an image has no predictions."""
     if points not in ('all', 11): raise ValueError(f"points must be 'all' or 11, not {points!r}")
-    image_ids = [i['id'] for i in coco['images']]
-    _check_images(image_ids, predictions)
-    predictions, out = {i: _checked(i, p, np.inf, False) for i, p in predictions.items()}, {}
+    _check_images([image['id'] for image in coco['images']], predictions)
+    predictions = {i: _checked(i, p, np.inf, False) for i, p in predictions.items()}
+    aps = {}
     for category in coco['categories']:
-        keys, ious, hard = _best_match(coco, predictions, category['id'])
-        total, right, counted, taken = len(hard) - sum(hard.values()), [], [], set()
-        for key, overlap in zip(keys, ious):
-            hit = overlap >= iou and key in hard
-            right.append(hit and key not in taken)
-            counted.append(not (hit and hard[key]))
-            if hit: taken.add(key)
-        right = np.array(right, bool)[np.array(counted, bool)].cumsum()
-        out[category['name']] = 100 * float(_ap(right / np.arange(1, len(right) + 1), right / total, points)) if total else float('nan')
-    return out
+        matches = _best_match(coco, predictions, category['id'])
+        aps[category['name']] = _class_ap(*matches, iou, points)
+    return aps
 
 # %% ../nbs/25_evaluate.ipynb #c042
+def _mean(x): return float(x.mean()) if len(x) else float('nan')
+
+def _spread(predictions, sizes):
+    """Mean standard deviation over images of each query's centre, relative to the image; nan unless
+    all images have as many boxes"""
+    if len(predictions) < 2: return float('nan')
+    if len({len(p['boxes']) for p in predictions.values()}) > 1: return float('nan')
+    centers = []
+    for i, p in predictions.items():
+        left_top, right_bottom = p['boxes'][:, :2], p['boxes'][:, 2:]
+        centers.append((left_top + right_bottom) / 2 / sizes[i])
+    deviation = np.stack(centers).std(0)  # (N, 2)
+    return float(deviation.mean()) if deviation.size else float('nan')
+
+# %% ../nbs/25_evaluate.ipynb #c042d
 def diagnose(
-    coco:dict,        # ground truth as COCO's dict; crowds and boxes that are `empty` are left out
-    predictions:dict, # {image id: dict of scores, labels, boxes xyxy}: `CocoEvaluator.predictions`
-    iou:float=.5,     # a thing is covered from this IoU on
-)->dict:              # recall50, best_iou, class_accuracy, found_score, spread: all 0..1; nan where nothing can be measured
-    "Early signals that do not need AP. Raises ValueError if an image has no predictions."
-    sizes, truth, best = {i['id']: (i['width'], i['height']) for i in coco['images']}, {}, []
+    coco: dict,         # ground truth as COCO's dict; crowds and `empty` boxes are left out
+    predictions: dict,  # {image id: scores, labels, boxes xyxy}: `CocoEvaluator.predictions`
+    iou: float = .5,    # a thing is covered from this IoU on
+) -> dict:  # recall50, best_iou, class_accuracy, found_score, spread: 0..1; nan: nothing to measure
+    "Return early signals that do not need AP. Raises ValueError if an image has no predictions."
+    sizes = {image['id']: (image['width'], image['height']) for image in coco['images']}
     _check_images(list(sizes), predictions)
+    truth = {}
     for a in coco['annotations']:
         if not (a['iscrowd'] or a.get('empty')): truth.setdefault(a['image_id'], []).append(a)
     predictions = {i: _checked(i, p, np.inf, False) for i, p in predictions.items()}
+    # for each thing the box that covers it best: its IoU, whether its class is right, its score
+    best = []
     for i, things in truth.items():
-        p, boxes = predictions[i], box_convert(torch.tensor([a['bbox'] for a in things], dtype=torch.float64), 'xywh', 'xyxy')
-        overlap = np.concatenate([np.zeros((len(things), 1)), box_iou(boxes, torch.as_tensor(p['boxes'])).numpy()], 1)   # column 0: no box
-        which, labels, scores = overlap.argmax(1), np.append(-1, p['labels']), np.append(0, p['scores'])
-        best += zip(overlap.max(1), labels[which] == [a['category_id'] for a in things], scores[which])
-    best = np.array(best, float).reshape(-1, 3)
-    covered = best[:, 0] >= iou
-    def mean(x): return float(x.mean()) if len(x) else float('nan')
-    return dict(recall50=mean(covered), best_iou=mean(best[:, 0]), class_accuracy=mean(best[covered, 1]),
-                found_score=mean(best[covered, 2]), spread=_spread(predictions, sizes))
-
-def _spread(predictions, sizes):
-    "Mean standard deviation over images of each query's centre, relative to the image; nan unless all images have as many boxes"
-    if len(predictions) < 2 or len({len(p['boxes']) for p in predictions.values()}) > 1: return float('nan')
-    centers = np.stack([(p['boxes'][:, :2] + p['boxes'][:, 2:]) / 2 / sizes[i] for i, p in predictions.items()])
-    return float(centers.std(0).mean()) if centers.size else float('nan')
+        p = predictions[i]
+        overlap = box_iou(_xyxy(things), torch.as_tensor(p['boxes'])).numpy()
+        overlap = np.concatenate([np.zeros((len(things), 1)), overlap], 1)  # column 0: no box
+        which = overlap.argmax(1)
+        labels = np.append(-1, p['labels'])[which]
+        scores = np.append(0, p['scores'])[which]
+        best += zip(overlap.max(1), labels == [a['category_id'] for a in things], scores)
+    ious, right, scores = np.array(best, float).reshape(-1, 3).T
+    covered = ious >= iou
+    return {'recall50': _mean(covered), 'best_iou': _mean(ious),
+            'class_accuracy': _mean(right[covered]), 'found_score': _mean(scores[covered]),
+            'spread': _spread(predictions, sizes)}
