@@ -28,32 +28,38 @@ def _slim(row):
     return row
 
 def read_annotations(
-    file,                # JSON file in COCO's form
-    outlines:bool=False, # keep the outlines
-)->dict:                 # with the lists `images`, `annotations`, `categories`
-    "The content of a COCO file. Raises ValueError that names the file and says what is expected."
+    file,                    # JSON file in COCO's form
+    outlines: bool = False,  # keep the outlines
+) -> dict:  # with the lists `images`, `annotations`, `categories`
+    "Return the content of a COCO file. Raises ValueError that names the file and what is expected."
     name = printable(file)
-    try: data = json.loads(Path(file).read_bytes(), object_hook=None if outlines else _slim)
-    except OSError as e: raise ValueError(f'{name} cannot be read: {e.strerror}') from e
-    except (ValueError, RecursionError) as e: raise ValueError(f'{name} is no JSON file: {e}') from e
+    # outlines are dropped entry by entry, while the file is read
+    hook = None if outlines else _slim
+    try:
+        data = json.loads(Path(file).read_bytes(), object_hook=hook)
+    except OSError as e:
+        raise ValueError(f'{name} cannot be read: {e.strerror}') from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{name} is no JSON file: {e}') from e
     expected = f'expected an object with the lists {", ".join(LISTS)}'
     if not isinstance(data, dict):
-        raise ValueError(f'{name} holds a {type(data).__name__} (detections, not annotations?): {expected}')
+        kind = type(data).__name__
+        raise ValueError(f'{name} holds a {kind} (detections, not annotations?): {expected}')
     missing = [k for k in LISTS if not isinstance(data.get(k), list)]
     if missing: raise ValueError(f'{name} has no list {missing[0]!r}: {expected}')
     return data
 
 # %% ../nbs/22a_annotations.ipynb #c008
 def is_number(
-    value, # anything that JSON knows
-)->bool:   # finite, below 10^12; truth values are none
-    "Whether a value can be computed with."
+    value,  # anything that JSON knows
+) -> bool:  # finite, below 10^12; truth values are none
+    "Return whether a value can be computed with."
     return type(value) in (int, float) and -1e12 < value < 1e12
 
 def as_float(
-    value, # anything that JSON knows
-)->float:  # NaN for what is no number, infinite beyond float64
-    "A number to compute with, as far as the value is one."
+    value,  # anything that JSON knows
+) -> float:  # NaN for what is no number, infinite beyond float64
+    "Return a number to compute with, as far as the value is one."
     if type(value) not in (int, float): return np.nan
     return np.inf if abs(value) >= 1e300 else float(value)
 
@@ -69,6 +75,7 @@ def _is_name(value): return type(value) is str and bool(value.strip())
 
 def _optional(test): return lambda value: value is None or test(value)
 
+# (test of a value, what is said of one that fails it)
 ID = _is_id, 'must be a number or a text'
 BOX = _is_box, 'must be four finite numbers: x, y, width, height'
 SIDE = _is_side, 'must be a whole number of pixels'
@@ -79,150 +86,201 @@ OPTIONAL_NUMBER = _optional(is_number), 'must be a finite number without quotes,
 OPTIONAL_FLAG = _optional(_is_flag), 'must be 0 or 1 without quotes, or left out'
 
 # %% ../nbs/22a_annotations.ipynb #c009
-_KINDS = {str: 'a text', list: 'a list', dict: 'an object', bool: 'a truth value', type(None): 'nothing'}
-
 def require_keys(
-    rows:list,  # entries
-    kind:str,   # what they are called in the file
-    keys:tuple, # that each must have
-    source:str, # name of the file
+    rows: list,   # entries
+    kind: str,    # what they are called in the file
+    keys: tuple,  # that each must have
+    source: str,  # name of the file
 ):
-    "Raises ValueError with the first entry that is no object or lacks a key."
+    "Raise ValueError with the first entry that is no object or lacks a key."
+    if not isinstance(rows, list):
+        raise ValueError(f'{source}: {kind} is {reprlib.repr(rows)}, expected a list')
     keys = set(keys)
-    if not isinstance(rows, list): raise ValueError(f'{source}: {kind} is {reprlib.repr(rows)}, expected a list')
     for i, row in enumerate(rows):
-        if not isinstance(row, dict): raise ValueError(f'{source}: {kind}[{i}] is {reprlib.repr(row)}, expected an object')
+        if not isinstance(row, dict):
+            raise ValueError(f'{source}: {kind}[{i}] is {reprlib.repr(row)}, expected an object')
         missing = sorted(keys - row.keys())
-        if missing: raise ValueError(f'{source}: {kind}[{i}] has no {missing[0]!r}: {reprlib.repr(row)}')
+        if missing:
+            raise ValueError(f'{source}: {kind}[{i}] has no {missing[0]!r}: {reprlib.repr(row)}')
+
+_KINDS = {
+    str: 'a text', list: 'a list', dict: 'an object', bool: 'a truth value', type(None): 'nothing'}
+
+def _wrong_value(rows, bad, key, must):
+    "Return the first wrong entry with its value, and how many there are; `bad` are their places."
+    row = rows[bad[0]]
+    value = row.get(key)
+    entry = f'[{bad[0]}]'
+    if 'id' in row and key != 'id': entry += f' (id {reprlib.repr(row["id"])})'
+    kind = _KINDS.get(type(value), 'a number')
+    others = f'; so it is in {len(bad):,} entries' if len(bad) > 1 else ''
+    return f'{entry} has {key} {reprlib.repr(value)}, {kind}{others}: it {must}'
 
 def require_values(
-    rows:list,  # entries, as `require_keys` leaves them
-    kind:str,   # what they are called in the file
-    rules:dict, # key -> (test of a value, what it must be)
-    source:str, # name of the file
+    rows: list,   # entries, as `require_keys` leaves them
+    kind: str,    # what they are called in the file
+    rules: dict,  # key -> (test of a value, what it must be)
+    source: str,  # name of the file
 ):
-    "Raises ValueError with the first value of a wrong kind, the id of its entry, and how many there are."
+    "Raise ValueError with the first value of a wrong kind, its entry's id, and how many there are."
     for key, (good, must) in rules.items():
         bad = [i for i, row in enumerate(rows) if not good(row.get(key))]
-        if not bad: continue
-        row = rows[bad[0]]
-        which = f' (id {reprlib.repr(row["id"])})' if 'id' in row and key != 'id' else ''
-        others = f'; so it is in {len(bad):,} entries' if len(bad) > 1 else ''
-        value = f'{reprlib.repr(row.get(key))}, {_KINDS.get(type(row.get(key)), "a number")}'
-        raise ValueError(f'{source}: {kind}[{bad[0]}]{which} has {key} {value}{others}: it {must}')
+        if bad: raise ValueError(f'{source}: {kind}{_wrong_value(rows, bad, key, must)}')
 
 # %% ../nbs/22a_annotations.ipynb #p004
 def require_unique(
-    values:list, # that may be compared
-    what:str,    # they are
-    source:str,  # name of the file
+    values: list,  # that may be compared
+    what: str,     # they are
+    source: str,   # name of the file
 ):
-    "Raises ValueError with the first value that comes twice."
+    "Raise ValueError with the first value that comes twice."
     if len(set(values)) == len(values): return
     value, times = Counter(values).most_common(1)[0]
     raise ValueError(f'{source}: {what} must be unique, {reprlib.repr(value)} comes {times} times')
 
 # %% ../nbs/22a_annotations.ipynb #c012
+# an absolute path, a drive of Windows, a step upwards anywhere, a zero byte
 _OUTSIDE = re.compile(r'[/\\]|[A-Za-z]:|(?:.*[/\\])?\.\.(?:[/\\]|$)|.*\0', re.S)
 
 def _can_be_stored(name):
     "False for halves of characters, which JSON can hold and no file system"
-    try: return bool(os.fsencode(name))
-    except UnicodeEncodeError: return False
+    try:
+        return bool(os.fsencode(name))
+    except UnicodeEncodeError:
+        return False
 
 def require_inside(
-    files:list, # names of files, as an annotation file has them
-    source:str, # name of that file
+    files: list,  # names of files, as an annotation file has them
+    source: str,  # name of that file
 ):
-    "Raises ValueError with the first file name that leads out of the folder of photos."
+    "Raise ValueError with the first file name that leads out of the folder of photos."
     for name in files:
-        if isinstance(name, str) and name and not _OUTSIDE.match(name) and _can_be_stored(name): continue
-        raise ValueError(f'{source}: file name {reprlib.repr(name)} leads out of the folder of photos: use names relative to it')
+        is_text = isinstance(name, str) and name
+        if is_text and not _OUTSIDE.match(name) and _can_be_stored(name): continue
+        raise ValueError(f'{source}: file name {reprlib.repr(name)} leads out of the folder of '
+                         'photos: use names relative to it')
 
 # %% ../nbs/22a_annotations.ipynb #p002
-SEGMENT = (lambda value: type(value) is int and 0 < value < 2**24), 'must be a whole number, 1..16777215, as in the picture'
+def _is_segment(value): return type(value) is int and 0 < value < 2**24
+
+SEGMENT = _is_segment, 'must be a whole number, 1..16777215, as in the picture'
+_SEGMENT_RULES = {
+    'id': SEGMENT, 'category_id': ID, 'bbox': BOX, 'area': NUMBER, 'iscrowd': OPTIONAL_FLAG}
 
 def by_id(
-    key:str, # of an entry
-):           # a key for `sorted`
-    "Numbers first, then texts."
+    key: str,  # of an entry
+):  # a key for `sorted`
+    "Sort numbers first, then texts."
     return lambda row: (isinstance(row[key], str), row[key])
 
 def panoptic_entries(
-    data:dict,  # content of a panoptic file
-    source:str, # its name
-)->list:        # its annotations, in the order of the photos' ids
-    "The annotations of a panoptic file. Raises ValueError with the first value that cannot be understood."
+    data: dict,   # content of a panoptic file
+    source: str,  # its name
+) -> list:  # its annotations, in the order of the photos' ids
+    """Return the annotations of a panoptic file.
+    Raises ValueError with the first value that cannot be understood."""
     photos, rows = data['images'], data['annotations']
     require_keys(photos, 'images', ('id', 'file_name', 'height', 'width'), source)
     require_values(photos, 'images', {'id': ID, 'height': SIDE, 'width': SIDE}, source)
     require_keys(rows, 'annotations', ('image_id', 'file_name', 'segments_info'), source)
     require_values(rows, 'annotations', {'image_id': ID}, source)
-    require_unique([p['id'] for p in photos], 'image ids', source)
-    require_unique([a['image_id'] for a in rows], 'image ids of the annotations', source)
-    without = sorted({p['id'] for p in photos} ^ {a['image_id'] for a in rows}, key=str)
-    if without: raise ValueError(f'{source}: photo {without[0]} and {len(without) - 1} more are in one of images and annotations only')
-    rules = {'id': SEGMENT, 'category_id': ID, 'bbox': BOX, 'area': NUMBER, 'iscrowd': OPTIONAL_FLAG}
+    # one annotation for each photo, and none for others
+    listed = [photo['id'] for photo in photos]
+    annotated = [a['image_id'] for a in rows]
+    require_unique(listed, 'image ids', source)
+    require_unique(annotated, 'image ids of the annotations', source)
+    without = sorted(set(listed) ^ set(annotated), key=str)
+    if without:
+        raise ValueError(f'{source}: photo {without[0]} and {len(without) - 1} more are in one of '
+                         'images and annotations only')
     for a in rows:
         where = f'segments of photo {a["image_id"]}'
-        require_keys(a['segments_info'], where, ('id', 'category_id', 'bbox', 'area'), source)
-        require_values(a['segments_info'], where, rules, source)
-        require_unique([s['id'] for s in a['segments_info']], f'ids of the {where}', source)
+        segments = a['segments_info']
+        require_keys(segments, where, ('id', 'category_id', 'bbox', 'area'), source)
+        require_values(segments, where, _SEGMENT_RULES, source)
+        require_unique([s['id'] for s in segments], f'ids of the {where}', source)
     return sorted(rows, key=by_id('image_id'))
 
 # %% ../nbs/22a_annotations.ipynb #c015
 def unpack_runs(
-    text:str|bytes, # COCO's packed run lengths
-)->np.ndarray:      # (n,) int64
-    "The numbers in a packed text. Raises ValueError for one that pycocotools never wrote."
-    raw = np.frombuffer(text.encode('ascii', 'replace') if isinstance(text, str) else text, np.uint8).astype(np.int64) - 48
-    if ((raw < 0) | (raw > 63)).any(): raise ValueError('has characters that belong to no run length')
-    last = (raw & 32) == 0
-    if len(raw) and not last[-1]: raise ValueError('stops in the middle of a number')
-    ends = np.flatnonzero(last)
-    starts = np.concatenate([[0], ends[:-1] + 1]).astype(int)[:len(ends)]
+    text: str | bytes,  # COCO's packed run lengths
+) -> np.ndarray:  # (n,) int64
+    "Return the numbers in a packed text. Raises ValueError for one that pycocotools never wrote."
+    if isinstance(text, str): text = text.encode('ascii', 'replace')
+    raw = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    if ((raw < 0) | (raw > 63)).any():
+        raise ValueError('has characters that belong to no run length')
+    if not len(raw): return raw
+    # bit 5 says that the number goes on
+    is_last = (raw & 32) == 0
+    if not is_last[-1]: raise ValueError('stops in the middle of a number')
+    ends = np.flatnonzero(is_last)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    # the place of each character in its number: five bits a place, lowest first
     place = np.arange(len(raw)) - np.repeat(starts, ends - starts + 1)
-    if len(raw) and place.max() > 6: raise ValueError('has a number that is too long')
-    values = np.add.reduceat((raw & 31) << 5 * place, starts) if len(raw) else raw
-    values = values - np.where(raw[ends] & 16, 32 << 5 * place[ends], 0)      # the sign
-    values[1::2] = np.cumsum(values[1::2])                                    # differences, from the fourth on
+    if place.max() > 6: raise ValueError('has a number that is too long')
+    values = np.add.reduceat((raw & 31) << 5 * place, starts)
+    # bit 4 of the last character is the sign
+    values = values - np.where(raw[ends] & 16, 32 << 5 * place[ends], 0)
+    # from the fourth run on: differences to the run before the last
+    values[1::2] = np.cumsum(values[1::2])
     values[2::2] = np.cumsum(values[2::2])
     return values
 
 # %% ../nbs/22a_annotations.ipynb #c016
-def _runs_trouble(outline, height, width):
-    "What is wrong with run lengths"
-    size, runs = outline.get('size'), outline.get('counts')
-    if not isinstance(size, list) or len(size) != 2 or not all(type(v) is int for v in size):
-        return f'has size {reprlib.repr(size)}, must be [height, width]'
-    if size != [height, width]: return f'is of a photo of {reprlib.repr(size)} px, the photo has [{height}, {width}]'
-    if not isinstance(runs, list | str): return f'has counts {reprlib.repr(runs)}, must be a list or a text'
-    if len(runs) > 7 * (height * width + 1): return f'has more runs than the photo has pixels: {len(runs):,}'
+def _counts_trouble(runs, pixels):
+    "Return what is wrong with run lengths, packed or not, of so many pixels; None if nothing."
+    if not isinstance(runs, list | str):
+        return f'has counts {reprlib.repr(runs)}, must be a list or a text'
+    # seven characters a number at most
+    if len(runs) > 7 * (pixels + 1):
+        return f'has more runs than the photo has pixels: {len(runs):,}'
     if isinstance(runs, str):
-        try: runs = unpack_runs(runs)
-        except ValueError as e: return str(e)
-    elif not all(type(v) is int and 0 <= v <= height * width for v in runs):
+        try:
+            runs = unpack_runs(runs)
+        except ValueError as e:
+            return str(e)
+    elif not all(type(v) is int and 0 <= v <= pixels for v in runs):
         return f'has counts {reprlib.repr(runs)}, must be numbers of pixels'
     runs = np.asarray(runs, np.int64)
-    if (runs < 0).any() or runs.sum() != height * width:
-        return f'covers {int(runs.sum()):,} pixels, the photo has {height * width:,}'
+    covered = runs.sum()
+    if (runs < 0).any() or covered != pixels:
+        return f'covers {int(covered):,} pixels, the photo has {pixels:,}'
     return None
 
+def _runs_trouble(outline, height, width):
+    "Return what is wrong with the run lengths of a photo; None if nothing."
+    size = outline.get('size')
+    if not isinstance(size, list) or len(size) != 2 or not all(type(v) is int for v in size):
+        return f'has size {reprlib.repr(size)}, must be [height, width]'
+    if size != [height, width]:
+        return f'is of a photo of {reprlib.repr(size)} px, the photo has [{height}, {width}]'
+    return _counts_trouble(outline.get('counts'), height * width)
+
+# %% ../nbs/22a_annotations.ipynb #c016p
 def _polygon_trouble(polygon, height, width):
-    "What is wrong with one polygon"
+    "Return what is wrong with one polygon; None if nothing."
+    said = reprlib.repr(polygon)
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-        return f'has a polygon {reprlib.repr(polygon)}, must be x, y, x, y, x, y, ...'
-    if not all(map(is_number, polygon)): return f'has a polygon {reprlib.repr(polygon)} with values that are no finite numbers'
+        return f'has a polygon {said}, must be x, y, x, y, x, y, ...'
+    if not all(map(is_number, polygon)):
+        return f'has a polygon {said} with values that are no finite numbers'
+    # it may leave the photo, but is drawn as a whole: far away it would fill the memory
     far = max(height, width)
-    if not -far <= min(polygon) <= max(polygon) <= 2 * far: return f'has a polygon far outside the photo: {reprlib.repr(polygon)}'
+    if not -far <= min(polygon) <= max(polygon) <= 2 * far:
+        return f'has a polygon far outside the photo: {said}'
     return None
 
 def outline_trouble(
-    outline,    # a segmentation: polygons or run lengths
-    height:int, # of the photo, px
-    width:int,  # of the photo, px
-)->str|None:    # what is wrong with it
-    "Whether pycocotools can be given an outline."
+    outline,      # a segmentation: polygons or run lengths
+    height: int,  # of the photo, px
+    width: int,   # of the photo, px
+) -> str | None:  # what is wrong with it
+    "Return why pycocotools cannot be given an outline, or None."
     if isinstance(outline, dict): return _runs_trouble(outline, height, width)
-    if not isinstance(outline, list) or not outline: return f'is {reprlib.repr(outline)}, must be polygons or run lengths'
-    return next((t for p in outline if (t := _polygon_trouble(p, height, width))), None)
+    if not isinstance(outline, list) or not outline:
+        return f'is {reprlib.repr(outline)}, must be polygons or run lengths'
+    for polygon in outline:
+        trouble = _polygon_trouble(polygon, height, width)
+        if trouble: return trouble
+    return None
