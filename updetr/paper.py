@@ -9,43 +9,67 @@ __all__ = ['TABLE1', 'TABLE2', 'TABLE3_COLUMNS', 'TABLE3', 'TABLE4_COLUMNS', 'TA
 # %% ../nbs/25a_paper.ipynb #c003
 TABLE1 = {
     'Faster R-CNN (R50-C4)': (56.1, 82.6, 62.7),
-    'DETR, 150 epochs': (49.9, 74.5, 53.1), 'UP-DETR, 150 epochs': (56.1, 79.7, 60.6),
-    'DETR, 300 epochs': (54.1, 78.0, 58.3), 'UP-DETR, 300 epochs': (57.2, 80.1, 62.0)}
+    'DETR, 150 epochs': (49.9, 74.5, 53.1),
+    'UP-DETR, 150 epochs': (56.1, 79.7, 60.6),
+    'DETR, 300 epochs': (54.1, 78.0, 58.3),
+    'UP-DETR, 300 epochs': (57.2, 80.1, 62.0)}
 
 # %% ../nbs/25a_paper.ipynb #c005
 TABLE2 = {
-    'Faster R-CNN (R101-FPN)*': (36.2, 59.1, 39.0, 18.2, 39.0, 48.2), 'Mask R-CNN (R101-FPN)*': (38.2, 60.3, 41.7, 20.1, 41.1, 50.2),
-    'Grid R-CNN (R101-FPN)*': (41.5, 60.9, 44.5, 23.3, 44.9, 53.1), 'Double-Head R-CNN (R101-FPN)': (41.9, 62.4, 45.9, 23.9, 45.2, 55.8),
-    'RetinaNet (R101-FPN)*': (39.1, 59.1, 42.3, 21.8, 42.7, 50.2), 'FCOS (R101-FPN)*': (41.5, 60.7, 45.0, 24.4, 44.8, 51.6),
+    'Faster R-CNN (R101-FPN)*': (36.2, 59.1, 39.0, 18.2, 39.0, 48.2),
+    'Mask R-CNN (R101-FPN)*': (38.2, 60.3, 41.7, 20.1, 41.1, 50.2),
+    'Grid R-CNN (R101-FPN)*': (41.5, 60.9, 44.5, 23.3, 44.9, 53.1),
+    'Double-Head R-CNN (R101-FPN)': (41.9, 62.4, 45.9, 23.9, 45.2, 55.8),
+    'RetinaNet (R101-FPN)*': (39.1, 59.1, 42.3, 21.8, 42.7, 50.2),
+    'FCOS (R101-FPN)*': (41.5, 60.7, 45.0, 24.4, 44.8, 51.6),
     'DETR, 500 epochs': (42.0, 62.4, 44.2, 20.5, 45.8, 61.1),
     'Faster R-CNN (R50-FPN), 3x': (40.2, 61.0, 43.8, 24.2, 43.5, 52.0),
     'DETR (supervised CNN), 150 epochs': (39.5, 60.3, 41.4, 17.5, 43.0, 59.1),
-    'DETR (SwAV CNN), 150 epochs': (39.7, 60.3, 41.7, 18.5, 43.8, 57.5), 'UP-DETR, 150 epochs': (40.5, 60.8, 42.6, 19.0, 44.4, 60.0),
+    'DETR (SwAV CNN), 150 epochs': (39.7, 60.3, 41.7, 18.5, 43.8, 57.5),
+    'UP-DETR, 150 epochs': (40.5, 60.8, 42.6, 19.0, 44.4, 60.0),
     'Faster R-CNN (R50-FPN), 9x': (42.0, 62.1, 45.5, 26.6, 45.4, 53.4),
     'DETR (supervised CNN), 300 epochs': (40.8, 61.2, 42.9, 20.1, 44.5, 60.3),
-    'DETR (SwAV CNN), 300 epochs': (42.1, 63.1, 44.5, 19.7, 46.3, 60.9), 'UP-DETR, 300 epochs': (43.1, 63.4, 46.0, 21.6, 46.8, 62.4)}
+    'DETR (SwAV CNN), 300 epochs': (42.1, 63.1, 44.5, 19.7, 46.3, 60.9),
+    'UP-DETR, 300 epochs': (43.1, 63.4, 46.0, 21.6, 46.8, 62.4)}
 
 # %% ../nbs/25a_paper.ipynb #c007
-TABLE3_COLUMNS = ('plant sofa tv car bottle boat chair person bus train horse bike dog bird mbike table seen '
-                  'cow sheep cat aero unseen').split()
+# sixteen seen classes, their mean; four unseen ones, their mean
+TABLE3_COLUMNS = [
+    'plant', 'sofa', 'tv', 'car', 'bottle', 'boat', 'chair', 'person', 'bus', 'train', 'horse',
+    'bike', 'dog', 'bird', 'mbike', 'table', 'seen', 'cow', 'sheep', 'cat', 'aero', 'unseen']
 TABLE3 = {
-    'SiamFC': (3.2, 22.8, 5.0, 16.7, 0.5, 8.1, 1.2, 4.2, 22.2, 22.6, 35.4, 14.2, 25.8, 11.7, 19.7, 27.8, 15.1,
-               6.8, 2.28, 31.6, 12.4, 13.3),
-    'SiamRPN': (1.9, 15.7, 4.5, 12.8, 1.0, 1.1, 6.1, 8.7, 7.9, 6.9, 17.4, 17.8, 20.5, 7.2, 18.5, 5.1, 9.6,
-                15.9, 15.7, 21.7, 3.5, 14.2),
-    'CompNet': (28.4, 41.5, 65.0, 66.4, 37.1, 49.8, 16.2, 31.7, 69.7, 73.1, 75.6, 71.6, 61.4, 52.3, 63.4, 39.8, 52.7,
-                75.3, 60.0, 47.9, 25.3, 52.1),
-    'CoAE': (30.0, 54.9, 64.1, 66.7, 40.1, 54.1, 14.7, 60.9, 77.5, 78.3, 77.9, 73.2, 80.5, 70.8, 72.4, 46.2, 60.1,
-             83.9, 67.1, 75.6, 46.2, 68.2),
-    'Li et al.': (33.7, 58.2, 67.5, 72.7, 40.8, 48.2, 20.1, 55.4, 78.2, 79.0, 76.2, 74.6, 81.3, 71.6, 72.0, 48.8, 61.1,
-                  74.3, 68.5, 81.0, 52.4, 69.1),
-    'DETR': (11.4, 42.2, 44.1, 63.4, 14.9, 40.6, 20.6, 63.7, 62.7, 71.5, 59.6, 52.7, 60.6, 53.6, 54.9, 22.1, 46.2,
-             62.7, 55.2, 65.4, 45.9, 57.3),
-    'UP-DETR': (46.7, 61.2, 75.7, 81.5, 54.8, 57.0, 44.5, 80.7, 74.5, 86.8, 79.1, 80.3, 80.6, 72.0, 70.9, 57.8, 69.0,
-                80.9, 71.0, 80.4, 59.9, 73.1)}
+    'SiamFC': (
+        3.2, 22.8, 5.0, 16.7, 0.5, 8.1, 1.2, 4.2, 22.2,
+        22.6, 35.4, 14.2, 25.8, 11.7, 19.7, 27.8, 15.1,
+        6.8, 2.28, 31.6, 12.4, 13.3),
+    'SiamRPN': (
+        1.9, 15.7, 4.5, 12.8, 1.0, 1.1, 6.1, 8.7, 7.9,
+        6.9, 17.4, 17.8, 20.5, 7.2, 18.5, 5.1, 9.6,
+        15.9, 15.7, 21.7, 3.5, 14.2),
+    'CompNet': (
+        28.4, 41.5, 65.0, 66.4, 37.1, 49.8, 16.2, 31.7, 69.7,
+        73.1, 75.6, 71.6, 61.4, 52.3, 63.4, 39.8, 52.7,
+        75.3, 60.0, 47.9, 25.3, 52.1),
+    'CoAE': (
+        30.0, 54.9, 64.1, 66.7, 40.1, 54.1, 14.7, 60.9, 77.5,
+        78.3, 77.9, 73.2, 80.5, 70.8, 72.4, 46.2, 60.1,
+        83.9, 67.1, 75.6, 46.2, 68.2),
+    'Li et al.': (
+        33.7, 58.2, 67.5, 72.7, 40.8, 48.2, 20.1, 55.4, 78.2,
+        79.0, 76.2, 74.6, 81.3, 71.6, 72.0, 48.8, 61.1,
+        74.3, 68.5, 81.0, 52.4, 69.1),
+    'DETR': (
+        11.4, 42.2, 44.1, 63.4, 14.9, 40.6, 20.6, 63.7, 62.7,
+        71.5, 59.6, 52.7, 60.6, 53.6, 54.9, 22.1, 46.2,
+        62.7, 55.2, 65.4, 45.9, 57.3),
+    'UP-DETR': (
+        46.7, 61.2, 75.7, 81.5, 54.8, 57.0, 44.5, 80.7, 74.5,
+        86.8, 79.1, 80.3, 80.6, 72.0, 70.9, 57.8, 69.0,
+        80.9, 71.0, 80.4, 59.9, 73.1)}
 
 # %% ../nbs/25a_paper.ipynb #c010
-TABLE4_COLUMNS = 'PQ SQ RQ PQth SQth RQth PQst SQst RQst APseg'.split()
+# quality = segmentation x recognition quality: of all classes, of things, of stuff; AP of masks
+TABLE4_COLUMNS = ['PQ', 'SQ', 'RQ', 'PQth', 'SQth', 'RQth', 'PQst', 'SQst', 'RQst', 'APseg']
 TABLE4 = {
     'PanopticFPN++': (42.4, 79.3, 51.6, 49.2, 82.4, 58.8, 32.3, 74.8, 40.6, 37.7),
     'UPSNet': (42.5, 78.0, 52.5, 48.6, 79.4, 59.6, 33.4, 75.9, 41.7, 34.3),
@@ -54,17 +78,34 @@ TABLE4 = {
     'UP-DETR': (44.7, 80.5, 54.9, 49.7, 80.9, 60.8, 37.2, 79.3, 46.2, 34.3)}
 
 # %% ../nbs/25a_paper.ipynb #c012
-TABLE5 = {'DETR': (49.9, 74.5, 53.1), 'UP-DETR, M=1': (53.1, 77.2, 57.4), 'UP-DETR, M=10': (54.9, 78.7, 59.1)}
-TABLE6 = {'DETR': (74.5,), '(a) CNN trained, no reconstruction': (74.0,), '(b) CNN frozen, no reconstruction': (78.7,),
-          '(c) CNN trained, reconstruction': (62.0,), '(d) CNN frozen, reconstruction': (78.7,)}
+TABLE5 = {
+    'DETR': (49.9, 74.5, 53.1),
+    'UP-DETR, M=1': (53.1, 77.2, 57.4),
+    'UP-DETR, M=10': (54.9, 78.7, 59.1)}
+TABLE6 = {
+    'DETR': (74.5,),
+    '(a) CNN trained, no reconstruction': (74.0,),
+    '(b) CNN frozen, no reconstruction': (78.7,),
+    '(c) CNN trained, reconstruction': (62.0,),
+    '(d) CNN frozen, reconstruction': (78.7,)}
 
 # %% ../nbs/25a_paper.ipynb #c013
 COLUMNS = ('AP', 'AP50', 'AP75', 'APS', 'APM', 'APL')
-TABLES = {'table1': (COLUMNS, TABLE1), 'table2': (COLUMNS, TABLE2), 'table3': (TABLE3_COLUMNS, TABLE3),
-          'table4': (TABLE4_COLUMNS, TABLE4), 'table5': (COLUMNS[:3], TABLE5), 'table6': (('AP50',), TABLE6)}
+TABLES = {
+    'table1': (COLUMNS, TABLE1),  # VOC has no sizes: three numbers a row
+    'table2': (COLUMNS, TABLE2),
+    'table3': (TABLE3_COLUMNS, TABLE3),
+    'table4': (TABLE4_COLUMNS, TABLE4),
+    'table5': (COLUMNS[:3], TABLE5),
+    'table6': (('AP50',), TABLE6)}
 
-def paper_rows(table: str,  # table1, table2, ...; anything else has no rows
-               ) -> list[dict]:  # one a row of the table: paper (the method's name), AP, AP50, ...
-    "A table of the paper, as rows for `report.markdown_table`."
-    columns, rows = TABLES.get(table, ((), {}))
-    return [{'paper': method} | dict(zip(columns, numbers)) for method, numbers in rows.items()]
+def paper_rows(
+    table: str,  # table1, table2, ...; anything else has no rows
+) -> list[dict]:  # one a row of the table: paper (the method's name), AP, AP50, ...
+    "Return a table of the paper as rows for `report.markdown_table`."
+    columns, methods = TABLES.get(table, ((), {}))
+    rows = []
+    for method, numbers in methods.items():
+        # a row may have fewer numbers than there are columns
+        rows.append({'paper': method} | dict(zip(columns, numbers)))
+    return rows
