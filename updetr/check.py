@@ -21,12 +21,12 @@ from .photos import BadPhoto, header_size, photo_turn, printable, read_photo
 # %% ../nbs/23a_check.ipynb #c005
 @dataclass(eq=False)
 class DatasetReport:
-    "What `check_dataset` found; `print` it."
-    title: str        # what was checked
-    counts: dict      # name -> number
-    histogram: dict   # class -> boxes that can be used
-    errors: list      # texts: to be repaired
-    warnings: list    # texts: to be looked at
+    "The findings of `check_dataset`; `print` it."
+    title: str       # what was checked
+    counts: dict     # name -> number
+    histogram: dict  # class -> boxes that can be used
+    errors: list     # texts: to be repaired
+    warnings: list   # texts: to be looked at
 
     @property
     def ok(self):
@@ -34,222 +34,340 @@ class DatasetReport:
         return not self.errors
 
     def require(self):
-        "Raises ValueError with the whole report if there are errors."
+        "Raise ValueError with the whole report if there are errors."
         if self.errors: raise ValueError(str(self))
 
     def __str__(self):
         counts = '\n  '.join(f'{name}: {k:,}' for name, k in self.counts.items() if k)
         lines = [f'ERROR   {e}' for e in self.errors] + [f'warning {w}' for w in self.warnings]
-        return '\n'.join([self.title, f'  {counts}', *_bars(self.histogram), *(lines or ['no errors, no warnings'])])
+        if not lines: lines = ['no errors, no warnings']
+        return '\n'.join([self.title, f'  {counts}', *_bars(self.histogram), *lines])
 
 # %% ../nbs/23a_check.ipynb #c006
 def _bars(histogram, most=16, rarest=6):
-    "Lines with a bar for each class, the most frequent first; the middle of a long list is left out"
-    rows, top = sorted(histogram.items(), key=lambda item: -item[1]), max([*histogram.values(), 1])
-    lines = [f'  {name:{max(map(len, histogram))}} {k:>9,} {"#" * round(30 * k / top)}' for name, k in rows]
-    if len(lines) <= most + rarest: return lines
-    return [*lines[:most], f'  ... {len(lines) - most - rarest} more ...', *lines[-rarest:]]
+    "Lines with a bar for each class, the most frequent first, without the middle of a long list"
+    top = max([*histogram.values(), 1])
+    width = max(map(len, histogram), default=0)
+    lines = []
+    for name, k in sorted(histogram.items(), key=lambda item: -item[1]):
+        bar = '#' * round(30 * k / top)
+        lines.append(f'  {name:{width}} {k:>9,} {bar}')
+    hidden = len(lines) - most - rarest
+    if hidden <= 0: return lines
+    return [*lines[:most], f'  ... {hidden} more ...', *lines[-rarest:]]
 
 def _tell(table, bad, what, advice=''):
-    "[text] for the boxes marked in `bad`, with the first of them as an example; [] if there are none"
+    "[text] for the boxes marked in `bad`, the first of them as an example; [] if there are none"
     if not bad.any(): return []
     i = int(np.flatnonzero(bad)[0])
-    photo = printable(table.files[table.image[i]]) if table.image[i] >= 0 else 'a photo that is not listed'
+    photo = 'a photo that is not listed'
+    if table.image[i] >= 0: photo = printable(table.files[table.image[i]])
     box = ', '.join(f'{v:g}' for v in table.boxes[i])
-    return [f'{what}: {int(bad.sum()):,}, first annotation {table.ids[i]!r} of {photo}, x y w h = {box}{advice and f". {advice}"}']
+    text = (f'{what}: {int(bad.sum()):,}, first annotation {table.ids[i]!r} of {photo}, '
+            f'x y w h = {box}')
+    return [f'{text}. {advice}' if advice else text]
 
 def _common(counter): return ', '.join(f'{k} ({n:,} times)' for k, n in counter.most_common(3))
 
 def _conventions(table):
     "Errors in what the numbers of the boxes mean"
     usable = np.isfinite(table.boxes).all(1) & (table.image >= 0)
-    b, sizes = table.boxes[usable], table.sizes[table.image[usable]][:, ::-1]
-    if not len(b): return []
-    outside = (b[:, :2] + b[:, 2:] > sizes + 1).any(1).mean()
-    if np.abs(b).max() <= 1: return [f'no box is larger than 1 x 1 px, e.g. {b[0].tolist()}: fractions of the photo? COCO wants pixels']
-    if outside > .1 and (b[:, 2:] > b[:, :2]).all() and (b[:, 2:] <= sizes + 1).all():
-        return [f'{outside:.0%} of the boxes end outside their photos, and none would if the numbers were x1, y1, x2, y2, '
-                f'e.g. {b[0].tolist()}: COCO wants x, y, width, height']
+    boxes = table.boxes[usable]
+    sizes = table.sizes[table.image[usable]][:, ::-1]  # width, height
+    if not len(boxes): return []
+    example = boxes[0].tolist()
+    if np.abs(boxes).max() <= 1:
+        return [f'no box is larger than 1 x 1 px, e.g. {example}: fractions of the photo? '
+                'COCO wants pixels']
+    # read as two corners, do all boxes fit?
+    starts, ends = boxes[:, :2], boxes[:, 2:]
+    outside = (starts + ends > sizes + 1).any(1).mean()
+    if outside > .1 and (ends > starts).all() and (ends <= sizes + 1).all():
+        return [f'{outside:.0%} of the boxes end outside their photos, and none would if the '
+                f'numbers were x1, y1, x2, y2, e.g. {example}: COCO wants x, y, width, height']
     return []
 
 # %% ../nbs/23a_check.ipynb #c007
 def _box_errors(table):
+    "Errors about boxes and what they refer to"
     x, y, w, h = table.boxes.T
-    finite, errors = np.isfinite(table.boxes).all(1), []
+    errors = []
     twice = [k for k, n in Counter(map(repr, table.ids)).items() if n > 1]
-    if twice: errors.append(f'annotation ids used twice: {len(twice):,}, e.g. {twice[0]}. pycocotools would lose boxes: number them anew')
+    if twice:
+        errors.append(f'annotation ids used twice: {len(twice):,}, e.g. {twice[0]}. pycocotools '
+                      'would lose boxes: number them anew')
     for what, who in table.unknown.items():
-        errors.append(f'annotations of a {what} that is not listed: {sum(who.values()):,}, {_common(who)}')
+        errors.append(f'annotations of a {what} that is not listed: {sum(who.values()):,}, '
+                      f'{_common(who)}')
+    # boxes that are none
+    finite = np.isfinite(table.boxes).all(1)
+    negative = finite & ((w < 0) | (h < 0))
     errors += _tell(table, ~finite, 'boxes that are not four finite numbers', 'They are left out')
-    errors += _tell(table, finite & ((w < 0) | (h < 0)), 'boxes with a negative side', 'Corners exchanged? They are left out')
+    errors += _tell(table, negative, 'boxes with a negative side',
+                    'Corners exchanged? They are left out')
     return errors + _conventions(table)
 
+def _repeated(table):
+    "(m,) bool: boxes of which an earlier one has the same photo, class and place"
+    rows = np.column_stack([table.image, table.label, np.nan_to_num(table.boxes)])
+    _, first = np.unique(rows, axis=0, return_index=True)
+    again = np.ones(len(rows), bool)
+    again[first] = False
+    return again
+
 def _box_warnings(table):
+    "Warnings about boxes that cannot be quite right"
     x, y, w, h = np.nan_to_num(table.boxes).T
     height, width = table.sizes[table.image].T
-    known, real = table.image >= 0, (w > 0) & (h > 0)
-    away = known & real & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
-    over = known & real & ~away & ((x < 0) | (y < 0) | (x + w > width) | (y + h > height))
-    shifted = (table.boxes[:, :2] == -1).any() and (table.boxes[over][:, :2] >= -1).all()
-    flat = np.isfinite(table.boxes).all(1) & ((w == 0) | (h == 0)) & (w >= 0) & (h >= 0)
-    rows = np.column_stack([table.image, table.label, np.nan_to_num(table.boxes)])
-    again = np.ones(len(rows), bool)
-    again[np.unique(rows, axis=0, return_index=True)[1]] = False
-    return (_tell(table, flat, 'boxes without area', 'They are left out')
-            + _tell(table, away, 'boxes quite outside their photos', 'They are left out')
-            + _tell(table, over, 'boxes that stick out of their photos', 'They are clamped'
-                    + ('. All that start early start at -1: if this set counts pixels from 0, say one_based=False' if shifted else ''))
-            + _tell(table, again & known & real, 'boxes that come twice (same photo, class and place)'))
+    finite = np.isfinite(table.boxes).all(1)
+    flat = finite & ((w == 0) | (h == 0)) & (w >= 0) & (h >= 0)
+    # real boxes of known photos: quite outside, or in part
+    real = (table.image >= 0) & (w > 0) & (h > 0)
+    away = real & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
+    over = real & ~away & ((x < 0) | (y < 0) | (x + w > width) | (y + h > height))
+    # one pixel too early, all of them: counted from 0 and read as counted from 1
+    starts = table.boxes[:, :2]
+    clamped = 'They are clamped'
+    if (starts == -1).any() and (starts[over] >= -1).all():
+        clamped += ('. All that start early start at -1: if this set counts pixels from 0, '
+                    'say one_based=False')
+    again = _repeated(table) & real
+    return [*_tell(table, flat, 'boxes without area', 'They are left out'),
+            *_tell(table, away, 'boxes quite outside their photos', 'They are left out'),
+            *_tell(table, over, 'boxes that stick out of their photos', clamped),
+            *_tell(table, again, 'boxes that come twice (same photo, class and place)')]
 
 # %% ../nbs/23a_check.ipynb #c009
+def _turned_as(real, said, turn, exif):
+    "How the boxes of a photo are taken that EXIF turns: 'told', 'stored', 'upright' or 'unknown'"
+    if exif != 'sizes': return 'told'
+    # only a quarter turn exchanges the sides, and only unequal ones tell
+    if turn < 5 or said[0] == said[1]: return 'unknown'
+    return 'stored' if real != said else 'upright'
+
 def _photo_trouble(i, table, decode):
-    "What is wrong with photo i as (kind, text), or None; a photo turned by EXIF is ('turned', how its boxes are taken)"
-    path, said = os.path.join(table.root, table.files[i]), tuple(table.sizes[i].tolist())
+    """Return (kind, text) of what is wrong with photo i, or None; a photo turned by EXIF is
+    ('turned', how its boxes are taken)"""
+    path = os.path.join(table.root, table.files[i])
+    said = tuple(table.sizes[i].tolist())
     if not os.path.lexists(path): return 'missing', ''
     if decode:
-        try: real = tuple(read_photo(path).shape[1:])
-        except BadPhoto as e: return 'broken', e.reason
-    elif isinstance(real := header_size(path), str): return 'broken', real
-    turn, real = photo_turn(path), tuple(real)
-    lies = turn >= 5 and (table.exif == 'stored' or table.exif == 'sizes' and real == said[::-1] != said)
-    if (real[::-1] if lies else real) != said: return 'of another size', size_trouble(real, said)
+        try:
+            real = tuple(read_photo(path).shape[1:])
+        except BadPhoto as e:
+            return 'broken', e.reason
+    else:
+        real = header_size(path)
+        if isinstance(real, str): return 'broken', real
+        real = tuple(real)
+    # does the annotation state the size of the stored pixels, which lie on their side?
+    turn = photo_turn(path)
+    exchanged = real[::-1]
+    lies = turn >= 5 and (
+        table.exif == 'stored' or (table.exif == 'sizes' and exchanged == said != real))
+    if (exchanged if lies else real) != said: return 'of another size', size_trouble(real, said)
     if turn == 1: return None
-    if table.exif != 'sizes': return 'turned', 'told'
-    return 'turned', 'stored' if lies else 'upright' if turn >= 5 and said[0] != said[1] else 'unknown'
+    return 'turned', _turned_as(real, said, turn, table.exif)
 
-_WAYS_OUT = {'missing': ". Say where they are: images=FOLDER (-p images FOLDER), or leave them out: missing='skip' (-p missing skip)",
-             'broken': '. Load them anew, or take them out of the annotations'}
+# %% ../nbs/23a_check.ipynb #c009p
+_WAYS_OUT = {
+    'missing': ". Say where they are: images=FOLDER (-p images FOLDER), or leave them out: "
+               "missing='skip' (-p missing skip)",
+    'broken': '. Load them anew, or take them out of the annotations'}
 
 def _photo_errors(table, decode, workers):
     "{kind: number}, texts, and {how boxes are taken: [names of photos turned by EXIF]}"
-    with ThreadPool(workers) as pool: found = pool.map(partial(_photo_trouble, table=table, decode=decode), range(len(table.files)), 64)
+    trouble = partial(_photo_trouble, table=table, decode=decode)
+    with ThreadPool(workers) as pool:
+        found = pool.map(trouble, range(len(table.files)), 64)
+    # sort by kind; photos turned by EXIF by how their boxes are taken
     kinds, turned = {}, {}
-    for name, (kind, text) in ((n, t) for n, t in zip(table.files, found) if t):
+    for name, wrong in zip(table.files, found):
+        if wrong is None: continue
+        kind, text = wrong
         if kind == 'turned': turned.setdefault(text, []).append(printable(name))
         else: kinds.setdefault(kind, []).append((printable(name), text))
-    texts = [f'photos {kind}: {len(bad):,}, first {bad[0][0]}{bad[0][1] and f" ({bad[0][1]})"}{_WAYS_OUT.get(kind, "")}'
-             for kind, bad in kinds.items()]
-    return {f'photos {kind}': len(bad) for kind, bad in kinds.items()}, texts, turned
+    counts, texts = {}, []
+    for kind, bad in kinds.items():
+        counts[f'photos {kind}'] = len(bad)
+        name, text = bad[0]
+        example = f'{name} ({text})' if text else name
+        texts.append(f'photos {kind}: {len(bad):,}, first {example}{_WAYS_OUT.get(kind, "")}')
+    return counts, texts, turned
 
 # %% ../nbs/23a_check.ipynb #c009a
 def _turned_errors(turned):
     "Errors and warnings about photos that an EXIF note turns"
     stored, unknown = turned.get('stored', []), turned.get('unknown', [])
-    ways = "exif='stored' (-p exif stored) takes all boxes as drawn on the stored pixels, exif='upright' as drawn upright"
     errors, warnings = [], []
     if stored:
-        warnings.append(f'photos turned by an EXIF note whose annotation states the size of the stored pixels: {len(stored):,}, first '
-                        f'{stored[0]}. Their boxes are taken as drawn on the stored pixels, as PIL and DETR see them. If they were drawn '
-                        'upright, exchange width and height in the annotations, or leave them out')
+        warnings.append(
+            'photos turned by an EXIF note whose annotation states the size of the stored pixels: '
+            f'{len(stored):,}, first {stored[0]}. Their boxes are taken as drawn on the stored '
+            'pixels, as PIL and DETR see them. If they were drawn upright, exchange width and '
+            'height in the annotations, or leave them out')
     if unknown:
-        text = (f'photos turned by an EXIF note of which the stated size does not tell how their boxes were drawn: {len(unknown):,}, first '
-                f'{unknown[0]}. They are taken as drawn upright: {ways}')
-        if stored: errors.append(f'{text}. The other turned photos of this set were drawn on as stored')
-        else: warnings.append(text)
+        text = ('photos turned by an EXIF note of which the stated size does not tell how their '
+                f'boxes were drawn: {len(unknown):,}, first {unknown[0]}. They are taken as drawn '
+                "upright: exif='stored' (-p exif stored) takes all boxes as drawn on the stored "
+                "pixels, exif='upright' as drawn upright")
+        # a guess is worse where the others of this set say the contrary
+        if stored:
+            errors.append(f'{text}. The other turned photos of this set were drawn on as stored')
+        else:
+            warnings.append(text)
     return errors, warnings
 
+# %% ../nbs/23a_check.ipynb #c009q
 def object_counts(
-    ds, # a detection set or a panoptic set, or a part of one
-):      # (n,) int, or None for a set that is painted
-    "How many objects each photo has to train on."
-    if hasattr(ds, 'chosen'): return None if (every := object_counts(ds.dataset)) is None else every[ds.chosen]
+    ds,  # a detection set or a panoptic set, or a part of one
+):  # (n,) int, or None for a set that is painted
+    "Return how many objects each photo has to train on."
+    if hasattr(ds, 'chosen'):
+        whole = object_counts(ds.dataset)
+        return None if whole is None else whole[ds.chosen]
     if isinstance(ds, DetectionSet):
-        return np.bincount(ds.table.image[ds.rows[~ds.columns['iscrowd'].numpy()]], minlength=len(ds))
-    if hasattr(ds, 'rows'): return np.array([sum(not s['iscrowd'] for s in ds.segments(i)) for i in range(len(ds))])
+        trained = ~ds.columns['iscrowd'].numpy()
+        return np.bincount(ds.table.image[ds.rows[trained]], minlength=len(ds))
+    if hasattr(ds, 'rows'):
+        return np.array([sum(not s['iscrowd'] for s in ds.segments(i)) for i in range(len(ds))])
     return None
 
 def query_trouble(
-    ds,          # a detection set or a panoptic set, or a part of one
-    queries:int, # of the model
-)->str|None:     # a warning
-    "What to say if photos have more objects than the model has queries: each query finds one at most."
+    ds,            # a detection set or a panoptic set, or a part of one
+    queries: int,  # of the model
+) -> str | None:  # a warning
+    "Return what to say if photos have more objects than the model has queries: each finds one."
     counts = object_counts(ds)
     if counts is None or not len(counts) or counts.max() <= queries: return None
-    return (f'photos with more objects than the model has queries ({queries:,}): {int((counts > queries).sum()):,}, with up to '
-            f'{counts.max():,} objects. What is beyond {queries:,} can never be found, and has no query to learn it: num_queries '
-            f'{counts.max():,} or more (-p num_queries {counts.max()})')
+    # the largest number is also the way out
+    most = counts.max()
+    return (f'photos with more objects than the model has queries ({queries:,}): '
+            f'{int((counts > queries).sum()):,}, with up to {most:,} objects. What is beyond '
+            f'{queries:,} can never be found, and has no query to learn it: num_queries {most:,} '
+            f'or more (-p num_queries {most})')
 
 # %% ../nbs/23a_check.ipynb #c010
 def _nothing_to_learn(ds):
     "Errors if no box can be trained on"
-    boxes, crowd, hard = len(ds.rows), ds.table.iscrowd[ds.rows], ds.table.difficult[ds.rows]
+    boxes = len(ds.rows)
     if not boxes: return ['no box can be used: there is nothing to learn']
     if not bool(ds.columns['iscrowd'].all()): return []
-    kinds = [(crowd.sum(), 'marked iscrowd=1 (masks exported as run lengths? write iscrowd 0 for single objects)'),
-             ((~crowd & hard).sum(), "marked difficult (difficult='keep', -p difficult keep, takes them like any other)")]
-    return ['no box can be trained on: ' + ', '.join(f'{k:,} of {boxes:,} are {why}' for k, why in kinds if k)]
+    crowd = ds.table.iscrowd[ds.rows]
+    hard = ds.table.difficult[ds.rows] & ~crowd
+    reasons = []
+    if crowd.any():
+        reasons.append(f'{crowd.sum():,} of {boxes:,} are marked iscrowd=1 (masks exported as run '
+                       'lengths? write iscrowd 0 for single objects)')
+    if hard.any():
+        reasons.append(f"{hard.sum():,} of {boxes:,} are marked difficult (difficult='keep', "
+                       '-p difficult keep, takes them like any other)')
+    return [f'no box can be trained on: {", ".join(reasons)}']
 
+def _set_warnings(ds, histogram, queries):
+    "Warnings about the set as a whole: queries, photos listed twice, classes without a box"
+    warnings = []
+    text = query_trouble(ds, queries) if queries else None
+    if text: warnings.append(text)
+    twice = [name for name, k in Counter(ds.table.files).items() if k > 1]
+    if twice:
+        first = printable(twice[0])
+        warnings.append(f'photos listed more than once: {len(twice):,}, first {first}')
+    empty = [name for name, k in histogram.items() if not k]
+    if empty and len(ds.rows):
+        some = ', '.join(empty[:8]) + (', ...' if len(empty) > 8 else '')
+        warnings.append(f'classes without a box: {len(empty)}, {some}')
+    return warnings
+
+# %% ../nbs/23a_check.ipynb #c010r
 def check_dataset(
-    ds:DetectionSet,   # as `open_dataset` gives it
-    decode:bool=False, # decode every photo instead of reading its header only
-    workers:int=8,     # threads that read photos
-    queries:int=0,     # of the model that is to be trained; 0: not known
-)->DatasetReport:      # print it; `ok`, `require()`
+    ds: DetectionSet,      # as `open_dataset` gives it
+    decode: bool = False,  # decode every photo instead of reading its header only
+    workers: int = 8,      # threads that read photos
+    queries: int = 0,      # of the model that is to be trained; 0: not known
+) -> DatasetReport:  # print it; `ok`, `require()`
     "Look for everything in a data set that would spoil a training."
     t = ds.table
+    # the photos, then the boxes, then the set as a whole
     broken, errors, turned = _photo_errors(t, decode, workers)
     turned_errors, warnings = _turned_errors(turned)
     errors += turned_errors + _box_errors(t) + _nothing_to_learn(ds)
-    histogram = dict(zip(ds.classes, np.bincount(ds.columns['labels'], minlength=len(ds.classes)).tolist()))
-    names, empty = Counter(t.files), [name for name, k in histogram.items() if not k]
-    twice = [name for name, k in names.items() if k > 1]
-    warnings += t.notes + _box_warnings(t)
-    if queries and (text := query_trouble(ds, queries)): warnings.append(text)
-    if twice: warnings.append(f'photos listed more than once: {len(twice):,}, first {printable(twice[0])}')
-    if empty and len(ds.rows): warnings.append(f'classes without a box: {len(empty)}, {", ".join(empty[:8])}{", ..." * (len(empty) > 8)}')
-    counts = {'photos': len(ds), 'boxes': len(ds.rows), 'photos without a box': int((np.diff(ds.starts) == 0).sum()),
-              'boxes only for evaluation': int(ds.columns['iscrowd'].sum()), 'boxes clamped': ds.clamped,
-              'photos turned by EXIF': sum(map(len, turned.values()))}
-    counts |= {f'boxes left out, {reason}': k for reason, k in ds.left_out.items()} | broken
-    return DatasetReport(t.source, counts, histogram, errors, warnings)
+    numbers = np.bincount(ds.columns['labels'], minlength=len(ds.classes)).tolist()
+    histogram = dict(zip(ds.classes, numbers))
+    warnings += t.notes + _box_warnings(t) + _set_warnings(ds, histogram, queries)
+    counts = {
+        'photos': len(ds),
+        'boxes': len(ds.rows),
+        'photos without a box': int((np.diff(ds.starts) == 0).sum()),
+        'boxes only for evaluation': int(ds.columns['iscrowd'].sum()),
+        'boxes clamped': ds.clamped,
+        'photos turned by EXIF': sum(map(len, turned.values()))}
+    for reason, k in ds.left_out.items(): counts[f'boxes left out, {reason}'] = k
+    return DatasetReport(t.source, counts | broken, histogram, errors, warnings)
 
 # %% ../nbs/23a_check.ipynb #c010a
 def whole_sets(
-    *sets, # detection sets, or parts of such
-)->list:   # each whole set once
-    "The sets whose photos are used."
+    *sets,  # detection sets, or parts of such
+) -> list:  # each whole set once
+    "Return the sets whose photos are used."
     wholes = []
     for ds in sets:
         while hasattr(ds, 'chosen'): ds = ds.dataset
         if not any(ds is w for w in wholes): wholes.append(ds)
     return wholes
 
+def _require_start(ds):
+    "ValueError if photos are missing, or if there is nothing to train on"
+    table = ds.table
+    # photos are looked for here, too: not everybody calls `check_dataset`
+    gone = [f for f in table.files if not os.path.lexists(os.path.join(table.root, f))]
+    errors = _nothing_to_learn(ds)
+    if gone:
+        missing = f'photos missing: {len(gone):,}, first {printable(gone[0])}{_WAYS_OUT["missing"]}'
+        errors = [missing, *errors]
+    if errors: raise ValueError(f'{printable(table.source)}: {"; ".join(errors)}')
+
 def start_notes(
-    train,       # set to train on
-    val,         # set to evaluate on
-    queries:int, # of the model; 0: it has none
-)->list:         # texts
-    """What has to be said when a run begins, whoever started it: what was left out, what was decided, what can never be found.
+    train,         # set to train on
+    val,           # set to evaluate on
+    queries: int,  # of the model; 0: it has none
+) -> list:  # texts
+    """Return what has to be said when a run begins, whoever started it: what was left out, what was
+    decided, what can never be found.
     Raises ValueError if there is nothing to train on, or if photos are missing."""
     notes = list(dict.fromkeys(ds.note for ds in (train, val) if getattr(ds, 'note', '')))
     for ds in whole_sets(train, val):
-        if not isinstance(ds, DetectionSet):
+        if isinstance(ds, DetectionSet):
+            _require_start(ds)
+            notes += [repr(ds), *ds.table.notes]
+        else:
             notes += getattr(ds, 'notes', [])
-            continue
-        gone = [f for f in ds.table.files if not os.path.lexists(os.path.join(ds.table.root, f))]
-        errors = [f'photos missing: {len(gone):,}, first {printable(gone[0])}{_WAYS_OUT["missing"]}'] if gone else []
-        if errors := errors + _nothing_to_learn(ds): raise ValueError(f'{printable(ds.table.source)}: {"; ".join(errors)}')
-        notes += [repr(ds), *ds.table.notes]
-    if queries and (text := query_trouble(train, queries)): notes.append(f'warning: {text}')
+    text = query_trouble(train, queries) if queries else None
+    if text: notes.append(f'warning: {text}')
     return notes
 
 # %% ../nbs/23a_check.ipynb #c010b
 def require_readable(
-    ds,           # set to evaluate on, or a part of one
-    first:int=0,  # number of the first photo that is read
-    step:int=1,   # and of the next ones: each process reads its share
-    workers:int=8,# threads that read
-    what:str='to evaluate on', # what the photos are for
-)->None:          # nothing
-    "Decode photos, and PNGs of masks where they are used. Raises ValueError that names the first one that cannot be used."
+    ds,                # set to evaluate on, or a part of one
+    first: int = 0,    # number of the first photo that is read
+    step: int = 1,     # and of the next ones: each process reads its share
+    workers: int = 8,  # threads that read
+    what: str = 'to evaluate on',  # the photos' purpose
+) -> None:  # nothing
+    """Decode photos, and PNGs of masks where they are used.
+    Raises ValueError that names the first one that cannot be used."""
     whole = whole_sets(ds)[0]
-    if not isinstance(whole, DetectionSet) and not hasattr(whole, 'pngs'): return  # painted
+    # painted scenes have no files
+    if not isinstance(whole, DetectionSet) and not hasattr(whole, 'pngs'): return
     def trouble(i):
-        try: ds[i]
-        except (BadPhoto, ValueError) as e: return str(e)
+        try:
+            ds[i]
+        except (BadPhoto, ValueError) as e:
+            return str(e)
     with ThreadPool(workers) as pool:
         found = pool.map(trouble, range(first, len(ds), step), 16)
-    if bad := [text for text in found if text]:
-        raise ValueError(f'photos {what} that cannot be used: {len(bad):,}, first {bad[0]}. Load them anew, or take them out of the '
-                         'annotations: an AP over other photos is another number '
-                         '(check_dataset(ds, decode=True) names what is broken)')
+    bad = [text for text in found if text]
+    if bad:
+        raise ValueError(f'photos {what} that cannot be used: {len(bad):,}, first {bad[0]}. Load '
+                         'them anew, or take them out of the annotations: an AP over other photos '
+                         'is another number (check_dataset(ds, decode=True) names what is broken)')

@@ -259,6 +259,15 @@ class Detector:
         return Detections(image, boxes, labels, scores, self.classes,
                           category_ids=self.category_ids)
 
+# %% ../nbs/29_detector.ipynb #c017f
+def _file_ids(photos):
+    "{image id: the photo's id in the annotation file} of a labelled set; empty for other photos"
+    # a part of a set knows the whole
+    while hasattr(photos, 'chosen'): photos = photos.dataset
+    table = getattr(photos, 'table', None)
+    if table is None: return {}
+    return dict(zip(table.image_ids, table.file_ids))
+
 # %% ../nbs/29_detector.ipynb #c017s
 def _of_set(detector, photos):
     """Return a function that gives `Detections` the classes of a labelled set.
@@ -289,6 +298,7 @@ def coco_results(
     In a labelled set's own classes, matched by name (`classes_by_name`). Raises ValueError where
     the two share no class."""
     own, rows = _of_set(detector, photos), []
+    written = _file_ids(photos)
     if isinstance(photos, Mapping):
         pairs = photos.items()
     else:
@@ -297,7 +307,7 @@ def coco_results(
     for done, (image_id, picture) in enumerate(pairs, 1):
         found = own(detector.detect(as_image(picture), threshold, clip))
         take(image_id, found)
-        rows += found.to_dict(image_id)
+        rows += found.to_dict(written.get(image_id, image_id))
         progress(done, len(photos))
     # the whole file or none, and nothing that is no JSON
     if file is not None:
