@@ -67,6 +67,7 @@ def _tell(table, bad, what, advice=''):
             f'x y w h = {box}')
     return [f'{text}. {advice}' if advice else text]
 
+# %% ../nbs/23a_check.ipynb #c006c
 def _common(counter): return ', '.join(f'{k} ({n:,} times)' for k, n in counter.most_common(3))
 
 def _conventions(table):
@@ -107,6 +108,7 @@ def _box_errors(table):
                     'Corners exchanged? They are left out')
     return errors + _conventions(table)
 
+# %% ../nbs/23a_check.ipynb #c007w
 def _repeated(table):
     "(m,) bool: boxes of which an earlier one has the same photo, class and place"
     rows = np.column_stack([table.image, table.label, np.nan_to_num(table.boxes)])

@@ -529,6 +529,7 @@ def _pick_years(folders, year):
     if missing: raise ValueError(f'year {year!r} needs {missing[0]}, but only {names} are here')
     return [folders[names.index(w)] for w in wanted]
 
+# %% ../nbs/23_datasets.ipynb #c037c
 def _find_coco(path):
     "{split: [files]} of instances_*.json (COCO) or _annotations.coco.json (Roboflow) below `path`"
     files = sorted(path.glob('annotations/instances_*.json'))
