@@ -25,70 +25,101 @@ from .scenes import UNSEEN
 # %% ../nbs/31_queries.ipynb #c006
 SPLITS = {'voc': ('aeroplane', 'cat', 'cow', 'sheep'), 'scenes': UNSEEN}
 
-def unseen_classes(unseen: str,  # 'voc', 'scenes', 'coco1' ... 'coco4', or names of classes, comma-separated
-                   classes: Sequence[str],  # all classes of the data set, in their order
-                   ) -> list[str]:  # names; all others are seen
-    "The classes that are kept from training. Raises ValueError for names that the data set lacks, or if nothing is left to train on."
+def unseen_classes(
+    unseen: str,             # voc, scenes, coco1 ... coco4, or names of classes, comma-separated
+    classes: Sequence[str],  # all classes of the data set, in their order
+) -> list[str]:              # names; all others are seen
+    """Return the classes that are kept from training.
+    Raises ValueError for names that the data set lacks, or if nothing is left to train on."""
     fourth = {f'coco{k + 1}': classes[k::4] for k in range(4)}
-    names = [n.strip() for n in (SPLITS | fourth).get(unseen, unseen.split(',')) if n.strip()]
+    named = (SPLITS | fourth).get(unseen, unseen.split(','))
+    names = [name.strip() for name in named if name.strip()]
     check_names(dict.fromkeys(names), list(classes))
     if not 0 < len(names) < len(classes):
-        raise ValueError(f'unseen={unseen!r} leaves {len(classes) - len(names)} of {len(classes)} classes to train on: name some, not all')
+        left = f'{len(classes) - len(names)} of {len(classes)} classes'
+        raise ValueError(f'unseen={unseen!r} leaves {left} to train on: name some, not all')
     return names
 
 # %% ../nbs/31_queries.ipynb #c009
 SHAPES = ('squash', 'letterbox')
 
-def query_picture(image: Tensor,  # (3,H,W) uint8
-                  box: Tensor | Sequence[float],  # xyxy px
-                  size: int = 128,  # px, side of the result
-                  shape: str = 'squash',  # 'squash' as in pre-training, or 'letterbox' as in CoAE
-                  ) -> Tensor:  # (3,size,size) uint8
-    "What is in the box, as a query. Raises ValueError for an unknown shape or a box outside the photo."
+def _letterbox(image, size):
+    "Return a picture (3,size,size) with the whole of the image in its middle, zeros beside it."
+    height, width = image.shape[1:]
+    scale = size / max(height, width)
+    h, w = max(1, round(height * scale)), max(1, round(width * scale))
+    # an odd pixel of the margin goes to the right and to the bottom
+    left, top = (size - w) // 2, (size - h) // 2
+    return F.pad(resize(image, h, w), [left, top, size - w - left, size - h - top])
+
+def query_picture(
+    image: Tensor,                  # photo (3,H,W), uint8
+    box: Tensor | Sequence[float],  # box (4,), xyxy, px
+    size: int = 128,                # side of the result, px
+    shape: str = 'squash',          # 'squash' as in pre-training, or 'letterbox' as in CoAE
+) -> Tensor:                        # (3,size,size) uint8
+    """Return what is in the box, as a query.
+    Raises ValueError for an unknown shape or a box outside the photo."""
     if shape not in SHAPES: raise ValueError(f'shape {shape!r} is unknown: {" or ".join(SHAPES)}')
-    (height, width), (x1, y1, x2, y2) = image.shape[1:], (float(v) for v in box)
-    x1, y1, x2, y2 = max(0, int(x1)), max(0, int(y1)), min(width, round(x2 + .499)), min(height, round(y2 + .499))
-    if x2 <= x1 or y2 <= y1: raise ValueError(f'box {[float(v) for v in box]} has nothing of the photo ({width} x {height} px) in it')
+    height, width = image.shape[1:]
+    # whole pixels: those that the box touches, as far as the photo goes
+    left, top, right, bottom = map(float, box)
+    x1, y1 = max(0, int(left)), max(0, int(top))
+    x2, y2 = min(width, round(right + .499)), min(height, round(bottom + .499))
+    if x2 <= x1 or y2 <= y1:
+        photo = f'the photo ({width} x {height} px)'
+        raise ValueError(f'box {[left, top, right, bottom]} has nothing of {photo} in it')
     if shape == 'squash': return crop_patches(image, torch.tensor([[x1, y1, x2, y2]]), size)[0]
-    scale = size / max(x2 - x1, y2 - y1)
-    h, w = (max(1, round(side * scale)) for side in (y2 - y1, x2 - x1))
-    small = resize(image[:, y1:y2, x1:x2], h, w)
-    return F.pad(small, [(size - w) // 2, (size - h) // 2, size - w - (size - w) // 2, size - h - (size - h) // 2])
+    return _letterbox(image[:, y1:y2, x1:x2], size)
 
 # %% ../nbs/31_queries.ipynb #c014
 class QueryPool:
-    "All boxes of a detection set, ready to be asked with: `pool.rows[label]` are the numbers of a class's boxes in their defined order."
-    def __init__(self,
-                 dataset,  # detection set: `[i]` -> sample, `image_ids`, `coco()`
-                 size: int = 128,  # px, side of a query picture
-                 shape: str = 'squash',  # see `query_picture`
-                 ):
-        coco, place = dataset.coco(), {k: i for i, k in enumerate(dataset.image_ids)}
-        things = [a for a in coco['annotations'] if not a.get('empty')]  # with something of the photo in their boxes
+    """All boxes of a detection set, ready to be asked with:
+    `pool.rows[label]` are the numbers of a class's boxes in their defined order."""
+    def __init__(
+        self,
+        dataset,                # detection set: `[i]` -> sample, `image_ids`, `coco()`
+        size: int = 128,        # side of a query picture, px
+        shape: str = 'squash',  # way into the square, see `query_picture`
+    ):
+        self.dataset = dataset
+        self.size = size
+        self.shape = shape
+        self.classes = list(dataset.classes)
+        # boxes with something of the photo in them; VOC's difficult ones are marked as crowds
+        things = [a for a in dataset.coco()['annotations'] if not a.get('empty')]
         usable = [a for a in things if not a['iscrowd'] or a.get('difficult')]
+        # the order: image id, then place in the annotations (the sort is stable)
         found = sorted(usable, key=lambda a: a['image_id'])
-        self.dataset, self.size, self.shape, self.classes = dataset, size, shape, list(dataset.classes)
-        self.photo = np.array([place[a['image_id']] for a in found], int)
-        self.image_id, self.label = ([a[k] for a in found] for k in ('image_id', 'category_id'))
-        self.boxes = [(x, y, x + w, y + h) for x, y, w, h in (a['bbox'] for a in found)]
-        self.rows = [[r for r, k in enumerate(self.label) if k == label] for label in range(len(self.classes))]
+        place = {k: i for i, k in enumerate(dataset.image_ids)}
+        self.image_id = [a['image_id'] for a in found]
+        self.photo = np.array([place[k] for k in self.image_id], int)
+        self.label = [a['category_id'] for a in found]
+        bboxes = [a['bbox'] for a in found]
+        self.boxes = [(x, y, x + w, y + h) for x, y, w, h in bboxes]
+        self.rows = [[] for _ in self.classes]
+        for row, label in enumerate(self.label): self.rows[label].append(row)
+        # what may be asked of each photo: classes of objects that count
         self.present = {k: set() for k in dataset.image_ids}
-        for a in things: self.present[a['image_id']] |= set() if a['iscrowd'] else {a['category_id']}
+        for a in things:
+            if not a['iscrowd']: self.present[a['image_id']].add(a['category_id'])
 
     def __len__(self): return len(self.boxes)
 
     def others(self, label, image_id):
-        "The rows of a class that are not in this photo, or all of them where there are no others."
-        return [r for r in self.rows[label] if self.image_id[r] != image_id] or self.rows[label]
+        "Return the rows of a class that are not in this photo; all, where there are no others."
+        elsewhere = [row for row in self.rows[label] if self.image_id[row] != image_id]
+        return elsewhere or self.rows[label]
 
     def picture(self, row, image=None):
-        "The query picture of a row, (3,size,size) uint8; `image` is its photo, if it is at hand."
-        image = self.dataset[int(self.photo[row])]['image'] if image is None else image
+        "Return the query picture of a row, (3,size,size) uint8; `image` is its photo, if at hand."
+        if image is None: image = self.dataset[int(self.photo[row])]['image']
         return query_picture(image, self.boxes[row], self.size, self.shape)
 
     def picture_or_next(self, row, but_not=None):
-        """The picture of a row, or of the next one of its class whose photo can be read, and what was wrong with those before it;
-        not of photo `but_not`, unless there is no other. Raises BadPhoto if none of many can be read."""
+        """Return the picture of a row, or of the next one of its class whose photo can be read,
+        and what was wrong with those before it; not of photo `but_not`, unless there is no other.
+        Raises BadPhoto if none of many can be read."""
         try: return self.picture(row), []
         except BadPhoto:
             label = self.label[row]
@@ -96,13 +127,15 @@ class QueryPool:
             return read_or_next(rows, rows.index(row), 200, self.picture)
 
 # %% ../nbs/31_queries.ipynb #c017
-def protocol_queries(pool: QueryPool,  # of the photos to evaluate on
-                 image_id: int,  # of the photo that is asked about
-                 label: int,  # of a class in it
-                 num: int = 5,  # pictures to ask with
-                 own: bool = True,  # the photo's own boxes may be among them
-                 ) -> list[int]:  # rows of the pool; a pool of fewer starts again
-    "The pictures that a photo is asked with in the test, the same on every machine. Raises ValueError for a class without any box."
+def protocol_queries(
+    pool: QueryPool,   # pictures of the photos to evaluate on
+    image_id: int,     # id of the photo that is asked about
+    label: int,        # class in it that is asked for
+    num: int = 5,      # number of pictures to ask with
+    own: bool = True,  # the photo's own boxes may be among them
+) -> list[int]:        # rows of the pool; a pool of fewer starts again
+    """Return the pictures that a photo is asked with in the test, the same on every machine.
+    Raises ValueError for a class without any box."""
     rows = list(pool.rows[label] if own else pool.others(label, image_id))
     if not rows: raise ValueError(f'class {pool.classes[label]} has no box to ask with')
     random.Random(int(image_id)).shuffle(rows)
@@ -113,55 +146,87 @@ SAMPLING = ('uniform', 'inverse')
 
 class Asker:
     "Draws the question about a training view: a class, a picture, mirrored or not."
-    def __init__(self,
-                 pool: QueryPool,  # of the training photos
-                 seen: Sequence[int],  # labels that may be asked for
-                 sampling: str = 'uniform',  # classes of a view: all alike, or 'inverse' to their frequency (CoAE)
-                 flip: float = .5,  # share of mirrored pictures, 0..1
-                 own: bool = True,  # the photo's own boxes may be asked with
-                 absent: float = 0.,  # share of questions for a seen class that is not in the photo, 0..1
-                 seed: int = 42,  # of all draws
-                 ):
-        if sampling not in SAMPLING: raise ValueError(f'class_sampling {sampling!r} is unknown: {" or ".join(SAMPLING)}')
-        self.pool, self.seen, self.flip, self.own, self.absent, self.seed = pool, set(seen), flip, own, absent, seed
+    def __init__(
+        self,
+        pool: QueryPool,            # pictures of the training photos
+        seen: Sequence[int],        # labels that may be asked for
+        sampling: str = 'uniform',  # law of a view's classes: all alike, or 'inverse' (CoAE)
+        flip: float = .5,           # share of mirrored pictures, 0..1
+        own: bool = True,           # the photo's own boxes may be asked with
+        absent: float = 0.,         # share of questions for a seen class not in the photo, 0..1
+        seed: int = 42,             # seed of all draws
+    ):
+        if sampling not in SAMPLING:
+            raise ValueError(f'class_sampling {sampling!r} is unknown: {" or ".join(SAMPLING)}')
+        self.pool = pool
+        self.seen = set(seen)
+        self.flip = flip
+        self.own = own
+        self.absent = absent
+        self.seed = seed
+        # weights of the classes that there is a picture of
         count = Counter(pool.label)
-        self.weight = {k: 1 / count[k] if sampling == 'inverse' else 1. for k in self.seen if count[k]}
+        inverse = sampling == 'inverse'
+        self.weight = {k: 1 / count[k] if inverse else 1. for k in self.seen if count[k]}
 
     def draw(self, epoch, index, labels, image_id):
-        "(label, row of the pool, mirrored) for the view of `epoch` of photo `index` in which `labels` (n,) are seen."
-        rng, in_photo = np.random.default_rng((self.seed, epoch, index, 2)), self.pool.present[image_id] & self.weight.keys()
-        classes = sorted(set(labels.tolist()) & self.weight.keys() or in_photo)
-        elsewhere = sorted(self.weight.keys() - in_photo)
+        """Return (label, row of the pool, mirrored) for the view of `epoch` of photo `index`
+        in which `labels` (n,) are seen."""
+        # a question depends on seed, epoch and photo alone, never on what was drawn before
+        rng = np.random.default_rng((self.seed, epoch, index, 2))
+        may_ask = self.weight.keys()
+        in_photo = self.pool.present[image_id] & may_ask
+        in_view = set(labels.tolist()) & may_ask
+        # a view that lost all of them is asked for what the photo has: the answer is nothing
+        classes = sorted(in_view or in_photo)
+        elsewhere = sorted(may_ask - in_photo)
         if rng.random() < self.absent and elsewhere: classes = elsewhere
-        if not classes: raise ValueError(f'photo {image_id} has no object of a seen class: leave it out, see `training_photos`')
+        if not classes:
+            raise ValueError(f'photo {image_id} has no object of a seen class: '
+                             'leave it out, see `training_photos`')
         weight = np.array([self.weight[k] for k in classes])
         label = classes[rng.choice(len(classes), p=weight / weight.sum())]
         rows = self.pool.rows[label] if self.own else self.pool.others(label, image_id)
-        return label, rows[rng.integers(len(rows))], bool(rng.random() < self.flip)
+        row = rows[rng.integers(len(rows))]
+        mirrored = bool(rng.random() < self.flip)
+        return label, row, mirrored
 
 # %% ../nbs/31_queries.ipynb #c025
-def answer_to(target: dict,  # DETR's target of a view: labels (n,), boxes (n,4), ...
-              label: int,  # the class asked for
-              match: int = 1,  # the label of a match: 1 with the reference's three logits, 0 with two
-              ) -> dict:  # the target with only these boxes, labels all `match`
-    "What is to be found when a class is asked for."
-    keep = target['labels'] == label
-    kept = {k: v[keep] if k in ('boxes', 'area', 'iscrowd', 'masks') else v for k, v in target.items()}
-    return kept | {'labels': torch.full((int(keep.sum()),), match)}
+def answer_to(
+    target: dict,    # DETR's target of a view: labels (n,), boxes (n,4), ...
+    label: int,      # class asked for
+    match: int = 1,  # label of a match: 1 with the reference's three logits, 0 with two
+) -> dict:           # the target with only these boxes, labels all `match`
+    "Return what is to be found when a class is asked for."
+    asked_for = target['labels'] == label
+    answer = dict(target)
+    for k in ('boxes', 'area', 'iscrowd', 'masks'):
+        if k in target: answer[k] = target[k][asked_for]
+    answer['labels'] = torch.full((int(asked_for.sum()),), match)
+    return answer
 
 # %% ../nbs/31_queries.ipynb #c028
 UNSEEN_PHOTOS = ('background', 'drop')
 
-def training_photos(dataset,  # detection set
-                    seen: Sequence[int],  # labels
-                    unseen_objects: str = 'background',  # they are background (CoAE), or their photos are left out: 'drop'
-                    ) -> np.ndarray:  # (n,) numbers of photos, rising
-    "The photos to train on. Raises ValueError if there are none."
-    if unseen_objects not in UNSEEN_PHOTOS: raise ValueError(f'unseen_objects {unseen_objects!r} is unknown: {" or ".join(UNSEEN_PHOTOS)}')
-    has = {k: set() for k in dataset.image_ids}
-    things = [a for a in dataset.coco()['annotations'] if not a.get('empty')]
-    for a in things: has[a['image_id']].add((a['category_id'] in seen, bool(a['iscrowd'])))
-    bad = {(False, False), (False, True)} if unseen_objects == 'drop' else set()
-    chosen = [i for i, k in enumerate(dataset.image_ids) if (True, False) in has[k] and not has[k] & bad]
-    if not chosen: raise ValueError('no photo has an object of a seen class' + ' and none of an unseen one' * bool(bad))
+def training_photos(
+    dataset,                             # detection set
+    seen: Sequence[int],                 # labels to train on
+    unseen_objects: str = 'background',  # 'background' (CoAE), or 'drop' their photos
+) -> np.ndarray:                         # (n,) numbers of photos, rising
+    "Return the photos to train on. Raises ValueError if there are none."
+    if unseen_objects not in UNSEEN_PHOTOS:
+        choices = ' or '.join(UNSEEN_PHOTOS)
+        raise ValueError(f'unseen_objects {unseen_objects!r} is unknown: {choices}')
+    has_seen, has_unseen = set(), set()
+    for a in dataset.coco()['annotations']:
+        if a.get('empty'): continue
+        # a crowd of a seen class is no reason to take a photo, but an unseen crowd may drop it
+        if a['category_id'] not in seen: has_unseen.add(a['image_id'])
+        elif not a['iscrowd']: has_seen.add(a['image_id'])
+    drop = unseen_objects == 'drop'
+    wanted = has_seen - has_unseen if drop else has_seen
+    chosen = [i for i, k in enumerate(dataset.image_ids) if k in wanted]
+    if not chosen:
+        and_none = ' and none of an unseen one' if drop else ''
+        raise ValueError(f'no photo has an object of a seen class{and_none}')
     return np.array(chosen)
