@@ -27,7 +27,7 @@ from updetr.features import Source, cnn_key, open_features, photos_key
 from updetr.finetune import finetune_config
 from updetr.finetune_task import FinetuneTask
 from updetr.oneshot import oneshot_config
-from updetr.oneshot_task import OneShotRun
+from updetr.oneshot_task import OneShotTask
 from updetr.train import Processes
 
 CNN = dict(backbone='resnet18', features='layer1')
@@ -232,7 +232,7 @@ def test_query_pictures_follow_the_boxes(tmp_path, computed):
     """One-shot: the features of the pictures that are asked with."""
     def pictures(name, **data):
         (tmp_path / name).mkdir()
-        task = begun(OneShotRun(oneshot_config('demo', **TINY | dict(unseen='dog', query_size=16) | data), tmp_path / name, Processes()))
+        task = begun(OneShotTask(oneshot_config('demo', **TINY | dict(unseen='dog', query_size=16) | data), tmp_path / name, Processes()))
         return task.features[1].clone()
     before, after = pictures('a', **save_set(tmp_path / 'data')), pictures('b', **save_set(tmp_path / 'data', shift=8))
     assert before.shape == (3, 2, 64) and not torch.equal(before, after)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TASK', 'OneShotStep', 'picture_features', 'both_ways', 'picture_source', 'cached_pictures', 'live_pictures',
-           'oneshot_sets', 'OneShotRun', 'fit_picture_statistics', 'with_question', 'oneshot_batches', 'val_photos',
-           'evaluate_oneshot', 'other_rows', 'model_answer', 'matching_answer', 'chance_answer', 'draw_oneshot',
-           'answer_one', 'OneShotTask', 'open_run']
+           'oneshot_sets', 'fit_picture_statistics', 'with_question', 'oneshot_batches', 'val_photos', 'other_rows',
+           'evaluate_oneshot', 'model_answer', 'matching_answer', 'chance_answer', 'draw_oneshot', 'answer_one',
+           'OneShotTask', 'open_run']
 
 # %% ../nbs/32a_oneshot_task.ipynb #c002
 import dataclasses
@@ -25,11 +25,13 @@ from .checkpoint import read_weights
 from .config import loss_options, model_options
 from .detr import as_batch
 from .features import Source, cnn_key, set_key
-from .finetune import Subset, batch_to_device, open_sets, some_photos, train_plan, val_items, view_loader
+from .finetune import (Subset, batch_to_device, open_sets, some_photos, train_plan, val_items,
+                             view_loader)
 from .finetune_task import LabelledRun, open_bank, skips_noted
 from .losses import build_criterion
-from .oneshot import (OneShotConfig, OneShotEvaluator, OneShotViews, ask, build_oneshot, match_features, oneshot_summary,
-                            oneshot_table, random_answer, with_query)
+from .oneshot import (OneShotConfig, OneShotEvaluator, OneShotViews, ask, build_oneshot,
+                            match_features, oneshot_summary, oneshot_table, random_answer,
+                            with_query)
 from .queries import Asker, QueryPool, answer_to, training_photos, unseen_classes
 from .scenes import Scenes
 from .train import Processes
@@ -37,59 +39,73 @@ from .train import Processes
 # %% ../nbs/32a_oneshot_task.ipynb #c006
 class OneShotStep(nn.Module):
     "A model that is asked with pictures, and its criterion: `forward(batch)` is (loss, numbers)."
-    def __init__(self,
-                 model: nn.Module,  # of `build_oneshot`
-                 criterion: nn.Module,  # of `build_criterion`
-                 ):
+    def __init__(
+        self,
+        model: nn.Module,      # model of `build_oneshot`
+        criterion: nn.Module,  # criterion of `build_criterion`
+    ):
         super().__init__()
-        self.model, self.criterion = model, criterion
+        self.model = model
+        self.criterion = criterion
 
     def pictures(self, targets):
-        "The pooled features of the batch's query pictures, (B,1,C)."
-        if 'query_feature' in targets[0]: return torch.stack([t['query_feature'] for t in targets])[:, None]
-        cnn, pixels = self.model.backbone[0], torch.stack([t['query'] for t in targets])
-        return self.model.encode_patches(normalize(pixels.float() / 255, cnn.mean, cnn.std)[:, None])
+        "Return the pooled features of the batch's query pictures, (B,1,C)."
+        if 'query_feature' in targets[0]:
+            return torch.stack([target['query_feature'] for target in targets])[:, None]
+        cnn = self.model.backbone[0]
+        pixels = torch.stack([target['query'] for target in targets]).float() / 255
+        return self.model.encode_patches(normalize(pixels, cnn.mean, cnn.std)[:, None])
 
     def forward(self, batch):
-        feature, mask = (batch['feature'], None) if 'feature' in batch else self.model.backbone(*as_batch(batch['images'], batch['mask']))
-        outputs = self.model.forward_features(feature, self.pictures(batch['targets']), mask)
+        # the photo, as the CNN sees it or saw it
+        if 'feature' in batch:
+            feature, mask = batch['feature'], None
+        else:
+            feature, mask = self.model.backbone(*as_batch(batch['images'], batch['mask']))
+        # one picture for all object queries of its photo
+        pictures = self.pictures(batch['targets'])
+        outputs = self.model.forward_features(feature, pictures, mask)
         losses = self.criterion(outputs, batch['targets'])
         return self.criterion.total(losses), losses
 
 # %% ../nbs/32a_oneshot_task.ipynb #c008
 @torch.no_grad()
-def picture_features(cnn: nn.Module,  # `Backbone`
-                     pictures: Tensor,  # (k,3,s,s) uint8
-                     device: torch.device | str = 'cpu',  # where the CNN is
-                     ) -> Tensor:  # (k,C) on the CPU
-    "The shared CNN, then global average pooling, as `encode_patches` has it."
-    return cnn(normalize(pictures.to(device).float() / 255, cnn.mean, cnn.std)).mean((2, 3)).float().cpu()
+def picture_features(
+    cnn: nn.Module,                      # CNN, a `Backbone`
+    pictures: Tensor,                    # query pictures (k,3,s,s), uint8
+    device: torch.device | str = 'cpu',  # device of the CNN
+) -> Tensor:                             # (k,C) on the CPU
+    "Return the pooled features of pictures: the shared CNN, then its mean, as in `encode_patches`."
+    pixels = pictures.to(device).float() / 255
+    return cnn(normalize(pixels, cnn.mean, cnn.std)).mean((2, 3)).float().cpu()
 
-def both_ways(pool: QueryPool,  # of photos
-              row: int,  # of the pool
-              note=None,  # in training: told what is wrong with photos in whose place another was taken
-              ) -> Tensor:  # (2,3,s,s) uint8
-    "A query picture, plain and mirrored. Raises BadPhoto."
+def both_ways(
+    pool: QueryPool,  # pool of photos
+    row: int,         # row of the pool
+    note=None,        # in training: told what is wrong with photos in whose place another was taken
+) -> Tensor:          # (2,3,s,s) uint8
+    "Return a query picture, plain and mirrored. Raises BadPhoto."
     picture, skipped = pool.picture_or_next(row) if note else (pool.picture(row), [])
     if skipped: note(skipped)
     return torch.stack((picture, picture.flip(2)))
 
 # %% ../nbs/32a_oneshot_task.ipynb #c008a
 def picture_source(
-    cnn: nn.Module,  # frozen `Backbone`
-    pool: QueryPool,  # of training or test photos
-    device: torch.device | str = 'cpu',  # where the CNN is
-    replace: bool = False,  # in training: another picture takes the place of one whose photo cannot be read
-) -> Source:
-    "The features of all pictures of a pool, each plain and mirrored."
+    cnn: nn.Module,                      # frozen `Backbone`
+    pool: QueryPool,                     # pool of training or test photos
+    device: torch.device | str = 'cpu',  # device of the CNN
+    replace: bool = False,               # in training: another picture for one that cannot be read
+) -> Source:                             # as a feature bank wants it
+    "Return the features of all pictures of a pool, each plain and mirrored, to be computed."
     skipped = []
+    note = skipped.extend if replace else None
 
     def compute(rows):
-        pictures = [both_ways(pool, row, skipped.extend if replace else None) for row in rows]
-        features = [picture_features(cnn, both, device) for both in pictures]
+        features = [picture_features(cnn, both_ways(pool, row, note), device) for row in rows]
         return {'feature': torch.stack(features).half()}, []
 
     def what():
+        # another set, another cut or another CNN has other features
         cut = hashlib.sha256(repr((pool.photo.tolist(), pool.boxes)).encode()).hexdigest()
         data = {'set': set_key(pool.dataset), 'boxes': cut, 'cnn': cnn_key(cnn)}
         return {'kind': 'query pictures', 'size': pool.size, 'shape': pool.shape} | data
@@ -97,50 +113,247 @@ def picture_source(
     return Source(what, len(pool), compute, skipped=skipped)
 
 def cached_pictures(
-    task: LabelledRun,  # with a frozen CNN
-    pool: QueryPool,  # of its training or test photos
-) -> Tensor:  # (len(pool),2,C): plain and mirrored
-    "Features of all pictures of a pool, from the disk; computed first where they are not there yet."
+    task: LabelledRun,  # one-shot run with a frozen CNN
+    pool: QueryPool,    # pool of its training or test photos
+) -> Tensor:            # (len(pool),2,C): plain and mirrored
+    "Return the features of all pictures of a pool, from the disk; computed first if not there yet."
     if not len(pool): return torch.zeros(0, 2, task.cnn.num_channels, dtype=torch.half)
-    source = picture_source(task.cnn, pool, task.processes.device, replace=pool is task.pools[0])
+    training = pool is task.pools[0]
+    source = picture_source(task.cnn, pool, task.processes.device, replace=training)
     stored = open_bank(task, source, "the frozen CNN's features of query pictures")
     return stored.arrays['feature']
 
-def live_pictures(task: LabelledRun,  # all processes call this
-                  pool: QueryPool,  # of the test photos
-                  cnn: nn.Module,  # that looks: the task's, or an averaged copy
-                  ) -> Tensor:  # (len(pool),1,C)
-    "Features of all pictures of a pool by the CNN as it is now, each process its share."
-    p, mine = task.processes, torch.zeros(len(pool), 1, task.cnn.num_channels, device=task.processes.device)
-    for row in range(p.rank, len(pool), p.world): mine[row] = picture_features(cnn, pool.picture(row)[None], p.device)
+def live_pictures(
+    task: LabelledRun,  # one-shot run; all processes call this
+    pool: QueryPool,    # pool of the test photos
+    cnn: nn.Module,     # CNN that looks: the task's, or an averaged copy
+) -> Tensor:            # (len(pool),1,C)
+    "Return the features of all pictures of a pool by the CNN as it is now, each process its share."
+    p = task.processes
+    mine = torch.zeros(len(pool), 1, task.cnn.num_channels, device=p.device)
+    for row in range(p.rank, len(pool), p.world):
+        mine[row] = picture_features(cnn, pool.picture(row)[None], p.device)
+    # what others have is zero here: the sum has all
     return (p.mean(mine) * p.world).cpu()
 
 # %% ../nbs/32a_oneshot_task.ipynb #c010
-def oneshot_sets(cfg: OneShotConfig,  # of the run
-                 ) -> tuple:  # set to train on, set to evaluate on, names of the unseen classes
-    """Photos with seen classes to train on, all photos to evaluate on. Built-in scenes to train on show seen classes only.
+def oneshot_sets(
+    cfg: OneShotConfig,  # configuration of the run
+) -> tuple:              # set to train on, set to evaluate on, names of the unseen classes
+    """Return photos with seen classes to train on, all photos to evaluate on.
+    Built-in scenes to train on show seen classes only.
     Raises FileNotFoundError or ValueError that shows what was expected."""
     train, val = open_sets(cfg)
     unseen = unseen_classes(cfg.unseen, train.classes)
     seen = [k for k, name in enumerate(train.classes) if name not in unseen]
     if cfg.scenes and not cfg.data:
+        # scenes are painted anew rather than left out
         train = Scenes(cfg.scenes, cfg.scene_size, classes=[train.classes[k] for k in seen])
-        return (some_photos(train, cfg.photos, cfg.seed) if cfg.photos else train), val, unseen
+        if cfg.photos: train = some_photos(train, cfg.photos, cfg.seed)
+        return train, val, unseen
     return Subset(train, training_photos(train, seen, cfg.unseen_objects)), val, unseen
 
-# %% ../nbs/32a_oneshot_task.ipynb #c011
-class OneShotRun(LabelledRun):
-    "What a one-shot run is made of: photos, pools of pictures, the model."
-    def __init__(self,
-                 cfg: OneShotConfig,  # of the run
-                 run_dir: str | Path,  # folder of the run; it must exist
-                 processes: Processes,  # of `join_processes`
-                 ):
+# %% ../nbs/32a_oneshot_task.ipynb #c012
+def fit_picture_statistics(
+    task: LabelledRun,  # one-shot run with option `standardize` and a model from scratch
+    n: int = 256,       # largest number of pictures
+) -> None:
+    "Measure mean and spread of the pooled features of up to `n` training pictures, for the model."
+    pool, device = task.pools[0], task.processes.device
+    rows = np.random.default_rng(task.cfg.seed).permutation(len(pool))[:n].tolist()
+    if task.features:
+        features = task.features[0][rows, 0].float()
+    else:
+        pictures = [pool.picture_or_next(row)[0] for row in rows]
+        features = torch.cat([picture_features(task.cnn, p[None], device) for p in pictures])
+    task.model.patch_norm.fit(features.to(device))
+
+def with_question(
+    task: LabelledRun,   # one-shot run, begun, with cached features
+    items: list[tuple],  # (epoch, index, ...), as a `BatchPlan` yields them
+) -> dict:               # feature (B,C,h,w), mask None, targets with `query_feature`; on the CPU
+    "Return a batch of cached views, each with its question."
+    batch = task.cached[0].batch(items)
+    targets = []
+    for (epoch, index, *_), target in zip(items, batch['targets']):
+        image_id = int(target['image_id'])
+        label, row, flip = task.asker.draw(epoch, index, target['labels'], image_id)
+        feature = task.features[0][row, int(flip)].float()
+        targets.append(answer_to(target, label, task.match) | {'query_feature': feature})
+    return batch | {'targets': targets}
+
+def oneshot_batches(
+    task: LabelledRun,  # one-shot run, begun
+    start: int,         # first step
+    total: int,         # number of steps in all
+) -> Iterator[dict]:    # on the task's device
+    "Yield this process's micro-batches between two steps."
+    cfg, p = task.cfg, task.processes
+    plan = train_plan(cfg, task.train_set, start, total, p.rank, p.world)
+    if task.cached: batches = (with_question(task, items) for items in plan)
+    else: batches = view_loader(task.views, plan, cfg.num_workers)
+    on_device = (batch_to_device(b, p.device, task.cnn.mean, task.cnn.std) for b in batches)
+    yield from skips_noted(task.run_dir, on_device)
+
+# %% ../nbs/32a_oneshot_task.ipynb #c014
+def val_photos(
+    task: LabelledRun,  # one-shot run, begun
+    cnn: nn.Module,     # CNN that looks: the task's, or an averaged copy
+) -> Iterator[dict]:    # batches of one photo, on the task's device
+    "Yield this process's share of the photos to evaluate on."
+    items = val_items(task.val_set.sizes, 1, task.processes.rank, task.processes.world)
+    if task.cached: batches = map(task.cached[1].batch, items)
+    else: batches = view_loader(task.val_views, items, task.cfg.num_workers)
+    for batch in batches:
+        batch = batch_to_device(batch, task.processes.device, task.cnn.mean, task.cnn.std)
+        with torch.no_grad():
+            yield batch if 'feature' in batch else batch | {'feature': cnn(batch['images'])}
+
+def other_rows(
+    pool: QueryPool,  # pool of the test photos
+    rows: list[int],  # rows that were to be asked with
+) -> list[int]:       # as many
+    "Return pictures of the next class that has any."
+    label, n = pool.label[rows[0]], len(pool.rows)
+    following = [pool.rows[(label + k) % n] for k in range(1, n + 1)]
+    other = next(some for some in following if some)
+    return [other[row % len(other)] for row in rows]
+
+# %% ../nbs/32a_oneshot_task.ipynb #c014a
+def evaluate_oneshot(
+    task: LabelledRun,    # one-shot run, begun
+    # (feature (1,C,h,w), pictures (K,C), original (height, width), image id)
+    # -> K dicts scores, boxes
+    answer: Callable,     # as just said; with the `cnn` that looks, else the task's does
+    stop=False,           # true as soon as the run is to be stopped
+    wrong: bool = False,  # ask with pictures of another class, to see what the picture is good for
+) -> OneShotEvaluator | None:  # gathered; None if a stop came in between
+    "Ask all photos of the evaluation set; all processes call this."
+    cfg, pool, p = task.cfg, task.pools[1], task.processes
+    num = cfg.eval_queries
+    # averaged weights answer to what an averaged CNN sees
+    cnn = getattr(answer, 'cnn', task.cnn)
+    task.truth = task.truth or task.val_set.coco()
+    questions = task.unseen, num, cfg.own_queries
+    evaluator = OneShotEvaluator(task.truth, pool, *questions, cfg.eval_backend)
+    features = task.features[1] if task.features else live_pictures(task, pool, cnn)
+    for batch in val_photos(task, cnn):
+        if p.any(bool(stop)): return None
+        target = batch['targets'][0]
+        image_id, size = int(target['image_id']), target['orig_size']
+        # all pictures of all classes in the photo, one after the other
+        asked = [rows for _, rows in evaluator.questions(image_id)]
+        if wrong: asked = [other_rows(pool, rows) for rows in asked]
+        flat = [row for rows in asked for row in rows]
+        pictures = features[flat, 0].float().to(p.device)  # (K,C)
+        answers = answer(batch['feature'], pictures, size, image_id) if asked else []
+        # back to one list a class
+        by_class = [answers[k:k + num] for k in range(0, len(answers), num)]
+        evaluator.update(image_id, by_class)
+    return evaluator.gather()
+
+# %% ../nbs/32a_oneshot_task.ipynb #c016
+def model_answer(
+    model: nn.Module,     # model of `build_oneshot`, in eval mode
+    overlap: float = 1.,  # IoU of two answers, at most; only pre-trained, many are of one place
+) -> Callable:            # for `evaluate_oneshot`
+    "Return a function that gives a model's own answers."
+    def answer(feature, pictures, size, image_id):
+        answers = ask(model, feature, pictures, size)
+        if overlap == 1: return answers
+        kept = [nms(a['boxes'], a['scores'], overlap) for a in answers]
+        return [{k: v[rows] for k, v in a.items()} for a, rows in zip(answers, kept)]
+    answer.cnn = model.backbone[0]
+    return answer
+
+def matching_answer(
+    model: nn.Module,  # model whose CNN is used, and whose channel statistics, if it has any
+) -> Callable:         # for `evaluate_oneshot`
+    "Return a function that answers by plain feature matching with the backbone: no transformer."
+    def answer(feature, pictures, size, image_id):
+        photo, asked = model.feature_norm(feature)[0].cpu(), model.patch_norm(pictures).cpu()
+        return [match_features(photo, picture, size.cpu()) for picture in asked]
+    answer.cnn = model.backbone[0]
+    return answer
+
+def chance_answer(
+    num: int = 20,  # number of boxes for each question
+) -> Callable:      # for `evaluate_oneshot`
+    "Return a function that answers with random boxes."
+    def answer(feature, pictures, size, image_id):
+        rngs = [np.random.default_rng((image_id, k)) for k in range(len(pictures))]
+        return [random_answer(rng, size.cpu(), num) for rng in rngs]
+    return answer
+
+# %% ../nbs/32a_oneshot_task.ipynb #c018
+@torch.no_grad()
+def draw_oneshot(
+    image: Tensor,    # photo (3,H,W), uint8
+    picture: Tensor,  # query (3,s,s), uint8
+    truth: Tensor,    # boxes (t,4), xyxy px, of what is to be found: white
+    boxes: Tensor,    # boxes (k,4), xyxy px, of what is found: red
+    scores: Tensor,   # their scores (k,), 0..1
+    most: int = 3,    # number of answers that are drawn, those with the highest scores
+) -> Tensor:          # (3,h,W) uint8
+    "Return the photo with the true boxes and the best answers, the query below it."
+    drawn = image.clone()
+    if len(truth): drawn = draw_bounding_boxes(drawn, truth, colors='white', width=3)
+    best = scores.argsort(descending=True)[:most]
+    if len(best):
+        words = [f'{score:.2f}' for score in scores[best].tolist()]
+        look = dict(label_colors='white', label_background_colors='red', fill_labels=True)
+        found = boxes[best].clamp(min=0)
+        drawn = draw_bounding_boxes(drawn, found, words, 'red', width=2, **look)
+    return with_query(drawn, picture)
+
+@torch.no_grad()
+def answer_one(
+    task: LabelledRun,         # one-shot run, begun
+    index: int = 0,            # number of a photo to evaluate on
+    label: int | None = None,  # class to ask for; None: the first one in it
+    threshold: float = .5,     # smallest score that is drawn, 0..1
+) -> Tensor:                   # (3,H,W) uint8
+    "Return one photo, asked with the first picture of the test."
+    sample, pool, model = task.val_set[index], task.pools[1], task.model
+    # one round, and no truth: only the questions are wanted
+    nothing = {'images': [], 'categories': [], 'annotations': []}
+    evaluator = OneShotEvaluator(nothing, pool, [], 1, task.cfg.own_queries)
+    questions = dict(evaluator.questions(sample['image_id']))
+    if not questions: return sample['image']
+    if label is None: label = next(iter(questions))
+    picture = pool.picture(questions[label][0])
+    image, target = task.val_views.look(sample, 0, index)
+    # photo and picture through the CNN as it is now
+    device, cnn = task.processes.device, task.cnn
+    pixels = normalize(image.to(device)[None].float() / 255, cnn.mean, cnn.std)
+    feature = picture_features(cnn, picture[None], device).to(device)
+    training = model.training
+    found = ask(model.eval(), cnn(pixels), feature, target['orig_size'].to(device))[0]
+    model.train(training)
+    boxes, scores = found['boxes'].cpu(), found['scores'].cpu()
+    kept = scores >= threshold
+    truth = sample['boxes'][(sample['labels'] == label) & ~sample['iscrowd']]
+    return draw_oneshot(sample['image'], picture, truth, boxes[kept], scores[kept])
+
+# %% ../nbs/32a_oneshot_task.ipynb #c019
+class OneShotTask(LabelledRun):
+    """One-shot detection as a task for `updetr.train.train`:
+    photos, pools of pictures, the model, and its test."""
+    def __init__(
+        self,
+        cfg: OneShotConfig,    # configuration of the run
+        run_dir: str | Path,   # folder of the run; it must exist
+        processes: Processes,  # processes of `join_processes`
+    ):
         super().__init__(cfg, run_dir, processes)
-        self.pools = [QueryPool(data, cfg.query_size, cfg.query_shape) for data in (self.train_set, self.val_set)]
-        self.asker = Asker(self.pools[0], self.seen, cfg.class_sampling, cfg.query_flip, cfg.own_queries, cfg.absent, cfg.seed)
+        # training asks with pictures of its own photos, and the test with those of its own
+        both = self.train_set, self.val_set
+        self.pools = [QueryPool(data, cfg.query_size, cfg.query_shape) for data in both]
+        law = cfg.class_sampling, cfg.query_flip, cfg.own_queries, cfg.absent
+        self.asker = Asker(self.pools[0], self.seen, *law, cfg.seed)
         self.views = OneShotViews(self.views, self.asker, self.match, cfg.query_augment)
-        self.notes = {'seen': [self.train_set.classes[k] for k in self.seen], 'unseen': self.unseen}
+        seen = [self.train_set.classes[k] for k in self.seen]
+        self.notes = {'seen': seen, 'unseen': self.unseen}
 
     @property
     def match(self):
@@ -148,193 +361,63 @@ class OneShotRun(LabelledRun):
         return self.model.num_classes - 1
 
     def open_sets(self):
-        "Photos with seen classes to train on, all photos to evaluate on."
+        "Return photos with seen classes to train on, all photos to evaluate on."
         train, val, self.unseen = oneshot_sets(self.cfg)
         self.seen = [k for k, name in enumerate(train.classes) if name not in self.unseen]
         return train, val
 
     def build(self):
-        "The model of the configuration with its losses."
-        more = {k: getattr(self.cfg, k) for k in ('binary', 'mask_ratio', 'matching_init')}
-        model = build_oneshot(**model_options(self.cfg), **more)
-        for part in (model.transformer.encoder, model.transformer.decoder): part.gradient_checkpointing = self.cfg.gradient_checkpointing
-        return OneShotStep(model, build_criterion(model, **loss_options(self.cfg)))
+        "Return the model of the configuration with its losses."
+        cfg = self.cfg
+        more = {k: getattr(cfg, k) for k in ('binary', 'mask_ratio', 'matching_init')}
+        model = build_oneshot(**model_options(cfg), **more)
+        for part in (model.transformer.encoder, model.transformer.decoder):
+            part.gradient_checkpointing = cfg.gradient_checkpointing
+        return OneShotStep(model, build_criterion(model, **loss_options(cfg)))
 
     def begin(self, resumed):
-        "Features that are computed once, and channel statistics unless they came with a checkpoint."
+        "Compute features once, and channel statistics unless they came with a checkpoint."
         super().begin(resumed)
-        self.features = [cached_pictures(self, pool) for pool in self.pools] if self.cfg.cached_views else None
-
-# %% ../nbs/32a_oneshot_task.ipynb #c012
-def fit_picture_statistics(task: OneShotRun,  # with option `standardize` and a model from scratch
-                           n: int = 256,  # largest number of pictures
-                           ) -> None:
-    "Mean and spread of the pooled features of up to `n` training pictures."
-    rows = np.random.default_rng(task.cfg.seed).permutation(len(task.pools[0]))[:n].tolist()
-    if task.features: pictures = task.features[0][rows, 0].float()
-    else: pictures = torch.cat([picture_features(task.cnn, task.pools[0].picture_or_next(r)[0][None], task.processes.device) for r in rows])
-    task.model.patch_norm.fit(pictures.to(task.processes.device))
-
-def with_question(task: OneShotRun,  # begun, with cached features
-                  items: list[tuple],  # (epoch, index, ...), as a `BatchPlan` yields them
-                  ) -> dict:  # feature (B,C,h,w), mask None, targets with `query_feature`; on the CPU
-    "A batch of cached views, each with its question."
-    batch, targets = task.cached[0].batch(items), []
-    for (epoch, index, *_), target in zip(items, batch['targets']):
-        label, row, flip = task.asker.draw(epoch, index, target['labels'], int(target['image_id']))
-        targets.append(answer_to(target, label, task.match) | {'query_feature': task.features[0][row, int(flip)].float()})
-    return batch | {'targets': targets}
-
-def oneshot_batches(task: OneShotRun,  # begun
-                    start: int,  # first step
-                    total: int,  # steps in all
-                    ) -> Iterator[dict]:  # on the task's device
-    "This process's micro-batches between two steps."
-    cfg, p = task.cfg, task.processes
-    plan = train_plan(cfg, task.train_set, start, total, p.rank, p.world)
-    batches = (with_question(task, items) for items in plan) if task.cached else view_loader(task.views, plan, cfg.num_workers)
-    yield from skips_noted(task.run_dir, (batch_to_device(b, p.device, task.cnn.mean, task.cnn.std) for b in batches))
-
-# %% ../nbs/32a_oneshot_task.ipynb #c014
-def val_photos(task: OneShotRun,  # begun
-               cnn: nn.Module,  # that looks: the task's, or an averaged copy
-               ) -> Iterator[dict]:  # batches of one photo, on the task's device
-    "This process's share of the photos to evaluate on."
-    items = val_items(task.val_set.sizes, 1, task.processes.rank, task.processes.world)
-    batches = map(task.cached[1].batch, items) if task.cached else view_loader(task.val_views, items, task.cfg.num_workers)
-    for batch in batches:
-        batch = batch_to_device(batch, task.processes.device, task.cnn.mean, task.cnn.std)
-        with torch.no_grad(): yield batch if 'feature' in batch else batch | {'feature': cnn(batch['images'])}
-
-def evaluate_oneshot(task: OneShotRun,  # begun
-                     # (feature (1,C,h,w), pictures (K,C), original (height, width), image id) -> K dicts scores, boxes
-                     answer: Callable,  # as just said; with the `cnn` that looks, else the task's does
-                     stop=False,  # true as soon as the run is to be stopped
-                     wrong: bool = False,  # ask with the pictures of another class: what is left shows what the picture is good for
-                     ) -> OneShotEvaluator | None:  # gathered; None if a stop came in between
-    "Ask all photos of the evaluation set; all processes call this."
-    cfg, pool, p = task.cfg, task.pools[1], task.processes
-    cnn = getattr(answer, 'cnn', task.cnn)  # averaged weights answer to what an averaged CNN sees
-    task.truth = task.truth or task.val_set.coco()
-    evaluator = OneShotEvaluator(task.truth, pool, task.unseen, cfg.eval_queries, cfg.own_queries, cfg.eval_backend)
-    features = task.features[1] if task.features else live_pictures(task, pool, cnn)
-    for batch in val_photos(task, cnn):
-        if p.any(bool(stop)): return None
-        target = batch['targets'][0]
-        asked = [rows for _, rows in evaluator.questions(int(target['image_id']))]
-        if wrong: asked = [other_rows(pool, rows) for rows in asked]
-        pictures = features[[r for rows in asked for r in rows], 0].float().to(p.device)
-        answers = answer(batch['feature'], pictures, target['orig_size'], int(target['image_id'])) if asked else []
-        evaluator.update(int(target['image_id']), [answers[k:k + cfg.eval_queries] for k in range(0, len(answers), cfg.eval_queries)])
-    return evaluator.gather()
-
-def other_rows(pool: QueryPool,  # of the test photos
-               rows: list[int],  # that were to be asked with
-               ) -> list[int]:  # as many
-    "Pictures of the next class that has any."
-    label, n = pool.label[rows[0]], len(pool.rows)
-    other = next(pool.rows[(label + k) % n] for k in range(1, n + 1) if pool.rows[(label + k) % n])
-    return [other[r % len(other)] for r in rows]
-
-# %% ../nbs/32a_oneshot_task.ipynb #c016
-def model_answer(model: nn.Module,  # of `build_oneshot`, in eval mode
-                 overlap: float = 1.,  # of two answers, at most (IoU); a pre-trained model gives many for one place
-                 ) -> Callable:  # for `evaluate_oneshot`
-    "A model's own answers."
-    def answer(feature, pictures, size, image_id):
-        answers = ask(model, feature, pictures, size)
-        if overlap == 1: return answers
-        return [{k: v[nms(a['boxes'], a['scores'], overlap)] for k, v in a.items()} for a in answers]
-    answer.cnn = model.backbone[0]
-    return answer
-
-def matching_answer(model: nn.Module,  # whose channel statistics are used, if it has any
-                    ) -> Callable:  # for `evaluate_oneshot`
-    "Plain feature matching with the backbone: no transformer."
-    def answer(feature, pictures, size, image_id):
-        photo, asked = model.feature_norm(feature)[0].cpu(), model.patch_norm(pictures).cpu()
-        return [match_features(photo, p, size.cpu()) for p in asked]
-    answer.cnn = model.backbone[0]
-    return answer
-
-def chance_answer(num: int = 20,  # boxes for each question
-                  ) -> Callable:  # for `evaluate_oneshot`
-    "Random boxes."
-    return lambda feature, pictures, size, image_id: [random_answer(np.random.default_rng((image_id, k)), size.cpu(), num)
-                                                      for k in range(len(pictures))]
-
-# %% ../nbs/32a_oneshot_task.ipynb #c018
-@torch.no_grad()
-def draw_oneshot(image: Tensor,  # (3,H,W) uint8
-                 picture: Tensor,  # (3,s,s) uint8, the query
-                 truth: Tensor,  # (t,4) xyxy px, what is to be found: white
-                 boxes: Tensor,  # (k,4) xyxy px, what is found: red
-                 scores: Tensor,  # (k,) 0..1
-                 most: int = 3,  # answers that are drawn, those with the highest scores
-                 ) -> Tensor:  # (3,h,W) uint8
-    "The photo with the true boxes and the answers with the highest scores, the query below it."
-    drawn, best = image.clone(), scores.argsort(descending=True)[:most]
-    if len(truth): drawn = draw_bounding_boxes(drawn, truth, colors='white', width=3)
-    words, look = [f'{s:.2f}' for s in scores[best].tolist()], dict(label_colors='white', label_background_colors='red', fill_labels=True)
-    if len(best): drawn = draw_bounding_boxes(drawn, boxes[best].clamp(min=0), words, 'red', width=2, **look)
-    return with_query(drawn, picture)
-
-@torch.no_grad()
-def answer_one(task: OneShotRun,  # begun
-               index: int = 0,  # number of a photo to evaluate on
-               label: int | None = None,  # the class to ask for; None: the first one in it
-               threshold: float = .5,  # smallest score that is drawn, 0..1
-               ) -> Tensor:  # (3,H,W) uint8
-    "One photo, asked with the first picture of the test."
-    sample, pool, model, training = task.val_set[index], task.pools[1], task.model, task.model.training
-    evaluator = OneShotEvaluator({'images': [], 'categories': [], 'annotations': []}, pool, [], 1, task.cfg.own_queries)
-    questions = dict(evaluator.questions(sample['image_id']))
-    if not questions: return sample['image']
-    label = next(iter(questions)) if label is None else label
-    picture, (image, target) = pool.picture(questions[label][0]), task.val_views.look(sample, 0, index)
-    device, cnn = task.processes.device, task.cnn
-    ready = normalize(image.to(device)[None].float() / 255, cnn.mean, cnn.std)
-    feature = picture_features(cnn, picture[None], device).to(device)
-    found = ask(model.eval(), cnn(ready), feature, target['orig_size'].to(device))[0]
-    model.train(training)
-    keep = (found['scores'] >= threshold).cpu()
-    truth = sample['boxes'][(sample['labels'] == label) & ~sample['iscrowd']]
-    return draw_oneshot(sample['image'], picture, truth, found['boxes'].cpu()[keep], found['scores'].cpu()[keep])
-
-# %% ../nbs/32a_oneshot_task.ipynb #c019
-class OneShotTask(OneShotRun):
-    "One-shot detection as a task for `updetr.train.train`."
-    def begin(self, resumed):
-        "Features that are computed once, and channel statistics unless they came with a checkpoint."
-        super().begin(resumed)
-        if self.cfg.standardize and not resumed and not self.cfg.pretrain: fit_picture_statistics(self)
+        cfg = self.cfg
+        # a frozen CNN says the same of a picture each time
+        self.features = None
+        if cfg.cached_views:
+            self.features = [cached_pictures(self, pool) for pool in self.pools]
+        from_scratch = not resumed and not cfg.pretrain
+        if cfg.standardize and from_scratch: fit_picture_statistics(self)
 
     def batches(self, start, total):
-        "This process's micro-batches between two steps, on its device."
+        "Yield this process's micro-batches between two steps, on its device."
         return oneshot_batches(self, start, total)
 
     def measure(self, model, stop):
-        "AP of seen and unseen classes, for the log; None if a stop came in between."
+        "Return AP of seen and unseen classes, for the log; None if a stop came in between."
+        # dropout off for the test, and on again for the next step
         training = model.training
         model.eval()
         try: evaluator = evaluate_oneshot(self, model_answer(model), stop)
         finally: model.train(training)
-        return evaluator and {f'test_{k}': round(v, 4) for k, v in oneshot_summary(oneshot_table(evaluator)).items()}
+        if evaluator is None: return None
+        summary = oneshot_summary(oneshot_table(evaluator))
+        return {f'test_{k}': round(v, 4) for k, v in summary.items()}
 
     def draw(self):
-        "One photo, its query, the truth and the answer."
+        "Return one photo, its query, the truth and the answer."
         return answer_one(self)
 
 TASK = OneShotConfig, OneShotTask
 
 # %% ../nbs/32a_oneshot_task.ipynb #c021
-def open_run(run_dir: str | Path,  # folder of a run
-             device: str = 'cpu',  # where it is asked
-             ) -> OneShotTask:  # begun, with the run's weights, in eval mode
-    "Photos, pools and model of a run. Raises FileNotFoundError or ValueError."
+def open_run(
+    run_dir: str | Path,  # folder of a run
+    device: str = 'cpu',  # device where it is asked
+) -> OneShotTask:         # begun, with the run's weights, in eval mode
+    "Open photos, pools and model of a run. Raises FileNotFoundError or ValueError."
     weights, args = read_weights(Path(run_dir) / 'checkpoint.pth')
     fields = {f.name for f in dataclasses.fields(OneShotConfig)}
-    task = OneShotTask(OneShotConfig(**{k: v for k, v in args.items() if k in fields}), run_dir, Processes(device=torch.device(device)))
+    cfg = OneShotConfig(**{k: v for k, v in args.items() if k in fields})
+    task = OneShotTask(cfg, run_dir, Processes(device=torch.device(device)))
+    # the weights first: cached features are those of the CNN that came with them
     task.model.load_state_dict(weights)
     task.model.eval()
     task.begin(resumed=True)
