@@ -28,86 +28,123 @@ from .updetr import UPDETR
 # %% ../nbs/33_oneshot_detector.ipynb #c005
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Matches(Detections):
-    "What a one-shot detector found in one photo, the highest score first; `classes` is one word, 'match'."
+    """What a one-shot detector found in one photo, the highest score first;
+    `classes` is one word, 'match'."""
     query: Tensor = None  # (3,s,s) uint8, what was asked for
 
     def to_dict(self, image_id=0, category_id=0):
-        "COCO's list of results; `category_id` is the id of what was asked for, which only the asker knows."
+        """Return COCO's list of results.
+        `category_id` is the id of what was asked for, which only the asker knows."""
         return Detections.to_dict(dataclasses.replace(self, category_ids=(category_id,)), image_id)
 
     def plot(self):
-        "The photo with boxes and scores, the query below it, as a PIL image."
-        return to_pil_image(with_query(pil_to_tensor(super().plot()), self.query))
+        "Return the photo with boxes and scores, the query below it, as a PIL image."
+        photo = pil_to_tensor(super().plot())
+        return to_pil_image(with_query(photo, self.query))
 
 # %% ../nbs/33_oneshot_detector.ipynb #c007
-def oneshot_of(pretrained: Pretrained,  # of `open_pretrained`
-               ) -> tuple[UPDETR, OneShotConfig]:  # the model in eval mode; its `task` is 'pretrain' if it was only pre-trained
-    "A model that is asked with pictures. Raises ValueError for a file without patch2query."
+def _as_pretrained(args):
+    "Return what a one-shot configuration says of a pre-training with these arguments."
+    # fixed views are squares; whole photos are 480 px
+    square = args.get('view_size', 256) if args.get('views') else 0
+    val_size = square or PRETRAIN_SIZES[-1]
+    query_size = args.get('patch_size', 128)
+    return dict(task='pretrain', query_size=query_size, val_size=val_size, square=square)
+
+def oneshot_of(
+    pretrained: Pretrained,  # opened file of `open_pretrained`
+) -> tuple[UPDETR, OneShotConfig]:  # model in eval mode; `task` is 'pretrain' if only pre-trained
+    "Return a model that is asked with pictures. Raises ValueError for a file without patch2query."
     path, args = pretrained.path, pretrained.args
     if pretrained.kind != 'updetr':
-        raise ValueError(f'{path} is a detector and cannot be asked with pictures: open it with Detector')
-    if args.get('task') == 'oneshot': cfg = stored_config(path, OneShotConfig, args)
-    else: cfg = stored_config(path, OneShotConfig, _as_pretrained(args))
-    model = built(path, build_oneshot, binary=pretrained.num_classes == 1, **pretrained.options)
+        raise ValueError(f'{path} is a detector and cannot be asked with pictures: '
+                         'open it with Detector')
+    own = args if args.get('task') == 'oneshot' else _as_pretrained(args)
+    cfg = stored_config(path, OneShotConfig, own)
+    # the width of the class head tells two logits from three
+    binary = pretrained.num_classes == 1
+    model = built(path, build_oneshot, binary=binary, **pretrained.options)
     hand_over(model, pretrained)
     return model.eval(), cfg
 
-def _as_pretrained(args):
-    "What a one-shot configuration says of a pre-training with these arguments: fixed views are squares, whole photos 480 px"
-    square = args.get('view_size', 256) if args.get('views') else 0
-    return dict(task='pretrain', query_size=args.get('patch_size', 128), val_size=square or PRETRAIN_SIZES[-1], square=square)
-
-def load_oneshot(path: str | Path,  # checkpoint.pth or .safetensors of a one-shot run, or of a pre-training, ours or a published one
-                 **told,  # options of `build_detr` that a published file does not tell: dilation, nheads
-                 ) -> tuple[UPDETR, OneShotConfig]:  # the model in eval mode; sizes as in its evaluation
-    "Rebuild a model that is asked with pictures. Raises FileNotFoundError, or ValueError for a file without patch2query."
+def load_oneshot(
+    path: str | Path,  # checkpoint.pth or .safetensors, of a one-shot run or any pre-training
+    **told,            # options of `build_detr` that a published file does not tell: dilation
+) -> tuple[UPDETR, OneShotConfig]:  # model in eval mode; sizes as in its evaluation
+    """Rebuild a model that is asked with pictures.
+    Raises FileNotFoundError, or ValueError for a file without patch2query."""
     return oneshot_of(open_pretrained(path, **told))
 
-def photo_sizes(cfg: OneShotConfig,  # of `load_oneshot`
-                ) -> Sizes:  # px
-    "Sizes of photos as in the evaluation: DETR's for a one-shot run; those of pre-training (480 px, at most 600) for a pre-trained model."
+def photo_sizes(
+    cfg: OneShotConfig,  # configuration of `load_oneshot`
+) -> Sizes:              # px
+    """Return the sizes of photos as in the evaluation: DETR's for a one-shot run;
+    those of pre-training (480 px, at most 600) for a pre-trained model."""
     sizes = view_sizes(cfg)
     if cfg.task != 'pretrain': return sizes
     return dataclasses.replace(sizes, longest=PRETRAIN_MAX * cfg.val_size // PRETRAIN_SIZES[-1])
 
 # %% ../nbs/33_oneshot_detector.ipynb #c008
 class OneShotDetector:
-    "A one-shot detector for photos: `detector(photo, query)` or `detector([photo, ...], query)` gives `Matches`."
-    def __init__(self,
-                 model: UPDETR,  # of `build_oneshot`
-                 sizes: Sizes,  # px, as in its evaluation
-                 square: int = 0,  # px: photos are squashed to a square of this side; 0 = the aspect is kept
-                 query_size: int = 128,  # px, side of a query picture
-                 query_shape: str = 'squash',  # or letterbox
-                 device: str = 'cpu',  # where it runs
-                 ):
-        self.model, self.cnn, self.device = model.to(device).eval(), model.backbone[0], device
-        self.sizes, self.square, self.query_size, self.query_shape = sizes, square, query_size, query_shape
+    """A one-shot detector for photos:
+    `detector(photo, query)` or `detector([photo, ...], query)` gives `Matches`."""
+    def __init__(
+        self,
+        model: UPDETR,                # model of `build_oneshot`
+        sizes: Sizes,                 # sizes of photos as in its evaluation, px
+        square: int = 0,              # side of photos squashed to squares, px; 0 keeps the aspect
+        query_size: int = 128,        # side of a query picture, px
+        query_shape: str = 'squash',  # way into the square: squash or letterbox
+        device: str = 'cpu',          # device where it runs
+    ):
+        self.model = model.to(device).eval()
+        self.cnn = model.backbone[0]
+        self.device = device
+        self.sizes, self.square = sizes, square
+        self.query_size, self.query_shape = query_size, query_shape
+
     @classmethod
     def from_checkpoint(cls, path, device='cpu', **told):
-        "From a file of a one-shot run or a pre-training; `told` is what it does not tell: dilation=True for DC5, nheads."
-        device, (model, cfg) = check_device(device), load_oneshot(path, **told)
+        """Open a file of a one-shot run or a pre-training;
+        `told` is what it does not tell: dilation=True for DC5, nheads."""
+        device = check_device(device)
+        model, cfg = load_oneshot(path, **told)
         return cls(model, photo_sizes(cfg), cfg.square, cfg.query_size, cfg.query_shape, device)
 
     def query(self, picture, box=None):
-        "A picture, or what is in `box` (xyxy px) of it, as the model wants it: (3,s,s) uint8."
+        "Return a picture, or what is in `box` (xyxy px) of it, as a query: (3,s,s) uint8."
         image = as_image(picture)
-        return query_picture(image, box or (0, 0, *image.shape[:0:-1]), self.query_size, self.query_shape)
+        height, width = image.shape[1:]
+        return query_picture(image, box or (0, 0, width, height), self.query_size, self.query_shape)
 
     def __call__(self, photos, query, box=None, threshold=.5, overlap=1.):
-        """What matches `query` (any picture, or `box` xyxy px of it) with a score of at least `threshold` (0..1); a list gives a list.
-        Answers that overlap one of a higher score by more than `overlap` (IoU) are left out: a pre-trained model has many a place."""
+        """Return what matches `query` (any picture, or `box` xyxy px of it) with a score of
+        at least `threshold` (0..1); a list gives a list. Answers that overlap one
+        of a higher score by more than `overlap` (IoU) are left out:
+        a pre-trained model has many a place."""
         asked = self.query(query, box)
-        if isinstance(photos, (list, tuple)): return [self.detect(as_image(p), asked, threshold, overlap) for p in photos]
+        if isinstance(photos, (list, tuple)):
+            return [self.detect(as_image(photo), asked, threshold, overlap) for photo in photos]
         return self.detect(as_image(photos), asked, threshold, overlap)
+
+    def _ready(self, image):
+        "Return an image (3,H,W) uint8 as the CNN wants it: (1,3,H,W), normalised, on the device."
+        pixels = image.to(self.device)[None].float() / 255
+        return normalize(pixels, self.cnn.mean, self.cnn.std)
 
     @torch.no_grad()
     def detect(self, image, asked, threshold=.5, overlap=1.):
-        "Matches of one query (3,s,s) uint8 in one photo (3,H,W) uint8."
-        size = (self.square,) * 2 if self.square else whole_view(*image.shape[1:], self.sizes).size
-        def ready(x): return normalize(x.to(self.device)[None].float() / 255, self.cnn.mean, self.cnn.std)
-        feature, picture = self.cnn(ready(resize(image, *size))), self.model.encode_patches(ready(asked)[None])[0]
-        answer = {k: v.cpu() for k, v in ask(self.model, feature, picture, torch.tensor(image.shape[1:], device=self.device))[0].items()}
-        order = [k for k in nms(answer['boxes'], answer['scores'], overlap).tolist() if answer['scores'][k] >= threshold]
-        boxes = clip_boxes_to_image(answer['boxes'], image.shape[1:])
-        return Matches(image, boxes[order], torch.zeros(len(order), dtype=torch.long), answer['scores'][order], ('match',), asked)
+        "Return the matches of one query (3,s,s) uint8 in one photo (3,H,W) uint8."
+        if self.square: size = self.square, self.square
+        else: size = whole_view(*image.shape[1:], self.sizes).size
+        # photo and query go through the same CNN
+        feature = self.cnn(self._ready(resize(image, *size)))  # (1,C,h,w)
+        picture = self.model.encode_patches(self._ready(asked)[None])[0]  # (1,C)
+        orig_size = torch.tensor(image.shape[1:], device=self.device)
+        answer = ask(self.model, feature, picture, orig_size)[0]
+        boxes, scores = answer['boxes'].cpu(), answer['scores'].cpu()
+        # highest scores first; of answers for one place only the highest
+        order = [k for k in nms(boxes, scores, overlap).tolist() if scores[k] >= threshold]
+        boxes = clip_boxes_to_image(boxes, image.shape[1:])
+        labels = torch.zeros(len(order), dtype=torch.long)
+        return Matches(image, boxes[order], labels, scores[order], ('match',), asked)
