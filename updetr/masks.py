@@ -24,81 +24,100 @@ from .position import shrink_mask
 # %% ../nbs/34_masks.ipynb #c008
 class MHAttentionMap(nn.Module):
     "Where each query looks: attention maps without values, by DETR's names `q_linear`, `k_linear`."
-    def __init__(self,
-                 hidden_dim: int,  # d, width of queries and tokens
-                 num_heads: int,  # maps a query
-                 per_head: bool = True,  # softmax over each map (UP-DETR), or over all maps of a query (DETR's published weights)
-                 ):
+    def __init__(
+        self,
+        hidden_dim: int,        # width of queries and tokens, d
+        num_heads: int,         # number of maps a query
+        per_head: bool = True,  # softmax over each map (UP-DETR), or over all (DETR's files)
+    ):
         super().__init__()
-        self.num_heads, self.per_head = num_heads, per_head
-        self.q_linear, self.k_linear = nn.Linear(hidden_dim, hidden_dim), nn.Linear(hidden_dim, hidden_dim)
+        self.num_heads = num_heads
+        self.per_head = per_head
+        self.q_linear = nn.Linear(hidden_dim, hidden_dim)
+        self.k_linear = nn.Linear(hidden_dim, hidden_dim)
         for linear in (self.q_linear, self.k_linear):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self,
-                queries,  # (P,d), decoder states
-                memory,  # (B,S,d), the encoder's tokens
-                image,  # (P,) int, the photo of each query
-                mask=None,  # (B,S) bool, True = padding
-                ):
-        "(P,heads,S)"
-        q = self.q_linear(queries).unflatten(-1, (self.num_heads, -1))
-        k = self.k_linear(memory).unflatten(-1, (self.num_heads, -1))
+    def forward(
+        self,
+        queries,    # decoder states (P,d)
+        memory,     # tokens of the encoder (B,S,d)
+        image,      # the photo of each query (P,), int
+        mask=None,  # padding (B,S), bool
+    ):
+        "Return the attention maps (P,heads,S)."
+        q = self.q_linear(queries).unflatten(-1, (self.num_heads, -1))  # (P,heads,c)
+        k = self.k_linear(memory).unflatten(-1, (self.num_heads, -1))  # (B,S,heads,c)
+        # each query against the tokens of its own photo
         scores = torch.einsum('phc,pshc->phs', q / q.shape[-1] ** .5, k[image])
         if mask is not None: scores = scores.masked_fill(mask[image][:, None], -torch.inf)
-        return scores.softmax(-1) if self.per_head else scores.flatten(1).softmax(-1).view_as(scores)
+        if self.per_head: return scores.softmax(-1)
+        return scores.flatten(1).softmax(-1).view_as(scores)
 
 # %% ../nbs/34_masks.ipynb #c011
 class MaskHeadSmallConv(nn.Module):
     "A small CNN that sharpens attention maps with the CNN's finer feature maps; DETR's names."
-    def __init__(self,
-                 dim: int,  # channels of its input: d + heads
-                 fpn_dims: list[int],  # channels of the three finer maps, coarsest first
-                 context_dim: int,  # d
-                 ):
+    def __init__(
+        self,
+        dim: int,             # number of channels of its input: d + heads
+        fpn_dims: list[int],  # channels of the three finer maps, coarsest first
+        context_dim: int,     # width of the detector, d
+    ):
         super().__init__()
         dims = [dim, context_dim // 2, context_dim // 4, context_dim // 8, context_dim // 16]
-        for i, (a, b) in enumerate(zip([dim, *dims], dims), 1):
-            setattr(self, f'lay{i}', nn.Conv2d(a, b, 3, padding=1))
-            setattr(self, f'gn{i}', nn.GroupNorm(math.gcd(8, b), b))  # 8 groups, but where the width of a small model forbids it
+        # five convolutions, the first of which keeps the width
+        for i, (wide, narrow) in enumerate(zip([dim, *dims], dims), 1):
+            setattr(self, f'lay{i}', nn.Conv2d(wide, narrow, 3, padding=1))
+            # 8 groups, but where the width of a small model forbids it
+            setattr(self, f'gn{i}', nn.GroupNorm(math.gcd(8, narrow), narrow))
         self.out_lay = nn.Conv2d(dims[-1], 1, 3, padding=1)
-        for i, (a, b) in enumerate(zip(fpn_dims, dims[1:]), 1): setattr(self, f'adapter{i}', nn.Conv2d(a, b, 1))
+        for i, (theirs, ours) in enumerate(zip(fpn_dims, dims[1:]), 1):
+            setattr(self, f'adapter{i}', nn.Conv2d(theirs, ours, 1))
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_uniform_(m.weight, a=1)
                 nn.init.zeros_(m.bias)
 
     def first(self, src, maps, image):
-        "`lay1` of every query's input: what the queries of a photo share is convolved once."
-        shared, own = self.lay1.weight.split((src.shape[1], maps.shape[1]), 1)
-        return F.conv2d(src, shared, padding=1)[image] + F.conv2d(maps, own, self.lay1.bias, padding=1)
+        "Return `lay1` of every query's input: what the queries of a photo share is convolved once."
+        of_photo, of_query = self.lay1.weight.split((src.shape[1], maps.shape[1]), 1)
+        shared = F.conv2d(src, of_photo, padding=1)
+        own = F.conv2d(maps, of_query, self.lay1.bias, padding=1)
+        return shared[image] + own
 
-    def forward(self,
-                src,  # (B,d,h,w), projected features
-                maps,  # (P,heads,h,w), attention maps
-                image,  # (P,) int, the photo of each query
-                levels,  # three finer maps (B,C,h',w'), coarsest first
-                ):
-        "Mask logits (P,h',w') at the size of the finest map."
+    def forward(
+        self,
+        src,     # projected features (B,d,h,w)
+        maps,    # attention maps (P,heads,h,w)
+        image,   # the photo of each query (P,), int
+        levels,  # three finer maps (B,C,h',w'), coarsest first
+    ):
+        "Return mask logits (P,h',w') at the size of the finest map."
         x = F.relu(self.gn1(self.first(src, maps, image)))
         x = F.relu(self.gn2(self.lay2(x)))
         for i, level in enumerate(levels, 1):
+            conv, norm = getattr(self, f'lay{i + 2}'), getattr(self, f'gn{i + 2}')
+            # enlarge to the finer map, and add it
             level = getattr(self, f'adapter{i}')(level)
             x = level[image] + F.interpolate(x, level.shape[-2:], mode='nearest')
-            x = F.relu(getattr(self, f'gn{i + 2}')(getattr(self, f'lay{i + 2}')(x)))
+            x = F.relu(norm(conv(x)))
         return self.out_lay(x)[:, 0]
 
 # %% ../nbs/34_masks.ipynb #c014
-def pyramid_layers(backbone: Backbone,  # a ResNet, or a timm model cut at named layers
-                   ) -> list[str]:  # of strides 16, 8 and 4
-    "The layers whose maps the mask head adds. Raises ValueError for a CNN that does not have them."
+def pyramid_layers(
+    backbone: Backbone,  # a ResNet, or a timm model cut at named layers
+) -> list[str]:          # of strides 16, 8 and 4
+    """Return the layers whose maps the mask head adds.
+    Raises ValueError for a CNN that does not have them."""
     if backbone.name in RESNETS: return ['layer3', 'layer2', 'layer1']
     stages = getattr(timm.create_model(backbone.name), 'feature_info', [])
     by_stride = {stage['reduction']: stage['module'] for stage in stages}
-    missing = [s for s in (16, 8, 4) if s not in by_stride]
-    if missing: raise ValueError(f'{backbone.name} has no feature maps of stride {missing}: a mask head needs 16, 8 and 4')
-    return [by_stride[s] for s in (16, 8, 4)]
+    missing = [stride for stride in (16, 8, 4) if stride not in by_stride]
+    if missing:
+        raise ValueError(f'{backbone.name} has no feature maps of stride {missing}: '
+                         'a mask head needs 16, 8 and 4')
+    return [by_stride[stride] for stride in (16, 8, 4)]
 
 # %% ../nbs/34_masks.ipynb #c017
 @dataclass(frozen=True)
@@ -112,73 +131,101 @@ class Seen:
 
 # %% ../nbs/34_masks.ipynb #c018
 class DETRsegm(nn.Module):
-    "A detector with a mask head: `model(images)` is DETR's dictionary with `pred_masks` (B,N,H/4,W/4) logits, one mask a query."
-    def __init__(self,
-                 detr: DETR,  # trained on boxes of things and stuff
-                 per_head: bool = True,  # softmax of the attention maps, see `MHAttentionMap`
-                 freeze_detr: bool = True,  # only the head is trained (DETR's second stage)
-                 map_gain: float = 1.,  # small-scale option: attention maps start that much stronger in `lay1`
-                 ):
+    """A detector with a mask head: `model(images)` is DETR's dictionary
+    with `pred_masks` (B,N,H/4,W/4) logits, one mask a query."""
+    def __init__(
+        self,
+        detr: DETR,                # detector that was trained on boxes of things and stuff
+        per_head: bool = True,     # softmax of the attention maps, see `MHAttentionMap`
+        freeze_detr: bool = True,  # only the head is trained (DETR's second stage)
+        map_gain: float = 1.,      # small-scale option: factor of the maps' weights in `lay1`
+    ):
         super().__init__()
-        self.detr, self.freeze_detr = detr, freeze_detr
+        self.detr = detr
+        self.freeze_detr = freeze_detr
         if freeze_detr: detr.requires_grad_(False)
         cnn, d, heads = detr.backbone[0], detr.transformer.d_model, detr.transformer.nhead
+        # a small photo tells how many channels the finer maps have
         open_levels(cnn, pyramid_layers(cnn))
-        with torch.no_grad(): dims = [m.shape[1] for m in pyramid(cnn, next(cnn.parameters()).new_zeros(1, 3, 64, 64))[1]]
-        self.bbox_attention, self.mask_head = MHAttentionMap(d, heads, per_head), MaskHeadSmallConv(d + heads, dims, d)
+        with torch.no_grad():
+            blank = next(cnn.parameters()).new_zeros(1, 3, 64, 64)
+            _, levels = pyramid(cnn, blank)
+        self.bbox_attention = MHAttentionMap(d, heads, per_head)
+        self.mask_head = MaskHeadSmallConv(d + heads, [m.shape[1] for m in levels], d)
         with torch.no_grad(): self.mask_head.lay1.weight[:, d:] *= map_gain
 
     def look(self, images, mask=None):
-        "Photos as for DETR to its dictionary and what masks are drawn from; without gradients if the detector is frozen."
+        """Return DETR's dictionary for photos as DETR takes them, and what masks are drawn from;
+        without gradients if the detector is frozen."""
+        detr = self.detr
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_detr):
             images, mask = as_batch(images, mask)
-            feature, levels = pyramid(self.detr.backbone[0], images)
+            feature, levels = pyramid(detr.backbone[0], images)
             mask = None if mask is None else shrink_mask(mask, feature.shape[-2:])
-            encoded = self.detr.encode(feature, mask)
-            hs = self.detr.decode(encoded, self.detr.query_embed.weight.expand(len(feature), -1, -1))
-            src = self.detr.input_proj(self.detr.feature_norm(feature))
-            return self.detr.by_layer(self.detr.heads(hs)), Seen(hs[-1], encoded[0], src, encoded[2], levels)
+            # as in DETR's own forward
+            encoded = detr.encode(feature, mask)
+            memory, _, padding = encoded
+            hs = detr.decode(encoded, detr.query_embed.weight.expand(len(feature), -1, -1))
+            outputs = detr.by_layer(detr.heads(hs))
+            # the head wants the projected features too
+            src = detr.input_proj(detr.feature_norm(feature))
+            return outputs, Seen(hs[-1], memory, src, padding, levels)
 
     def attention(self, seen, image, query):
-        "Attention maps (P,heads,h,w) of some queries."
-        return self.bbox_attention(seen.hs[image, query], seen.memory, image, seen.mask).unflatten(-1, seen.src.shape[-2:])
+        "Return the attention maps (P,heads,h,w) of some queries."
+        maps = self.bbox_attention(seen.hs[image, query], seen.memory, image, seen.mask)
+        return maps.unflatten(-1, seen.src.shape[-2:])
 
     def draw(self, seen, image, query):
-        "Mask logits (P,H/4,W/4) of queries `query` (P,) of photos `image` (P,)."
-        return self.mask_head(seen.src, self.attention(seen, image, query), image, seen.levels)
+        "Return the mask logits (P,H/4,W/4) of queries `query` (P,) of photos `image` (P,)."
+        maps = self.attention(seen, image, query)
+        return self.mask_head(seen.src, maps, image, seen.levels)
 
     def forward(self, images, mask=None):
         outputs, seen = self.look(images, mask)
-        image, query = torch.ones(seen.hs.shape[:2], device=seen.hs.device).nonzero(as_tuple=True)
-        return outputs | {'pred_masks': self.draw(seen, image, query).unflatten(0, seen.hs.shape[:2])}
+        # all queries of all photos
+        shape = seen.hs.shape[:2]
+        image, query = torch.ones(shape, device=seen.hs.device).nonzero(as_tuple=True)
+        masks = self.draw(seen, image, query).unflatten(0, shape)
+        return outputs | {'pred_masks': masks}
 
 # %% ../nbs/34_masks.ipynb #c023
-def loss_dice(logits: Tensor,  # (P,pixels)
-              target: Tensor,  # (P,pixels), 0 or 1
-              ) -> Tensor:  # (P,), 0..1
-    "One minus a soft overlap of mask and truth."
+def loss_dice(
+    logits: Tensor,  # mask logits (P,pixels)
+    target: Tensor,  # true masks (P,pixels), 0 or 1
+) -> Tensor:         # (P,), 0..1
+    "Return one minus a soft overlap of mask and truth."
     probability = logits.sigmoid()
-    return 1 - (2 * (probability * target).sum(1) + 1) / (probability.sum(1) + target.sum(1) + 1)
+    overlap = (probability * target).sum(1)
+    areas = probability.sum(1) + target.sum(1)
+    return 1 - (2 * overlap + 1) / (areas + 1)
 
-def loss_masks(logits: Tensor,  # (P,h,w), of matched queries
-               target: Tensor,  # (P,H,W) bool, at the size of the padded batch
-               num_boxes: Tensor | float,  # number to divide by
-               ) -> dict[str, Tensor]:  # loss_mask (focal), loss_dice; mask_iou (not a loss)
-    "DETR's losses of masks (Section 4.4 of the paper; DETR, Section 4.4)."
-    logits = F.interpolate(logits.float()[:, None], target.shape[-2:], mode='bilinear', align_corners=False).flatten(1)
+def loss_masks(
+    logits: Tensor,             # mask logits (P,h,w) of matched queries
+    target: Tensor,             # true masks (P,H,W), bool, at the size of the padded batch
+    num_boxes: Tensor | float,  # number to divide by
+) -> dict[str, Tensor]:         # loss_mask (focal), loss_dice; mask_iou (not a loss)
+    "Return DETR's losses of masks (Section 4.4 of the paper; DETR, Section 4.4)."
+    # the prediction is enlarged, not the truth made smaller
+    size = target.shape[-2:]
+    logits = F.interpolate(logits.float()[:, None], size, mode='bilinear', align_corners=False)
+    logits = logits.flatten(1)  # (P,pixels)
     target = target.flatten(1).to(logits)
     focal = sigmoid_focal_loss(logits, target, alpha=.25, gamma=2).mean(1)
+    dice = loss_dice(logits, target)
+    # for the log: the IoU of the masks as they would be drawn
     with torch.no_grad(): found, real = logits > 0, target > 0
     iou = (found & real).sum(1) / (found | real).sum(1).clamp(min=1)
-    return {'loss_mask': focal.sum() / num_boxes, 'loss_dice': loss_dice(logits, target).sum() / num_boxes,
+    return {'loss_mask': focal.sum() / num_boxes, 'loss_dice': dice.sum() / num_boxes,
             'mask_iou': iou.sum() / max(1, len(iou))}
 
 # %% ../nbs/34_masks.ipynb #c027
-def matched_pairs(match: Tensor,  # (B,T) int: the query of each target, -1 where there is none
-                  masks: list[Tensor],  # (t,h_i,w_i) bool, one tensor a photo, in the targets' order
-                  size: tuple[int, int],  # of the padded batch, px
-                  ) -> tuple[Tensor, Tensor, Tensor]:  # image (P,), query (P,), target (P,H,W) bool
-    "The queries that have to draw, and what. Padding is no part of any mask."
+def matched_pairs(
+    match: Tensor,          # the query of each target (B,T), int, -1 where there is none
+    masks: list[Tensor],    # masks (t,h_i,w_i), bool, one tensor a photo, in the targets' order
+    size: tuple[int, int],  # height and width of the padded batch, px
+) -> tuple[Tensor, Tensor, Tensor]:  # image (P,), query (P,), target (P,H,W) bool
+    "Return the queries that have to draw, and what. Padding is no part of any mask."
     image, place = (match >= 0).nonzero(as_tuple=True)
     target = torch.zeros(len(image), *size, dtype=torch.bool, device=match.device)
     for p, (i, t) in enumerate(zip(image.tolist(), place.tolist())):
@@ -188,28 +235,41 @@ def matched_pairs(match: Tensor,  # (B,T) int: the query of each target, -1 wher
 
 # %% ../nbs/34_masks.ipynb #c028
 class MaskStep(nn.Module):
-    "A `DETRsegm` and its losses: `forward(batch)` is (loss, numbers); the batch's targets have `masks`."
-    def __init__(self,
-                 model: DETRsegm,  # the mask head is trained
-                 criterion: nn.Module,  # of `build_criterion`: matches, and has the losses of boxes
-                 mask_loss_coef: float = 1.,  # weight of the focal loss
-                 dice_loss_coef: float = 1.,  # weight of the dice loss
-                 ):
+    """A `DETRsegm` and its losses: `forward(batch)` is (loss, numbers);
+    the batch's targets have `masks`."""
+    def __init__(
+        self,
+        model: DETRsegm,             # model whose mask head is trained
+        criterion: nn.Module,        # criterion of `build_criterion`: matching, losses of boxes
+        mask_loss_coef: float = 1.,  # weight of the focal loss
+        dice_loss_coef: float = 1.,  # weight of the dice loss
+    ):
         super().__init__()
-        self.model, self.criterion, self.weights = model, criterion, {'loss_mask': mask_loss_coef, 'loss_dice': dice_loss_coef}
+        self.model = model
+        self.criterion = criterion
+        self.weights = {'loss_mask': mask_loss_coef, 'loss_dice': dice_loss_coef}
 
     def forward(self, batch):
-        targets, (outputs, seen) = batch['targets'], self.model.look(batch['images'], batch['mask'])
-        if self.model.freeze_detr: outputs.pop('aux_outputs', None)  # their losses would only be logged
+        targets = batch['targets']
+        outputs, seen = self.model.look(batch['images'], batch['mask'])
+        # of a frozen detector the losses of other layers would only be logged
+        if self.model.freeze_detr: outputs.pop('aux_outputs', None)
         losses = self.criterion(outputs, targets)
-        match = self.criterion.matcher.match(outputs['pred_logits'][None], outputs['pred_boxes'][None], *pad_targets(targets))[0]
-        image, query, target = matched_pairs(match, [t['masks'] for t in targets], batch['images'].shape[-2:])
-        num_boxes, _ = self.criterion.divide_by([len(t['labels']) for t in targets], match.device)
-        losses |= loss_masks(self.draw(seen, image, query), target, num_boxes)
-        total = sum(losses[k] * w for k, w in self.weights.items())
-        return (total if self.model.freeze_detr else total + self.criterion.total(losses)), losses
+        # which query has to draw what: by boxes and classes, before any mask is drawn
+        last = outputs['pred_logits'][None], outputs['pred_boxes'][None]
+        match = self.criterion.matcher.match(*last, *pad_targets(targets))[0]
+        masks = [t['masks'] for t in targets]
+        image, query, truth = matched_pairs(match, masks, batch['images'].shape[-2:])
+        # masks of these alone
+        counts = [len(t['labels']) for t in targets]
+        num_boxes, _ = self.criterion.divide_by(counts, match.device)
+        losses |= loss_masks(self.draw(seen, image, query), truth, num_boxes)
+        total = sum(losses[k] * weight for k, weight in self.weights.items())
+        if not self.model.freeze_detr: total = total + self.criterion.total(losses)
+        return total, losses
 
     def draw(self, seen, image, query):
-        "Masks of the matched queries; where there are none, a gradient of zero: the other processes wait for one."
+        """Return the masks of the matched queries; where there are none,
+        a gradient of zero: the other processes wait for one."""
         if len(image): return self.model.draw(seen, image, query)
         return self.model.draw(seen, image.new_zeros(1), image.new_zeros(1))[:0]
