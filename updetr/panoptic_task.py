@@ -19,254 +19,344 @@ from torch import Tensor, nn
 from .config import loss_options, model_options
 from .detr import build_detr
 from .fingerprint import SetRows, photo_contents, set_rows
-from .finetune import (COCO, SMALL, Subset, TransferConfig, batch_to_device, collate_targets, divided, some_photos,
-                             transfer_config)
-from .finetune_task import DetectStep, LabelledRun, draw_answer, evaluate, measurement, train_batches, val_batches
+from .finetune import (COCO, SMALL, Subset, TransferConfig, batch_to_device, collate_targets,
+                             divided, some_photos, transfer_config)
+from .finetune_task import (DetectStep, LabelledRun, draw_answer, evaluate, measurement,
+                                  train_batches, val_batches)
 from .handover import hand_over, open_pretrained, weights_and_options
 from .losses import build_criterion
 from .masks import DETRsegm, MaskStep
-from .panoptic import (COCO_CLASSES, PanopticEvaluator, PanopticScenes, PanopticSet, coco_truth, draw_segments, open_panoptic,
-                             panoptic_segments)
+from .panoptic import (COCO_CLASSES, PanopticEvaluator, PanopticScenes, PanopticSet,
+                             coco_truth, draw_segments, open_panoptic, panoptic_segments)
 from .scenes import Scenes
 
 # %% ../nbs/35a_panoptic_task.ipynb #c006
 @dataclass(frozen=True)
 class PanopticConfig(TransferConfig):
-    "Everything that determines one stage of a panoptic run. `data` is a folder with annotations/panoptic_*.json, or such a file."
+    """Everything that determines one stage of a panoptic run.
+    `data` is a folder with annotations/panoptic_*.json, or such a file."""
     task: str = 'panoptic'  # which `updetr.train` task reads it
-    stage: str = 'boxes'  # boxes (of things and stuff) or masks (the head alone; `pretrain` is a boxes checkpoint)
+    # boxes (of things and stuff) or masks (the head alone; `pretrain` is a boxes checkpoint)
+    stage: str = 'boxes'
     images: str = ''  # root of the photos, if they are not beside the annotations
     pngs: str = ''  # folder of the training PNGs, if they are in none of the usual places
     pngs_val: str = ''  # the same for the photos to evaluate on
-    coco_ids: bool = False  # labels are COCO's own ids, 250 classes (the reference's); False: 0..C-1
-    instances: str = ''  # COCO's instances file for AP of masks (the paper's convention); '' = the PNGs
+    # labels are COCO's own ids, 250 classes (the reference's); False: 0..C-1
+    coco_ids: bool = False
+    # COCO's instances file for AP of masks (the paper's convention); '' = the PNGs
+    instances: str = ''
     threshold: float = 0.85  # smallest probability of a query that is drawn
-    per_head: bool = True  # softmax of the attention maps over each head (UP-DETR); False: over all (DETR's published weights)
+    # softmax of the attention maps over each head (UP-DETR); False: over all (DETR's files)
+    per_head: bool = True
     mask_loss_coef: float = 1.  # weight of the focal loss of masks
     dice_loss_coef: float = 1.  # weight of the dice loss of masks
-    map_gain: float = 1.  # small-scale option: attention maps start that much stronger in the mask head
+    # small-scale option: attention maps start that much stronger in the mask head
+    map_gain: float = 1.
     epochs: int = 300  # times that all photos are seen; stage masks: 25
     lr_drop: int = 200  # epoch of the step schedule's drop to a tenth; stage masks: 15
 
     def problems(self):
         "Yield what is wrong between fields."
         yield from super().problems()
-        if self.stage not in ('boxes', 'masks'): yield f'stage {self.stage!r} must be boxes or masks'
+        if self.stage not in ('boxes', 'masks'):
+            yield f'stage {self.stage!r} must be boxes or masks'
         if not 0 <= self.threshold < 1: yield f'threshold {self.threshold} must lie in [0, 1)'
         if min(self.mask_loss_coef, self.dice_loss_coef) < 0 or self.map_gain <= 0:
-            yield 'mask_loss_coef and dice_loss_coef must not be negative, map_gain must be positive'
-        if self.classes: yield 'classes cannot be chosen: a panoptic picture without some of its segments is another picture'
+            yield ('mask_loss_coef and dice_loss_coef must not be negative, '
+                   'map_gain must be positive')
+        if self.classes:
+            yield ('classes cannot be chosen: a panoptic picture without some of its segments '
+                   'is another picture')
         if self.stage != 'masks': return
-        if not self.pretrain: yield 'stage masks needs pretrain: the checkpoint of a finished stage boxes'
-        if self.cached_views or self.compile: yield 'stage masks needs live views and does not compile: set cached_views 0, compile False'
+        # the second stage stands on the first, and draws masks of photos as they come
+        if not self.pretrain:
+            yield 'stage masks needs pretrain: the checkpoint of a finished stage boxes'
+        if self.cached_views or self.compile:
+            yield ('stage masks needs live views and does not compile: '
+                   'set cached_views 0, compile False')
 
 # %% ../nbs/35a_panoptic_task.ipynb #c007
 _HEAD = dict(frozen_backbone=True, fresh_queries=False, cached_views=0)
+_DEMO_BOXES = dict(epochs=20, eval_every=4, cached_views=4)
+_DEMO_MASKS = dict(epochs=5, eval_every=1, map_gain=256.)
 PANOPTIC_PRESETS = {
     'coco': {'boxes': COCO, 'masks': COCO | _HEAD | dict(epochs=25, lr_drop=15, keep_every=5)},
-    'demo': {'boxes': SMALL | dict(epochs=20, eval_every=4, cached_views=4),
-             'masks': SMALL | _HEAD | dict(epochs=5, eval_every=1, map_gain=256.)}}
+    'demo': {'boxes': SMALL | _DEMO_BOXES, 'masks': SMALL | _HEAD | _DEMO_MASKS},
+}
 PANOPTIC_DESCRIPTIONS = {
-    'demo': 'minutes on two CPU cores: built-in scenes, EfficientNet-Lite0, 1+3 layers; 20 epochs of boxes, 5 of masks',
-    'coco': 'COCO panoptic train2017 to val2017: 300 epochs of boxes, 25 of masks (Table 4)'}
+    'demo': 'minutes on two CPU cores: built-in scenes, EfficientNet-Lite0, 1+3 layers; '
+            '20 epochs of boxes, 5 of masks',
+    'coco': 'COCO panoptic train2017 to val2017: 300 epochs of boxes, 25 of masks (Table 4)',
+}
 
 # %% ../nbs/35a_panoptic_task.ipynb #c009
-def start_kind(path: str | Path,  # checkpoint of this kit or a published one
-               ) -> str:  # pretrained, oneshot, detector, boxes or masks
-    "What a checkpoint was trained for. Raises FileNotFoundError, or ValueError for a file that is none."
+def start_kind(
+    path: str | Path,  # checkpoint of this kit or a published one
+) -> str:              # pretrained, oneshot, detector, boxes or masks
+    """Return what a checkpoint was trained for.
+    Raises FileNotFoundError, or ValueError for a file that is none."""
     weights, args = weights_and_options(path)
+    # masks and patches show in the names of tensors, the rest in the arguments
     if any(k.startswith(('detr.', 'mask_head.')) for k in weights): return 'masks'
     if args.get('task') == 'oneshot': return 'oneshot'
     if 'patch2query.weight' in weights: return 'pretrained'
-    return 'boxes' if args.get('task') == 'panoptic' or args.get('dataset_file') == 'coco_panoptic' else 'detector'
+    ours, theirs = args.get('task') == 'panoptic', args.get('dataset_file') == 'coco_panoptic'
+    return 'boxes' if ours or theirs else 'detector'
 
 _REFUSED = {
-    'boxes': {'boxes': 'is a finished stage boxes: go on with stage masks, or start from what it started from',
-              'masks': 'has masks already: stage boxes starts from a pre-trained UP-DETR, or from nothing',
-              'oneshot': 'was fine-tuned for one-shot detection: its queries wait for a picture of what to find'},
-    'masks': {'pretrained': 'was pre-trained and knows no classes: run stage boxes from it first',
-              'detector': 'was trained on things only, so it has no query for stuff: run stage boxes first, from what it started from',
-              'masks': 'has masks already: it is what stage masks ends with',
-              'oneshot': 'was fine-tuned for one-shot detection: run stage boxes from a pre-trained UP-DETR first'}}
+    'boxes': {
+        'boxes': 'is a finished stage boxes: '
+                 'go on with stage masks, or start from what it started from',
+        'masks': 'has masks already: '
+                 'stage boxes starts from a pre-trained UP-DETR, or from nothing',
+        'oneshot': 'was fine-tuned for one-shot detection: '
+                   'its queries wait for a picture of what to find'},
+    'masks': {
+        'pretrained': 'was pre-trained and knows no classes: run stage boxes from it first',
+        'detector': 'was trained on things only, so it has no query for stuff: '
+                    'run stage boxes first, from what it started from',
+        'masks': 'has masks already: it is what stage masks ends with',
+        'oneshot': 'was fine-tuned for one-shot detection: '
+                   'run stage boxes from a pre-trained UP-DETR first'}}
 
-def check_start(stage: str,  # boxes or masks
-                path: str | Path,  # checkpoint to start from
-                ) -> None:
-    "Raises ValueError with the reason if a stage must not start from a checkpoint."
-    if why := _REFUSED[stage].get(kind := start_kind(path)):
-        raise ValueError(f'stage {stage} cannot start from {path} ({kind}): it {why}')
+def check_start(
+    stage: str,        # boxes or masks
+    path: str | Path,  # checkpoint to start from
+) -> None:
+    "Raise ValueError with the reason if a stage must not start from a checkpoint."
+    kind = start_kind(path)
+    why = _REFUSED[stage].get(kind)
+    if why: raise ValueError(f'stage {stage} cannot start from {path} ({kind}): it {why}')
 
 # %% ../nbs/35a_panoptic_task.ipynb #c010
-def panoptic_config(preset: str = 'demo',  # a name in `PANOPTIC_PRESETS`
-                    stage: str = 'boxes',  # boxes or masks
-                    **changes,  # any field of `PanopticConfig`; None leaves the preset's value
-                    ) -> PanopticConfig:
-    "The configuration of one stage. Raises ValueError or FileNotFoundError, also for a checkpoint of the wrong kind."
+def panoptic_config(
+    preset: str = 'demo',  # name in `PANOPTIC_PRESETS`
+    stage: str = 'boxes',  # boxes or masks
+    **changes,             # any field of `PanopticConfig`; None leaves the preset's value
+) -> PanopticConfig:
+    """Return the configuration of one stage.
+    Raises ValueError or FileNotFoundError, also for a checkpoint of the wrong kind."""
     changes = {k: v for k, v in changes.items() if v is not None}
-    presets = {name: stages.get(stage, {}) | {'stage': stage} for name, stages in PANOPTIC_PRESETS.items()}
+    presets = {name: stages.get(stage, {}) | {'stage': stage}
+               for name, stages in PANOPTIC_PRESETS.items()}
     path = os.path.expanduser(changes.get('pretrain', ''))
     if path and stage in _REFUSED: check_start(stage, path)
     if path and stage == 'masks':
+        # the file says how many object queries the frozen detector has
         has = open_pretrained(path, otherwise=changes).options['num_queries']
         if changes.setdefault('num_queries', has) != has:
-            raise ValueError(f'{path} has {has} object queries: in stage masks the detector stays as it is, leave num_queries out')
+            raise ValueError(f'{path} has {has} object queries: in stage masks the detector '
+                             'stays as it is, leave num_queries out')
     return transfer_config(preset, PanopticConfig, presets, **changes)
 
 # %% ../nbs/35a_panoptic_task.ipynb #c013a
 class PanopticSubset(Subset):
     "Some photos of a panoptic set, with their segments."
-    def __init__(self,
-                 some: Subset,  # of a panoptic set
-                 ):
+    def __init__(
+        self,
+        some: Subset,  # subset of a panoptic set
+    ):
         super().__init__(some.dataset, some.chosen, some.note)
         whole = some.dataset
-        self.isthing, self.source = whole.isthing, whole.source
-        self.files, self.file_ids = ([rows[i] for i in self.chosen] for rows in (whole.files, whole.file_ids))
+        self.isthing = whole.isthing
+        self.source = whole.source
+        self.files = [whole.files[i] for i in self.chosen]
+        self.file_ids = [whole.file_ids[i] for i in self.chosen]
 
     def __repr__(self): return f'{len(self):,} of the photos of {self.dataset!r}'
 
     def segments(self, i):
-        "The list of segments alone."
+        "Return the list of segments alone."
         return self.dataset.segments(int(self.chosen[i]))
 
     def panoptic(self, i):
-        "Picture of segment numbers (H,W) and the list of segments."
+        "Return the picture of segment numbers (H,W) and the list of segments."
         return self.dataset.panoptic(int(self.chosen[i]))
 
     def coco(self):
-        "Ground truth of all boxes, stuff's too, as a COCO dictionary."
+        "Return the ground truth of all boxes, stuff's too, as a COCO dictionary."
         return coco_truth(self)
 
 # %% ../nbs/35a_panoptic_task.ipynb #c014
-NO_PANOPTIC = ('no panoptic data: give a folder with annotations/panoptic_train2017.json and annotations/panoptic_val2017.json with '
-               '-p data PATH or UPDETR_DATA=PATH, or paint some scenes with -p scenes 400 -p scenes_val 100')
+NO_PANOPTIC = ('no panoptic data: give a folder with annotations/panoptic_train2017.json and '
+               'annotations/panoptic_val2017.json with -p data PATH or UPDETR_DATA=PATH, '
+               'or paint some scenes with -p scenes 400 -p scenes_val 100')
 
-def open_panoptic_sets(cfg: PanopticConfig,  # of the run
-                       ) -> tuple:  # panoptic set to train on, panoptic set to evaluate on
-    "The two sets of a run. Raises FileNotFoundError or ValueError that shows what was expected."
-    masks = cfg.stage == 'masks'
-    if cfg.scenes and not cfg.data:
-        train, val = Scenes(cfg.scenes, cfg.scene_size), Scenes(cfg.scenes_val, cfg.scene_size, 0, 'val')
-        train, val = PanopticScenes(train, masks), PanopticScenes(val, masks)
-        return (some_photos(train, cfg.photos, cfg.seed) if cfg.photos else train), val
-    path = cfg.data or os.environ.get('UPDETR_DATA', '')
-    if not path: raise FileNotFoundError(NO_PANOPTIC)
-    train = open_panoptic(path, cfg.split, cfg.images or None, cfg.pngs or None, cfg.coco_ids, masks, cfg.exif, cfg.missing)
+def _painted(cfg, masks):
+    "Return the built-in scenes of a run, to train and to evaluate on."
+    train = Scenes(cfg.scenes, cfg.scene_size)
+    val = Scenes(cfg.scenes_val, cfg.scene_size, 0, 'val')
+    return PanopticScenes(train, masks), PanopticScenes(val, masks)
+
+def _from_files(cfg, path, masks):
+    "Return the sets of a run out of COCO's files, to train and to evaluate on."
+    def opened(path, split, photos, pngs):
+        common = cfg.coco_ids, masks, cfg.exif, cfg.missing
+        return open_panoptic(path, split, photos or None, pngs or None, *common)
+
+    train = opened(path, cfg.split, cfg.images, cfg.pngs)
+    # one file, and none to evaluate on: it is divided
     if os.path.isfile(path) and not cfg.data_val:
-        train, val = map(PanopticSubset, divided(train, cfg.val_share))
-        return (some_photos(train, cfg.photos, cfg.seed) if cfg.photos else train), val
-    val = open_panoptic(cfg.data_val or path, cfg.split_val, cfg.images_val or cfg.images or None, cfg.pngs_val or None, cfg.coco_ids,
-                        masks, cfg.exif, cfg.missing)
+        train, val = divided(train, cfg.val_share)
+        return PanopticSubset(train), PanopticSubset(val)
+    val = opened(cfg.data_val or path, cfg.split_val, cfg.images_val or cfg.images, cfg.pngs_val)
     if (train.classes, train.isthing) != (val.classes, val.isthing):
         odd = sorted(set(train.classes) ^ set(val.classes))
-        raise ValueError(f'{train.source} and {val.source} have other categories: {", ".join(odd[:5]) or "the same names in other roles"}')
-    return (some_photos(train, cfg.photos, cfg.seed) if cfg.photos else train), val
+        difference = ', '.join(odd[:5]) or 'the same names in other roles'
+        raise ValueError(f'{train.source} and {val.source} have other categories: {difference}')
+    return train, val
+
+def open_panoptic_sets(
+    cfg: PanopticConfig,  # configuration of the run
+) -> tuple:               # panoptic set to train on, panoptic set to evaluate on
+    """Return the two sets of a run.
+    Raises FileNotFoundError or ValueError that shows what was expected."""
+    masks = cfg.stage == 'masks'
+    path = cfg.data or os.environ.get('UPDETR_DATA', '')
+    if cfg.scenes and not cfg.data: train, val = _painted(cfg, masks)
+    elif path: train, val = _from_files(cfg, path, masks)
+    else: raise FileNotFoundError(NO_PANOPTIC)
+    if cfg.photos: train = some_photos(train, cfg.photos, cfg.seed)
+    return train, val
 
 # %% ../nbs/35a_panoptic_task.ipynb #12ec4b26
 @set_rows.register
 def _(dataset: PanopticSet):
-    sizes, contents = photo_contents([dataset.pngs / png for _, png, _ in dataset.rows]) if dataset.masks else ([], {})
-    pictures = [[size, contents.get(i, '')] for i, size in enumerate(sizes)] or [None] * len(dataset)
-    labels = [json.dumps([info, picture]).encode() for (_, _, info), picture in zip(dataset.rows, pictures)]
-    roles = [f'{name} ({"thing" if thing else "stuff"})' for name, thing in zip(dataset.classes, dataset.isthing)]
+    sizes, contents = [], {}
+    # the pictures of numbers belong to the data only where masks are used
+    if dataset.masks:
+        sizes, contents = photo_contents([dataset.pngs / png for _, png, _ in dataset.rows])
+    pictures = [[size, contents.get(i, '')] for i, size in enumerate(sizes)]
+    if not pictures: pictures = [None] * len(dataset)
+    infos = [info for _, _, info in dataset.rows]
+    labels = [json.dumps([info, picture]).encode() for info, picture in zip(infos, pictures)]
+    kinds = ['thing' if thing else 'stuff' for thing in dataset.isthing]
+    roles = [f'{name} ({kind})' for name, kind in zip(dataset.classes, kinds)]
     photos = [dataset.photos / file for file in dataset.files]
-    number = sum(len(info) for _, _, info in dataset.rows)
-    return SetRows(dataset.files, photos, roles, list(map(str, dataset.image_ids)), labels, number)
+    ids = list(map(str, dataset.image_ids))
+    return SetRows(dataset.files, photos, roles, ids, labels, sum(map(len, infos)))
 
 @set_rows.register
 def _(dataset: PanopticScenes): return set_rows(dataset.scenes)
 
 # %% ../nbs/35a_panoptic_task.ipynb #c016
-def build_panoptic(cfg: PanopticConfig,  # of the run
-                   num_classes: int,  # of the data set, things and stuff
-                   ) -> nn.Module:  # `DetectStep` or `MaskStep`: `forward(batch)` is (loss, numbers)
-    "The model that a stage trains, with its losses. Raises ValueError or FileNotFoundError (weights)."
+def build_panoptic(
+    cfg: PanopticConfig,  # configuration of the run
+    num_classes: int,     # number of the data set's classes, things and stuff
+) -> nn.Module:           # `DetectStep` or `MaskStep`: `forward(batch)` is (loss, numbers)
+    """Return the model that a stage trains, with its losses.
+    Raises ValueError or FileNotFoundError (weights)."""
     detr = build_detr(num_classes, **model_options(cfg))
     criterion = build_criterion(detr, **loss_options(cfg))
     if cfg.stage == 'masks':
-        return MaskStep(DETRsegm(detr, cfg.per_head, map_gain=cfg.map_gain), criterion, cfg.mask_loss_coef, cfg.dice_loss_coef)
-    for part in (detr.transformer.encoder, detr.transformer.decoder): part.gradient_checkpointing = cfg.gradient_checkpointing
+        model = DETRsegm(detr, cfg.per_head, map_gain=cfg.map_gain)
+        return MaskStep(model, criterion, cfg.mask_loss_coef, cfg.dice_loss_coef)
+    for part in (detr.transformer.encoder, detr.transformer.decoder):
+        part.gradient_checkpointing = cfg.gradient_checkpointing
     return DetectStep(detr, criterion)
 
 # %% ../nbs/35a_panoptic_task.ipynb #c017
-def start_masks(model: DETRsegm,  # its detector is changed in place
-                path: str | Path,  # checkpoint of a finished stage boxes
-                classes: list[str],  # names of the data set's classes
-                ) -> str:  # what went where
-    "Take over a whole detector, its class head included. Raises ValueError for one of other classes."
+def start_masks(
+    model: DETRsegm,     # model whose detector is changed in place
+    path: str | Path,    # checkpoint of a finished stage boxes
+    classes: list[str],  # names of the data set's classes
+) -> str:                # what went where
+    """Take over a whole detector, its class head included.
+    Raises ValueError for one of other classes."""
     pretrained = open_pretrained(path)
-    if pretrained.classes is None and pretrained.num_classes == len(classes): pretrained = open_pretrained(path, classes=classes)
+    # a published file has a number of classes, but no names: they are the data's
+    if pretrained.classes is None and pretrained.num_classes == len(classes):
+        pretrained = open_pretrained(path, classes=classes)
     if pretrained.classes != tuple(classes):
-        theirs, odd = pretrained.classes or (), sorted(set(pretrained.classes or ()) ^ set(classes))
-        raise ValueError(f'{path} was trained for {pretrained.num_classes} classes, the data has {len(classes)}' + (
-            f'; not in both: {", ".join(odd[:5])}' if theirs else f' (coco_ids=True has {COCO_CLASSES})') + ': they must be the same')
+        difference = f' (coco_ids=True has {COCO_CLASSES})'
+        if pretrained.classes:
+            odd = sorted(set(pretrained.classes) ^ set(classes))
+            difference = f'; not in both: {", ".join(odd[:5])}'
+        counts = f'{pretrained.num_classes} classes, the data has {len(classes)}'
+        raise ValueError(f'{path} was trained for {counts}{difference}: they must be the same')
     return str(hand_over(model.detr, pretrained, classes=classes))
 
 # %% ../nbs/35a_panoptic_task.ipynb #c019
-def evaluate_panoptic(task: LabelledRun,  # begun, of stage masks
-                      model: DETRsegm,  # the task's, or an averaged copy
-                      stop=False,  # true as soon as the run is to be stopped
-                      ) -> PanopticEvaluator | None:  # with all photos; None if a stop came in between
+def evaluate_panoptic(
+    task: LabelledRun,  # run of stage masks, begun
+    model: DETRsegm,    # the task's, or an averaged copy
+    stop=False,         # true as soon as the run is to be stopped
+) -> PanopticEvaluator | None:  # with all photos; None if a stop came in between
     "Show all photos of the evaluation set to a model; all processes call this."
-    val, training = task.val_set, model.training
-    evaluator, place = PanopticEvaluator(val.classes, val.isthing), {k: i for i, k in enumerate(val.image_ids)}
+    val, threshold = task.val_set, task.cfg.threshold
+    evaluator = PanopticEvaluator(val.classes, val.isthing)
+    place = {k: i for i, k in enumerate(val.image_ids)}
+    training = model.training
     model.eval()
     try:
         for batch in val_batches(task):
             if task.processes.any(bool(stop)): return None
-            for target, answer in zip(batch['targets'], panoptic_segments(model, batch, val.isthing, task.cfg.threshold)):
+            answers = panoptic_segments(model, batch, val.isthing, threshold)
+            for target, answer in zip(batch['targets'], answers):
                 image_id = int(target['image_id'])
                 evaluator.update(image_id, val.panoptic(place[image_id]), answer)
     finally: model.train(training)
     return evaluator.gather()
 
 # %% ../nbs/35a_panoptic_task.ipynb #c020
-def draw_panoptic(task: LabelledRun,  # begun, of stage masks
-                  index: int = 0,  # number of a photo to evaluate on
-                  ) -> Tensor:  # (3,H,W) uint8: the truth beside the answer
-    "One photo under its true segments, and under those that the model finds."
-    sample, training = task.val_set[index], task.model.training
+def draw_panoptic(
+    task: LabelledRun,  # run of stage masks, begun
+    index: int = 0,     # number of a photo to evaluate on
+) -> Tensor:            # (3,H,W) uint8: the truth beside the answer
+    "Return one photo under its true segments, and under those that the model finds."
+    val, model = task.val_set, task.model
+    sample = val[index]
     batch = collate_targets([task.val_views.look(sample, 0, index)])
     batch = batch_to_device(batch, task.processes.device, task.cnn.mean, task.cnn.std)
-    task.model.eval()
-    answer = panoptic_segments(task.model, batch, task.val_set.isthing, task.cfg.threshold)[0]
-    task.model.train(training)
-    return torch.cat([draw_segments(sample['image'], *segments) for segments in (task.val_set.panoptic(index), answer)], 2)
+    training = model.training
+    model.eval()
+    answer = panoptic_segments(model, batch, val.isthing, task.cfg.threshold)[0]
+    model.train(training)
+    both = val.panoptic(index), answer
+    return torch.cat([draw_segments(sample['image'], *segments) for segments in both], 2)
 
 # %% ../nbs/35a_panoptic_task.ipynb #c022
 class PanopticTask(LabelledRun):
     "One stage of panoptic segmentation as a task for `updetr.train.train`."
     def open_sets(self):
-        "Panoptic sets to train on and to evaluate on."
+        "Return panoptic sets to train on and to evaluate on."
         return open_panoptic_sets(self.cfg)
 
     def build(self):
-        "The model of the stage with its losses; what its classes are is kept in its checkpoints."
+        "Return the model of the stage with its losses."
+        # checkpoints keep which classes are things
         self.notes['isthing'] = list(self.val_set.isthing)
         return build_panoptic(self.cfg, len(self.val_set.classes))
 
     def parts(self):
-        "The network whose weights are kept, and its CNN."
-        return self.module.model, getattr(self.module.model, 'detr', self.module.model).backbone[0]
+        "Return the network whose weights are kept, and its CNN."
+        network = self.module.model
+        detector = getattr(network, 'detr', network)
+        return network, detector.backbone[0]
 
     def hand_over(self, pretrained):
-        "Start from a checkpoint of the right kind; what went where, to be printed."
+        "Start from a checkpoint of the right kind; return what went where, to be printed."
         check_start(self.cfg.stage, pretrained.path)
         if self.cfg.stage == 'boxes': return super().hand_over(pretrained)
         return start_masks(self.model, pretrained.path, self.val_set.classes)
 
     def batches(self, start, total):
-        "This process's micro-batches between two steps, on its device."
+        "Yield this process's micro-batches between two steps, on its device."
         return train_batches(self, start, total)
 
     def measure(self, model, stop):
-        "AP of boxes, or PQ, for the log; None if a stop came in between."
-        if self.cfg.stage == 'boxes': return (evaluator := evaluate(self, model, stop)) and measurement(evaluator)
+        "Return AP of boxes, or PQ, for the log; None if a stop came in between."
+        if self.cfg.stage == 'boxes':
+            evaluator = evaluate(self, model, stop)
+            return evaluator and measurement(evaluator)
         evaluator = evaluate_panoptic(self, model, stop)
-        return evaluator and {f'test_{k}': round(v, 4) for k, v in evaluator.summary().items() if v == v}
+        if evaluator is None: return None
+        # nan, where there is nothing to find, is no number for a log
+        summary = {k: v for k, v in evaluator.summary().items() if v == v}
+        return {f'test_{k}': round(v, 4) for k, v in summary.items()}
 
     def draw(self):
-        "The truth and the answer for one photo."
+        "Return the truth and the answer for one photo."
         return draw_answer(self) if self.cfg.stage == 'boxes' else draw_panoptic(self)
 
 TASK = PanopticConfig, PanopticTask
