@@ -112,6 +112,7 @@ def picture_source(
 
     return Source(what, len(pool), compute, skipped=skipped)
 
+# %% ../nbs/32a_oneshot_task.ipynb #c008b
 def cached_pictures(
     task: LabelledRun,  # one-shot run with a frozen CNN
     pool: QueryPool,    # pool of its training or test photos
@@ -306,6 +307,7 @@ def draw_oneshot(
         drawn = draw_bounding_boxes(drawn, found, words, 'red', width=2, **look)
     return with_query(drawn, picture)
 
+# %% ../nbs/32a_oneshot_task.ipynb #c0182
 @torch.no_grad()
 def answer_one(
     task: LabelledRun,         # one-shot run, begun

@@ -155,6 +155,7 @@ def _read_instances(file, source):
     require_values(images, 'images', {'id': ID}, source)
     return data
 
+# %% ../nbs/35_panoptic.ipynb #c013b
 def instance_truth(
     ds,                # panoptic set
     file: str | Path,  # COCO's instances_*.json, with outlines
@@ -363,6 +364,7 @@ def _gone(ds):
             if not os.path.lexists(file): gone[i] = file
     return gone
 
+# %% ../nbs/35_panoptic.ipynb #c022b
 def open_panoptic(
     path: str | Path,                  # folder with annotations/panoptic_SPLIT*.json, or this file
     split: str = 'train',              # train or val; not for a file
@@ -507,6 +509,7 @@ def enlarged(
 
 def _numbers(target, key): return tuple(int(v) for v in target[key])
 
+# %% ../nbs/35_panoptic.ipynb #c034b
 @torch.no_grad()
 def panoptic_segments(
     model: DETRsegm,              # model in eval mode
