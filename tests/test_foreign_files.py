@@ -265,6 +265,14 @@ def test_a_lightning_checkpoint_is_opened(tmp_path):
     Detector.from_checkpoint(path, nheads=4)
 
 
+def test_a_bare_state_dict_of_a_wrapped_model_is_opened(tmp_path):
+    "Its names begin with the attribute's, `model.backbone.0.`; those of transformers go on otherwise."
+    model = _detr()
+    torch.save({f'model.{k}': v for k, v in model.state_dict().items()}, path := tmp_path / 'wrapped.pth')
+    again = Detector.from_checkpoint(path, nheads=4).module.model.state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
+
+
 class _Named: pass
 
 

@@ -48,7 +48,7 @@ FOREIGN = {  # project -> words on its files
 _NAMES = {  # project -> beginnings of tensors' names that only its files have
     "Hugging Face's transformers":
         r'class_labels_classifier\.|'
-        r'model\.(backbone\.|input_projection\.|query_position_embeddings\.)',
+        r'model\.(backbone\.(?!0\.)|input_projection\.|query_position_embeddings\.)',
     'MMDetection':
         r'bbox_head\.|query_embedding\.|neck\.convs\.|encoder\.layers\.\d+\.self_attn\.attn\.',
     'Ultralytics':
@@ -144,7 +144,7 @@ def load_official(
     if 'state_dict' in content and 'model' not in content:
         return plain_tensors(path, _inner(content['state_dict'])), {}
     # a bare state dict has no arguments
-    state, args = content, None
+    state, args = _inner(content), None
     if 'model' in content: state, args = content['model'], content.get('args')
     args = vars(args) if isinstance(args, argparse.Namespace) else args or {}
     if not isinstance(args, dict):
