@@ -16,25 +16,30 @@ from torch.utils.checkpoint import checkpoint
 # %% ../nbs/07_transformer.ipynb #d07c0001
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-def attention_weights(q: Tensor,  # (B,heads,Q,d_k)
-                      k: Tensor,  # (B,heads,K,d_k)
-                      mask: Tensor | None = None,  # bool, True = may look
-                      ) -> Tensor:  # (B,heads,Q,K), rows sum to 1
-    "The attention map itself."
+def attention_weights(
+    q: Tensor,  # (B, heads, Q, d_k)
+    k: Tensor,  # (B, heads, K, d_k)
+    mask: Tensor | None = None,  # bool, True = may look
+) -> Tensor:  # (B, heads, Q, K), rows sum to 1
+    "Return the attention map itself."
     scores = q @ k.transpose(-2, -1) / q.shape[-1] ** .5
-    return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
+    if mask is not None: scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1)
 
 # %% ../nbs/07_transformer.ipynb #c005
 class MultiheadAttention(nn.Module):
     "Batch-first multi-head attention with the parameters of `nn.MultiheadAttention`."
-    def __init__(self,
-                 embed_dim: int,  # width d
-                 num_heads: int,  # heads; divides d
-                 dropout: float = 0.,  # on the attention weights, while training
-                 ):
+    def __init__(
+        self,
+        embed_dim: int,       # width d
+        num_heads: int,       # heads; divides d
+        dropout: float = 0.,  # share of the attention weights dropped while training
+    ):
         super().__init__()
-        if embed_dim % num_heads: raise ValueError(f'width {embed_dim} is not a multiple of {num_heads} heads')
+        if embed_dim % num_heads:
+            raise ValueError(f'width {embed_dim} is not a multiple of {num_heads} heads')
         self.num_heads, self.dropout = num_heads, dropout
+        # the projections of query, key and value, one below the other
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
         self.out_proj = nn.Linear(embed_dim, embed_dim)
@@ -42,153 +47,206 @@ class MultiheadAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def _heads(self, x, weight, bias):
-        return F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        x = F.linear(x, weight, bias)                           # (B, tokens, d)
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def forward(self,
-                query,  # (B,Q,d)
-                key,  # (B,K,d)
-                value,  # (B,K,d)
-                mask=None,  # bool, (Q,K) or (B,1 or heads,1 or Q,K), True = may look
-                need_weights=False,  # also return the attention map (B,heads,Q,K), without dropout
-                ):
-        projections = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
-        q, k, v = (self._heads(x, weight, bias) for x, weight, bias in projections)
-        weights = attention_weights(q, k, mask) if need_weights else None
-        dropout = self.dropout if self.training else 0.
-        with sdpa_kernel(KERNELS):
-            out = weights @ v if need_weights else F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return self.out_proj(out.transpose(1, 2).flatten(2)), weights
+    def forward(
+        self,
+        query,  # (B, Q, d)
+        key,    # (B, K, d)
+        value,  # (B, K, d)
+        mask=None,  # bool, (Q, K) or (B, 1 or heads, 1 or Q, K), True = may look
+        need_weights=False,  # also return the attention map (B, heads, Q, K), without dropout
+    ):
+        # project, and cut into heads
+        w_q, w_k, w_v = self.in_proj_weight.chunk(3)
+        b_q, b_k, b_v = self.in_proj_bias.chunk(3)
+        q = self._heads(query, w_q, b_q)                        # (B, heads, Q, d_k)
+        k = self._heads(key, w_k, b_k)                          # (B, heads, K, d_k)
+        v = self._heads(value, w_v, b_v)                        # (B, heads, K, d_k)
+        # every query takes what it looks at; the map is stored only on request
+        weights = None
+        if need_weights:
+            weights = attention_weights(q, k, mask)             # (B, heads, Q, K)
+            out = weights @ v
+        else:
+            dropout = self.dropout if self.training else 0.
+            with sdpa_kernel(KERNELS):
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        # put the heads side by side again
+        out = out.transpose(1, 2).flatten(2)                    # (B, Q, d)
+        return self.out_proj(out), weights
 
 # %% ../nbs/07_transformer.ipynb #c011
 class _Layer(nn.Module):
-    "What encoder and decoder layers share: self-attention, a two-layer network and the residual sublayer."
+    "Parts of both kinds of layers: self-attention, a feed-forward network, the residual sublayer."
     cross_attention = False
 
-    def __init__(self,
-                 d_model: int = 256,  # width
-                 nhead: int = 8,  # heads
-                 dim_feedforward: int = 2048,  # width of the hidden layer
-                 dropout: float = .1,  # on attention and on every sublayer
-                 pre_norm: bool = True,  # norm before (UP-DETR's weights) or after (DETR's)
-                 ):
+    def __init__(
+        self,
+        d_model: int = 256,  # width
+        nhead: int = 8,      # heads
+        dim_feedforward: int = 2048,  # width of the hidden layer
+        dropout: float = .1,     # share dropped, of attention and of every sublayer
+        pre_norm: bool = True,   # norm before (UP-DETR's weights) or after (DETR's)
+    ):
         super().__init__()
         self.pre_norm = pre_norm
         self.self_attn = MultiheadAttention(d_model, nhead, dropout)
-        self.linear1, self.linear2 = nn.Linear(d_model, dim_feedforward), nn.Linear(dim_feedforward, d_model)
+        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, d_model)
+        # norm1, norm2, ...: one a sublayer
         for i in range(self.num_norms): setattr(self, f'norm{i + 1}', nn.LayerNorm(d_model))
         self.dropout = nn.Dropout(dropout)
         if self.cross_attention: self.multihead_attn = MultiheadAttention(d_model, nhead, dropout)
 
     def sublayer(self, x, norm, f):
-        return x + self.dropout(f(norm(x))) if self.pre_norm else norm(x + self.dropout(f(x)))
+        if self.pre_norm: return x + self.dropout(f(norm(x)))
+        return norm(x + self.dropout(f(x)))
 
-    def feed_forward(self, x): return self.linear2(self.dropout(F.relu(self.linear1(x))))
+    def feed_forward(self, x):
+        hidden = F.relu(self.linear1(x))  # (B, tokens, dim_feedforward)
+        return self.linear2(self.dropout(hidden))
 
 # %% ../nbs/07_transformer.ipynb #c012
 class TransformerEncoderLayer(_Layer):
-    "Self-attention over the photo's tokens, then the feed-forward network. Positions join queries and keys, never values."
+    """Self-attention over the photo's tokens, then the feed-forward network.
+
+    Positions join queries and keys, never values."""
     num_norms = 2
 
-    def forward(self,
-                src,  # (B,S,d)
-                pos,  # (B or 1,S,d)
-                mask=None,  # bool (B,1,1,S), True = real token
-                ):
-        src = self.sublayer(src, self.norm1, lambda x: self.self_attn(x + pos, x + pos, x, mask)[0])
+    def forward(
+        self,
+        src,  # tokens (B, S, d)
+        pos,  # positions (B or 1, S, d)
+        mask=None,  # bool (B, 1, 1, S), True = real token
+    ):
+        # every token looks at every other one
+        def look(x): return self.self_attn(x + pos, x + pos, x, mask)[0]
+        src = self.sublayer(src, self.norm1, look)
+        # then each token thinks for itself
         return self.sublayer(src, self.norm2, self.feed_forward)
 
 # %% ../nbs/07_transformer.ipynb #c013
 class TransformerDecoderLayer(_Layer):
-    "Self-attention among the object queries, cross-attention to the photo, the feed-forward network."
+    "Self-attention among object queries, cross-attention to the photo, the feed-forward network."
     num_norms, cross_attention = 3, True
 
-    def forward(self,
-                tgt,  # (B,N,d)
-                memory,  # (B,S,d), what the encoder made of the photo
-                pos,  # (B or 1,S,d)
-                query_pos,  # (B,N,d), the object queries
-                mask=None,  # bool (B,1,1,S), True = real token
-                tgt_mask=None,  # bool (N,N), True = may look
-                maps=None,  # a list that collects the cross-attention map (B,heads,N,S)
-                ):
-        def cross(x):
-            out, weights = self.multihead_attn(x + query_pos, memory + pos, memory, mask, need_weights=maps is not None)
+    def forward(
+        self,
+        tgt,        # what the queries know so far (B, N, d)
+        memory,     # what the encoder made of the photo (B, S, d)
+        pos,        # positions of the photo's tokens (B or 1, S, d)
+        query_pos,  # the object queries (B, N, d)
+        mask=None,      # bool (B, 1, 1, S), True = real token
+        tgt_mask=None,  # bool (N, N), True = may look
+        maps=None,      # a list that collects the cross-attention map (B, heads, N, S)
+    ):
+        # the queries look at each other: who takes which object?
+        def look(x): return self.self_attn(x + query_pos, x + query_pos, x, tgt_mask)[0]
+        tgt = self.sublayer(tgt, self.norm1, look)
+
+        # each looks at the photo: where is it?
+        def search(x):
+            found, weights = self.multihead_attn(x + query_pos, memory + pos, memory, mask,
+                                                 need_weights=maps is not None)
             if maps is not None: maps.append(weights)
-            return out
-        tgt = self.sublayer(tgt, self.norm1, lambda x: self.self_attn(x + query_pos, x + query_pos, x, tgt_mask)[0])
-        return self.sublayer(self.sublayer(tgt, self.norm2, cross), self.norm3, self.feed_forward)
+            return found
+        tgt = self.sublayer(tgt, self.norm2, search)
+
+        # and thinks for itself
+        return self.sublayer(tgt, self.norm3, self.feed_forward)
 
 # %% ../nbs/07_transformer.ipynb #c017
 def _run(layer, *args, save_memory=False):
-    return checkpoint(layer, *args, use_reentrant=False) if save_memory and torch.is_grad_enabled() else layer(*args)
+    # what is not stored is computed once more in the backward pass
+    if save_memory and torch.is_grad_enabled(): return checkpoint(layer, *args, use_reentrant=False)
+    return layer(*args)
 
 class TransformerEncoder(nn.Module):
     "A stack of encoder layers; with pre-norm, a norm at the end."
-    def __init__(self,
-                 layers: list[nn.Module],  # `TransformerEncoderLayer`s, first to last
-                 norm: nn.Module | None = None,  # the norm at the end; None (post-norm): the layers end in one themselves
-                 ):
+    def __init__(
+        self,
+        layers: list[nn.Module],  # `TransformerEncoderLayer`s, first to last
+        norm: nn.Module | None = None,  # norm at the end; None (post-norm): the layers end in one
+    ):
         super().__init__()
-        self.layers, self.norm, self.gradient_checkpointing = nn.ModuleList(layers), norm, False
+        self.layers, self.norm = nn.ModuleList(layers), norm
+        self.gradient_checkpointing = False
 
     def forward(self, src, pos, mask=None):
-        for layer in self.layers: src = _run(layer, src, pos, mask, save_memory=self.gradient_checkpointing)
+        for layer in self.layers:
+            src = _run(layer, src, pos, mask, save_memory=self.gradient_checkpointing)
         return src if self.norm is None else self.norm(src)
 
 class TransformerDecoder(nn.Module):
-    "A stack of decoder layers whose outputs all pass one norm and are all returned: `(layers,B,N,d)`."
-    def __init__(self,
-                 layers: list[nn.Module],  # `TransformerDecoderLayer`s, first to last
-                 norm: nn.Module,  # shared by all outputs
-                 ):
+    "A stack of decoder layers; all outputs pass one norm and are returned: (layers, B, N, d)."
+    def __init__(
+        self,
+        layers: list[nn.Module],  # `TransformerDecoderLayer`s, first to last
+        norm: nn.Module,          # norm shared by all outputs
+    ):
         super().__init__()
-        self.layers, self.norm, self.gradient_checkpointing = nn.ModuleList(layers), norm, False
+        self.layers, self.norm = nn.ModuleList(layers), norm
+        self.gradient_checkpointing = False
 
     def forward(self, tgt, *args):
         outputs = []
         for layer in self.layers:
             tgt = _run(layer, tgt, *args, save_memory=self.gradient_checkpointing)
+            # the next layer goes on from `tgt`, the heads read the normed one
             outputs.append(self.norm(tgt))
         return torch.stack(outputs)
 
 # %% ../nbs/07_transformer.ipynb #c018
 class Transformer(nn.Module):
-    "Tokens of a photo and object queries in; the queries after every decoder layer out (DETR's; paper Section 3.1)."
-    def __init__(self,
-                 d_model: int = 256,  # width
-                 nhead: int = 8,  # heads
-                 num_encoder_layers: int = 6,  # at least 0
-                 num_decoder_layers: int = 6,  # at least 1: each one is trained and returned
-                 dim_feedforward: int = 2048,  # width of the hidden layers
-                 dropout: float = .1,  # 0..1, on attention and on every sublayer
-                 pre_norm: bool = True,  # True: UP-DETR's checkpoints, False: DETR's
-                 ):
+    """Tokens of a photo and object queries in; the queries after every decoder layer out.
+
+    DETR's transformer (paper Section 3.1)."""
+    def __init__(
+        self,
+        d_model: int = 256,  # width
+        nhead: int = 8,      # heads
+        num_encoder_layers: int = 6,  # at least 0
+        num_decoder_layers: int = 6,  # at least 1: each one is trained and returned
+        dim_feedforward: int = 2048,  # width of the hidden layers
+        dropout: float = .1,    # share dropped, 0..1, of attention and of every sublayer
+        pre_norm: bool = True,  # True: UP-DETR's checkpoints, False: DETR's
+    ):
         super().__init__()
         self.d_model, self.nhead, self.pre_norm = d_model, nhead, pre_norm
-        encoder, decoder = ([layer(d_model, nhead, dim_feedforward, dropout, pre_norm) for _ in range(n)] for layer, n in
-                            ((TransformerEncoderLayer, num_encoder_layers), (TransformerDecoderLayer, num_decoder_layers)))
+        sizes = d_model, nhead, dim_feedforward, dropout, pre_norm
+        encoder = [TransformerEncoderLayer(*sizes) for _ in range(num_encoder_layers)]
+        decoder = [TransformerDecoderLayer(*sizes) for _ in range(num_decoder_layers)]
+        # pre-norm layers leave their sum unnormed
         self.encoder = TransformerEncoder(encoder, nn.LayerNorm(d_model) if pre_norm else None)
         self.decoder = TransformerDecoder(decoder, nn.LayerNorm(d_model))
         for p in self.parameters():
             if p.dim() > 1: nn.init.xavier_uniform_(p)
 
     def encode(self, src, pos, mask=None):
-        "What the encoder makes of the photo: tokens (B,S,d). The object queries play no part in it."
-        return self.encoder(src, pos, None if mask is None else ~mask[:, None, None])
+        "Return what the encoder makes of the photo (B, S, d); object queries play no part in it."
+        return self.encoder(src, pos, self._real(mask))
 
     def decode(self, memory, pos, query_pos, mask=None, tgt_mask=None, maps=None):
-        "The object queries (B,N,d) after every decoder layer, (layers,B,N,d)."
-        real = None if mask is None else ~mask[:, None, None]
-        return self.decoder(torch.zeros_like(query_pos), memory, pos, query_pos, real, tgt_mask, maps)
+        "Return the object queries (B, N, d) after every decoder layer: (layers, B, N, d)."
+        # the queries know nothing at first
+        tgt = torch.zeros_like(query_pos)
+        return self.decoder(tgt, memory, pos, query_pos, self._real(mask), tgt_mask, maps)
 
-    def forward(self,
-                src,  # (B,S,d), the tokens of the photo
-                pos,  # (B or 1,S,d), their positions
-                query_pos,  # (B,N,d), the object queries
-                mask=None,  # bool (B,S), True = padding
-                tgt_mask=None,  # bool (N,N), True = may look
-                maps=None,  # a list that collects the cross-attention maps, one (B,heads,N,S) a decoder layer
-                ):
-        "Returns the queries after every decoder layer (layers,B,N,d) and the encoder's tokens (B,S,d)."
+    def _real(self, mask):
+        # padding (B, S) to what may be looked at, for all heads and queries: (B, 1, 1, S)
+        return None if mask is None else ~mask[:, None, None]
+
+    def forward(
+        self,
+        src,        # tokens of the photo (B, S, d)
+        pos,        # their positions (B or 1, S, d)
+        query_pos,  # the object queries (B, N, d)
+        mask=None,      # bool (B, S), True = padding
+        tgt_mask=None,  # bool (N, N), True = may look
+        maps=None,      # a list that collects cross-attention maps, (B, heads, N, S) a layer
+    ):
+        "Return the queries after every layer (layers, B, N, d) and the encoder's tokens (B, S, d)."
         memory = self.encode(src, pos, mask)
         return self.decode(memory, pos, query_pos, mask, tgt_mask, maps), memory
