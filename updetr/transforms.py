@@ -30,18 +30,24 @@ class Sizes:
     val: int = 800                             # short side in evaluation
 
     def __post_init__(self):
-        if not self.short or not self.before or min(*self.short, *self.before, *self.crop, self.longest, self.val) < 1:
+        every = *self.short, *self.before, *self.crop, self.longest, self.val
+        if not self.short or not self.before or min(every) < 1:
             raise ValueError(f'sizes must be positive: {self}')
-        if not self.crop[0] <= min(self.crop[1], *self.before):
-            raise ValueError(f'a crop of {self.crop[0]} px does not fit: crop is (smallest, largest), {self.crop}, before is {self.before}')
+        smallest, largest = self.crop
+        # even the smallest photo must hold the smallest crop
+        if smallest > min(largest, *self.before):
+            raise ValueError(f'a crop of {smallest} px does not fit: '
+                             f'crop is (smallest, largest), {self.crop}, before is {self.before}')
 
-    def scaled(self,
-        val:int, # short side in evaluation, px
-    ):           # Sizes
-        "All sizes in the same proportion."
+    def scaled(
+        self,
+        val: int,  # short side in evaluation, px
+    ):  # Sizes
+        "Return all sizes in the same proportion."
         def scale(x): return max(1, round(x * val / self.val))
-        return Sizes(*(tuple(map(scale, v)) if isinstance(v, tuple) else scale(v)
-                       for v in (self.short, self.longest, self.before, self.crop, self.val)))
+        def scale_all(sides): return tuple(scale(x) for x in sides)
+        return Sizes(scale_all(self.short), scale(self.longest), scale_all(self.before),
+                     scale_all(self.crop), scale(self.val))
 
 DETR_SIZES = Sizes()
 SMALL_SIZES = Sizes().scaled(240)  # for photos with a short side of about 240 px
@@ -50,90 +56,108 @@ SMALL_SIZES = Sizes().scaled(240)  # for photos with a short side of about 240 p
 @dataclass(frozen=True)
 class View:
     "How one photo is shown: everything that is random about it."
-    flip: bool           # mirrored, left and right
-    size: tuple          # (height, width) of the result, px
-    before: tuple = None # (height, width) before the crop, px; None: the whole photo is shown
-    crop: tuple = None   # (top, left, height, width) of the crop, px
+    flip: bool            # mirrored, left and right
+    size: tuple           # (height, width) of the result, px
+    before: tuple = None  # (height, width) before the crop, px; None: the whole photo is shown
+    crop: tuple = None    # (top, left, height, width) of the crop, px
 
 def draw_view(
-    rng:np.random.Generator,  # of this sample
-    height:int,               # of the photo, px
-    width:int,                # of the photo, px
-    sizes:Sizes=DETR_SIZES,   # px
-    size:int=None,            # short side of the result, px; None: drawn from `sizes.short`
-)->View:                      # for `apply_view`
-    "Draw a view by the law of DETR's training transforms, which the paper takes over for fine-tuning (Section 4.1)."
+    rng: np.random.Generator,   # the sample's own
+    height: int,                # height of the photo, px
+    width: int,                 # width of the photo, px
+    sizes: Sizes = DETR_SIZES,  # px
+    size: int = None,           # short side of the result, px; None: drawn from `sizes.short`
+) -> View:                      # for `apply_view`
+    """Draw a view by the law of DETR's training transforms.
+
+    The paper takes them over for fine-tuning (Section 4.1)."""
     flip, whole = rng.random() < .5, rng.random() < .5
     before = crop = None
     if not whole:
-        before = height, width = resize_shape(height, width, int(rng.choice(sizes.before)), 10**9)
-        w, h = (int(rng.integers(sizes.crop[0], min(side, sizes.crop[1]) + 1)) for side in (width, height))
-        crop = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+        # resize the photo ...
+        before = resize_shape(height, width, int(rng.choice(sizes.before)), 10**9)
+        height, width = before
+        # ... and cut out a part of any size, at any place
+        smallest, largest = sizes.crop
+        w = int(rng.integers(smallest, min(width, largest) + 1))
+        h = int(rng.integers(smallest, min(height, largest) + 1))
+        top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+        crop = top, left, h, w
         height, width = h, w
-    size = int(rng.choice(sizes.short)) if size is None else size
+    if size is None: size = int(rng.choice(sizes.short))
     return View(flip, resize_shape(height, width, size, sizes.longest), before, crop)
 
 def whole_view(
-    height:int,             # of the photo, px
-    width:int,              # of the photo, px
-    sizes:Sizes=DETR_SIZES, # px
-)->View:                    # for `apply_view`
-    "The view for evaluation: nothing random, short side 800, long side at most 1333."
+    height: int,                # height of the photo, px
+    width: int,                 # width of the photo, px
+    sizes: Sizes = DETR_SIZES,  # px
+) -> View:                      # for `apply_view`
+    "Return the view for evaluation: nothing random, short side 800, long side at most 1333."
     return View(False, resize_shape(height, width, sizes.val, sizes.longest))
 
 # %% ../nbs/24_transforms.ipynb #c017
 _OF_BOXES = ('boxes', 'labels', 'iscrowd', 'area', 'difficult', 'masks')
 
 def keep_boxes(
-    sample:dict,       # a detection sample
-    keep:torch.Tensor, # (n,) bool
-)->dict:               # the sample with fewer boxes
-    "The sample with only some of its boxes, and of everything that belongs to them."
+    sample: dict,        # a detection sample
+    keep: torch.Tensor,  # (n,) bool
+) -> dict:               # the sample with fewer boxes
+    "Return the sample with only some of its boxes, and of everything that belongs to them."
     return sample | {k: sample[k][keep] for k in _OF_BOXES if k in sample}
 
 def _move(sample, function):
-    "The same torchvision function for boxes and masks"
+    "Return boxes and masks after the same torchvision function."
     size = tuple(sample['image'].shape[-2:])
-    moved = {'boxes': function(BoundingBoxes(sample['boxes'], format='XYXY', canvas_size=size)).as_subclass(torch.Tensor)}
-    if 'masks' in sample: moved['masks'] = function(Mask(sample['masks'])).as_subclass(torch.Tensor)
+    # torchvision must know which is which
+    boxes = BoundingBoxes(sample['boxes'], format='XYXY', canvas_size=size)
+    moved = {'boxes': function(boxes).as_subclass(torch.Tensor)}
+    if 'masks' in sample:
+        moved['masks'] = function(Mask(sample['masks'])).as_subclass(torch.Tensor)
     return moved
 
-def flip_sample(sample:dict # a detection sample
-)->dict:                    # mirrored
+def flip_sample(
+    sample: dict,  # a detection sample
+) -> dict:         # mirrored
     "Exchange left and right."
-    return sample | _move(sample, F.horizontal_flip) | {'image': F.horizontal_flip(sample['image'])}
+    image = F.horizontal_flip(sample['image'])
+    return sample | _move(sample, F.horizontal_flip) | {'image': image}
 
 # %% ../nbs/24_transforms.ipynb #c018
 def resize_sample(
-    sample:dict, # a detection sample
-    size:tuple,  # (height, width), px
-)->dict:         # resized
+    sample: dict,  # a detection sample
+    size: tuple,   # (height, width), px
+) -> dict:         # resized
     "Resize photo (antialiased), boxes, areas and masks (nearest pixel)."
     old, (height, width) = sample['image'].shape[-2:], size
     if tuple(old) == tuple(size): return sample
-    moved = _move(sample, lambda x: F.resize(x, [height, width], interpolation=F.InterpolationMode.NEAREST_EXACT))
+    nearest = F.InterpolationMode.NEAREST_EXACT
+    moved = _move(sample, lambda x: F.resize(x, [height, width], interpolation=nearest))
+    # an area grows as the picture's does
     area = sample['area'] * (height * width / (old[0] * old[1]))
     return sample | moved | {'image': resize(sample['image'], height, width), 'area': area}
 
 def crop_sample(
-    sample:dict, # a detection sample
-    top:int,     # first row, px
-    left:int,    # first column, px
-    height:int,  # of the crop, px
-    width:int,   # of the crop, px
-)->dict:         # the part of it; boxes without area are gone
+    sample: dict,  # a detection sample
+    top: int,      # first row, px
+    left: int,     # first column, px
+    height: int,   # height of the crop, px
+    width: int,    # width of the crop, px
+) -> dict:         # the part of it; boxes without area are gone
     "Cut out a part; boxes are clamped to it, and those with nothing left are dropped."
     moved = _move(sample, lambda x: F.crop(x, top, left, height, width))
-    boxes = moved['boxes'].clamp(min=0).minimum(sample['boxes'].new_tensor([width, height, width, height]))
+    # what sticks out of the crop is cut off
+    corner = sample['boxes'].new_tensor([width, height, width, height])
+    boxes = moved['boxes'].clamp(min=0).minimum(corner)
     sides = boxes[:, 2:] - boxes[:, :2]
-    sample = sample | moved | {'image': F.crop(sample['image'], top, left, height, width), 'boxes': boxes, 'area': sides.prod(1)}
+    image = F.crop(sample['image'], top, left, height, width)
+    sample = sample | moved | {'image': image, 'boxes': boxes, 'area': sides.prod(1)}
     return keep_boxes(sample, (sides > 0).all(1))
 
 # %% ../nbs/24_transforms.ipynb #c019
 def apply_view(
-    sample:dict, # a detection sample: boxes xyxy px
-    view:View,   # of `draw_view` or `whole_view`
-)->dict:         # a detection sample as it is seen: boxes xyxy px of the new image
+    sample: dict,  # a detection sample: boxes xyxy px
+    view: View,    # the view, of `draw_view` or `whole_view`
+) -> dict:         # a detection sample as it is seen: boxes xyxy px of the new image
     "Show a sample in a view. Crowds are left out: they are no training targets."
     sample = keep_boxes(sample, ~sample['iscrowd'])
     if view.flip: sample = flip_sample(sample)
@@ -142,49 +166,65 @@ def apply_view(
 
 # %% ../nbs/24_transforms.ipynb #c031
 def as_target(
-    seen:dict,       # a sample in a view: boxes xyxy px
-    orig_size:tuple, # (height, width) of the photo, px
-)->tuple:            # image uint8 (3, H, W), DETR's target
-    "The image and DETR's target: boxes (k,4) cxcywh in 0..1, labels, area, iscrowd, masks if known; image_id, orig_size, size."
+    seen: dict,        # a sample in a view: boxes xyxy px
+    orig_size: tuple,  # (height, width) of the photo, px
+) -> tuple:            # image uint8 (3, H, W), DETR's target
+    """Return the image and DETR's target.
+
+    That is boxes (k, 4) cxcywh in 0..1, labels, area, iscrowd, masks if known; image_id,
+    orig_size, size."""
     height, width = seen['image'].shape[-2:]
-    boxes = box_convert(seen['boxes'] / seen['boxes'].new_tensor([width, height, width, height]), 'xyxy', 'cxcywh')
-    target = {k: seen[k] for k in ('labels', 'area', 'iscrowd', 'masks') if k in seen} | {'boxes': boxes}
+    # from pixels to fractions, from corners to centre and size
+    boxes = seen['boxes'] / seen['boxes'].new_tensor([width, height, width, height])
+    boxes = box_convert(boxes, 'xyxy', 'cxcywh')
+    target = {k: seen[k] for k in ('labels', 'area', 'iscrowd', 'masks') if k in seen}
+    target['boxes'] = boxes
     numbers = {'image_id': seen['image_id'], 'orig_size': tuple(orig_size), 'size': (height, width)}
     return seen['image'], target | {k: torch.tensor(v) for k, v in numbers.items()}
 
 # %% ../nbs/24_transforms.ipynb #c034
-_NO_OTHER = ('No other photo can take its place: the AP would be that of other photos. Load it anew, or take it out of '
-             'the annotations; check_dataset(ds, decode=True) names all that are broken')
+_NO_OTHER = ('No other photo can take its place: the AP would be that of other photos. '
+             'Load it anew, or take it out of the annotations; '
+             'check_dataset(ds, decode=True) names all that are broken')
 
 class DetectionViews(Dataset):
-    "Training views of a detection set: `views[epoch, index]` or `views[epoch, index, size]` is (image, target)."
-    def __init__(self,
-        dataset,                # a detection set: `len`, `[i]` -> sample
-        seed:int=42,            # of all draws
-        sizes:Sizes=DETR_SIZES, # px
-        train:bool=True,        # False: the view for evaluation, whatever the epoch
-        square:int=0,           # px: side to which all views are squashed; 0: the aspect is kept
+    """Training views of a detection set.
+
+    `views[epoch, index]` or `views[epoch, index, size]` is (image, target)."""
+    def __init__(
+        self,
+        dataset,                    # a detection set: `len`, `[i]` -> sample
+        seed: int = 42,             # seed of all draws
+        sizes: Sizes = DETR_SIZES,  # px
+        train: bool = True,         # False: the view for evaluation, whatever the epoch
+        square: int = 0,            # side that all views are squashed to, px; 0: aspect kept
     ):
-        self.dataset, self.seed, self.sizes, self.train, self.square = dataset, seed, sizes, train, square
+        self.dataset, self.seed, self.sizes = dataset, seed, sizes
+        self.train, self.square = train, square
 
     def __len__(self): return len(self.dataset)
 
     def __getitem__(self, item):
         sample, skipped = self.read(item[1])
         image, target = self.look(sample, *item)
-        return image, (target | {'skipped': skipped} if skipped else target)
+        if skipped: target['skipped'] = skipped
+        return image, target
 
     def read(self, index):
-        """Sample `index`, in training that of the first readable photo from there on, and what was wrong with those before it.
-        Raises BadPhoto: in training if 16 in a row cannot be read, in evaluation for every photo that cannot."""
+        """Return sample `index`, in training the first readable one from there on, and the skipped.
+
+        Raises BadPhoto: in training if 16 in a row cannot be read, in evaluation for every photo
+        that cannot."""
         if self.train: return read_or_next(range(len(self)), index, read=self.dataset.__getitem__)
         try: return self.dataset[index], []
         except BadPhoto as e: raise BadPhoto(e.path, f'{e.reason}. {_NO_OTHER}') from e
 
     def look(self, sample, epoch, index, size=None):
-        "The view of epoch `epoch` of a sample that is at hand."
+        "Return the view of epoch `epoch` of a sample that is at hand."
         height, width = sample['image'].shape[-2:]
+        # everything random comes from these numbers
         rng = np.random.default_rng((self.seed, epoch, index))
-        view = draw_view(rng, height, width, self.sizes, size) if self.train else whole_view(height, width, self.sizes)
+        if self.train: view = draw_view(rng, height, width, self.sizes, size)
+        else: view = whole_view(height, width, self.sizes)
         if self.square: view = replace(view, size=(self.square, self.square))
         return as_target(apply_view(sample, view), (height, width))
