@@ -10,14 +10,20 @@ import os
 import signal
 
 # %% ../nbs/12a_stop.ipynb #c006
-STOP_SIGNALS = tuple(getattr(signal, s) for s in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, s))  # Windows has no USR1
+# Windows has no USR1
+STOP_SIGNALS = tuple(getattr(signal, s) for s in ('SIGTERM', 'SIGINT', 'SIGUSR1')
+                     if hasattr(signal, s))
 
 class StopFlag:
-    "True as soon as the process was asked to stop (by a signal) or has lost its launcher; a context manager around the training loop."
-    def __init__(self,
+    """True as soon as the process was asked to stop (by a signal) or has lost its launcher.
+
+    A context manager around the training loop."""
+    def __init__(
+        self,
         signals: tuple = STOP_SIGNALS,  # signals that ask for a stop; USR1 is what queues use
     ):
         self.signals, self.received, self.old = signals, None, {}
+        # the launcher tells its number: when this line runs, it may be gone already
         self.parent = int(os.environ.get('UPDETR_LAUNCHER') or os.getppid())
 
     def __enter__(self):
@@ -31,24 +37,30 @@ class StopFlag:
 
     @property
     def reason(self) -> str | None:
-        "Why to stop: the signal's name, 'launcher gone', or None to go on."
-        return self.received or ('launcher gone' if os.getppid() != self.parent else None)
+        "Return why to stop: the signal's name, 'launcher gone', or None to go on."
+        if self.received: return self.received
+        return 'launcher gone' if os.getppid() != self.parent else None
 
     def __bool__(self): return self.reason is not None
 
 # %% ../nbs/12a_stop.ipynb #c013
 def ignore_stop(
-    worker_id: int = 0,  # number of the data-loading process, unused: the signature is that of `worker_init_fn`
+    worker_id: int = 0,  # number of the process, unused: the signature is that of `worker_init_fn`
 ):
-    "Leave the process group, whose signals are meant for the trainer: for data-loading children, whose parent decides when they stop."
+    """Leave the process group, whose signals are meant for the trainer.
+
+    For data-loading children, whose parent decides when they stop."""
     os.setpgrp()
     for s in (signal.SIGINT, signal.SIGUSR1): signal.signal(s, signal.SIG_IGN)
 
 # %% ../nbs/12a_stop.ipynb #c0w2
 def file_locks():  # the module `fcntl`
-    "What locks files. Raises RuntimeError where there is none (Windows): nothing can be trained there."
+    """Return what locks files.
+
+    Raises RuntimeError where there is nothing (Windows): nothing can be trained there."""
     try: import fcntl
     except ImportError as e:
-        raise RuntimeError('training and launching need Linux or macOS; on Windows run them in WSL. '
+        raise RuntimeError('training and launching need Linux or macOS; '
+                           'on Windows run them in WSL. '
                            'Inference (Detector and the others) runs here, too') from e
     return fcntl
