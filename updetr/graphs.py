@@ -19,69 +19,87 @@ from .losses import SetCriterion, name_layers, pick
 from .updetr import UPDETR
 
 # %% ../nbs/15a_graphs.ipynb #c005
-def predict(model: UPDETR,  # behind the CNN
-            feature: Tensor,  # (B,C,h,w)
-            patch_feature: Tensor,  # (B,M,C)
-            keep: Tensor,  # (B,N) bool
-            mask: Tensor | None = None,  # (B,h,w) bool, True = padding
-            ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # pred_logits, pred_boxes, states (layers,B,N,...); gt_feature (B,M,C)
-    "The first half: logits, boxes and decoder states of all queries."
+def predict(
+    model: UPDETR,          # a UP-DETR, from behind its CNN on
+    feature: Tensor,        # (B, C, h, w)
+    patch_feature: Tensor,  # (B, M, C)
+    keep: Tensor,           # (B, N) bool
+    mask: Tensor | None = None,  # (B, h, w) bool, True = padding
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logits, boxes, states (layers, B, N, ...); gt_feature
+    "Return the first half: logits, boxes and decoder states of all queries."
     hs, gt_feature = model.states(feature, patch_feature, mask, keep)
-    hs = hs if model.aux_loss else hs[-1:]
+    if not model.aux_loss: hs = hs[-1:]
+    # DETR's heads only: what is reconstructed waits for the matching
     outputs = DETR.heads(model, hs)
     return outputs['pred_logits'].float(), outputs['pred_boxes'], hs, gt_feature
 
-def match(criterion: SetCriterion,  # of the model
-          predictions: tuple[Tensor, ...],  # of `predict`
-          boxes: Tensor,  # (B,M,4) of the patches
-          ) -> Tensor:  # (layers,B,M) the query of each patch
-    "What lies between the halves."
+def match(
+    criterion: SetCriterion,  # the model's criterion
+    predictions: tuple[Tensor, ...],  # tensors of `predict`
+    boxes: Tensor,            # boxes of the patches (B, M, 4)
+) -> Tensor:  # (layers, B, M) the query of each patch
+    "Return what lies between the halves."
     return criterion.match(_named(predictions), as_targets(boxes, criterion.num_classes - 1))
 
-def judge(model: UPDETR,  # whose matched queries reconstruct their patch
-          criterion: SetCriterion,  # of the model
-          *tensors: Tensor,  # of `predict` and `match`, and boxes (B,M,4)
-          ) -> tuple[dict[str, Tensor], Tensor]:  # losses and what is watched; their weighted sum
-    "The second half: losses of matched predictions."
+def judge(
+    model: UPDETR,            # a UP-DETR whose matched queries reconstruct their patch
+    criterion: SetCriterion,  # the model's criterion
+    *tensors: Tensor,         # tensors of `predict` and `match`, and boxes (B, M, 4)
+) -> tuple[dict[str, Tensor], Tensor]:  # losses and what is watched; their weighted sum
+    "Return the second half: losses of matched predictions."
     *predictions, hs, gt_feature, matched, boxes = tensors
+    # every photo has M patches: numbers that are counted elsewhere are known here
     labels, boxes, counts = as_targets(boxes, criterion.num_classes - 1)
-    counts, number = (torch.full(shape, n, device=boxes.device) for shape, n in (((len(boxes),), counts[0]), ((), float(sum(counts)))))
-    recon = None if model.feature_align is None else model.feature_align(pick(hs, matched))
-    losses = name_layers(criterion.losses(_named(predictions), (labels, boxes, counts), matched, gt_feature, number, recon))
+    number = torch.full((), float(sum(counts)), device=boxes.device)
+    counts = torch.full((len(boxes),), counts[0], device=boxes.device)
+    # only matched queries reconstruct
+    recon = None
+    if model.feature_align is not None: recon = model.feature_align(pick(hs, matched))
+    losses = criterion.losses(_named(predictions), (labels, boxes, counts), matched, gt_feature,
+                              number, recon)
+    losses = name_layers(losses)
     return losses, criterion.total(losses)
 
 def _named(predictions): return dict(zip(('pred_logits', 'pred_boxes'), predictions))
 
 # %% ../nbs/15a_graphs.ipynb #2714ac99
 @lru_cache
-def stream_for(use: str,  # record, step, encode
-               device: torch.device | str,  # a GPU
-               ):  # torch.cuda.Stream
-    "The stream that a GPU keeps for one use: what it frees it can take again."
+def stream_for(
+    use: str,  # record, step, encode
+    device: torch.device | str,  # a GPU
+):  # torch.cuda.Stream
+    "Return the stream that a GPU keeps for one use: what it frees it can take again."
     return torch.cuda.Stream(device)
 
-def record_graphs(parts: tuple[nn.Module, ...],  # in the order in which they are played
-                  samples: tuple[tuple[Tensor, ...], ...],  # arguments of each, of the shapes to be recorded
-                  pool=None,  # memory shared with other recordings, of `torch.cuda.graph_pool_handle`
-                  ) -> tuple[nn.Module, ...]:
-    "Parts as CUDA graphs, forward and backward; other threads may go on using the GPU meanwhile."
-    kind, ours = torch.cuda.graph, dict(capture_error_mode='thread_local', stream=stream_for('record', torch.cuda.current_device()))
-    with patch.object(torch.cuda, 'graph', lambda *graph, **given: kind(*graph, **given | ours)):
+def record_graphs(
+    parts: tuple[nn.Module, ...],  # parts in the order in which they are played
+    samples: tuple[tuple[Tensor, ...], ...],  # arguments of each, of the shapes to be recorded
+    pool=None,  # memory shared with other recordings, of `torch.cuda.graph_pool_handle`
+) -> tuple[nn.Module, ...]:
+    "Return parts as CUDA graphs, forward and backward; other threads may use the GPU meanwhile."
+    stream = stream_for('record', torch.cuda.current_device())
+    ours = dict(capture_error_mode='thread_local', stream=stream)
+    # not all versions of PyTorch take these as arguments of the recorder
+    graph = torch.cuda.graph
+    def our_graph(*args, **given): return graph(*args, **given | ours)
+    with patch.object(torch.cuda, 'graph', our_graph):
         return torch.cuda.make_graphed_callables(parts, samples, allow_unused_input=True, pool=pool)
 
 # %% ../nbs/15a_graphs.ipynb #d15a0002
-def leave_default_stream(device: torch.device | str,  # a GPU
-                         ) -> None:
-    "From now on this thread works in another stream than CUDA's default one."
+def leave_default_stream(
+    device: torch.device | str,  # a GPU
+) -> None:
+    "From now on let this thread work in another stream than CUDA's default one."
     here = torch.cuda.current_stream(device)
     if here != torch.cuda.default_stream(device): return
     stream = stream_for('step', device)
+    # what is under way comes first
     stream.wait_stream(here)
     torch.cuda.set_stream(stream)
 
 # %% ../nbs/15a_graphs.ipynb #d15a0020
 class _Part(nn.Module):
-    "A function of tensors, and the modules whose weights it uses, which is what the recorder wants"
+    "A function of tensors, and the modules whose weights it uses: what the recorder wants."
     def __init__(self, function, *owners):
         super().__init__()
         self.function, self.owners = function, nn.ModuleList(m for m in owners if m is not None)
@@ -89,58 +107,81 @@ class _Part(nn.Module):
     def forward(self, *tensors): return self.function(*tensors)
 
 class _Places:
-    "Where weights lie. A recording reads them there: what is changed in place is seen, what is replaced is not"
+    """Where weights lie. A recording reads them there.
+
+    What is changed in place is seen, what is replaced is not."""
     def __init__(self, modules):
-        self.slots = [(held, k) for m in modules for held in (m._parameters, m._buffers) for k in held]
+        tables = [held for m in modules for held in (m._parameters, m._buffers)]
+        self.slots = [(held, k) for held in tables for k in held]
         self.known = None
 
     def moved(self):
-        "Whether a weight lies elsewhere than when this was last asked"
+        "Return True if a weight lies elsewhere than when this was last asked."
         places = [held[k].data_ptr() for held, k in self.slots if held[k] is not None]
         known, self.known = self.known, places
         return known != places
 
 def _precise(device, amp, function, *tensors):
-    with torch.autocast(device, torch.bfloat16, enabled=amp, cache_enabled=False): return function(*tensors)
+    with torch.autocast(device, torch.bfloat16, enabled=amp, cache_enabled=False):
+        return function(*tensors)
 
 # %% ../nbs/15a_graphs.ipynb #c007
 class GraphedStep(nn.Module):
-    "A batch of encoded photos and patches to its loss and the logged numbers; its halves are recorded."
-    def __init__(self,
-                 model: UPDETR,  # to be trained; its CNN is frozen
-                 criterion: SetCriterion,  # of `build_criterion`
-                 record: Callable = record_graphs,  # (parts, sample arguments, pool) -> parts
-                 ):
+    "A batch of encoded photos and patches to its loss and the logged numbers; halves are recorded."
+    def __init__(
+        self,
+        model: UPDETR,            # a UP-DETR to be trained; its CNN is frozen
+        criterion: SetCriterion,  # its criterion, of `build_criterion`
+        record: Callable = record_graphs,  # (parts, sample arguments, pool) -> parts
+    ):
         super().__init__()
-        if (device := next(model.parameters()).device).type == 'cuda': leave_default_stream(device)
-        self.model, self.criterion, self.record, self.parts, self.names, self.pool = model, criterion, record, {}, [], None
-        self.weights = _Places(m for name, m in self.named_modules() if not name.startswith('model.backbone.0'))
+        device = next(model.parameters()).device
+        if device.type == 'cuda': leave_default_stream(device)
+        self.model, self.criterion, self.record = model, criterion, record
+        self.parts, self.names, self.pool = {}, [], None
+        # the CNN is not recorded
+        recorded = [m for name, m in self.named_modules()
+                    if not name.startswith('model.backbone.0')]
+        self.weights = _Places(recorded)
 
     def forward(self, batch):
         if self.weights.moved(): self.parts = {}
-        inputs = tuple(batch[k] for k in ('feature', 'patch_feature', 'keep', 'mask') if batch[k] is not None)
-        device, boxes, amp = inputs[0].device.type, batch['boxes'], torch.is_autocast_enabled(inputs[0].device.type)
-        key = self.training, amp, torch.is_grad_enabled(), *((t.shape, t.dtype) for t in inputs)
+        names = ('feature', 'patch_feature', 'keep', 'mask')
+        inputs = tuple(batch[k] for k in names if batch[k] is not None)
+        boxes, device = batch['boxes'], inputs[0].device.type
+        amp = torch.is_autocast_enabled(device)
+        # a recording fits one mode, one precision and one set of shapes
+        shapes = ((t.shape, t.dtype) for t in inputs)
+        key = self.training, amp, torch.is_grad_enabled(), *shapes
         with torch.autocast(device, enabled=False):
-            if key not in self.parts: self.parts[key] = self._record(partial(_precise, device, amp), inputs, boxes)
+            if key not in self.parts:
+                self.parts[key] = self._record(partial(_precise, device, amp), inputs, boxes)
             first, second = self.parts[key]
             predictions = first(*inputs)
-            total, *values = second(*predictions, match(self.criterion, predictions, boxes), boxes)
+            matched = match(self.criterion, predictions, boxes)
+            total, *values = second(*predictions, matched, boxes)
         return total, dict(zip(self.names, values))
 
     def _judge(self, *tensors):
         losses, total = judge(self.model, self.criterion, *tensors)
+        # a recording returns tensors only: their names are kept here
         self.names = list(losses)
         return total, *(v.detach() for v in losses.values())
 
     def _record(self, precise, inputs, boxes):
-        "Both halves for these shapes; all recordings share their memory, since only one of them is played at a time"
-        first, second = partial(precise, partial(predict, self.model)), partial(precise, self._judge)
-        if inputs[0].is_cuda and self.pool is None: self.pool = torch.cuda.graph_pool_handle()
-        with torch.random.fork_rng([inputs[0].device] if inputs[0].is_cuda else []):
+        first = partial(precise, partial(predict, self.model))
+        second = partial(precise, self._judge)
+        # all recordings share their memory, since only one of them is played at a time
+        gpus = [inputs[0].device] if inputs[0].is_cuda else []
+        if gpus and self.pool is None: self.pool = torch.cuda.graph_pool_handle()
+        with torch.random.fork_rng(gpus):
+            # a first half to have samples for the second; gt_feature, the last, is not learnt
             with torch.no_grad(): predictions = first(*inputs)
             matched, learnt = match(self.criterion, predictions, boxes), len(predictions) - 1
-            predictions = [p.detach().clone().requires_grad_(i < learnt) for i, p in enumerate(predictions)]
-            samples = tuple(t.clone() for t in inputs), (*predictions, matched.clone(), boxes.clone())
-            parts = _Part(first, self.model), _Part(second, self.criterion, self.model.feature_align)
-            return self.record(parts, samples, self.pool)
+            predictions = [p.detach().clone().requires_grad_(i < learnt)
+                           for i, p in enumerate(predictions)]
+            of_first = tuple(t.clone() for t in inputs)
+            of_second = *predictions, matched.clone(), boxes.clone()
+            parts = (_Part(first, self.model),
+                     _Part(second, self.criterion, self.model.feature_align))
+            return self.record(parts, (of_first, of_second), self.pool)
