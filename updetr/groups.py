@@ -10,18 +10,22 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/09_groups.ipynb #c005
-def group_of(num_queries: int,  # N
-             num_patches: int,  # M, divides N
-             ) -> Tensor:  # (N,) int, the patch each query belongs to
-    "The group of every object query. Raises ValueError unless M divides N."
+def group_of(
+    num_queries: int,  # N
+    num_patches: int,  # M, divides N
+) -> Tensor:  # (N,) int, the patch each query belongs to
+    "Return the group of every object query. Raises ValueError unless M divides N."
     if num_patches < 1 or num_queries % num_patches:
         fits = [m for m in range(1, num_queries + 1) if num_queries % m == 0]
-        raise ValueError(f'num_queries {num_queries} cannot be divided into num_patches {num_patches} equal groups; possible: {fits}')
+        raise ValueError(f'num_queries {num_queries} cannot be divided into num_patches '
+                         f'{num_patches} equal groups; possible: {fits}')
     return torch.arange(num_queries) // (num_queries // num_patches)
 
-def group_mask(num_queries: int,  # N
-               num_patches: int,  # M, divides N
-               ) -> Tensor:  # (N,N) bool, True = may look
-    "The attention mask of Eq. 3. Raises ValueError unless M divides N."
+def group_mask(
+    num_queries: int,  # N
+    num_patches: int,  # M, divides N
+) -> Tensor:  # (N, N) bool, True = may look
+    "Return the attention mask of Eq. 3. Raises ValueError unless M divides N."
     group = group_of(num_queries, num_patches)
+    # who looks (rows) and at whom (columns)
     return group[:, None] == group[None, :]
