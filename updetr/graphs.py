@@ -19,6 +19,8 @@ from .losses import SetCriterion, name_layers, pick
 from .updetr import UPDETR
 
 # %% ../nbs/15a_graphs.ipynb #c005
+def _named(predictions): return dict(zip(('pred_logits', 'pred_boxes'), predictions))
+
 def predict(
     model: UPDETR,          # a UP-DETR, from behind its CNN on
     feature: Tensor,        # (B, C, h, w)
@@ -41,6 +43,7 @@ def match(
     "Return what lies between the halves."
     return criterion.match(_named(predictions), as_targets(boxes, criterion.num_classes - 1))
 
+# %% ../nbs/15a_graphs.ipynb #c005b
 def judge(
     model: UPDETR,            # a UP-DETR whose matched queries reconstruct their patch
     criterion: SetCriterion,  # the model's criterion
@@ -59,8 +62,6 @@ def judge(
                               number, recon)
     losses = name_layers(losses)
     return losses, criterion.total(losses)
-
-def _named(predictions): return dict(zip(('pred_logits', 'pred_boxes'), predictions))
 
 # %% ../nbs/15a_graphs.ipynb #2714ac99
 @lru_cache
