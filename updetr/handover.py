@@ -23,7 +23,7 @@ from .checkpoint import (architecture, check_cnn, check_file, check_sums, first_
                                plain_tensors, read_weights)
 from .config import check_names
 from .detr import DETR
-from .updetr import PatchQueries
+from .updetr import UPDETR
 
 # %% ../nbs/26_handover.ipynb #c004a
 FOREIGN = {  # project -> words on its files
@@ -446,7 +446,7 @@ def _same_question(pretrained, model, classes):
 
     ValueError if the model asks with pictures and the file cannot."""
     # a model that is asked with pictures: "does this match?"
-    if isinstance(model, PatchQueries):
+    if isinstance(model, UPDETR):
         if pretrained.kind == 'updetr': return model.num_classes == pretrained.num_classes
         raise ValueError(f'{pretrained.path} is a detector and has no patch2query: one-shot '
                          'detection starts from a pre-trained or a one-shot checkpoint')
