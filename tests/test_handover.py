@@ -107,9 +107,10 @@ def test_bad_files(updetr, tmp_path):
     path = tmp_path/'weights.pth'
     with pytest.raises(FileNotFoundError, match='weights.pth'): open_pretrained(path)
     state, whole = updetr.state_dict(), official(updetr)
-    less, prefixed = {k: v for k, v in state.items() if k != 'query_embed.weight'}, {f'net.{k}': v for k, v in state.items()}
+    less = {k: v for k, v in state.items() if k != 'query_embed.weight'}
+    foreign = {f'net.{k}': v for k, v in less.items()}
     for content, why in [(5, 'not a dictionary'), ({}, 'no state dict'), ({'model': {'w': 1}}, 'no state dict'),
-                         (less, 'query_embed.weight'), (prefixed, 'none of DETR.*net.backbone'),
+                         (less, 'query_embed.weight'), (foreign, 'none of DETR.*net.backbone'),
                          (state | {'more.bias': torch.zeros(1)}, '1 of its'),
                          (official(updetr, pre_norm=False), 'pre_norm is True by its tensors'),
                          (official(updetr, hidden_dim=64), 'hidden_dim is 32'), (official(updetr, backbone='resnet34'), 'backbone'),
