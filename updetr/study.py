@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -29,7 +30,8 @@ from scipy.stats import t as student
 
 from .checkpoint import read_json, write_atomic
 from .cnn_task import CNN
-from .config import PretrainConfig, TrainConfig, check_parameters, find_data, model_options, plain_variables
+from .config import (PretrainConfig, TrainConfig, check_parameters, find_data, model_options,
+                           plain_variables)
 from .detr import build_detr
 from .experiments import DESCRIPTIONS, EXPERIMENTS, Claim, Experiment, Scale, experiment
 from .finetune import open_sets
@@ -37,189 +39,319 @@ from .jobs import Job, configure, job_folder
 from .launch import read_log
 from .panoptic_task import open_panoptic_sets
 from .pictures import plain_label
-from .report import Markup, escape, markdown_table, mean_and_spread, provenance, save_metrics, smooth
+from .report import (Markup, escape, markdown_table, mean_and_spread, provenance,
+                           save_metrics, smooth)
 from .results import finish
 from .runs import Site, command_line, open_site
 from .schedule import in_order, run_jobs
 from .updetr import build_updetr
 
 # %% ../nbs/41_study.ipynb #c005
-IMAGENET, VOC, COCO = ('ImageNet', 1_281_167, 50_000), ('VOC 07+12 / 07', 16_551, 4_952), ('COCO 2017', 118_287, 5_000)
+# name, photos to train on, photos to measure on
+IMAGENET = 'ImageNet', 1_281_167, 50_000
+VOC = 'VOC 07+12 / 07', 16_551, 4_952
+COCO = 'COCO 2017', 118_287, 5_000
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
     "The data of a job."
-    name: str  # as it is written in a table
+    name: str     # as it is written in a table
     n_train: int  # photos, scenes or views to train on
-    n_test: int  # photos or scenes to measure on; 0 = not known before the run
+    n_test: int   # photos or scenes to measure on; 0 = not known before the run
 
-def seen(cfg: TrainConfig,  # of a job
-         name: str = '',  # of the data, for tables; '' = the folder's
-         ) -> Seen:
-    "What a job trains and measures on. Raises FileNotFoundError or ValueError for data that is not as expected."
+def seen(
+    cfg: TrainConfig,  # of a job
+    name: str = '',    # of the data, for tables; '' = the folder's
+) -> Seen:
+    """Return what a job trains and measures on.
+
+    Raises FileNotFoundError or ValueError for data that is not as expected."""
     if cfg.task == 'pretrain':
-        if cfg.views: return Seen(name or ('photos of your own' if cfg.data else 'built-in photos'), cfg.views, 0)
-        return Seen(*IMAGENET)
+        if not cfg.views: return Seen(*IMAGENET)
+        usual = 'photos of your own' if cfg.data else 'built-in photos'
+        return Seen(name or usual, cfg.views, 0)
     if cfg.scenes: return Seen('built-in scenes', cfg.photos or cfg.scenes, cfg.scenes_val)
-    if not cfg.data: return Seen(*(COCO if cfg.task == 'panoptic' or not cfg.year else VOC))
-    train, val = open_panoptic_sets(cfg) if cfg.task == 'panoptic' else open_sets(cfg)
+    panoptic = cfg.task == 'panoptic'
+    if not cfg.data:
+        # only a plan has no data: the paper's sets stand in
+        coco = panoptic or not cfg.year
+        return Seen(*COCO) if coco else Seen(*VOC)
+    open_them = open_panoptic_sets if panoptic else open_sets
+    train, val = open_them(cfg)
     return Seen(name or Path(cfg.data).name, len(train), len(val))
 
 # %% ../nbs/41_study.ipynb #c008
+def _count(model, trained):
+    "Return how many numbers of a model are trained, or are not"
+    return sum(p.numel() for p in model.parameters() if p.requires_grad == trained)
+
 @lru_cache(64)
 def _numbers(pretrain, options):
-    "Trained and frozen numbers of a model"
+    "Return the trained and the frozen numbers of a model; its options as JSON, which can be a key"
+    # files of weights change no count
     options = json.loads(options) | {'weights': None}
-    model = build_updetr(**options | {'matching_init': False}) if pretrain else build_detr(20, **options)
-    return tuple(sum(p.numel() for p in model.parameters() if p.requires_grad == trained) for trained in (True, False))
+    if pretrain:
+        model = build_updetr(**options | {'matching_init': False})
+    else:
+        model = build_detr(20, **options)
+    return _count(model, True), _count(model, False)
 
 @lru_cache(16)
-def _cnn_numbers(backbone, features): return sum(p.numel() for p in CNN(backbone, features.split(','), 1, labels=True).parameters())
+def _cnn_numbers(backbone, features):
+    "Return all numbers of a CNN that is trained on its own"
+    cnn = CNN(backbone, features.split(','), 1, labels=True)
+    return sum(p.numel() for p in cnn.parameters())
 
-def disk_gib(cfg: TrainConfig,  # of a job
-             n_train: int,  # photos or views
-             ) -> float:  # GiB
-    "Two last states, the checkpoints that are kept, and features that are computed once (half precision)."
-    if cfg.task == 'cnn': trained, frozen = _cnn_numbers(cfg.backbone, cfg.features), 0
-    else: trained, frozen = _numbers(cfg.task in ('pretrain', 'oneshot'), json.dumps({k: v for k, v in model_options(cfg).items()}))
-    state, kept = 12 * trained + 4 * frozen, cfg.epochs // cfg.keep_every if cfg.keep_every else 0
-    side = (cfg.view_size if cfg.task == 'pretrain' else cfg.square) // 16
+# %% ../nbs/41_study.ipynb #c008b
+def disk_gib(
+    cfg: TrainConfig,  # of a job
+    n_train: int,      # photos or views
+) -> float:            # GiB
+    """Return the disk that a run needs.
+
+    Two last states, the checkpoints that are kept, and features that are computed once (half
+    precision)."""
+    if cfg.task == 'cnn':
+        trained = _cnn_numbers(cfg.backbone, cfg.features)
+        frozen = 0
+    else:
+        pretrain = cfg.task in ('pretrain', 'oneshot')
+        trained, frozen = _numbers(pretrain, json.dumps(model_options(cfg)))
+    # four bytes a number; AdamW keeps two more for each that is trained
+    state = 12 * trained + 4 * frozen
+    kept = cfg.epochs // cfg.keep_every if cfg.keep_every else 0
+    # a map of features: 112 numbers at every 16th pixel, two bytes each
+    size = cfg.view_size if cfg.task == 'pretrain' else cfg.square
+    side = size // 16
+    photo = 2 * 112 * side ** 2
+    # pre-training keeps several views of a photo, fine-tuning the photo itself
     cached = getattr(cfg, 'cached_views', 0) or int(getattr(cfg, 'cache_features', False))
-    return (state * (2 + kept) + 2 * 112 * side ** 2 * n_train * cached) / 2**30
+    return (state * (2 + kept) + photo * n_train * cached) / 2**30
 
 # %% ../nbs/41_study.ipynb #c009
-def plan_rows(wanted: Sequence[tuple[Job, int]],  # jobs and their seeds
-              speeds: Mapping[str, float],  # task (pretrain, finetune, oneshot, panoptic) -> photos a second on one GPU; 0 = unknown
-              name: str = '',  # of the data, for tables
-              ) -> list[dict]:  # one a training
-    "The trainings behind some jobs: steps, hours and disk."
+def plan_rows(
+    wanted: Sequence[tuple[Job, int]],  # jobs and their seeds
+    speeds: Mapping[str, float],        # task -> photos a second on one GPU; 0 = unknown
+    name: str = '',                     # of the data, for tables
+) -> list[dict]:                        # one a training
+    """Return the trainings behind some jobs: steps, hours and disk.
+
+    The tasks are pretrain, finetune, oneshot and panoptic."""
     rows = []
     for folder, (step, seed) in in_order(wanted, '').items():
         cfg = configure(step, seed)
-        data, speed = seen(cfg, name), speeds.get(cfg.task, 0)
+        data = seen(cfg, name)
+        speed = speeds.get(cfg.task, 0)
+        # a last batch that is not full is left out
         steps = data.n_train // cfg.batch_size * cfg.epochs
-        hours = steps * cfg.batch_size / speed / 3600 if speed else None
-        rows.append({'training': folder.name, 'seed': seed, 'data': data.name, 'photos': data.n_train, 'epochs': cfg.epochs,
-                     'batch': cfg.batch_size, 'steps': steps, 'GPU hours': hours, 'disk, GiB': disk_gib(cfg, data.n_train),
-                     'changes': ', '.join(f'{k}={v}' for k, v in step.changes if k not in ('data',)),
-                     'starts from': job_folder('', step.start, seed).name if step.start else ''})
+        photos = steps * cfg.batch_size
+        # where the data lies says nothing about the method
+        changes = [f'{k}={v}' for k, v in step.changes if k != 'data']
+        rows.append({
+            'training': folder.name,
+            'seed': seed,
+            'data': data.name,
+            'photos': data.n_train,
+            'epochs': cfg.epochs,
+            'batch': cfg.batch_size,
+            'steps': steps,
+            'GPU hours': photos / speed / 3600 if speed else None,
+            'disk, GiB': disk_gib(cfg, data.n_train),
+            'changes': ', '.join(changes),
+            'starts from': job_folder('', step.start, seed).name if step.start else '',
+        })
     return rows
 
-def plan_text(e: Experiment,  # to be planned
-              seeds: Sequence[int],  # of its runs
-              speeds: Mapping[str, float],  # as `plan_rows` takes them
-              name: str = '',  # of the data, for tables
-              ) -> str:  # markdown
-    "The complete plan of an experiment."
+# %% ../nbs/41_study.ipynb #c009b
+def plan_text(
+    e: Experiment,                # to be planned
+    seeds: Sequence[int],         # of all runs
+    speeds: Mapping[str, float],  # as `plan_rows` takes them
+    name: str = '',               # of the data, for tables
+) -> str:                         # markdown
+    "Return the complete plan of an experiment."
     rows = plan_rows(e.wanted(seeds), speeds, name)
     hours = [r['GPU hours'] for r in rows]
-    cost = f'{sum(hours):,.0f} GPU hours' if all(h is not None for h in hours) else 'GPU hours: give speeds (img_s, finetune_img_s)'
-    total = f'{len(rows)} trainings, {sum(r["steps"] for r in rows):,} steps, {cost}, {sum(r["disk, GiB"] for r in rows):,.1f} GiB of disk'
+    steps = sum(r['steps'] for r in rows)
+    disk = sum(r['disk, GiB'] for r in rows)
+    # a sum over some of the trainings would look like the whole
+    if None in hours:
+        cost = 'GPU hours: give speeds (img_s, finetune_img_s)'
+    else:
+        cost = f'{sum(hours):,.0f} GPU hours'
+    total = f'{len(rows)} trainings, {steps:,} steps, {cost}, {disk:,.1f} GiB of disk'
     return f'**{e.title}**: {total}\n\n{markdown_table(rows, 1)}'
 
 # %% ../nbs/41_study.ipynb #c013
-def table_rows(e: Experiment,  # of the results
-               results: Mapping,  # (job, seed) -> numbers, of `run_jobs`
-               seeds: Sequence[int],  # of its runs
-               name: str = '',  # of the data, for tables
-               ) -> list[dict]:  # method, dataset, n_train, n_test, seeds, metrics, paper
-    "The rows of a report."
+def table_rows(
+    e: Experiment,         # of the results
+    results: Mapping,      # (job, seed) -> numbers, of `run_jobs`
+    seeds: Sequence[int],  # of all runs
+    name: str = '',        # of the data, for tables
+) -> list[dict]:           # method, dataset, n_train, n_test, seeds, metrics, paper
+    "Return the rows of a report."
     rows = []
-    for arm, j in e.arms.items():
-        mine = [s for s in seeds if (j, s) in results]
-        data = seen(configure(j, seeds[0]), name)
-        metrics = {m: mean_and_spread([results[j, s][m] for s in mine]) for m in e.metrics if all(m in results[j, s] for s in mine)}
-        rows.append({'method': arm, 'dataset': data.name, 'n_train': data.n_train, 'n_test': data.n_test, 'seeds': mine, 'metrics': metrics,
-                     'paper': e.quoted(arm)})
+    for arm, job in e.arms.items():
+        done = [s for s in seeds if (job, s) in results]
+        data = seen(configure(job, seeds[0]), name)
+        metrics = {}
+        for metric in e.metrics:
+            # a number that some seed lacks has no mean
+            if not all(metric in results[job, s] for s in done): continue
+            metrics[metric] = mean_and_spread([results[job, s][metric] for s in done])
+        rows.append({
+            'method': arm,
+            'dataset': data.name,
+            'n_train': data.n_train,
+            'n_test': data.n_test,
+            'seeds': done,
+            'metrics': metrics,
+            'paper': e.quoted(arm),
+        })
     return rows
 
-def _digits(metric): return 3 if 'iou' in metric or 'loss' in metric or 'recall' in metric else 1
+# %% ../nbs/41_study.ipynb #c013b
+def _digits(metric):
+    "Return how many digits after the point a number is given"
+    # shares of one; the others are points of a hundred
+    small = any(word in metric for word in ('iou', 'loss', 'recall'))
+    return 3 if small else 1
 
-def show_number(m: Mapping,  # of `mean_and_spread`
-                digits: int = 1,  # after the point
-                ) -> str:  # 'mean ± spread', or the mean of one
-    "A number with its spread."
-    return f'{m["mean"]:.{digits}f}' + (f' ± {m["std"]:.{digits}f}' if m['std'] is not None else '')
+def show_number(
+    m: Mapping,       # of `mean_and_spread`
+    digits: int = 1,  # after the point
+) -> str:             # 'mean ± spread', or the mean of one
+    "Return a number with its spread."
+    text = f'{m["mean"]:.{digits}f}'
+    if m['std'] is None: return text
+    return f'{text} ± {m["std"]:.{digits}f}'
 
-def show_rows(rows: list[dict],  # of `table_rows`
-              scale: str,  # toy, mini or paper
-              ) -> str:  # markdown
-    "The rows as a table: what was measured, at which scale, and the paper's numbers in columns of their own."
+def show_rows(
+    rows: list[dict],  # of `table_rows`
+    scale: str,        # toy, mini or paper
+) -> str:              # markdown
+    """Return the rows as a table.
+
+    What was measured, at which scale, and the paper's numbers in columns of their own."""
     lines = []
     for r in rows:
         line = {'method': r['method'], 'seeds': len(r['seeds'])}
-        line |= {f'{m} ({scale})': show_number(v, _digits(m)) for m, v in r['metrics'].items()}
-        lines.append(line | {f"{m} (the paper's, its own scale)": f'{v:.1f}' for m, v in (r['paper'] or {}).items()})
+        for metric, value in r['metrics'].items():
+            line[f'{metric} ({scale})'] = show_number(value, _digits(metric))
+        # never in one column with numbers of another scale
+        for metric, value in (r['paper'] or {}).items():
+            line[f"{metric} (the paper's, its own scale)"] = f'{value:.1f}'
+        lines.append(line)
     return markdown_table(lines)
 
 # %% ../nbs/41_study.ipynb #c015
-def decide(better: Sequence[float],  # the number of the arm that is said to be better, one a seed
-           worse: Sequence[float],  # the other one's, with the same seeds
-           ) -> tuple[str, float, float]:  # verdict, mean and spread of the differences
-    "A paired one-sided t test at 95 %."
-    d, n = np.subtract(better, worse), len(better)
-    if n < 2: return 'one seed: nothing is claimed', float(d.mean()), math.nan
-    mean, spread = float(d.mean()), float(d.std(ddof=1))
+def decide(
+    better: Sequence[float],    # numbers of the arm that is said to be better, one a seed
+    worse: Sequence[float],     # numbers of the other one, with the same seeds
+) -> tuple[str, float, float]:  # verdict, mean and spread of the differences
+    "Return the verdict of a paired one-sided t test at 95 %."
+    differences = np.subtract(better, worse)
+    n = len(better)
+    average = float(differences.mean())
+    if n < 2: return 'one seed: nothing is claimed', average, math.nan
+    spread = float(differences.std(ddof=1))
+    # beyond this the mean is further from zero than chance explains
     limit = float(student.ppf(.95, n - 1)) * spread / math.sqrt(n)
-    return 'holds' if mean > limit else 'does not hold' if mean < -limit else 'not decided', mean, spread
+    if average > limit: return 'holds', average, spread
+    if average < -limit: return 'does not hold', average, spread
+    return 'not decided', average, spread
 
-def judge(claim: Claim,  # of the experiment
-          e: Experiment,  # whose arms are compared
-          results: Mapping,  # (job, seed) -> numbers
-          seeds: Sequence[int],  # of its runs
-          ) -> dict:  # text, verdict, evidence
-    "What the runs say of a claim."
-    a, b = ([results[e.arms[n], s][claim.metric] for s in seeds] for n in (claim.better, claim.worse))
-    verdict, mean, spread = decide(b, a) if claim.lower else decide(a, b)
+def judge(
+    claim: Claim,          # of the experiment
+    e: Experiment,         # whose arms are compared
+    results: Mapping,      # (job, seed) -> numbers
+    seeds: Sequence[int],  # of all runs
+) -> dict:                 # text, verdict, evidence
+    "Return what the runs say of a claim."
+    better = [results[e.arms[claim.better], s][claim.metric] for s in seeds]
+    worse = [results[e.arms[claim.worse], s][claim.metric] for s in seeds]
+    # of a loss the smaller number is the better one
+    pair = (worse, better) if claim.lower else (better, worse)
+    verdict, average, spread = decide(*pair)
+    # evidence in words: both numbers, their difference, over how many seeds
     digits = _digits(claim.metric)
-    values = ' against '.join(f'{n} {show_number(mean_and_spread(v), digits)}' for n, v in ((claim.better, a), (claim.worse, b)))
-    difference = f'{mean:.{digits}f} ± {spread:.{digits}f}' if len(seeds) > 1 else f'{mean:.{digits}f}'
-    return {'text': claim.text, 'verdict': verdict,
-            'evidence': f'{claim.metric}: {values}; better by {difference} (paired, {len(seeds)} seed{"s" * (len(seeds) > 1)})'}
+    a = show_number(mean_and_spread(better), digits)
+    b = show_number(mean_and_spread(worse), digits)
+    values = f'{claim.better} {a} against {claim.worse} {b}'
+    difference = f'{average:.{digits}f}'
+    count = '1 seed'
+    if len(seeds) > 1:
+        difference += f' ± {spread:.{digits}f}'
+        count = f'{len(seeds)} seeds'
+    evidence = f'{claim.metric}: {values}; better by {difference} (paired, {count})'
+    return {'text': claim.text, 'verdict': verdict, 'evidence': evidence}
 
 # %% ../nbs/41_study.ipynb #c020
-def arm_bars(rows: list[dict],  # of `table_rows`
-             metrics: Mapping[str, str],  # number -> title of its panel
-             ):  # matplotlib figure
-    "One panel a number, one bar an arm, every seed a dot."
-    fig, axes = plt.subplots(1, len(metrics), figsize=(3.8 * len(metrics), .6 + .3 * len(rows)), dpi=72, squeeze=False, sharey=True)
+def arm_bars(
+    rows: list[dict],            # of `table_rows`
+    metrics: Mapping[str, str],  # number -> title of its panel
+) -> plt.Figure:
+    "Draw one panel a number, one bar an arm, every seed a dot; return the figure."
+    size = 3.8 * len(metrics), .6 + .3 * len(rows)
+    fig, axes = plt.subplots(1, len(metrics), figsize=size, dpi=72, squeeze=False, sharey=True)
+    labels = [plain_label(r['method']) for r in rows]
     for ax, (key, title) in zip(axes[0], metrics.items()):
-        for y, r in enumerate(r for r in rows if key in r['metrics']):
-            ax.barh(y, r['metrics'][key]['mean'], color='#9bb7d4', height=.7)
-            ax.plot(r['metrics'][key]['per_seed'], [y] * len(r['seeds']), 'k.', ms=4)
-        ax.set_yticks(range(len(rows)), [plain_label(r['method']) for r in rows], fontsize=8)
+        measured = [r for r in rows if key in r['metrics']]
+        for y, r in enumerate(measured):
+            number = r['metrics'][key]
+            ax.barh(y, number['mean'], color='#9bb7d4', height=.7)
+            ax.plot(number['per_seed'], [y] * len(r['seeds']), 'k.', ms=4)
+        ax.set_yticks(range(len(rows)), labels, fontsize=8)
         ax.set_title(title, fontsize=9)
         ax.tick_params(labelsize=8)
+    # the first arm on top
     axes[0, 0].invert_yaxis()
     fig.tight_layout()
     return fig
 
 # %% ../nbs/41_study.ipynb #c021
-def curve(logs: list[list[dict]],  # log rows of each seed
-          key: str,  # of a logged number
-          width: float = .05,  # of the running mean, as a share of the curve
-          ) -> tuple[list[int], np.ndarray]:  # mean steps, (seeds, steps) values
-    "A logged number of several runs, row by row as far as all have come: epochs of two seeds may differ by some steps."
-    tables = [[(r['step'], r[key]) for r in rows if key in r] for rows in logs]
-    rows = list(zip(*tables))
-    values = [[value for _, value in row] for row in rows]
-    return [mean(step for step, _ in row) for row in rows], np.array([smooth(v, width) for v in zip(*values)])
+def curve(
+    logs: list[list[dict]],         # log rows of each seed
+    key: str,                       # of a logged number
+    width: float = .05,             # of the running mean, as a share of the curve
+) -> tuple[list[int], np.ndarray]:  # mean steps, (seeds, steps) values
+    """Return a logged number of several runs, row by row as far as all have come.
 
-def arm_curves(e: Experiment,  # whose arms are drawn
-               root: str | Path,  # of all runs
-               seeds: Sequence[int],  # of its runs
-               keys: Mapping[str, str],  # log key -> title of its panel
-               width: float = 0.,  # of the running mean, as a share of the curve
-               logy: bool = False,  # a logarithmic axis
-               ):  # matplotlib figure
-    "One panel a number, one colour an arm."
-    fig, axes = plt.subplots(1, len(keys), figsize=(3.6 * len(keys), 2.8), dpi=72, squeeze=False)
+    Epochs of two seeds may differ by some steps."""
+    tables = [[(r['step'], r[key]) for r in rows if key in r] for rows in logs]
+    # the n-th measurement of every seed, whatever its step
+    rows = list(zip(*tables))
+    steps = [mean(step for step, _ in row) for row in rows]
+    values = [[value for _, value in row] for row in rows]
+    return steps, np.array([smooth(v, width) for v in zip(*values)])
+
+# %% ../nbs/41_study.ipynb #c0210
+def _draw_arm(ax, steps, values, arm):
+    "Draw the mean over seeds, and a band from the lowest to the highest"
+    # few measurements are told apart by dots
+    style = 'o-' if len(steps) < 30 else '-'
+    line, = ax.plot(steps, values.mean(0), style, ms=2.5, lw=1.2, label=plain_label(arm))
+    band = values.min(0), values.max(0)
+    ax.fill_between(steps, *band, color=line.get_color(), alpha=.2, lw=0)
+
+def arm_curves(
+    e: Experiment,            # whose arms are drawn
+    root: str | Path,         # of all runs
+    seeds: Sequence[int],     # of all runs
+    keys: Mapping[str, str],  # log key -> title of its panel
+    width: float = 0.,        # of the running mean, as a share of the curve
+    logy: bool = False,       # a logarithmic axis
+) -> plt.Figure:
+    "Draw one panel a number, one colour an arm; return the figure."
+    size = 3.6 * len(keys), 2.8
+    fig, axes = plt.subplots(1, len(keys), figsize=size, dpi=72, squeeze=False)
     for ax, (key, title) in zip(axes[0], keys.items()):
-        for arm, j in e.arms.items():
-            steps, values = curve([read_log(job_folder(root, j, s)) for s in seeds if job_folder(root, j, s).exists()], key, width)
-            if not steps: continue
-            line, = ax.plot(steps, values.mean(0), 'o-' if len(steps) < 30 else '-', ms=2.5, lw=1.2, label=plain_label(arm))
-            ax.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=.2, lw=0)
+        for arm, job in e.arms.items():
+            folders = [job_folder(root, job, s) for s in seeds]
+            logs = [read_log(folder) for folder in folders if folder.exists()]
+            steps, values = curve(logs, key, width)
+            # an arm without this number is left out
+            if steps: _draw_arm(ax, steps, values, arm)
         if logy: ax.set_yscale('log')
         ax.set_title(title, fontsize=9)
         ax.set_xlabel('step', fontsize=8)
@@ -229,202 +361,356 @@ def arm_curves(e: Experiment,  # whose arms are drawn
     return fig
 
 # %% ../nbs/41_study.ipynb #c021b
-def catch_up(slow: list[dict],  # log rows of the run that takes longer
-             fast: list[dict],  # log rows of the run to be caught up with
-             key: str,  # a number that is measured now and then
-             ) -> float | None:  # of `fast`'s steps; None: never
-    "After how many times the steps of one run another one first measures what that one had at its end."
-    end = next((r for r in reversed(fast) if key in r), None)
-    if end is None: return None
-    return next((r['step'] / end['step'] for r in slow if r.get(key, -math.inf) >= end[key]), None)
+def catch_up(
+    slow: list[dict],  # log rows of the run that takes longer
+    fast: list[dict],  # log rows of the run to be caught up with
+    key: str,          # a number that is measured now and then
+) -> float | None:     # of `fast`'s steps; None: never
+    """Return after how many times `fast`'s steps `slow` has come as far.
+
+    As far: it first measures what the other one had at its end."""
+    measured = [r for r in fast if key in r]
+    if not measured: return None
+    end = measured[-1]
+    for r in slow:
+        if key in r and r[key] >= end[key]: return r['step'] / end['step']
+    return None
 
 # %% ../nbs/41_study.ipynb #c023
 REPORTS = 'runs/reports'  # of reports, unless somebody names another folder; git ignores it
-PARAMETERS = dict(scale='toy', seeds=3, seed=42, photos='', labelled='', year='', year_val='', split='', split_val='', unseen='',
-                  cnns='', dataset='', private=False, workers=0, gpus=-1, plan_only=False, img_s=0., finetune_img_s=0., report='')
+PARAMETERS = dict(
+    # what is compared, and how often
+    scale='toy', seeds=3, seed=42,
+    # data of one's own
+    photos='', labelled='', year='', year_val='', split='', split_val='', unseen='',
+    cnns='', dataset='', private=False,
+    # the machine, and what a plan counts with
+    workers=0, gpus=-1, plan_only=False, img_s=0., finetune_img_s=0.,
+    report='',
+)
 
-def report_folder(id: str,  # of an experiment
-                  scale: str,  # its name
-                  to: str = REPORTS,  # folder of all reports
-                  ) -> str:
-    "Where the report of an experiment is."
-    return f'{to}/{id}' + f'_{scale}' * (scale != 'toy')
+def report_folder(
+    id: str,            # of an experiment
+    scale: str,         # its name
+    to: str = REPORTS,  # folder of all reports
+) -> str:
+    "Return where the report of an experiment is."
+    if scale == 'toy': return f'{to}/{id}'
+    return f'{to}/{id}_{scale}'
 
 # %% ../nbs/41_study.ipynb #c024
 @dataclasses.dataclass
 class Study:
     "An experiment that is planned, run and reported."
-    e: Experiment  # what is compared
-    scale: Scale  # with its data
+    e: Experiment     # what is compared
+    scale: Scale      # with its data
     seeds: list[int]  # of all runs
-    site: Site  # where they run
-    given: dict  # parameters of the notebook
-    begun: float = dataclasses.field(default_factory=time.time)  # seconds since 1970
-    results: dict = dataclasses.field(default_factory=dict)  # (job, seed) -> numbers
+    site: Site        # where they run
+    given: dict       # parameters of the notebook
+    begun: float = dataclasses.field(default_factory=time.time)   # seconds since 1970
+    results: dict = dataclasses.field(default_factory=dict)       # (job, seed) -> numbers
 
     @property
     def root(self):
-        "Of all runs."
+        "Return the folder of all runs."
         return self.site.root / 'runs' / 'experiments'
 
     @property
     def folder(self):
-        "Of the report: the one that was named, or runs/reports/<id>, runs/reports/<id>_<scale>."
-        return self.site.root / (self.given['report'] or report_folder(self.e.id, self.scale.name))
+        "Return the report's folder: as named, or runs/reports/<id>, runs/reports/<id>_<scale>."
+        report = self.given['report'] or report_folder(self.e.id, self.scale.name)
+        return self.site.root / report
 
     def plan(self):
-        "Markdown: every training with its cost."
-        speeds = {'pretrain': self.given['img_s']} | dict.fromkeys(('finetune', 'oneshot', 'panoptic'), self.given['finetune_img_s'])
+        "Return markdown: every training with its cost."
+        later = self.given['finetune_img_s']
+        speeds = {'pretrain': self.given['img_s']}
+        # all that start from a pre-training run at about one speed
+        for task in ('finetune', 'oneshot', 'panoptic'): speeds[task] = later
         return plan_text(self.e, self.seeds, speeds, self.given['dataset'])
+
     def run(self, show=print):
         "Train and measure what is not yet there."
-        self.results = run_jobs(self.e.wanted(self.seeds), self.root, self.given['workers'], self.site.gpus, show)
+        wanted = self.e.wanted(self.seeds)
+        self.results = run_jobs(wanted, self.root, self.given['workers'], self.site.gpus, show)
+
     def runs(self, arm):
-        "The folders of an arm's runs, by seed."
+        "Return the folders of an arm's runs, by seed."
         return [job_folder(self.root, self.e.arms[arm], s) for s in self.seeds]
+
     def rows(self):
-        "The rows of the report."
+        "Return the rows of the report."
         return table_rows(self.e, self.results, self.seeds, self.given['dataset'])
+
     def table(self):
-        "Markdown: the arms, and the paper's numbers apart."
+        "Return markdown: the arms, and the paper's numbers apart."
         return show_rows(self.rows(), self.scale.name)
+
     def claims(self):
-        "What became of each claim."
+        "Return what became of each claim."
         return [judge(c, self.e, self.results, self.seeds) for c in self.e.claims]
 
 # %% ../nbs/41_study.ipynb #c025
-def open_study(id: str,  # of the experiment
-               namespace: Mapping,  # the notebook's globals()
-               again: bool = False,  # the cell is run again by hand: other variables have come since
-               ) -> Study:
-    """The study that a notebook was started for. Raises ValueError that names an unknown parameter, scale or a wrong value,
-    FileNotFoundError for photos that are not there."""
+def _scale(id, given):
+    "Return the scale of an experiment with the data that was given"
+    data = {}
+    for name in ('year', 'year_val', 'split', 'split_val', 'unseen'):
+        # papermill may read a year as a number
+        if given[name] != '': data[name] = str(given[name])
+    # only one-shot detection has unseen classes
+    if id != 'table3_oneshot': data.pop('unseen', None)
+    cnns = [w.strip() for w in str(given['cnns']).split(',')]
+    return Scale(given['scale'], given['photos'], given['labelled'], tuple(data.items()),
+                 tuple(w for w in cnns if w))
+
+def open_study(
+    id: str,              # of the experiment
+    namespace: Mapping,   # the notebook's globals()
+    again: bool = False,  # the cell is run again by hand: other variables have come since
+) -> Study:
+    """Return the study that a notebook was started for.
+
+    Raises ValueError that names an unknown parameter, scale or a wrong value, FileNotFoundError for
+    photos that are not there."""
     given = plain_variables(namespace)
     if not again: check_parameters(namespace, list(PARAMETERS))
     given = {k: given.get(k, usual) for k, usual in PARAMETERS.items()}
-    if given['seeds'] < 1: raise ValueError(f'seeds {given["seeds"]} must be at least 1')
-    data = {k: given[k] for k in ('year', 'year_val', 'split', 'split_val', 'unseen') if given[k] != ''}
-    if id != 'table3_oneshot': data.pop('unseen', None)
-    scale = Scale(given['scale'], given['photos'], given['labelled'], tuple((k, str(v)) for k, v in data.items()),
-                  tuple(w.strip() for w in str(given['cnns']).split(',') if w.strip()))
-    if scale.name == 'toy' and (scale.photos or scale.labelled): raise ValueError('scale toy has its own data: give -p scale mini with it')
+    first, count = given['seed'], given['seeds']
+    if count < 1: raise ValueError(f'seeds {count} must be at least 1')
+    scale = _scale(id, given)
+    toy = scale.name == 'toy'
+    if toy and (scale.photos or scale.labelled):
+        raise ValueError('scale toy has its own data: give -p scale mini with it')
     e = experiment(id, scale)
-    if scale.name != 'toy' and not given['plan_only']:
+    # a plan needs no data
+    if not toy and not given['plan_only']:
         if not (scale.photos and scale.labelled):
-            raise ValueError(f'scale {scale.name} needs -p photos FOLDER and -p labelled FOLDER, or -p plan_only True')
+            raise ValueError(f'scale {scale.name} needs -p photos FOLDER and -p labelled FOLDER, '
+                             'or -p plan_only True')
         find_data(PretrainConfig(data=scale.photos))
-    return Study(e, scale, list(range(given['seed'], given['seed'] + given['seeds'])),
-                 open_site(given['gpus']), given)
+    return Study(e, scale, list(range(first, first + count)), open_site(given['gpus']), given)
 
 # %% ../nbs/41_study.ipynb #c027
-def places(study: Study,  # of the report
-           ) -> list[str]:  # the longest first
-    "Photos and weights on the user's machine, which a report does not name."
-    found = {study.given['photos'], study.given['labelled'], *(w for w in study.scale.cnns if Path(w).suffix)}
+def places(
+    study: Study,  # of the report
+) -> list[str]:    # the longest first
+    "Return photos and weights on the user's machine, which a report does not name."
+    # a CNN with a suffix is a file, one without is a name
+    files = {w for w in study.scale.cnns if Path(w).suffix}
+    found = {study.given['photos'], study.given['labelled']} | files
+    # the longest first: a folder may lie in another one
     return sorted(found - {''}, key=len, reverse=True)
 
-def study_command(study: Study,  # of the report
-                  ) -> str:
-    "The line that was run; folders as FOLDER."
-    cnns = ','.join('FOLDER' if w in places(study) else w for w in study.scale.cnns)
-    inside = study.folder.is_relative_to(study.site.root)
-    report = study.folder.relative_to(study.site.root) if inside else study.folder
-    return command_line(f'experiments/{study.e.id}', report.as_posix(), study.given | {'cnns': cnns})
+def study_command(
+    study: Study,  # of the report
+) -> str:
+    "Return the line that was run; folders as FOLDER."
+    mine = places(study)
+    cnns = ['FOLDER' if w in mine else w for w in study.scale.cnns]
+    given = study.given | {'cnns': ','.join(cnns)}
+    report = study.folder
+    if report.is_relative_to(study.site.root): report = report.relative_to(study.site.root)
+    return command_line(f'experiments/{study.e.id}', report.as_posix(), given)
 
-def save_study(study: Study,  # that was run
-               **more,  # further entries of metrics.json
-               ) -> dict:  # what was written
+# %% ../nbs/41_study.ipynb #c027b
+def save_study(
+    study: Study,  # that was run
+    **more,        # further entries of metrics.json
+) -> dict:         # what was written
     "Write `metrics.json`."
-    runs = {f.name: finish(f)['train_seconds'] for f in in_order(study.e.wanted(study.seeds), study.root)}
+    folders = in_order(study.e.wanted(study.seeds), study.root)
+    seconds = {folder.name: finish(folder)['train_seconds'] for folder in folders}
+    # the scale in words: a reader must not take it for the paper's
+    name = study.scale.name
     where = f'{study.site.gpus} GPUs' if study.site.gpus else 'CPU'
-    scale = f'{study.scale.name}: {DESCRIPTIONS[study.scale.name]} ({where})' + ', not the paper\'s setting' * (study.scale.name != 'paper')
-    origin = provenance(study_command(study), scale, study.seeds, time.time() - study.begun, train_seconds=runs)
-    metrics = {'id': study.e.id, 'title': study.e.title, 'scale': study.scale.name, 'rows': study.rows(), 'claims': study.claims(), **more,
-               'provenance': origin}
+    scale = f'{name}: {DESCRIPTIONS[name]} ({where})'
+    if name != 'paper': scale += ", not the paper's setting"
+    took = time.time() - study.begun
+    origin = provenance(study_command(study), scale, study.seeds, took, train_seconds=seconds)
+    metrics = {
+        'id': study.e.id,
+        'title': study.e.title,
+        'scale': name,
+        'rows': study.rows(),
+        'claims': study.claims(),
+        **more,
+        'provenance': origin,
+    }
     save_metrics(study.folder, metrics)
     return metrics
 
 # %% ../nbs/41_study.ipynb #c029
 MARKS = '<!-- written by `make reports`: from here -->', '<!-- to here -->'
 
-def index_row(metrics: Mapping,  # of a report of a study
-              link: str,  # its folder, relative to the index
-              ) -> dict[str, str]:
-    "A report in one row: what its first claim compares."
-    rows, claims = {r['method']: r for r in metrics['rows']}, metrics['claims']
-    asked = experiment(metrics['id'], Scale(metrics['scale'])).claims
-    first = asked[0].metric if asked else next(iter(next(iter(rows.values()))['metrics']))
-    shown = [asked[0].worse, asked[0].better] if asked else list(rows)[:2]
-    ours = [f'{m} {show_number(rows[m]["metrics"][first], _digits(first))}' for m in shown if first in rows[m]['metrics']]
-    quoted = [f'{m} {rows[m]["paper"][first]:.1f}' for m in shown if (rows[m]['paper'] or {}).get(first) is not None]
-    counts = {v: sum(c['verdict'] == v for c in claims) for v in dict.fromkeys(c['verdict'] for c in claims)}
+def _status(claims):
+    "Return how many claims hold, and how many do not, in words"
     several = {'holds': 'hold', 'does not hold': 'do not hold'}
-    status = ', '.join(f'{n} {several.get(v, v) if n > 1 else v}' for v, n in counts.items()) or 'measured'
-    return {'table or figure': Markup(f'[{escape(metrics["title"])}]({link}/{metrics["id"]}.ipynb)'), 'number': first,
-            "the paper's, at its scale": '; '.join(quoted),
-            'ours, at the scale beside it': '; '.join(ours), 'scale': f'{metrics["scale"]}: {metrics["rows"][0]["dataset"]}',
-            'claims': status, 'all numbers': Markup(f'[metrics.json]({link}/metrics.json)')}
+    said = []
+    for verdict, n in Counter(c['verdict'] for c in claims).items():
+        if n > 1: verdict = several.get(verdict, verdict)
+        said.append(f'{n} {verdict}')
+    return ', '.join(said) or 'measured'
 
-def write_index(folder: str | Path,  # of all reports
-                ) -> str:  # what was written between the marks
-    "Write the index into README.md, which is begun if it is not there. Raises ValueError if its marks are gone."
-    folder, place = Path(folder), {k: i for i, k in enumerate(EXPERIMENTS)}
+# %% ../nbs/41_study.ipynb #c0290
+def index_row(
+    metrics: Mapping,  # of a report of a study
+    link: str,         # its folder, relative to the index
+) -> dict[str, str]:
+    "Return a report in one row: what its first claim compares."
+    id = metrics['id']
+    scale = metrics['scale']
+    rows = {r['method']: r for r in metrics['rows']}
+    claims = experiment(id, Scale(scale)).claims
+    # without a claim: the first number of the first two arms
+    if claims:
+        metric = claims[0].metric
+        shown = [claims[0].worse, claims[0].better]
+    else:
+        shown = list(rows)[:2]
+        metric = next(iter(rows[shown[0]]['metrics']))
+    ours, quoted = [], []
+    for arm in shown:
+        measured = rows[arm]['metrics'].get(metric)
+        printed = (rows[arm]['paper'] or {}).get(metric)
+        if measured is not None: ours.append(f'{arm} {show_number(measured, _digits(metric))}')
+        if printed is not None: quoted.append(f'{arm} {printed:.1f}')
+    return {
+        'table or figure': Markup(f'[{escape(metrics["title"])}]({link}/{id}.ipynb)'),
+        'number': metric,
+        "the paper's, at its scale": '; '.join(quoted),
+        'ours, at the scale beside it': '; '.join(ours),
+        'scale': f'{scale}: {metrics["rows"][0]["dataset"]}',
+        'claims': _status(metrics['claims']),
+        'all numbers': Markup(f'[metrics.json]({link}/metrics.json)'),
+    }
+
+# %% ../nbs/41_study.ipynb #c0291
+def write_index(
+    folder: str | Path,  # of all reports
+) -> str:                # what was written between the marks
+    """Write the index into README.md, which is begun if it is not there.
+
+    Raises ValueError if its marks are gone."""
+    folder = Path(folder)
+    # reports in the order of the paper, those of other experiments left out
+    place = {id: i for i, id in enumerate(EXPERIMENTS)}
     found = [(p.parent.name, read_json(p)) for p in folder.glob('*/metrics.json')]
-    found = sorted([(n, m) for n, m in found if m.get('id') in place], key=lambda x: (place[x[1]['id']], x[0]))
-    claims = [{'claim': c['text'], 'scale': m['scale']} | {k: c[k] for k in ('verdict', 'evidence')} for _, m in found for c in m['claims']]
-    text = '\n\n'.join(['## Tables and figures', markdown_table([index_row(m, n) for n, m in found]), '## Claims', markdown_table(claims)])
+    found = [(name, m) for name, m in found if m.get('id') in place]
+    found.sort(key=lambda x: (place[x[1]['id']], x[0]))
+    # two tables: a row each report, a row each claim
+    reports = markdown_table([index_row(m, name) for name, m in found])
+    claims = []
+    for _, m in found:
+        for c in m['claims']:
+            claims.append({'claim': c['text'], 'scale': m['scale'],
+                           'verdict': c['verdict'], 'evidence': c['evidence']})
+    parts = ['## Tables and figures', reports, '## Claims', markdown_table(claims)]
+    text = '\n\n'.join(parts)
+    # what stands around the marks is somebody's own and is kept
     file = folder / 'README.md'
-    old = file.read_text() if file.exists() else '\n'.join(['# Reports', '', *MARKS, ''])
-    if any(old.count(m) != 1 for m in MARKS): raise ValueError(f'{folder}/README.md lacks its marks {" and ".join(MARKS)}: put them back')
-    before, after = old.split(MARKS[0])[0], old.split(MARKS[1])[1]
-    write_atomic(file, lambda p: Path(p).write_text(f'{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}'))
+    begin, end = MARKS
+    old = file.read_text() if file.exists() else f'# Reports\n\n{begin}\n{end}\n'
+    if old.count(begin) != 1 or old.count(end) != 1:
+        raise ValueError(f'{folder}/README.md lacks its marks {" and ".join(MARKS)}: put them back')
+    before = old.split(begin)[0]
+    after = old.split(end)[1]
+    new = f'{before}{begin}\n\n{text}\n\n{end}{after}'
+    write_atomic(file, lambda p: Path(p).write_text(new))
     return text
 
 # %% ../nbs/41_study.ipynb #e56afa15
-def parse_value(name: str,  # of a parameter
-                text: str,  # as it stands on the command line
-                ) -> object:
-    "The parameter's value; text where the name is unknown. Raises ValueError that names both."
-    usual = PARAMETERS.get(name, '')
-    kind = {'True': True, 'False': False}.__getitem__ if isinstance(usual, bool) else type(usual)
-    try: return kind(text)
-    except (KeyError, ValueError): raise ValueError(f'{name} {text!r} is not like {usual!r}') from None
+def parse_value(
+    name: str,  # of a parameter
+    text: str,  # as it stands on the command line
+) -> object:
+    """Return the parameter's value; text where the name is unknown.
 
-def hide_folders(path: Path,  # of an executed notebook
-                 study: Study,  # that it was started for
-                 ) -> None:
+    Raises ValueError that names both."""
+    usual = PARAMETERS.get(name, '')
+    try:
+        # bool('False') would be True
+        if isinstance(usual, bool): return {'True': True, 'False': False}[text]
+        return type(usual)(text)
+    except (KeyError, ValueError):
+        raise ValueError(f'{name} {text!r} is not like {usual!r}') from None
+
+def hide_folders(
+    path: Path,    # of an executed notebook
+    study: Study,  # that it was started for
+) -> None:
     "Write FOLDER for the places of the user's photos and weights."
     text = Path(path).read_text()
-    for place in places(study): text = text.replace(json.dumps(place)[1:-1], 'FOLDER')
+    for place in places(study):
+        # as JSON writes it, without the quotes
+        written = json.dumps(place)[1:-1]
+        text = text.replace(written, 'FOLDER')
     write_atomic(path, lambda p: Path(p).write_text(text))
 
 # %% ../nbs/41_study.ipynb #c031
+def _arguments():
+    "Return the command line's arguments"
+    parser = argparse.ArgumentParser(
+        'make reports', description='Run all experiments at one scale, and write their reports.')
+    add = parser.add_argument
+    add('--scale', default='toy', choices=DESCRIPTIONS)
+    add('--to', default=REPORTS, help='folder of the reports and their index')
+    add('--only', default='', help='names of experiments, comma-separated; all')
+    add('--plan', action='store_true',
+        help='print what would be run, at any scale without data, and stop')
+    add('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'),
+        help='a parameter of the notebooks')
+    return parser.parse_args()
+
+def _open_all(args):
+    "Return the studies that the command line asks for"
+    values = PARAMETERS | {'scale': args.scale, 'plan_only': args.plan}
+    for name, text in args.p: values[name] = parse_value(name, text)
+    studies = []
+    for id in [n for n in args.only.split(',') if n] or list(EXPERIMENTS):
+        # the usual place is not named: it would stand in the recorded command
+        place = {}
+        if args.to != REPORTS: place['report'] = report_folder(id, args.scale, args.to)
+        studies.append(open_study(id, values | place))
+    return studies
+
+def _show_line(line):
+    "Write a line over the last one"
+    print(f'\r\x1b[K{line}', end='', flush=True)
+
+# %% ../nbs/41_study.ipynb #c031b
+def _execute(study, given):
+    "Execute the notebook of a study, say how it went, and return papermill's exit status"
+    study.folder.mkdir(parents=True, exist_ok=True)
+    notebook = f'{study.e.id}.ipynb'
+    # papermill writes the name into the notebook
+    out = os.path.relpath(study.folder / notebook, study.site.root)
+    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3']
+    command += [f'nbs/experiments/{notebook}', out, *given]
+    if study.given['report']: command += ['-p', 'report', study.given['report']]
+    ran = subprocess.run(command, cwd=study.site.root, capture_output=True, text=True)
+    failed = ran.returncode
+    # a notebook that stopped keeps its places: they may be the reason
+    if not failed: hide_folders(study.site.root / out, study)
+    said = ran.stderr[-2000:] if failed else 'done'
+    print(f'\n{study.e.title}: {said}', flush=True)
+    return failed
+
 def main() -> None:
-    "Command line: what `make reports scale=toy` calls."
-    parser = argparse.ArgumentParser('make reports', description='Run all experiments at one scale, and write their reports.')
-    parser.add_argument('--scale', default='toy', choices=DESCRIPTIONS)
-    parser.add_argument('--to', default=REPORTS, help='folder of the reports and their index')
-    parser.add_argument('--only', default='', help='names of experiments, comma-separated; all')
-    parser.add_argument('--plan', action='store_true', help='print what would be run, at any scale without data, and stop')
-    parser.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='a parameter of the notebooks')
-    args = parser.parse_args()
-    names = [n for n in args.only.split(',') if n] or list(EXPERIMENTS)
-    values = PARAMETERS | {'scale': args.scale, 'plan_only': args.plan} | {k: parse_value(k, v) for k, v in args.p}
-    place = {n: {'report': report_folder(n, args.scale, args.to)} if args.to != REPORTS else {} for n in names}
-    studies = [open_study(n, values | place[n]) for n in names]
-    if args.plan: return print(*(s.plan() for s in studies), sep='\n\n')
+    "Run what `make reports scale=toy` asks for; exit with the number of notebooks that failed."
+    args = _arguments()
+    studies = _open_all(args)
+    if args.plan:
+        print(*(s.plan() for s in studies), sep='\n\n')
+        return
+    # every training of every experiment, each once
+    first = studies[0]
     wanted = [w for s in studies for w in s.e.wanted(s.seeds)]
-    run_jobs(wanted, studies[0].root, values['workers'], studies[0].site.gpus, lambda line: print(f'\r\x1b[K{line}', end='', flush=True))
-    given = [w for k, v in [('scale', args.scale), *args.p] if k != 'report' for w in ('-p', k, v)]
-    def report(s):
-        s.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', f'nbs/experiments/{s.e.id}.ipynb']
-        out = os.path.relpath(s.folder / f'{s.e.id}.ipynb', s.site.root)  # papermill writes it into the notebook
-        where = ['-p', 'report', s.given['report']] if s.given['report'] else []
-        ran = subprocess.run([*command, out, *given, *where], cwd=s.site.root, capture_output=True, text=True)
-        if not ran.returncode: hide_folders(s.site.root / out, s)
-        print(f'\n{s.e.title}: {"done" if not ran.returncode else ran.stderr[-2000:]}', flush=True)
-        return ran.returncode
-    with ThreadPoolExecutor(2) as pool: failed = sum(map(bool, pool.map(report, studies)))
-    write_index(studies[0].site.root / args.to)
-    sys.exit(failed)
+    run_jobs(wanted, first.root, first.given['workers'], first.site.gpus, _show_line)
+    # then the notebooks, which find their runs finished; each has a report of its own
+    given = ['-p', 'scale', args.scale]
+    for name, text in args.p:
+        if name != 'report': given += ['-p', name, text]
+    with ThreadPoolExecutor(2) as pool:
+        statuses = list(pool.map(lambda s: _execute(s, given), studies))
+    write_index(first.site.root / args.to)
+    sys.exit(sum(status != 0 for status in statuses))
