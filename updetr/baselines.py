@@ -17,14 +17,17 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign, box_convert
+from torchvision.ops import (FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign,
+                             box_convert)
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from .backbone import RESNETS, Backbone, build_backbone
 
 # %% ../nbs/27_baselines.ipynb #c008
 class _AsGiven(GeneralizedRCNNTransform):
-    "torchvision's padding alone: images come normalised and sized, predictions leave in their pixels"
+    """torchvision's padding alone.
+
+    Images come normalised and sized, predictions leave in their pixels."""
     def __init__(self): super().__init__(1, 1, [], [])
     def normalize(self, image): return image
     def resize(self, image, target=None): return image, target
@@ -34,92 +37,137 @@ class _AsGiven(GeneralizedRCNNTransform):
 def _image_id(target): return int(target['image_id']) if 'image_id' in target else '?'
 
 def _crops(batch):
-    "The images without padding. ValueError for a size that the batch cannot hold"
-    out = []
+    "Return the images without padding. ValueError for a size that the batch cannot hold"
+    crops = []
     for image, target in zip(batch['images'], batch['targets'], strict=True):
         height, width = map(int, target['size'])
-        if height > image.shape[-2] or width > image.shape[-1]:
-            raise ValueError(f"image {_image_id(target)}: size ({height}, {width}) is more than the batch's {tuple(image.shape[-2:])} px")
-        out.append(image[:, :height, :width])
-    return out
+        held = tuple(image.shape[-2:])
+        if height > held[0] or width > held[1]:
+            raise ValueError(f"image {_image_id(target)}: size ({height}, {width}) is more than "
+                             f"the batch's {held} px")
+        crops.append(image[:, :height, :width])
+    return crops
+
+def _check_labels(target, num_classes):
+    labels = target['labels'].long()
+    if not len(labels): return
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= num_classes:
+        raise ValueError(f'image {_image_id(target)}: labels {lowest}..{highest}, '
+                         f'but the model has {num_classes} classes, 0..{num_classes - 1}')
 
 def _their_target(target, num_classes, first_label, masks):
-    "torchvision's target: boxes xyxy px, labels from `first_label`, masks uint8. ValueError for labels or masks that do not fit"
+    """Return torchvision's target: boxes xyxy px, labels from `first_label`, masks uint8.
+
+    ValueError for labels or masks that do not fit."""
+    _check_labels(target, num_classes)
     height, width = map(int, target['size'])
-    labels, boxes = target['labels'].long(), target['boxes'].reshape(-1, 4).float()
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise ValueError(f'image {_image_id(target)}: labels {int(labels.min())}..{int(labels.max())}, '
-                         f'but the model has {num_classes} classes, 0..{num_classes - 1}')
-    boxes = box_convert(boxes, 'cxcywh', 'xyxy') * boxes.new_tensor([width, height, width, height])
-    out = dict(labels=labels + first_label, boxes=boxes)
-    if not masks: return out
+    boxes = target['boxes'].reshape(-1, 4).float()                  # cxcywh, 0..1
+    scale = boxes.new_tensor([width, height, width, height])
+    theirs = {'labels': target['labels'].long() + first_label,
+              'boxes': box_convert(boxes, 'cxcywh', 'xyxy') * scale}
+    if not masks: return theirs
     if target.get('masks') is None:
-        raise ValueError(f"image {_image_id(target)}: mask_rcnn needs target['masks'], (t,h,w) bool; "
+        raise ValueError(f"image {_image_id(target)}: mask_rcnn needs target['masks'], "
+                         "(t,h,w) bool; "
                          "take a data set with masks, or 'faster_rcnn_fpn', which needs none")
-    return out | dict(masks=target['masks'].to(torch.uint8))
+    return theirs | {'masks': target['masks'].to(torch.uint8)}
 
 # %% ../nbs/27_baselines.ipynb #c014
 class Baseline(nn.Module):
-    "A detector of torchvision in our harness: `forward(batch)` is (loss, {name: loss}), `predict(batch)` a list of predictions."
-    def __init__(self,
-                 model: nn.Module,  # FasterRCNN, MaskRCNN, RetinaNet or FCOS of torchvision
-                 num_classes: int,  # C, without background
-                 cnn: Backbone,  # the backbone inside: says how images are to be normalised
-                 ):
+    """A detector of torchvision in our harness.
+
+    `forward(batch)` is (loss, {name: loss}), `predict(batch)` a list of predictions."""
+    def __init__(
+        self,
+        model: nn.Module,  # FasterRCNN, MaskRCNN, RetinaNet or FCOS of torchvision
+        num_classes: int,  # C, without background
+        cnn: Backbone,     # the backbone inside: says how images are to be normalised
+    ):
         super().__init__()
         model.transform = _AsGiven()
-        self.model, self.num_classes, self.mean, self.std = model, num_classes, cnn.mean, cnn.std
-        self.first_label, self.masks = int(isinstance(model, GeneralizedRCNN)), isinstance(model, MaskRCNN)
+        self.model = model
+        self.num_classes = num_classes
+        self.mean, self.std = cnn.mean, cnn.std
+        # the R-CNNs keep label 0 for the background
+        self.first_label = int(isinstance(model, GeneralizedRCNN))
+        self.masks = isinstance(model, MaskRCNN)
 
     def forward(self, batch):
-        if not self.training: raise RuntimeError('a baseline has losses in training mode only: .train(), or .predict(batch) for boxes')
-        targets = [_their_target(t, self.num_classes, self.first_label, self.masks) for t in batch['targets']]
+        if not self.training:
+            raise RuntimeError('a baseline has losses in training mode only: .train(), '
+                               'or .predict(batch) for boxes')
+        targets = [_their_target(target, self.num_classes, self.first_label, self.masks)
+                   for target in batch['targets']]
         losses = self.model(_crops(batch), targets)
         return sum(losses.values()), losses
 
     @torch.no_grad()
     def predict(self, batch):
-        "One dict a photo: scores (k,), labels (k,) 0..C-1, boxes (k,4) xyxy px of the original photo; Mask R-CNN: masks (k,H,W) bool."
+        """Return one dict a photo: scores (k,), labels (k,) 0..C-1, boxes (k,4).
+
+        Boxes are xyxy px of the original photo. Mask R-CNN: masks (k,H,W) bool, too."""
         was = self.training
         try: found = self.eval().model(_crops(batch))
         finally: self.train(was)
         return [self._in_photo(p, t) for p, t in zip(found, batch['targets'], strict=True)]
 
-    def _in_photo(self, p, target):
-        size, photo = (tuple(map(int, target[k])) for k in ('size', 'orig_size'))
-        boxes = resize_boxes(p['boxes'].float(), size, photo)
-        out = dict(scores=p['scores'].float(), labels=p['labels'] - self.first_label, boxes=boxes)
-        return out | (dict(masks=paste_masks_in_image(p['masks'].float(), boxes, photo)[:, 0] >= .5) if 'masks' in p else {})
+    def _in_photo(self, found, target):
+        size = tuple(map(int, target['size']))
+        photo = tuple(map(int, target['orig_size']))
+        boxes = resize_boxes(found['boxes'].float(), size, photo)
+        labels = found['labels'] - self.first_label
+        prediction = {'scores': found['scores'].float(), 'labels': labels, 'boxes': boxes}
+        if 'masks' in found:
+            # from 28 x 28 cells in the box straight to the photo's pixels
+            painted = paste_masks_in_image(found['masks'].float(), boxes, photo)  # (k, 1, H, W)
+            prediction['masks'] = painted[:, 0] >= .5
+        return prediction
 
 # %% ../nbs/27_baselines.ipynb #c018
 def _cut_backbone(name, weights, features, frozen):
-    "Backbone cut at `features` and the state dict of its whole body: weights are checked against the whole ResNet, not the cut one"
+    """Return the backbone cut at `features` and the state dict of its whole body.
+
+    Weights are checked against the whole ResNet, not the cut one."""
     if name not in RESNETS or weights is None:
         cnn = build_backbone(name, weights, features, frozen=frozen)
         return cnn, cnn.body.state_dict()
-    cnn, state = Backbone(name, features, frozen=frozen), build_backbone(name, weights).body.state_dict()
-    cnn.body.load_state_dict({k: state[k] for k in cnn.body.state_dict()})
-    return cnn, state
+    cnn = Backbone(name, features, frozen=frozen)
+    whole = build_backbone(name, weights).body.state_dict()
+    cnn.body.load_state_dict({k: whole[k] for k in cnn.body.state_dict()})
+    return cnn, whole
 
 class _Pyramid(nn.Module):
-    "CNN and FPN: (B,3,H,W) -> {'0': finest map, '1': ..., extra levels}, all with `out_channels`"
+    """CNN and FPN: (B,3,H,W) -> {'0': finest map, '1': ..., extra levels}.
+
+    All maps have `out_channels`."""
     def __init__(self, cnn, channels, extra):
         super().__init__()
-        self.cnn, self.out_channels = cnn, channels
+        self.cnn = cnn
+        self.out_channels = channels
+        # one small image tells the strides and the channels of the cuts
         with torch.no_grad(): maps = self.maps(torch.zeros(1, 3, 64, 64))
-        self.levels, self.strides = list(maps), [64 // m.shape[3] for m in maps.values()]
+        self.levels = list(maps)
+        self.strides = [64 // m.shape[3] for m in maps.values()]
         if any(b != 2 * a for a, b in zip(self.strides, self.strides[1:])):
-            raise ValueError(f'features of strides {self.strides}: a pyramid needs the finest first, each stride twice the one before')
+            raise ValueError(f'features of strides {self.strides}: a pyramid needs the finest '
+                             'first, each stride twice the one before')
         if len(maps) == 1: extra = None
-        self.fpn = FeaturePyramidNetwork([m.shape[1] for m in maps.values()], channels, extra)
-        for _ in range({LastLevelMaxPool: 1, LastLevelP6P7: 2}.get(type(extra), 0)): self.strides.append(2 * self.strides[-1])
+        widths = [m.shape[1] for m in maps.values()]
+        self.fpn = FeaturePyramidNetwork(widths, channels, extra)
+        # each extra level halves the coarsest map once more
+        added = {LastLevelMaxPool: 1, LastLevelP6P7: 2}.get(type(extra), 0)
+        for _ in range(added): self.strides.append(2 * self.strides[-1])
 
     def maps(self, x):
-        "{'0': map of the first cut, ...}; no gradients through a frozen CNN"
+        "Return {'0': map of the first cut, ...}; no gradients through a frozen CNN"
         if self.cnn.frozen:
-            with torch.no_grad(): maps = self.cnn.folded()(x.contiguous(memory_format=torch.channels_last))
-        else: maps = self.cnn.body(x)
-        return {str(i): m for i, m in enumerate(maps.values() if isinstance(maps, dict) else maps)}
+            x = x.contiguous(memory_format=torch.channels_last)
+            with torch.no_grad(): maps = self.cnn.folded()(x)
+        else:
+            maps = self.cnn.body(x)
+        if isinstance(maps, dict): maps = maps.values()
+        return {str(i): m for i, m in enumerate(maps)}
 
     def forward(self, x): return self.fpn(self.maps(x))
 
@@ -128,80 +176,130 @@ class _Anchors(AnchorGenerator):
     "Anchors in float32, whatever the features are"
     def set_cell_anchors(self, dtype, device): super().set_cell_anchors(torch.float32, device)
 
+def _default_sizes(name, strides):
+    "Return torchvision's sizes of anchors, px, for each level; FCOS has none"
+    # a single level has to find things of all sizes
+    if len(strides) == 1: return [[strides[0] * k for k in (2, 4, 8, 16, 32)]]
+    if name != 'retinanet': return [[8 * s] for s in strides]
+    return [[int(4 * s * 2 ** (k / 3)) for k in range(3)] for s in strides]
+
 def _anchors(name, strides, sizes):
-    "Anchors for levels of these strides. ValueError if sizes and levels do not fit"
+    "Return anchors for levels of these strides. ValueError if sizes and levels do not fit"
+    levels = len(strides)
     if name == 'fcos':
         if sizes is not None: raise ValueError('fcos has no anchors: leave anchor_sizes out')
-        return _Anchors(tuple((s,) for s in strides), ((1.,),) * len(strides))
-    if sizes is None and len(strides) == 1: sizes = [[strides[0] * k for k in (2, 4, 8, 16, 32)]]
-    if sizes is None: sizes = [[int(4 * s * 2 ** (k / 3)) for k in range(3)] if name == 'retinanet' else [8 * s] for s in strides]
-    if len(sizes) != len(strides) or len({len(s) for s in sizes}) != 1:
-        raise ValueError(f'anchor_sizes must be {len(strides)} tuples of equal length, for levels of strides {strides}; got {sizes}')
-    return _Anchors(tuple(map(tuple, sizes)), ((.5, 1., 2.),) * len(strides))
+        # a point is a square with a side of one stride
+        return _Anchors(tuple((s,) for s in strides), ((1.,),) * levels)
+    if sizes is None: sizes = _default_sizes(name, strides)
+    if len(sizes) != levels or len({len(s) for s in sizes}) != 1:
+        raise ValueError(f'anchor_sizes must be {levels} tuples of equal length, '
+                         f'for levels of strides {strides}; got {sizes}')
+    shapes = (.5, 1., 2.)  # height / width
+    return _Anchors(tuple(map(tuple, sizes)), (shapes,) * levels)
 
 # %% ../nbs/27_baselines.ipynb #c026
 BASELINES = {
     'faster_rcnn_fpn': 'Faster R-CNN with a feature pyramid: anchors, proposals, two NMS',
-    'faster_rcnn_c4': "Faster R-CNN on one map of stride 16, layer4 as its head: like detectron2's C4 (ResNets only)",
+    'faster_rcnn_c4': "Faster R-CNN on one map of stride 16, layer4 as its head: "
+                      "like detectron2's C4 (ResNets only)",
     'retinanet': 'RetinaNet: one stage, anchors, focal loss',
     'fcos': 'FCOS: one stage, points in the place of anchors, centre-ness',
-    'mask_rcnn': 'Faster R-CNN with a feature pyramid and a mask for each box; needs masks in the targets'}
-_CLASSES = dict(faster_rcnn_fpn=FasterRCNN, faster_rcnn_c4=FasterRCNN, retinanet=RetinaNet, fcos=FCOS, mask_rcnn=MaskRCNN)
+    'mask_rcnn': 'Faster R-CNN with a feature pyramid and a mask for each box; '
+                 'needs masks in the targets'}
+_CLASSES = {'faster_rcnn_fpn': FasterRCNN, 'faster_rcnn_c4': FasterRCNN,
+            'retinanet': RetinaNet, 'fcos': FCOS, 'mask_rcnn': MaskRCNN}
+_ONE_STAGE = 'retinanet', 'fcos'
 
 def _check_settings(name, settings):
     "ValueError for settings that torchvision would swallow silently, or that are ours"
-    if name not in BASELINES: raise ValueError(f"baseline '{name}' is unknown: choose from {', '.join(BASELINES)}")
-    numbers = {k for k, p in inspect.signature(_CLASSES[name]).parameters.items() if isinstance(p.default, (int, float))}
-    numbers -= {'min_size', 'max_size'}                                      # images come in their size
-    if unknown := sorted(set(settings) - numbers): raise ValueError(f'{name} has no setting {unknown}; it has {sorted(numbers)}')
+    if name not in BASELINES:
+        raise ValueError(f"baseline '{name}' is unknown: choose from {', '.join(BASELINES)}")
+    parameters = inspect.signature(_CLASSES[name]).parameters
+    numbers = {k for k, p in parameters.items() if isinstance(p.default, (int, float))}
+    # images come in their size
+    numbers -= {'min_size', 'max_size'}
+    unknown = sorted(set(settings) - numbers)
+    if unknown:
+        raise ValueError(f'{name} has no setting {unknown}; it has {sorted(numbers)}')
 
 def _features(name, backbone, features):
-    "Where to cut. ValueError for a backbone that cannot do it"
+    "Return the layers to cut after. ValueError for a backbone that cannot do it"
     if name == 'faster_rcnn_c4':
         if backbone in RESNETS and features is None: return ['layer3']
-        raise ValueError(f"faster_rcnn_c4 with {backbone}, features {features}: its levels are a ResNet's layer3 and, as head, "
-                         "layer4, without a choice; for a detector on any single map take 'faster_rcnn_fpn' with features=[layer]")
+        raise ValueError(f"faster_rcnn_c4 with {backbone}, features {features}: its levels are "
+                         "a ResNet's layer3 and, as head, layer4, without a choice; for a detector "
+                         "on any single map take 'faster_rcnn_fpn' with features=[layer]")
     if features: return list(features)
-    if backbone in RESNETS: return [f'layer{k}' for k in (range(2, 5) if name in ('retinanet', 'fcos') else range(1, 5))]
-    raise ValueError(f"{name} cannot know the stages of {backbone}: say features=[layers], finest first, e.g. ['blocks.4'] for one level "
-                     "of tf_efficientnet_lite0, ['blocks.2', 'blocks.4', 'blocks.6'] for a pyramid")
+    if backbone in RESNETS:
+        stages = ['layer1', 'layer2', 'layer3', 'layer4']
+        return stages[1:] if name in _ONE_STAGE else stages
+    raise ValueError(f"{name} cannot know the stages of {backbone}: say features=[layers], "
+                     "finest first, e.g. ['blocks.4'] for one level of tf_efficientnet_lite0, "
+                     "['blocks.2', 'blocks.4', 'blocks.6'] for a pyramid")
 
 # %% ../nbs/27_baselines.ipynb #c029
 def _c4(num_classes, backbone, weights, frozen, anchor_sizes, settings):
-    "Faster R-CNN on layer3 with layer4 as head"
+    "Return Faster R-CNN on layer3 with layer4 as head"
     cnn, state = _cut_backbone(backbone, weights, ['layer3'], frozen)
     cnn.out_channels = cnn.num_channels
+    # the head is the backbone's last stage, with its weights
     layer4 = getattr(models, backbone)(norm_layer=FrozenBatchNorm2d).layer4
-    if weights is not None: layer4.load_state_dict({k.removeprefix('layer4.'): v for k, v in state.items() if k.startswith('layer4.')})
+    if weights is not None:
+        prefix = 'layer4.'
+        head = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        layer4.load_state_dict(head)
     with torch.no_grad(): width = layer4(torch.zeros(1, cnn.num_channels, 2, 2)).shape[1]
-    settings = dict(rpn_pre_nms_top_n_train=12000, rpn_pre_nms_top_n_test=6000) | settings  # detectron2's, for a single level
-    model = FasterRCNN(cnn, rpn_anchor_generator=_anchors('faster_rcnn_c4', [cnn.stride], anchor_sizes),
-                       box_roi_pool=MultiScaleRoIAlign(['0'], 14, 2), box_head=nn.Sequential(layer4, nn.AdaptiveAvgPool2d(1)),
-                       box_predictor=FastRCNNPredictor(width, num_classes + 1), **settings)
+    # detectron2's numbers of proposals, for a single level
+    proposals = {'rpn_pre_nms_top_n_train': 12000, 'rpn_pre_nms_top_n_test': 6000}
+    model = FasterRCNN(cnn,
+                       rpn_anchor_generator=_anchors('faster_rcnn_c4', [cnn.stride], anchor_sizes),
+                       box_roi_pool=MultiScaleRoIAlign(['0'], 14, 2),
+                       box_head=nn.Sequential(layer4, nn.AdaptiveAvgPool2d(1)),
+                       box_predictor=FastRCNNPredictor(width, num_classes + 1),
+                       **proposals | settings)
     return Baseline(model, num_classes, cnn)
 
-def build_baseline(name: str,  # one of `BASELINES`
-                   num_classes: int,  # C, without background
-                   backbone: str = 'resnet50',  # torchvision ResNet; with `features` any timm model
-                   weights: str | None = None,  # a name in `updetr.backbone.WEIGHTS`, a file, or None for random ones
-                   features: list[str] | None = None,  # layers to cut after, finest first, one or more; None: a ResNet's stages
-                   frozen: bool = False,  # whole CNN without gradients (not C4's layer4); False: trained but for stem and norms
-                   channels: int = 256,  # of the levels (not for C4); a multiple of 32 for FCOS
-                   anchor_sizes: list[tuple] | None = None,  # px, one tuple a level; None: by the strides of the levels
-                   **settings,  # numbers of torchvision's class: box_score_thresh, score_thresh, rpn_nms_thresh, ...
-                   ) -> Baseline:
-    "A detector of torchvision on our backbone. Raises ValueError for what cannot be built, FileNotFoundError for weights not there."
-    _check_settings(name, settings)
-    if num_classes < 1: raise ValueError(f'num_classes is {num_classes}: at least one class is needed (background is added by itself)')
-    if name == 'fcos' and channels % 32: raise ValueError(f'channels {channels}: FCOS norms groups of 32, so it must be a multiple of 32')
-    features = _features(name, backbone, features)
-    if name == 'faster_rcnn_c4': return _c4(num_classes, backbone, weights, frozen, anchor_sizes, settings)
-    cnn, _ = _cut_backbone(backbone, weights, features, frozen)
-    extra = LastLevelP6P7(channels, channels) if name in ('retinanet', 'fcos') else LastLevelMaxPool()
+def _on_pyramid(name, num_classes, cnn, channels, anchor_sizes, settings):
+    "Return one of the other four detectors, on the levels of a cut CNN"
+    one_stage = name in _ONE_STAGE
+    extra = LastLevelP6P7(channels, channels) if one_stage else LastLevelMaxPool()
     levels = _Pyramid(cnn, channels, extra)
     anchors = _anchors(name, levels.strides, anchor_sizes)
-    if name in ('retinanet', 'fcos'):
-        return Baseline(_CLASSES[name](levels, num_classes, anchor_generator=anchors, **settings), num_classes, cnn)
-    pools = dict(box_roi_pool=MultiScaleRoIAlign(levels.levels, 7, 2))
+    if one_stage:
+        model = _CLASSES[name](levels, num_classes, anchor_generator=anchors, **settings)
+        return Baseline(model, num_classes, cnn)
+    # the R-CNNs cut their proposals out of the levels, and background is a class of theirs
+    pools = {'box_roi_pool': MultiScaleRoIAlign(levels.levels, 7, 2)}
     if name == 'mask_rcnn': pools['mask_roi_pool'] = MultiScaleRoIAlign(levels.levels, 14, 2)
-    return Baseline(_CLASSES[name](levels, num_classes + 1, rpn_anchor_generator=anchors, **pools, **settings), num_classes, cnn)
+    model = _CLASSES[name](levels, num_classes + 1, rpn_anchor_generator=anchors,
+                           **pools, **settings)
+    return Baseline(model, num_classes, cnn)
+
+# %% ../nbs/27_baselines.ipynb #c029b
+def build_baseline(
+    name: str,  # one of `BASELINES`
+    num_classes: int,  # C, without background
+    backbone: str = 'resnet50',  # torchvision ResNet; with `features` any timm model
+    weights: str | None = None,  # name in `updetr.backbone.WEIGHTS`, file, or None for random ones
+    features: list[str] | None = None,  # layers to cut after, finest first; None: a ResNet's stages
+    frozen: bool = False,  # no gradients in the whole CNN (C4: but for layer4)
+    channels: int = 256,  # of the levels (not for C4); a multiple of 32 for FCOS
+    anchor_sizes: list[tuple] | None = None,  # px, one tuple a level; None: by the levels' strides
+    **settings,  # numbers of torchvision's class: score_thresh, rpn_nms_thresh, ...
+) -> Baseline:
+    """Return a detector of torchvision on our backbone.
+
+    Unless frozen, the CNN is trained but for stem and norms.
+    Raises ValueError for what cannot be built, FileNotFoundError for weights not there."""
+    _check_settings(name, settings)
+    if num_classes < 1:
+        raise ValueError(f'num_classes is {num_classes}: at least one class is needed '
+                         '(background is added by itself)')
+    if name == 'fcos' and channels % 32:
+        raise ValueError(f'channels {channels}: FCOS norms groups of 32, '
+                         'so it must be a multiple of 32')
+    features = _features(name, backbone, features)
+    if name == 'faster_rcnn_c4':
+        return _c4(num_classes, backbone, weights, frozen, anchor_sizes, settings)
+    cnn, _ = _cut_backbone(backbone, weights, features, frozen)
+    return _on_pyramid(name, num_classes, cnn, channels, anchor_sizes, settings)
