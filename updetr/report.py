@@ -22,144 +22,208 @@ from .checkpoint import write_atomic, write_json
 from .pictures import plain_label
 
 # %% ../nbs/20_report.ipynb #c005
-def git_commit(folder: str | Path = '.',  # anywhere inside the repository
-               ) -> str:  # e.g. '1a2b3c4d5e6f' or '1a2b3c4d5e6f+changes'; 'unknown' outside a repository
-    "The commit of the code that runs, and whether package or notebooks differ from it."
-    def git(*words): return subprocess.run(['git', '-C', str(folder), *words], capture_output=True, text=True, check=True).stdout.strip()
+def git_commit(
+    folder: str | Path = '.',  # anywhere inside the repository
+) -> str:  # e.g. '1a2b3c4d5e6f' or '1a2b3c4d5e6f+changes'; 'unknown' outside a repository
+    "Return the commit of the code that runs, and whether package or notebooks differ from it."
+    def git(*words):
+        call = ['git', '-C', str(folder), *words]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
     try:
-        changed = git('status', '--porcelain', '--untracked-files=no', '--', ':/updetr', ':/nbs')
-        return git('rev-parse', '--short=12', 'HEAD') + ('+changes' if changed else '')
-    except (OSError, subprocess.CalledProcessError): return 'unknown'
+        # figures and logs may change while a run goes on; the code may not
+        code = ':/updetr', ':/nbs'
+        changed = git('status', '--porcelain', '--untracked-files=no', '--', *code)
+        commit = git('rev-parse', '--short=12', 'HEAD')
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+    return commit + '+changes' if changed else commit
 
 def _cpu_name():
     if not os.path.exists('/proc/cpuinfo'): return platform.processor() or platform.machine()
-    lines = Path('/proc/cpuinfo').read_text().splitlines()
-    return next((line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')), platform.machine())
+    for line in Path('/proc/cpuinfo').read_text().splitlines():
+        if line.startswith('model name'): return line.split(':', 1)[1].strip()
+    return platform.machine()
+
+def _memory_gib():
+    if not hasattr(os, 'sysconf'): return None
+    return round(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30)
 
 def hardware() -> dict:  # cpu, cores, memory_gib, gpus
-    "Processor, cores, memory and GPUs."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30 if hasattr(os, 'sysconf') else None
+    "Return processor, cores, memory and GPUs."
+    # a container may lend fewer cores than the machine has
+    lent = hasattr(os, 'sched_getaffinity')
+    cores = len(os.sched_getaffinity(0)) if lent else os.cpu_count()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {'cpu': _cpu_name(), 'cores': cores, 'memory_gib': memory and round(memory), 'gpus': gpus}
+    return {'cpu': _cpu_name(), 'cores': cores, 'memory_gib': _memory_gib(), 'gpus': gpus}
 
-def versions(packages: tuple[str, ...] = ('updetr', 'torch', 'torchvision', 'timm', 'numpy', 'scipy'),  # names of distributions
-             ) -> dict[str, str]:
-    "Versions of python and of what computes."
-    def of(p):
-        try: return version(p)
-        except PackageNotFoundError: return 'not installed'
-    return {'python': platform.python_version()} | {p: of(p) for p in packages}
+# %% ../nbs/20_report.ipynb #c005b
+_PACKAGES = 'updetr', 'torch', 'torchvision', 'timm', 'numpy', 'scipy'
 
-def provenance(command: str,  # that makes the numbers again
-               scale: str,  # in words: how far this is from the paper's setting
-               seeds: list[int],  # of all runs behind the numbers
-               wall_s: float,  # seconds
-               **more,  # anything else worth knowing: steps, img_s, ...
-               ) -> dict:  # plain, for JSON
-    "Everything that a reader needs to judge and repeat a number."
-    return {'command': command, 'scale': scale, 'seeds': seeds, 'wall_s': round(wall_s, 1), 'commit': git_commit(),
-            'versions': versions(), 'hardware': hardware(), **more}
+def versions(
+    packages: tuple[str, ...] = _PACKAGES,  # names of distributions
+) -> dict[str, str]:
+    "Return the versions of python and of what computes."
+    found = {'python': platform.python_version()}
+    for package in packages:
+        try: found[package] = version(package)
+        except PackageNotFoundError: found[package] = 'not installed'
+    return found
+
+def provenance(
+    command: str,      # that makes the numbers again
+    scale: str,        # in words: how far this is from the paper's setting
+    seeds: list[int],  # of all runs behind the numbers
+    wall_s: float,     # seconds
+    **more,            # anything else worth knowing: steps, img_s, ...
+) -> dict:             # plain, for JSON
+    "Return everything that a reader needs to judge and repeat a number."
+    run = {'command': command, 'scale': scale, 'seeds': seeds, 'wall_s': round(wall_s, 1)}
+    origin = {'commit': git_commit(), 'versions': versions(), 'hardware': hardware()}
+    return run | origin | more
 
 # %% ../nbs/20_report.ipynb #c008
 class Markup(str):
     "Text that is markdown on purpose, such as a link: not escaped in a table."
 
-def escape(text: str,  # names of classes, files and runs: whatever others have written
-           ) -> str:  # one line
-    "The text as it is to be read, wherever markdown or HTML is shown: nothing in it is a tag, a link, a formula or a cell's end."
-    return ''.join(f'&#{ord(c)};' if c in _SPECIAL else c for c in ' '.join(text.split()))
+# what begins anything in HTML, markdown or a formula; _ within a word is a letter
+_SPECIAL = frozenset('<>&"|`[]*$\\')
 
-_SPECIAL = frozenset('<>&"|`[]*$\\')  # what begins anything in HTML, markdown or a formula; _ within a word is a letter
+def escape(
+    text: str,  # names of classes, files and runs: whatever others have written
+) -> str:       # one line
+    """Return the text as it is to be read, wherever markdown or HTML is shown.
 
-def markdown_table(rows: list[Mapping],  # one a row; missing entries stay empty
-                   digits: int = 2,  # of numbers with a fraction
-                   ) -> str:
-    "Rows as a markdown table, '' if there are none; the columns in the order in which they first appear."
+    Nothing in it is a tag, a link, a formula or a cell's end."""
+    line = ' '.join(text.split())
+    return ''.join(f'&#{ord(c)};' if c in _SPECIAL else c for c in line)
+
+def markdown_table(
+    rows: list[Mapping],  # one a row; missing entries stay empty
+    digits: int = 2,      # of numbers with a fraction
+) -> str:
+    """Return rows as a markdown table, '' if there are none.
+
+    The columns stand in the order in which they first appear."""
     if not rows: return ''
-    columns = list(dict.fromkeys(k for r in rows for k in r))
-    def show(v):
-        if v is None or isinstance(v, Markup): return v or ''
-        return f'{v:.{digits}f}' if isinstance(v, float) else escape(str(v))
-    lines = [map(show, columns), ['---'] * len(columns), *[[show(r.get(c)) for c in columns] for r in rows]]
+    def show(value):
+        if value is None: return ''
+        if isinstance(value, Markup): return value
+        if isinstance(value, float): return f'{value:.{digits}f}'
+        return escape(str(value))
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    head = [show(k) for k in columns]
+    body = [[show(row.get(k)) for k in columns] for row in rows]
+    lines = [head, ['---'] * len(columns), *body]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
-def mean_and_spread(values: list[float],  # one a seed
-                    ) -> dict:  # mean, std (of the sample; None for one seed), per_seed
-    "A number measured with several seeds."
+def mean_and_spread(
+    values: list[float],  # one a seed
+) -> dict:                # mean, std (of the sample; None for one seed), per_seed
+    "Return a number measured with several seeds: its mean, its spread, and each value."
+    # one seed has no spread; 0 would claim one
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {'mean': float(np.mean(values)), 'std': std, 'per_seed': [float(v) for v in values]}
 
 # %% ../nbs/20_report.ipynb #c011
-def smooth(values,  # a curve
-           share: float = .02,  # width of the running mean, as a share of the curve
-           ) -> np.ndarray:
-    "A running mean; the ends are averaged over what there is."
-    values, n = np.asarray(values, float), 2 * round(len(values) * share / 2) + 1
-    kernel = np.ones(n)
-    return np.convolve(values, kernel, 'same') / np.convolve(np.ones(len(values)), kernel, 'same')
+def smooth(
+    values,              # a curve
+    share: float = .02,  # width of the running mean, as a share of the curve
+) -> np.ndarray:         # of the same length
+    "Return a running mean; the ends are averaged over what there is."
+    values = np.asarray(values, float)
+    width = 2 * round(len(values) * share / 2) + 1
+    kernel = np.ones(width)
+    total = np.convolve(values, kernel, 'same')
+    count = np.convolve(np.ones(len(values)), kernel, 'same')  # fewer at the ends
+    return total / count
 
-def loss_curves(logs: Mapping[str, list[dict]],  # name of a run -> its log rows
-                keys: Mapping[str, str],  # log key -> title of its panel
-                ):  # matplotlib figure
-    "One panel a key, one colour a run."
-    fig, axes = plt.subplots(1, len(keys), figsize=(3.1 * len(keys), 2.3), dpi=72, squeeze=False)
+def _label_panel(ax, title, xlabel):
+    ax.set_title(title, fontsize=9)
+    ax.set_xlabel(xlabel, fontsize=8)
+    ax.tick_params(labelsize=8)
+
+def loss_curves(
+    logs: Mapping[str, list[dict]],  # name of a run -> its log rows
+    keys: Mapping[str, str],         # log key -> title of its panel
+):                                   # matplotlib figure
+    "Draw one panel a key, one colour a run."
+    size = 3.1 * len(keys), 2.3
+    fig, axes = plt.subplots(1, len(keys), figsize=size, dpi=72, squeeze=False)
     for ax, (key, title) in zip(axes[0], keys.items()):
         for name, rows in logs.items():
-            rows = [r for r in rows if key in r]
+            # a run without this number has no line, and its colour goes to the next
+            rows = [row for row in rows if key in row]
             if not rows: continue
-            ax.plot([r['step'] for r in rows], smooth([r[key] for r in rows]), label=plain_label(name), lw=1.2)
-        ax.set_title(title, fontsize=9)
-        ax.set_xlabel('step', fontsize=8)
-        ax.tick_params(labelsize=8)
+            steps = [row['step'] for row in rows]
+            curve = smooth([row[key] for row in rows])
+            ax.plot(steps, curve, label=plain_label(name), lw=1.2)
+        _label_panel(ax, title, 'step')
     if len(logs) > 1 and any(logs.values()): axes[0, -1].legend(fontsize=7)
     fig.tight_layout()
     return fig
 
 # %% ../nbs/20_report.ipynb #c014
-def by_epoch(logs: list[list[dict]],  # log rows of the seeds of one method
-             key: str,  # of a measured number, e.g. test_AP
-             ) -> tuple[list[int], np.ndarray]:  # epochs that all seeds have measured, from 1; (seeds, epochs) values
-    "A measured number of several runs."
-    tables = [{r['epoch'] + 1: r[key] for r in rows if key in r and 'epoch' in r} for rows in logs]
+def by_epoch(
+    logs: list[list[dict]],        # log rows of the seeds of one method
+    key: str,                      # of a measured number, e.g. test_AP
+) -> tuple[list[int], np.ndarray]: # epochs that all seeds measured, from 1; (seeds, epochs) values
+    "Return a measured number of several runs, epoch by epoch."
+    tables = []
+    for rows in logs:
+        measured = [row for row in rows if key in row and 'epoch' in row]
+        tables.append({row['epoch'] + 1: row[key] for row in measured})
+    # a mean over seeds needs all of them
     epochs = sorted(set.intersection(*map(set, tables))) if tables else []
-    return epochs, np.array([[t[e] for e in epochs] for t in tables])
+    return epochs, np.array([[table[e] for e in epochs] for table in tables])
 
-def epoch_curves(logs: Mapping[str, list[list[dict]]],  # method -> log rows of each of its seeds
-                 keys: Mapping[str, str],  # measured number -> title of its panel
-                 lr_drop: int = 0,  # epoch of the learning rate's drop; 0 = none
-                 ):  # matplotlib figure
-    "One panel a number, one colour a method: mean over seeds, and a band from the lowest to the highest."
-    fig, axes = plt.subplots(1, len(keys), figsize=(3.3 * len(keys), 2.5), dpi=72, squeeze=False)
+def epoch_curves(
+    logs: Mapping[str, list[list[dict]]],  # method -> log rows of each of its seeds
+    keys: Mapping[str, str],               # measured number -> title of its panel
+    lr_drop: int = 0,                      # epoch of the learning rate's drop; 0 = none
+):                                         # matplotlib figure
+    """Draw one panel a number, one colour a method.
+
+    A line is the mean over seeds, its band goes from the lowest to the highest."""
+    size = 3.3 * len(keys), 2.5
+    fig, axes = plt.subplots(1, len(keys), figsize=size, dpi=72, squeeze=False)
     for ax, (key, title) in zip(axes[0], keys.items()):
         for method, runs in logs.items():
             epochs, values = by_epoch(runs, key)
             if not epochs: continue
-            line, = ax.plot(epochs, values.mean(0), 'o-', ms=2.5, lw=1.2, label=plain_label(method))
-            ax.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=.2, lw=0)
+            label = plain_label(method)
+            line, = ax.plot(epochs, values.mean(0), 'o-', ms=2.5, lw=1.2, label=label)
+            lowest, highest = values.min(0), values.max(0)
+            ax.fill_between(epochs, lowest, highest, color=line.get_color(), alpha=.2, lw=0)
         if lr_drop: ax.axvline(lr_drop, color='gray', ls=':', lw=1)
-        ax.set_title(title, fontsize=9)
-        ax.set_xlabel('epoch', fontsize=8)
-        ax.tick_params(labelsize=8)
+        _label_panel(ax, title, 'epoch')
     if axes[0, 0].lines: axes[0, 0].legend(fontsize=7)
     fig.tight_layout()
     return fig
 
 # %% ../nbs/20_report.ipynb #c017
-def save_figure(fig,  # matplotlib figure
-                path: str | Path,  # without suffix; its folder is made
-                ) -> None:
+def save_figure(
+    fig,               # matplotlib figure
+    path: str | Path,  # without suffix; its folder is made
+) -> None:
     "Save a figure as PNG and SVG."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path.with_name(f'{path.name}.png'), lambda p: fig.savefig(p, format='png', dpi=80))
-    write_atomic(path.with_name(f'{path.name}.svg'), lambda p: fig.savefig(p, format='svg', metadata={'Date': None}))
+    png = path.with_name(f'{path.name}.png')
+    svg = path.with_name(f'{path.name}.svg')
+    write_atomic(png, lambda p: fig.savefig(p, format='png', dpi=80))
+    # without a date the same figure is the same file
+    write_atomic(svg, lambda p: fig.savefig(p, format='svg', metadata={'Date': None}))
 
-def save_metrics(folder: str | Path,  # of the report; made if missing
-                 metrics: Mapping,  # what JSON can hold, with the key 'provenance'
-                 ) -> None:
-    "Write `metrics.json`. Raises ValueError without provenance: a number must say where it comes from."
-    missing = {'command', 'commit', 'versions', 'hardware', 'seeds', 'scale', 'wall_s'} - set(metrics.get('provenance', {}))
+_NEEDED = {'command', 'commit', 'versions', 'hardware', 'seeds', 'scale', 'wall_s'}
+
+def save_metrics(
+    folder: str | Path,  # of the report; made if missing
+    metrics: Mapping,    # what JSON can hold, with the key 'provenance'
+) -> None:
+    """Write `metrics.json`.
+
+    Raises ValueError without provenance: a number must say where it comes from."""
+    missing = _NEEDED - set(metrics.get('provenance', {}))
     if missing: raise ValueError(f'metrics for {folder} lack provenance: {sorted(missing)}')
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_json(Path(folder) / 'metrics.json', metrics)
