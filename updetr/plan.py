@@ -18,58 +18,80 @@ from .pretrain_task import PretrainStep
 from .updetr import UPDETR, build_updetr
 
 # %% ../nbs/21_plan.ipynb #c005
-TYPICAL = (416, 555)  # px: the median ImageNet photo after the resize rule
+TYPICAL = (416, 554)  # px: the median ImageNet photo, 375 x 500, after the resize rule
 
-def count_flops(f,  # to be called
-                *args,  # its arguments
-                ) -> float:  # GFLOP
-    "Floating-point operations of a call (a multiplication and an addition are two)."
+def count_flops(
+    f,       # function to be called
+    *args,   # its arguments
+) -> float:  # GFLOP
+    "Return the floating-point operations of a call: a multiplication and an addition are two."
     with FlopCounterMode(display=False) as counter, torch.no_grad(): f(*args)
     return counter.get_total_flops() / 1e9
 
-def photo_gflops(model: UPDETR,  # on the CPU
-                 size: tuple[int, int] = TYPICAL,  # height, width of the photo, px
-                 patch_size: int = 128,  # px
-                 cached: bool = False,  # the CNN's features come from a bank
-                 ) -> dict[str, float]:  # GFLOP a photo: CNN on the photo, CNN on the patches, transformer
-    "Arithmetic of one pre-training step for one photo."
-    image, patches = torch.zeros(1, 3, *size), torch.zeros(1, model.num_patches, 3, patch_size, patch_size)
-    backbone, cnn = model.backbone[0], 0 if cached else 1 if model.backbone[0].frozen else 3
-    feature, pooled = backbone(image).detach(), model.encode_patches(patches).detach()
-    step, ready = PretrainStep(model, build_criterion(model)), _batch(model, feature=feature, patch_feature=pooled)
-    return {'CNN, photo': cnn * count_flops(backbone, image), 'CNN, patches': cnn * count_flops(model.encode_patches, patches),
-            'transformer': 3 * count_flops(step, ready)}
-
-def _batch(model, **inputs):
-    "One photo with its patches, ready for a `PretrainStep`"
-    keep, boxes = torch.ones(1, model.num_queries, dtype=torch.bool), torch.full((1, model.num_patches, 4), .5)
+def _prepared(model, **inputs):
+    "Return one photo with its patches, ready for a `PretrainStep`"
+    keep = torch.ones(1, model.num_queries, dtype=torch.bool)
+    boxes = torch.full((1, model.num_patches, 4), .5)
     return inputs | {'mask': None, 'keep': keep, 'boxes': boxes}
 
+def photo_gflops(
+    model: UPDETR,  # on the CPU
+    size: tuple[int, int] = TYPICAL,  # height, width of the photo, px
+    patch_size: int = 128,  # px
+    cached: bool = False,  # the CNN's features come from a bank
+) -> dict[str, float]:  # GFLOP a photo: CNN on the photo, CNN on the patches, transformer
+    "Return the arithmetic of one pre-training step for one photo."
+    image = torch.zeros(1, 3, *size)
+    patches = torch.zeros(1, model.num_patches, 3, patch_size, patch_size)
+    backbone = model.backbone[0]
+    # the transformer alone, on features that the CNN has made
+    feature = backbone(image).detach()
+    pooled = model.encode_patches(patches).detach()
+    step = PretrainStep(model, build_criterion(model))
+    batch = _prepared(model, feature=feature, patch_feature=pooled)
+    # a backward pass is two forward passes; a frozen CNN has none
+    forward_backward = 3
+    if cached: passes = 0
+    elif backbone.frozen: passes = 1
+    else: passes = forward_backward
+    return {'CNN, photo': passes * count_flops(backbone, image),
+            'CNN, patches': passes * count_flops(model.encode_patches, patches),
+            'transformer': forward_backward * count_flops(step, batch)}
+
 # %% ../nbs/21_plan.ipynb #c007
-def saved_bytes(f,  # to be called, without arguments
-                ) -> int:
-    "Bytes that autograd keeps for the backward pass of a call, weights apart."
+def saved_bytes(
+    f,     # function to be called, without arguments
+) -> int:
+    "Return the bytes that autograd keeps for the backward pass of a call, weights apart."
     kept = {}
     def pack(x: Tensor):
-        if not isinstance(x, torch.nn.Parameter): kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        # views of one storage are kept once
+        storage = x.untyped_storage()
+        if not isinstance(x, torch.nn.Parameter): kept[storage.data_ptr()] = storage.nbytes()
         return x
+    # the result holds the graph: while it lives, no address is given out twice
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): result = f()
     del result
     return sum(kept.values())
 
-def photo_memory(model: UPDETR,  # in training mode, on the CPU
-                 cfg: PretrainConfig,  # patch size and losses are read
-                 size: tuple[int, int] = TYPICAL,  # height, width of the photo, px
-                 ) -> int:  # bytes
-    "What one photo adds to the memory of a training step (transformer and losses; the frozen CNN keeps nothing)."
+def photo_memory(
+    model: UPDETR,                    # in training mode, on the CPU
+    cfg: PretrainConfig,              # patch size and losses are read
+    size: tuple[int, int] = TYPICAL,  # height, width of the photo, px
+) -> int:                             # bytes
+    """Return what one photo adds to the memory of a training step.
+
+    That is transformer and losses; the frozen CNN keeps nothing."""
     step = PretrainStep(model, build_criterion(model, **loss_options(cfg)))
-    image, patches = torch.zeros(1, 3, *size), torch.rand(1, model.num_patches, 3, cfg.patch_size, cfg.patch_size)
-    return saved_bytes(lambda: step(_batch(model, images=image, patches=patches))[0])
+    image = torch.zeros(1, 3, *size)
+    patches = torch.rand(1, model.num_patches, 3, cfg.patch_size, cfg.patch_size)
+    batch = _prepared(model, images=image, patches=patches)
+    return saved_bytes(lambda: step(batch)[0])
 
 # %% ../nbs/21_plan.ipynb #c008
 @dataclass(frozen=True)
 class Plan:
-    "What a pre-training run is, in numbers."
+    "A pre-training run in numbers."
     photos: int  # or views, seen in an epoch
     steps_per_epoch: int  # whole batches
     steps: int  # in all epochs
@@ -82,30 +104,53 @@ class Plan:
     hours: float | None  # at the given speed
 
     def __str__(self):
-        total, memory = sum(self.gflops.values()), self.fixed_gib + self.photo_gib * self.per_process
-        rows = {'photos': f'{self.photos:,}', 'steps': f'{self.steps:,} = {self.steps_per_epoch:,} an epoch',
+        total = sum(self.gflops.values())
+        parts = ', '.join(f'{part} {gflop:.1f}' for part, gflop in self.gflops.items())
+        photo_mib = self.photo_gib * 1024
+        memory = self.fixed_gib + self.photo_gib * self.per_process
+        if self.hours: time = f'{self.hours:.1f} h at the given speed'
+        else: time = 'give a speed with -p img_s'
+        rows = {'photos': f'{self.photos:,}',
+                'steps': f'{self.steps:,} = {self.steps_per_epoch:,} an epoch',
                 'parameters': f'{self.trainable:,} trained, {self.frozen:,} frozen',
-                'arithmetic': f'{total:.1f} GFLOP a photo: ' + ', '.join(f'{k} {v:.1f}' for k, v in self.gflops.items()),
-                'memory a process': f'{memory:.1f} GiB = {self.fixed_gib:.2f} fixed + {self.per_process} photos x '
-                                    f'{self.photo_gib * 1024:.0f} MiB (fp32; about half in bf16)',
-                'time': f'{self.hours:.1f} h at the given speed' if self.hours else 'give a speed with -p img_s'}
+                'arithmetic': f'{total:.1f} GFLOP a photo: {parts}',
+                'memory a process': f'{memory:.1f} GiB = {self.fixed_gib:.2f} fixed + '
+                                    f'{self.per_process} photos x {photo_mib:.0f} MiB '
+                                    '(fp32; about half in bf16)',
+                'time': time}
         return '\n'.join(f'{name:17} {text}' for name, text in rows.items())
 
 # %% ../nbs/21_plan.ipynb #c009
-def make_plan(cfg: PretrainConfig,  # of the run
-              photos: int,  # to train on; not used if the configuration asks for views
-              processes: int = 1,  # on all machines
-              img_s: float = 0.,  # speed over all processes, photos a second; 0 = unknown
-              ) -> Plan:
+def _count(model, trainable):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad == trainable)
+
+def make_plan(
+    cfg: PretrainConfig,  # of the run
+    photos: int,          # to train on; not used if the configuration asks for views
+    processes: int = 1,   # on all machines
+    img_s: float = 0.,    # speed over all processes, photos a second; 0 = unknown
+) -> Plan:
     "Count what a run will cost. Raises ValueError if there are fewer photos than a batch holds."
     photos = cfg.views or photos
     if photos < cfg.batch_size:
-        raise ValueError(f'batch_size {cfg.batch_size} is larger than the {photos} photos there are: choose a smaller batch_size')
+        raise ValueError(f'batch_size {cfg.batch_size} is larger than the {photos} photos '
+                         'there are: choose a smaller batch_size')
+    # only shapes count, so no weights are read
     model = build_updetr(**model_options(cfg) | {'weights': None, 'matching_init': False})
     size = (cfg.view_size, cfg.view_size) if cfg.views else TYPICAL
-    trainable, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad == t) for t in (True, False))
-    per_epoch, gflops = photos // cfg.batch_size, photo_gflops(model, size, cfg.patch_size, cfg.cache_features)
-    fixed = 16 * trainable + 4 * frozen + 4 * (trainable + frozen) * (cfg.ema > 0)
-    return Plan(photos, per_epoch, per_epoch * cfg.epochs, trainable, frozen, gflops, fixed / 2**30,
-                photo_memory(model.train(), cfg, size) / 2**30, cfg.batch_size // max(1, processes * cfg.accumulate),
-                cfg.epochs * photos / img_s / 3600 if img_s else None)
+    per_epoch = photos // cfg.batch_size
+    # fp32: a weight is 4 bytes; its gradient and two moments are 12 more; its average is 4 more
+    trainable, frozen = _count(model, True), _count(model, False)
+    fixed = 16 * trainable + 4 * frozen
+    if cfg.ema > 0: fixed += 4 * (trainable + frozen)
+    return Plan(
+        photos=photos,
+        steps_per_epoch=per_epoch,
+        steps=per_epoch * cfg.epochs,
+        trainable=trainable,
+        frozen=frozen,
+        gflops=photo_gflops(model, size, cfg.patch_size, cfg.cache_features),
+        fixed_gib=fixed / 2**30,
+        photo_gib=photo_memory(model.train(), cfg, size) / 2**30,
+        per_process=cfg.batch_size // max(1, processes * cfg.accumulate),
+        hours=cfg.epochs * photos / img_s / 3600 if img_s else None)
