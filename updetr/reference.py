@@ -22,131 +22,202 @@ from .transformer import MultiheadAttention, Transformer
 # %% ../nbs/41a_reference.ipynb #c005
 class UnfoldedCNN(nn.Module):
     "A backbone's own network with its norms apart."
-    def __init__(self,
-                 backbone: Backbone,  # whose weights are used
-                 ):
+    def __init__(
+        self,
+        backbone: Backbone,  # whose weights are used
+    ):
         super().__init__()
-        self.body, self.mean, self.std = backbone.body, backbone.mean, backbone.std
-        self.num_channels, self.stride = backbone.num_channels, backbone.stride
+        self.body = backbone.body
+        self.mean, self.std = backbone.mean, backbone.std
+        self.num_channels = backbone.num_channels
+        self.stride = backbone.stride
 
     def forward(self, x): return join_features(self.body(x))
 
 # %% ../nbs/41a_reference.ipynb #c007
-def added_mask(mask: Tensor,  # bool, True = may look
-               ) -> Tensor:  # 0 or -inf
-    "A mask that is added to the scores."
-    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+def added_mask(
+    mask: Tensor,  # bool, True = may look
+) -> Tensor:       # 0 or -inf
+    "Return a mask that is added to the scores."
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    return zeros.masked_fill(~mask, -torch.inf)
 
 class ReferenceAttention(nn.MultiheadAttention):
     "PyTorch's attention with the interface of ours, tokens first: `(Q,B,d)`."
-    def __init__(self,
-                 ours: MultiheadAttention,  # whose weights are copied
-                 ):
+    def __init__(
+        self,
+        ours: MultiheadAttention,  # whose weights are copied
+    ):
         super().__init__(ours.out_proj.in_features, ours.num_heads, ours.dropout)
         self.load_state_dict(ours.state_dict())
 
     def forward(self, query, key, value, mask=None, need_weights=False):
         "Masks as ours: (B,1,1,S) for real tokens, (N,N) for groups."
-        padding, groups = (~mask[:, 0, 0], None) if mask is not None and mask.dim() == 4 else (None, mask)
-        return super().forward(query, key, value, key_padding_mask=padding, attn_mask=None if groups is None else added_mask(groups))
+        padding, groups = None, None
+        # the reference says True where not to look
+        if mask is not None and mask.dim() == 4: padding = ~mask[:, 0, 0]    # (B, S)
+        elif mask is not None: groups = added_mask(mask)                     # (N, N)
+        # need_weights is left at its default, as there: the maps are made and averaged
+        return super().forward(query, key, value, key_padding_mask=padding, attn_mask=groups)
 
 # %% ../nbs/41a_reference.ipynb #c008
+def _tokens_first(x): return x.transpose(0, 1).contiguous()
+
+def _real_tokens(padding):
+    "Return a mask as our attention takes it, (B,1,1,S), True = may look"
+    return None if padding is None else ~padding[:, None, None]
+
 class ReferenceTransformer(nn.Module):
     "Our transformer's layers with `ReferenceAttention`, tokens first throughout."
-    def __init__(self,
-                 ours: Transformer,  # whose weights are copied
-                 ):
+    def __init__(
+        self,
+        ours: Transformer,  # whose weights are copied
+    ):
         super().__init__()
-        self.d_model, self.encoder, self.decoder = ours.d_model, copy.deepcopy(ours.encoder), copy.deepcopy(ours.decoder)
+        self.d_model = ours.d_model
+        self.encoder = copy.deepcopy(ours.encoder)
+        self.decoder = copy.deepcopy(ours.decoder)
         for layer in [*self.encoder.layers, *self.decoder.layers]:
             layer.self_attn = ReferenceAttention(layer.self_attn)
-            if layer.cross_attention: layer.multihead_attn = ReferenceAttention(layer.multihead_attn)
+            if layer.cross_attention:
+                layer.multihead_attn = ReferenceAttention(layer.multihead_attn)
 
     def encode(self, src, pos, mask=None):
         "As `Transformer.encode`."
-        src, pos = (x.transpose(0, 1).contiguous() for x in (src, pos))
-        return self.encoder(src, pos, None if mask is None else ~mask[:, None, None]).transpose(0, 1)
+        memory = self.encoder(_tokens_first(src), _tokens_first(pos), _real_tokens(mask))
+        return memory.transpose(0, 1)                                        # (B, S, d)
 
     def decode(self, memory, pos, query_pos, mask=None, tgt_mask=None, maps=None):
         "As `Transformer.decode`."
-        memory, pos, query_pos = (x.transpose(0, 1).contiguous() for x in (memory, pos, query_pos))
-        real = None if mask is None else ~mask[:, None, None]
-        return self.decoder(torch.zeros_like(query_pos), memory, pos, query_pos, real, tgt_mask).transpose(1, 2)
+        memory, pos = _tokens_first(memory), _tokens_first(pos)
+        query_pos = _tokens_first(query_pos)
+        tgt = torch.zeros_like(query_pos)
+        layers = self.decoder(tgt, memory, pos, query_pos, _real_tokens(mask), tgt_mask)
+        return layers.transpose(1, 2)                                        # (L, B, N, d)
 
 # %% ../nbs/41a_reference.ipynb #c009
-def as_reference(model: nn.Module,  # DETR or UPDETR
-                 ) -> nn.Module:  # of the same class, with copies of the weights under the same names
-    "A model that computes the same numbers in the reference's way."
+def as_reference(
+    model: nn.Module,  # DETR or UPDETR
+) -> nn.Module:        # of the same class, with copies of the weights under the same names
+    "Return a model that computes the same numbers in the reference's way."
     model = copy.deepcopy(model)
-    model.backbone[0], model.transformer = UnfoldedCNN(model.backbone[0]), ReferenceTransformer(model.transformer)
+    model.backbone[0] = UnfoldedCNN(model.backbone[0])
+    model.transformer = ReferenceTransformer(model.transformer)
     return model
 
 # %% ../nbs/41a_reference.ipynb #c013
+def _corners(boxes): return box_convert(boxes, 'cxcywh', 'xyxy')
+
 @torch.no_grad()
-def match_layer(outputs: dict,  # pred_logits (B,N,K), pred_boxes (B,N,4)
-                targets: list[dict],  # one a photo: labels (t,), boxes (t,4)
-                weights: tuple[float, float, float],  # of class, L1, GIoU
-                ) -> list[tuple[Tensor, Tensor]]:  # query and target numbers of each photo
-    "Pairs of one decoder layer."
+def match_layer(
+    outputs: dict,  # pred_logits (B,N,K), pred_boxes (B,N,4)
+    targets: list[dict],  # one a photo: labels (t,), boxes (t,4)
+    weights: tuple[float, float, float],  # of class, L1, GIoU
+) -> list[tuple[Tensor, Tensor]]:  # query and target numbers of each photo
+    "Return the pairs of one decoder layer."
     B, N = outputs['pred_logits'].shape[:2]
-    probability, boxes = outputs['pred_logits'].flatten(0, 1).softmax(-1), outputs['pred_boxes'].flatten(0, 1)
-    labels, wanted = torch.cat([t['labels'] for t in targets]), torch.cat([t['boxes'] for t in targets])
-    corners = [box_convert(b, 'cxcywh', 'xyxy') for b in (boxes, wanted)]
-    for c in corners: assert (c[:, 2:] >= c[:, :2]).all()
-    cost = weights[1] * torch.cdist(boxes, wanted, p=1) - weights[0] * probability[:, labels] - weights[2] * generalized_box_iou(*corners)
-    blocks = cost.view(B, N, -1).cpu().split([len(t['labels']) for t in targets], -1)
-    return [tuple(map(torch.as_tensor, linear_sum_assignment(c[b]))) for b, c in enumerate(blocks)]
+    # all queries of the batch, and all its targets
+    probability = outputs['pred_logits'].flatten(0, 1).softmax(-1)           # (B·N, K)
+    boxes = outputs['pred_boxes'].flatten(0, 1)                              # (B·N, 4)
+    labels = torch.cat([t['labels'] for t in targets])                       # (B·M,)
+    wanted = torch.cat([t['boxes'] for t in targets])                        # (B·M, 4)
+    corners, wanted_corners = _corners(boxes), _corners(wanted)
+    # the reference checks the corners in each call, and waits for the GPU
+    for c in (corners, wanted_corners): assert (c[:, 2:] >= c[:, :2]).all()
+    # every query of every photo against every target of every photo: (B·N, B·M)
+    distance = torch.cdist(boxes, wanted, p=1)
+    overlap = generalized_box_iou(corners, wanted_corners)
+    of_class, of_l1, of_giou = weights
+    cost = of_l1 * distance - of_class * probability[:, labels] - of_giou * overlap
+    # each photo uses its own block
+    sizes = [len(t['labels']) for t in targets]
+    blocks = cost.view(B, N, -1).cpu().split(sizes, -1)
+    pairs = [linear_sum_assignment(block[b]) for b, block in enumerate(blocks)]
+    return [(torch.as_tensor(query), torch.as_tensor(target)) for query, target in pairs]
+
+# %% ../nbs/41a_reference.ipynb #c014b
+def _feature_loss(outputs, pairs, photo, query, num_boxes):
+    "Return the reconstruction's error; its target is not detached"
+    feature = F.normalize(outputs['pred_feature'][photo, query], dim=-1)     # (pairs, c)
+    truth = torch.cat([f[o] for f, (_, o) in zip(outputs['gt_feature'], pairs)])
+    truth = F.normalize(truth, dim=-1)
+    return F.mse_loss(feature, truth, reduction='none').sum() / num_boxes
+
+def _class_error(logits, labels):
+    right = logits.argmax(-1) == labels
+    return 100 - 100 * right.float().mean()
 
 # %% ../nbs/41a_reference.ipynb #c015
-def layer_losses(outputs: dict,  # of one layer, and gt_feature
-                 targets: list[dict],  # one a photo
-                 pairs: list[tuple[Tensor, Tensor]],  # of `match_layer`
-                 num_boxes: float,  # to divide by
-                 class_weight: Tensor,  # (K,)
-                 log: bool = False,  # class_error, too
-                 ) -> dict[str, Tensor]:  # loss_ce, loss_bbox, loss_giou, loss_feature; class_error, cardinality_error
-    "The losses of one decoder layer."
-    logits, none = outputs['pred_logits'], outputs['pred_logits'].shape[-1] - 1
-    photo = torch.cat([torch.full_like(q, b) for b, (q, _) in enumerate(pairs)])
-    query, labels = torch.cat([q for q, _ in pairs]), torch.cat([t['labels'][o] for t, (_, o) in zip(targets, pairs)])
-    wanted = torch.full(logits.shape[:2], none, device=logits.device)
+def layer_losses(
+    outputs: dict,  # of one layer, and gt_feature
+    targets: list[dict],  # one a photo
+    pairs: list[tuple[Tensor, Tensor]],  # of `match_layer`
+    num_boxes: float,  # to divide by
+    class_weight: Tensor,  # (K,)
+    log: bool = False,  # class_error, too
+) -> dict[str, Tensor]:  # loss_ce, _bbox, _giou, _feature; class_error, cardinality_error
+    "Return the losses of one decoder layer."
+    logits = outputs['pred_logits']                                          # (B, N, K)
+    none = logits.shape[-1] - 1
+    # who was matched with what, photo after photo
+    photo = torch.cat([torch.full_like(query, b) for b, (query, _) in enumerate(pairs)])
+    query = torch.cat([query for query, _ in pairs])
+    labels = torch.cat([t['labels'][o] for t, (_, o) in zip(targets, pairs)])
+    wanted_boxes = torch.cat([t['boxes'][o] for t, (_, o) in zip(targets, pairs)])
+    # class: whoever was matched with nothing is to say "no object"
+    wanted = torch.full(logits.shape[:2], none, device=logits.device)        # (B, N)
     wanted[photo, query] = labels
-    boxes, target = outputs['pred_boxes'][photo, query], torch.cat([t['boxes'][o] for t, (_, o) in zip(targets, pairs)])
-    giou = torch.diag(generalized_box_iou(box_convert(boxes, 'cxcywh', 'xyxy'), box_convert(target, 'cxcywh', 'xyxy')))
+    loss_ce = F.cross_entropy(logits.transpose(1, 2), wanted, class_weight)
+    # boxes: of the GIoU of all with all, the diagonal
+    boxes = outputs['pred_boxes'][photo, query]                              # (pairs, 4)
+    distance = F.l1_loss(boxes, wanted_boxes, reduction='none')
+    giou = torch.diag(generalized_box_iou(_corners(boxes), _corners(wanted_boxes)))
+    # how far the number of things that are said is off
     counts = torch.as_tensor([len(t['labels']) for t in targets], device=logits.device)
-    losses = {'loss_ce': F.cross_entropy(logits.transpose(1, 2), wanted, class_weight),
-              'loss_bbox': F.l1_loss(boxes, target, reduction='none').sum() / num_boxes, 'loss_giou': (1 - giou).sum() / num_boxes,
-              'cardinality_error': F.l1_loss((logits.argmax(-1) != none).sum(1).float(), counts.float())}
-    if log: losses['class_error'] = 100 - 100 * (logits[photo, query].argmax(-1) == labels).float().mean()
-    if 'pred_feature' not in outputs: return losses
-    feature = F.normalize(outputs['pred_feature'][photo, query], dim=-1)
-    gt = F.normalize(torch.cat([f[o] for f, (_, o) in zip(outputs['gt_feature'], pairs)]), dim=-1)
-    return losses | {'loss_feature': F.mse_loss(feature, gt, reduction='none').sum() / num_boxes}
+    said = (logits.argmax(-1) != none).sum(1)
+    losses = {'loss_ce': loss_ce,
+              'loss_bbox': distance.sum() / num_boxes,
+              'loss_giou': (1 - giou).sum() / num_boxes,
+              'cardinality_error': F.l1_loss(said.float(), counts.float())}
+    if log: losses['class_error'] = _class_error(logits[photo, query], labels)
+    if 'pred_feature' in outputs:
+        losses['loss_feature'] = _feature_loss(outputs, pairs, photo, query, num_boxes)
+    return losses
 
 # %% ../nbs/41a_reference.ipynb #c016
+def _layers(outputs): return outputs, *outputs.get('aux_outputs', ())
+
 class ReferenceCriterion(SetCriterion):
     "The criterion that goes layer by layer; same names, same numbers."
     def forward(self, outputs, targets):
         "Outputs of a model, and one dictionary a photo."
-        return self.all_layers(outputs, targets, self.match_all(outputs, targets))
+        pairs = self.match_all(outputs, targets)
+        return self.all_layers(outputs, targets, pairs)
 
     def match_all(self, outputs, targets):
-        "The pairs of every layer, the last layer first."
-        return [match_layer(layer, targets, self.matcher.weights) for layer in (outputs, *outputs.get('aux_outputs', ()))]
+        "Return the pairs of every layer, the last layer first."
+        weights = self.matcher.weights
+        return [match_layer(layer, targets, weights) for layer in _layers(outputs)]
 
     def all_layers(self, outputs, targets, pairs):
-        "The losses of every layer under DETR's names."
-        count = torch.as_tensor([float(sum(len(t['labels']) for t in targets))], device=outputs['pred_boxes'].device)
-        num_boxes, losses = average_over_processes(count).clamp(min=1).item(), {}
-        for i, layer in enumerate((outputs, *outputs.get('aux_outputs', ()))):
+        "Return the losses of every layer under DETR's names."
+        # a loss is per box, and the boxes of all processes count
+        boxes_here = float(sum(len(t['labels']) for t in targets))
+        count = torch.as_tensor([boxes_here], device=outputs['pred_boxes'].device)
+        num_boxes = average_over_processes(count).clamp(min=1).item()
+        losses = {}
+        for i, layer in enumerate(_layers(outputs)):
             layer = {'gt_feature': outputs.get('gt_feature')} | layer
             values = layer_losses(layer, targets, pairs[i], num_boxes, self.empty_weight, log=not i)
-            losses |= {k + (f'_{i - 1}' if i else ''): v for k, v in values.items()}
+            # the last layer's names are plain, the others are numbered
+            suffix = f'_{i - 1}' if i else ''
+            losses |= {name + suffix: value for name, value in values.items()}
         return losses
 
-def reference_criterion(ours: SetCriterion,  # of `build_criterion`
-                        ) -> ReferenceCriterion:
-    "The same criterion in the reference's way."
+def reference_criterion(
+    ours: SetCriterion,   # of `build_criterion`
+) -> ReferenceCriterion:  # with copies of its weights
+    "Return the same criterion in the reference's way."
     theirs = copy.deepcopy(ours)
     theirs.__class__ = ReferenceCriterion
     return theirs

@@ -19,81 +19,116 @@ from .photos import PRETRAIN_MAX, PRETRAIN_SIZES, resize_shape
 
 # %% ../nbs/41b_reference_loader.ipynb #c006
 def draw_box(
-    width:int,       # of the photo, px
-    height:int,      # of the photo, px
-    min_pixel:int=8, # smallest side, px
-)->tuple:            # x1, y1, x2, y2, px
-    "A box by the reference's law, from numpy's global generator."
-    w, h = np.random.randint(min_pixel, width - min_pixel + 1), np.random.randint(min_pixel, height - min_pixel + 1)
-    x, y = np.random.randint(0, width - w), np.random.randint(0, height - h)
+    width: int,          # of the photo, px
+    height: int,         # of the photo, px
+    min_pixel: int = 8,  # smallest side, px
+) -> tuple:              # x1, y1, x2, y2, px
+    "Return a box by the reference's law, from numpy's global generator."
+    w = np.random.randint(min_pixel, width - min_pixel + 1)
+    h = np.random.randint(min_pixel, height - min_pixel + 1)
+    # the last corner, width - w, is never drawn
+    x = np.random.randint(0, width - w)
+    y = np.random.randint(0, height - h)
     return x, y, x + w, y + h
 
 # %% ../nbs/41b_reference_loader.ipynb #c010
 class RandomBlur:
     "PIL's Gaussian blur with a radius drawn from Python's generator."
-    def __init__(self,
-        low:float=.1,  # smallest radius, px
-        high:float=2., # largest radius, px
-    ): self.low, self.high = low, high
-    def __call__(self, patch): return patch.filter(ImageFilter.GaussianBlur(random.uniform(self.low, self.high)))
+    def __init__(
+        self,
+        low: float = .1,   # smallest radius, px
+        high: float = 2.,  # largest radius, px
+    ):
+        self.low, self.high = low, high
+
+    def __call__(self, patch):
+        radius = random.uniform(self.low, self.high)
+        return patch.filter(ImageFilter.GaussianBlur(radius))
 
 def patch_transform(
-    size:int, # px, side of a patch
-    mean,     # of the backbone, (3,), for values in 0..1
-    std,      # of the backbone, (3,)
-)->T.Compose: # PIL patch of any size -> (3, size, size) float
-    "Squash, jitter, grey, blur and normalise one patch (Section 4, pre-training set-up)."
-    return T.Compose([T.Resize((size, size)), T.RandomApply([T.ColorJitter(.4, .4, .4, .1)], p=.8), T.RandomGrayscale(.2),
-                      T.RandomApply([RandomBlur()], p=.5), T.ToTensor(), T.Normalize(mean, std)])
+    size: int,   # px, side of a patch
+    mean,        # of the backbone, (3,), for values in 0..1
+    std,         # of the backbone, (3,)
+) -> T.Compose:  # PIL patch of any size -> (3, size, size) float
+    "Return a transform: squash, jitter, grey, blur and normalise one patch (Section 4)."
+    return T.Compose([
+        T.Resize((size, size)),
+        T.RandomApply([T.ColorJitter(.4, .4, .4, .1)], p=.8),
+        T.RandomGrayscale(.2),
+        T.RandomApply([RandomBlur()], p=.5),
+        # numbers only from here on: all before is PIL's work
+        T.ToTensor(),
+        T.Normalize(mean, std)])
 
 # %% ../nbs/41b_reference_loader.ipynb #c014
 def drawn_factors(
-    seed:int, # the seed that torch's and Python's generators get before the transform is called
-)->list:      # a row of `updetr.augment.FACTORS`
-    "What `patch_transform` draws after `torch.manual_seed(seed)` and `random.seed(seed)`."
+    seed: int,  # that torch's and Python's generators get before the transform is called
+) -> list:      # a row of `updetr.augment.FACTORS`
+    "Return what `patch_transform` draws after `torch.manual_seed` and `random.seed`."
     torch.manual_seed(seed)
     random.seed(seed)
-    row = [1., 1., 1., 0., 0, 1, 2, 3]
+    # four factors that change nothing, and an order for them
+    colors = [1., 1., 1., 0., 0, 1, 2, 3]
+    # RandomApply draws first whether, then how
     if torch.rand(1) <= .8:
         jitter = T.ColorJitter(.4, .4, .4, .1)
-        order, *change = jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-        row = change + order.tolist()
+        ranges = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+        order, *change = jitter.get_params(*ranges)
+        colors = change + order.tolist()
     gray = bool(torch.rand(1) < .2)
-    return row + [gray, random.uniform(.1, 2.) if torch.rand(1) <= .5 else 0.]
+    blurred = torch.rand(1) <= .5
+    sigma = random.uniform(.1, 2.) if blurred else 0.
+    return colors + [gray, sigma]
 
 # %% ../nbs/41b_reference_loader.ipynb #c018
 class ReferencePhotos(Dataset):
     "Photos with query patches, the reference's way. An item is a photo's number."
-    def __init__(self,
-        paths:list,                    # photo files
-        num_patches:int=10,            # M
-        patch_size:int=128,            # px
-        mean:tuple=(.485, .456, .406), # of the backbone, for values in 0..1
-        std:tuple=(.229, .224, .225),  # of the backbone
+    def __init__(
+        self,
+        paths: list,                      # photo files
+        num_patches: int = 10,            # M
+        patch_size: int = 128,            # px
+        mean: tuple = (.485, .456, .406), # of the backbone, for values in 0..1
+        std: tuple = (.229, .224, .225),  # of the backbone
     ):
-        self.paths, self.num_patches = list(paths), num_patches
-        self.patch, self.photo = patch_transform(patch_size, mean, std), T.Compose([T.ToTensor(), T.Normalize(mean, std)])
+        self.paths = list(paths)
+        self.num_patches = num_patches
+        self.patch = patch_transform(patch_size, mean, std)
+        self.photo = T.Compose([T.ToTensor(), T.Normalize(mean, std)])
+
     def __len__(self): return len(self.paths)
+
     def read(self, index):
-        "PIL image of photo `index`"
+        "Return photo `index` as a PIL image."
         return Image.open(self.paths[index]).convert('RGB')
+
     def patches(self, image):
-        "M transformed patches (M, 3, s, s) and their boxes (M, 4) xyxy px"
+        "Return M transformed patches (M, 3, s, s) and their boxes (M, 4) xyxy px."
         boxes = [draw_box(*image.size) for _ in range(self.num_patches)]
-        return torch.stack([self.patch(image.crop(b)) for b in boxes]), torch.tensor(boxes)
+        # each patch by itself
+        patches = [self.patch(image.crop(b)) for b in boxes]
+        return torch.stack(patches), torch.tensor(boxes)
+
     def resized(self, image, size):
-        "The photo (3, h, w) with short side `size`, at most 600 px long"
+        "Return the photo (3, h, w) with short side `size`, at most 600 px long."
         height, width = resize_shape(image.height, image.width, size, PRETRAIN_MAX)
         return self.photo(image.resize((width, height), Image.BILINEAR))
+
     def __getitem__(self, index):
         image = self.read(index)
         patches, boxes = self.patches(image)
-        return self.resized(image, random.choice(PRETRAIN_SIZES)), patches, boxes / torch.tensor([*image.size, *image.size])
+        photo = self.resized(image, random.choice(PRETRAIN_SIZES))
+        # 0..1 of the photo
+        scale = torch.tensor([*image.size, *image.size])
+        return photo, patches, boxes / scale
 
 # %% ../nbs/41b_reference_loader.ipynb #c019
 def reference_collate(
-    samples:list, # of `ReferencePhotos`
-)->tuple:         # images (B, 3, H, W) with zeros at the bottom and right; mask (B, H, W), True = padding; patches (B, M, 3, s, s); boxes
-    "A batch of 32-bit numbers."
-    images, patches, boxes = zip(*samples)
-    return *pad_images(list(images)), torch.stack(patches), torch.stack(boxes)
+    samples: list,  # of `ReferencePhotos`
+) -> tuple:         # images (B, 3, H, W), mask (B, H, W), patches (B, M, 3, s, s), boxes (B, M, 4)
+    """Return a batch of 32-bit numbers.
+
+    Images have zeros at the bottom and right, where the mask is True."""
+    photos, patches, boxes = zip(*samples)
+    images, mask = pad_images(list(photos))
+    return images, mask, torch.stack(patches), torch.stack(boxes)
