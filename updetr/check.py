@@ -141,7 +141,7 @@ def _box_warnings(table):
 
 # %% ../nbs/23a_check.ipynb #c009
 def _turned_as(real, said, turn, exif):
-    "How the boxes of a photo are taken that EXIF turns: 'told', 'stored', 'upright' or 'unknown'"
+    "Return how boxes are taken of a photo that EXIF turns: told, stored, upright or unknown."
     if exif != 'sizes': return 'told'
     # only a quarter turn exchanges the sides, and only unequal ones tell
     if turn < 5 or said[0] == said[1]: return 'unknown'

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 
 # %% ../nbs/01_pictures.ipynb #c032
 def raises(
-    kind,      # class of the error that is expected
+    kind,      # class of the error that is expected, or several in a tuple
     f,         # the function that is to refuse
     *args,     # what it is called with
     **kwargs,  # the same by name
@@ -27,7 +27,7 @@ def raises(
         f(*args, **kwargs)
     except kind as error:
         return str(error)
-    raise AssertionError(f'{f} raised no {kind.__name__}')
+    raise AssertionError(f'{f} raised no {getattr(kind, "__name__", kind)}')
 
 # %% ../nbs/01_pictures.ipynb #c008
 def _pixels(image):
