@@ -27,125 +27,223 @@ from pycocotools.cocoeval import COCOeval
 from .evaluate import CocoEvaluator
 from .loader import PatchTask, SelfDet, collate, data_loader, epoch_batches, make_sample
 from .patches import crop_patches
-from .photos import PRETRAIN_MAX, PRETRAIN_SIZES, builtin_photos, read_photo, resize, resize_shape
+from .photos import (PRETRAIN_MAX, PRETRAIN_SIZES, builtin_photos, read_photo, resize,
+                           resize_shape)
 from .reference_loader import ReferencePhotos, reference_collate
 
 # %% ../nbs/41c_bench_data.ipynb #c006
 def imagenet_sized(
-    folder,            # where the files go
-    photos:int=16,     # files to write
-    quality:int=90,    # of the JPEGs
-    seed:int=0,        # of the crops
-)->list:               # files
-    "JPEGs of 500 x 375 or 375 x 500 px, cut out of the built-in photos."
-    rng, paths, sources = random.Random(seed), [], [p.path for p in builtin_photos()]
+    folder,             # where the files go
+    photos: int = 16,   # number of files to write
+    quality: int = 90,  # of the JPEGs
+    seed: int = 0,      # of the crops
+) -> list:              # files
+    "Write JPEGs of 500 x 375 or 375 x 500 px, cut out of the built-in photos."
+    rng = random.Random(seed)
+    paths = []
+    sources = [p.path for p in builtin_photos()]
+    # three in four are landscape
+    shapes = [(500, 375)] * 3 + [(375, 500)]
     for i in range(photos):
-        image, (width, height) = Image.open(sources[i % len(sources)]).convert('RGB'), rng.choice([(500, 375)] * 3 + [(375, 500)])
+        image = Image.open(sources[i % len(sources)]).convert('RGB')
+        width, height = rng.choice(shapes)
+        # a part of the largest such rectangle that the photo holds
         scale = min(image.width / width, image.height / height) * rng.uniform(.6, 1)
-        x, y = rng.uniform(0, image.width - scale * width), rng.uniform(0, image.height - scale * height)
-        paths.append(str(Path(folder) / f'{i:04}.jpg'))
-        image.resize((width, height), Image.BICUBIC, box=(x, y, x + scale * width, y + scale * height)).save(paths[-1], quality=quality)
+        x = rng.uniform(0, image.width - scale * width)
+        y = rng.uniform(0, image.height - scale * height)
+        box = x, y, x + scale * width, y + scale * height
+        path = str(Path(folder) / f'{i:04}.jpg')
+        image.resize((width, height), Image.BICUBIC, box=box).save(path, quality=quality)
+        paths.append(path)
     return paths
 
 # %% ../nbs/41c_bench_data.ipynb #c008
 def _clocked(step, *inputs):
-    "Milliseconds of this thread's processor time, and what a function of some inputs returns"
+    "Return a call's milliseconds of this thread's processor time, and what it returned"
     start = thread_time()
     value = step(*inputs)
     return (thread_time() - start) * 1e3, value
 
-def _each(step, *inputs): return _clocked(lambda: [step(*x) for x in zip(*inputs)])[0]
+def _each(step, *inputs):
+    "Return the milliseconds of a function over all photos of a batch"
+    ms, _ = _clocked(lambda: [step(*x) for x in zip(*inputs)])
+    return ms
 
 def _parts_ours(dataset, numbers, size):
-    rng, paths = np.random.default_rng(0), [dataset.paths[i] for i in numbers]
-    def cut(photo): return crop_patches(photo, make_sample(rng, photo, dataset.task, (size, size))['corners'], dataset.task.patch_size)
-    def small(photo): return resize(photo, *resize_shape(*photo.shape[1:], size, PRETRAIN_MAX))
+    "Return milliseconds of decoding, of the patches and of the photo's resizing"
+    rng = np.random.default_rng(0)
+    task = dataset.task
+
+    def cut(photo):
+        corners = make_sample(rng, photo, task, (size, size))['corners']
+        return crop_patches(photo, corners, task.patch_size)
+
+    def small(photo):
+        shape = resize_shape(*photo.shape[1:], size, PRETRAIN_MAX)
+        return resize(photo, *shape)
+
+    # decoded once outside the clock: cutting and resizing need the photos
+    paths = [dataset.paths[i] for i in numbers]
     photos = [read_photo(p) for p in paths]
-    return _each(read_photo, paths), _each(cut, photos), _each(small, photos)
+    decode = _each(read_photo, paths)
+    patches = _each(cut, photos)
+    image = _each(small, photos)
+    return decode, patches, image
 
 def _parts_reference(dataset, numbers, sizes):
+    "Return the same three of the reference's pipeline, which draws a size for each photo"
     photos = [dataset.read(i) for i in numbers]
-    return _each(dataset.read, numbers), _each(dataset.patches, photos), _each(dataset.resized, photos, sizes)
+    decode = _each(dataset.read, numbers)
+    patches = _each(dataset.patches, photos)
+    image = _each(dataset.resized, photos, sizes)
+    return decode, patches, image
 
 # %% ../nbs/41c_bench_data.ipynb #c009
 def _bytes(batch):
+    "Return the size of a batch's tensors"
     values = batch.values() if isinstance(batch, dict) else batch
     return sum(x.numel() * x.element_size() for x in values if isinstance(x, torch.Tensor))
 
-def _load(dataset, items, join): return join([dataset[i] for i in items])
+def _load(dataset, items, join):
+    "Return a whole batch, put together as a DataLoader does it"
+    return join([dataset[i] for i in items])
 
 def _loader_row(measured):
-    "Of (n, 5) parts, whole and bytes a photo: medians, photos a second and core"
+    "Return medians of (n, 5) parts, whole and bytes a photo; photos a second and core"
     decode, patches, image, total, size = np.median(measured, 0).tolist()
-    ms = dict(decode=decode, patches=patches, image=image, rest=max(0., total - decode - patches - image), total=total)
+    # medians of noisy clocks: their sum may exceed the whole
+    rest = max(0., total - decode - patches - image)
+    ms = dict(decode=decode, patches=patches, image=image, rest=rest, total=total)
     return dict(ms=ms, img_s_core=1000 / total, bytes_image=size)
 
+# %% ../nbs/41c_bench_data.ipynb #c009b
 def _compare(dataset, reference, batches, seed):
-    "Rows of the three pipelines, batch by batch in turns"
-    rng, rows = random.Random(seed), {}
+    "Return rows of the three pipelines, measured batch by batch in turns"
+    rng = random.Random(seed)
+    whole = partial(collate, whole=True)
+    measured = {}
     for short, numbers in batches:
-        ours, items = _parts_ours(dataset, numbers, short), [(0, i, short) for i in numbers]
-        theirs = _parts_reference(reference, numbers, [rng.choice(PRETRAIN_SIZES) for _ in numbers])
-        ways = {'ours': (ours, dataset, items, collate), 'whole': ((ours[0], 0., 0.), dataset, items, partial(collate, whole=True)),
-                'reference': (theirs, reference, numbers, reference_collate)}
+        items = [(0, i, short) for i in numbers]
+        # first the parts, ours and the reference's one directly after the other
+        ours = _parts_ours(dataset, numbers, short)
+        sizes = [rng.choice(PRETRAIN_SIZES) for _ in numbers]
+        theirs = _parts_reference(reference, numbers, sizes)
+        # `whole` only decodes
+        decode, *_ = ours
+        ways = {
+            'ours': (ours, dataset, items, collate),
+            'whole': ((decode, 0., 0.), dataset, items, whole),
+            'reference': (theirs, reference, numbers, reference_collate),
+        }
+        # then whole batches
         for name, (parts, *load) in ways.items():
-            whole, batch = _clocked(_load, *load)
-            rows.setdefault(name, []).append([x / len(numbers) for x in (*parts, whole, _bytes(batch))])
-    return {name: _loader_row(measured) for name, measured in rows.items()}
+            total, batch = _clocked(_load, *load)
+            row = [x / len(numbers) for x in (*parts, total, _bytes(batch))]
+            measured.setdefault(name, []).append(row)
+    return {name: _loader_row(rows) for name, rows in measured.items()}
 
 # %% ../nbs/41c_bench_data.ipynb #c011
 class _Noted:
-    "A collate function that notes who made a batch and how much processor time that process had used"
-    def __init__(self, join): self.join = join
-    def __call__(self, samples): return self.join(samples), (os.getpid(), process_time(), len(samples))
+    "A collate function that notes who made a batch, and that process's time so far."
+    def __init__(self, join):
+        self.join = join
 
-def _one_thread(worker): torch.set_num_threads(1)
+    def __call__(self, samples):
+        batch = self.join(samples)
+        # read after joining: the time of this batch is in it
+        return batch, (os.getpid(), process_time(), len(samples))
+
+def _one_thread(worker):
+    "Start a worker with one thread, as everything here is measured"
+    torch.set_num_threads(1)
 
 def _through_workers(dataset, batches, workers, join):
-    "(ms of processor time a photo, photos a second by the clock on the wall)"
-    notes, start = {}, perf_counter()
+    "Return ms of processor time a photo, and photos a second by the clock on the wall"
+    notes = {}  # process -> its time and photos, batch by batch
+    start = perf_counter()
     loader = data_loader(dataset, batches, _Noted(join), workers, _one_thread)
-    for _, (who, used, count) in loader: notes.setdefault(who, []).append((used, count))
+    for _, (who, used, count) in loader:
+        notes.setdefault(who, []).append((used, count))
     wall = perf_counter() - start
-    used = sum(n[-1][0] - n[0][0] for n in notes.values())
-    return used * 1e3 / max(1, sum(count for n in notes.values() for _, count in n[1:])), sum(map(len, batches)) / wall
+    # between the first and the last note of a worker: all photos but those of its first batch
+    seconds, photos = 0, 0
+    for noted in notes.values():
+        seconds += noted[-1][0] - noted[0][0]
+        photos += sum(count for _, count in noted[1:])
+    ms = seconds * 1e3 / max(1, photos)
+    return ms, sum(map(len, batches)) / wall
 
 # %% ../nbs/41c_bench_data.ipynb #c012
-def bench_loader(
-    paths:list,        # photo files of the size that counts; see `imagenet_sized`
-    repeats:int=3,     # times each photo is read
-    batch:int=8,       # photos
-    workers:int=2,     # processes in the run through worker processes; 0 leaves that out
-    epochs:int=3,      # times all photos go through the workers
-    patches:int=10,    # M
-    seed:int=0,        # of sizes and draws
-)->dict:               # photos; ours, whole, reference: ms by part, img_s_core, bytes_image, workers; their ratios to the reference's
-    "Our loader against the reference's, in one run and one thread. Raises ValueError for fewer photos than a batch."
-    if len(paths) < batch: raise ValueError(f'{len(paths)} photos are fewer than a batch of {batch}')
-    torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
-    dataset, reference = SelfDet(paths, PatchTask(num_patches=patches), seed), ReferencePhotos(paths, patches)
-    sizes = np.array([Image.open(p).size[::-1] for p in paths])
-    def plan(rounds): return [(short, numbers.tolist()) for k in range(rounds) for short, numbers in epoch_batches(sizes, batch, seed, k)]
-    rows = _compare(dataset, reference, plan(repeats), seed)
-    photos = dict(count=len(paths), pixels=float(np.median(sizes.prod(1))), bytes=median(os.path.getsize(p) for p in paths))
-    speed = {name: row['img_s_core'] for name, row in rows.items()}
-    found = dict(photos=photos, **rows, ratio=speed['ours'] / speed['reference'], ratio_whole=speed['whole'] / speed['reference'])
-    if not workers: return found
-    mine, theirs = [[(0, i, short) for i in numbers] for short, numbers in plan(epochs)], [numbers for _, numbers in plan(epochs)]
-    ways = {'ours': (dataset, mine, collate), 'whole': (dataset, mine, partial(collate, whole=True)),
-            'reference': (reference, theirs, reference_collate)}
+def _planned(sizes, batch, seed, rounds):
+    "Return batches of some rounds through all photos: (shorter side, numbers of photos)"
+    batches = []
+    for epoch in range(rounds):
+        for short, numbers in epoch_batches(sizes, batch, seed, epoch):
+            batches.append((short, numbers.tolist()))
+    return batches
+
+def _worker_rows(dataset, reference, plan, workers):
+    "Return the row of each pipeline that goes through worker processes"
+    # our dataset is told the size with each photo, the reference draws it
+    mine = [[(0, i, short) for i in numbers] for short, numbers in plan]
+    theirs = [numbers for _, numbers in plan]
+    ways = {
+        'ours': (dataset, mine, collate),
+        'whole': (dataset, mine, partial(collate, whole=True)),
+        'reference': (reference, theirs, reference_collate),
+    }
+    rows = {}
     for name, (data, batches, join) in ways.items():
         ms, rate = _through_workers(data, batches, workers, join)
-        found[name]['workers'] = dict(count=workers, ms_core=ms, img_s_core=1000 / ms, img_s_wall=rate)
-    ms = {name: found[name]['workers']['ms_core'] for name in ways}
-    return found | dict(workers_ratio=ms['reference'] / ms['ours'], workers_ratio_whole=ms['reference'] / ms['whole'])
+        rows[name] = dict(count=workers, ms_core=ms, img_s_core=1000 / ms, img_s_wall=rate)
+    return rows
+
+# %% ../nbs/41c_bench_data.ipynb #c012b
+def bench_loader(
+    paths: list,        # photo files of the size that counts; see `imagenet_sized`
+    repeats: int = 3,   # times each photo is read
+    batch: int = 8,     # photos
+    workers: int = 2,   # processes in the run through worker processes; 0 leaves that out
+    epochs: int = 3,    # times all photos go through the workers
+    patches: int = 10,  # M
+    seed: int = 0,      # of sizes and draws
+) -> dict:              # photos; a row each of ours, whole, reference; ratios to the reference
+    """Measure our loader against the reference's, in one run and one thread.
+
+    A row: ms by part, img_s_core, bytes_image, workers. Raises ValueError for fewer photos than a
+    batch."""
+    if len(paths) < batch:
+        raise ValueError(f'{len(paths)} photos are fewer than a batch of {batch}')
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    dataset = SelfDet(paths, PatchTask(num_patches=patches), seed)
+    reference = ReferencePhotos(paths, patches)
+    # (height, width) of each file, px
+    sizes = np.array([Image.open(p).size[::-1] for p in paths])
+    # in this process
+    rows = _compare(dataset, reference, _planned(sizes, batch, seed, repeats), seed)
+    pixels = float(np.median(sizes.prod(1)))
+    photos = dict(count=len(paths), pixels=pixels, bytes=median(os.path.getsize(p) for p in paths))
+    found = dict(photos=photos, **rows)
+    theirs = rows['reference']['img_s_core']
+    found['ratio'] = rows['ours']['img_s_core'] / theirs
+    found['ratio_whole'] = rows['whole']['img_s_core'] / theirs
+    if not workers: return found
+    # and through worker processes
+    rows = _worker_rows(dataset, reference, _planned(sizes, batch, seed, epochs), workers)
+    for name, row in rows.items(): found[name]['workers'] = row
+    theirs = rows['reference']['ms_core']
+    found['workers_ratio'] = theirs / rows['ours']['ms_core']
+    found['workers_ratio_whole'] = theirs / rows['whole']['ms_core']
+    return found
 
 # %% ../nbs/41c_bench_data.ipynb #c016
 def plot_loader(
-    found:dict, # of `bench_loader`
-    ax,         # matplotlib axes
+    found: dict,  # of `bench_loader`
+    ax,           # matplotlib axes
 ):
-    "Processor time a photo by part, ours (also where a GPU cuts) and the reference's."
+    "Draw processor time a photo by part, ours (also where a GPU cuts) and the reference's."
     names = {'reference': 'reference', 'ours': 'ours', 'whole': 'ours, cut on a GPU'}
     left = np.zeros(len(names))
     for part in ('decode', 'patches', 'image', 'rest'):
@@ -153,41 +251,77 @@ def plot_loader(
         ax.barh(list(names.values()), ms, left=left, label=part)
         left += ms
     ratios = f"{found['ratio']:.1f} and {found['ratio_whole']:.1f}"
-    ax.set(xlabel='processor time a photo, ms', title=f'{ratios} times as many photos a second and core')
+    ax.set_xlabel('processor time a photo, ms')
+    ax.set_title(f'{ratios} times as many photos a second and core')
     ax.legend(ncols=4, fontsize=8)
 
 # %% ../nbs/41c_bench_data.ipynb #c019
+def _things(rng, share):
+    "Return the things of one image: corners (n, 2), sizes (n, 2), classes (n,), COCO's flags"
+    n = int(rng.poisson(7))
+    corner = rng.uniform(0, 400, (n, 2))
+    size = np.exp(rng.uniform(2, 5.5, (n, 2)))
+    kinds = rng.choice(len(share), n, p=share)
+    crowd = [int(rng.random() < .01) for _ in range(n)]
+    return corner, size, kinds, crowd
+
+def _detected(rng, share, detections, corner, size, kinds):
+    "Return detections of one image: two near each thing, the rest anywhere"
+    # boxes xyxy, px
+    boxes = np.concatenate([corner, corner + size], 1)
+    near = boxes.repeat(2, 0)[:detections]
+    near = near + rng.normal(0, 4, near.shape)
+    anywhere = rng.uniform(0, 640, (detections - len(near), 2, 2))
+    far = np.sort(anywhere, 1).reshape(-1, 4)
+    # near ones score high, far ones low
+    scores = np.concatenate([rng.beta(4, 2, len(near)), rng.beta(1, 6, len(far))])
+    guessed = rng.choice(len(share), len(far), p=share)
+    labels = np.concatenate([kinds.repeat(2)[:len(near)], guessed])
+    return dict(scores=scores, labels=labels, boxes=np.concatenate([near, far]))
+
+# %% ../nbs/41c_bench_data.ipynb #c019b
 def made_up(
-    images:int,      # photos
-    detections:int,  # boxes a photo
-    classes:int=80,  # kinds of things
-    seed:int=0,      # of all draws
-)->tuple:            # COCO's dict; {image id: dict of scores, labels, boxes xyxy px}
-    "Ground truth and detections with COCO's count of things."
-    rng, truth, predictions = np.random.default_rng(seed), [], {}
+    images: int,        # photos
+    detections: int,    # boxes a photo
+    classes: int = 80,  # kinds of things
+    seed: int = 0,      # of all draws
+) -> tuple:             # COCO's dict; {image id: dict of scores, labels, boxes xyxy px}
+    "Return ground truth and detections with COCO's count of things."
+    rng = np.random.default_rng(seed)
+    # some classes are frequent, most are rare
     share = np.sort(rng.dirichlet(np.full(classes, .5)))
+    truth, predictions = [], {}
     for i in range(images):
-        n = int(rng.poisson(7))
-        corner, size, kinds = rng.uniform(0, 400, (n, 2)), np.exp(rng.uniform(2, 5.5, (n, 2))), rng.choice(classes, n, p=share)
-        truth += [dict(id=len(truth) + k + 1, image_id=i, category_id=int(kinds[k]), bbox=[*corner[k].tolist(), *size[k].tolist()],
-                       area=float(size[k].prod()), iscrowd=int(rng.random() < .01)) for k in range(n)]
-        near = np.concatenate([corner, corner + size], 1).repeat(2, 0)[:detections] + rng.normal(0, 4, (min(2 * n, detections), 4))
-        far = np.sort(rng.uniform(0, 640, (detections - len(near), 2, 2)), 1).reshape(-1, 4)
-        scores = np.concatenate([rng.beta(4, 2, len(near)), rng.beta(1, 6, len(far))])
-        labels = np.concatenate([kinds.repeat(2)[:len(near)], rng.choice(classes, len(far), p=share)])
-        predictions[i] = dict(scores=scores, labels=labels, boxes=np.concatenate([near, far]))
-    categories, photos = [dict(id=k, name=f'class {k}') for k in range(classes)], [dict(id=i, height=640, width=640) for i in range(images)]
+        corner, size, kinds, crowd = _things(rng, share)
+        for k, kind in enumerate(kinds.tolist()):
+            bbox = [*corner[k].tolist(), *size[k].tolist()]
+            # pycocotools takes 0 for "no match", so ids begin at 1
+            truth.append(dict(id=len(truth) + 1, image_id=i, category_id=kind, bbox=bbox,
+                              area=float(size[k].prod()), iscrowd=crowd[k]))
+        predictions[i] = _detected(rng, share, detections, corner, size, kinds)
+    categories = [dict(id=k, name=f'class {k}') for k in range(classes)]
+    photos = [dict(id=i, height=640, width=640) for i in range(images)]
     return dict(images=photos, categories=categories, annotations=truth), predictions
 
 # %% ../nbs/41c_bench_data.ipynb #c020
+def _as_results(predictions):
+    "Return predictions as COCO's list of results, boxes xywh"
+    results = []
+    for i, p in predictions.items():
+        rows = zip(p['scores'].tolist(), p['labels'].tolist(), p['boxes'].tolist())
+        for score, label, (x, y, u, v) in rows:
+            bbox = [x, y, u - x, v - y]
+            results.append(dict(image_id=i, category_id=label, score=score, bbox=bbox))
+    return results
+
 def _plain_pycocotools(coco, predictions):
-    "The twelve numbers by pycocotools alone"
+    "Return the twelve numbers by pycocotools alone"
+    # it prints what it does
     with redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = coco
         truth.createIndex()
-        found = truth.loadRes([dict(image_id=i, category_id=k, score=s, bbox=[x, y, u - x, v - y]) for i, p in predictions.items()
-                               for s, k, (x, y, u, v) in zip(p['scores'].tolist(), p['labels'].tolist(), p['boxes'].tolist())])
+        found = truth.loadRes(_as_results(predictions))
         result = COCOeval(truth, found, 'bbox')
         result.evaluate()
         result.accumulate()
@@ -195,72 +329,99 @@ def _plain_pycocotools(coco, predictions):
     return result.stats.tolist()
 
 def _ours(coco, predictions, backend='pycocotools'):
-    ev = CocoEvaluator(coco, backend=backend).update(list(predictions), list(predictions.values()))
-    return np.asarray(ev.gather().result.stats).tolist()
-
-def _shard(rank, world, store, results, made):
-    "A process that evaluates its share: (seconds of processor time, seconds by the clock, twelve numbers)"
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=world)
-    coco, predictions = made_up(**made)
-    mine = {i: p for i, p in predictions.items() if i % world == rank}
-    dist.barrier()
-    used, start = process_time(), perf_counter()
-    stats = _ours(coco, mine)
-    results.put((process_time() - used, perf_counter() - start, stats))
-    dist.destroy_process_group()
-
-# %% ../nbs/41c_bench_data.ipynb #c021
-def _sharded(made, processes, folder):
-    "(most seconds of processor time of any process, seconds by the clock, twelve numbers)"
-    context = mp.get_context('forkserver')
-    context.set_forkserver_preload(['updetr.bench_data'])  # imported once
-    results = context.SimpleQueue()
-    mp.start_processes(_shard, (processes, os.path.join(folder, 'store'), results, made), processes, start_method='forkserver')
-    used, wall, stats = zip(*(results.get() for _ in range(processes)))
-    if any(s != stats[0] for s in stats): raise RuntimeError(f'processes disagree: {stats}')
-    return max(used), max(wall), stats[0]
+    "Return the twelve numbers by our evaluator"
+    evaluator = CocoEvaluator(coco, backend=backend)
+    evaluator.update(list(predictions), list(predictions.values()))
+    result = evaluator.gather().result
+    return np.asarray(result.stats).tolist()
 
 def _timed(run):
+    "Return seconds of processor time, seconds by the clock, and what was returned"
     used, start = process_time(), perf_counter()
     stats = run()
     return process_time() - used, perf_counter() - start, stats
 
+# %% ../nbs/41c_bench_data.ipynb #c021
+def _shard(rank, world, store, results, made):
+    "Evaluate a process's share; send what `_timed` returns"
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=world)
+    coco, predictions = made_up(**made)
+    mine = {i: p for i, p in predictions.items() if i % world == rank}
+    # the clocks start when all have made their data
+    dist.barrier()
+    results.put(_timed(lambda: _ours(coco, mine)))
+    dist.destroy_process_group()
+
+def _sharded(made, processes, folder):
+    "Return most seconds of processor time of any process, seconds by the clock, twelve numbers"
+    context = mp.get_context('forkserver')
+    # imported once, not by each process
+    context.set_forkserver_preload(['updetr.bench_data'])
+    results = context.SimpleQueue()
+    store = os.path.join(folder, 'store')
+    mp.start_processes(_shard, (processes, store, results, made), processes,
+                       start_method='forkserver')
+    answers = [results.get() for _ in range(processes)]
+    used, wall, stats = zip(*answers)
+    if any(s != stats[0] for s in stats): raise RuntimeError(f'processes disagree: {stats}')
+    return max(used), max(wall), stats[0]
+
 # %% ../nbs/41c_bench_data.ipynb #c022
 def bench_evaluation(
-    folder,             # for the file through which the processes meet
-    images:int=5000,    # photos
-    detections:int=100, # boxes a photo
-    classes:int=80,     # kinds of things
-    processes:int=2,    # of the sharded run
-    repeats:int=1,      # medians of so many runs
-    seed:int=0,         # of all draws
-)->dict:                # images, detections; name -> core_s, wall_s, ratio (of core_s to the reference's)
-    "Evaluation ways against pycocotools alone, in turns. Raises RuntimeError if any gives other numbers."
+    folder,                 # for the file through which the processes meet
+    images: int = 5000,     # photos
+    detections: int = 100,  # boxes a photo
+    classes: int = 80,      # kinds of things
+    processes: int = 2,     # of the sharded run
+    repeats: int = 1,       # medians of so many runs
+    seed: int = 0,          # of all draws
+) -> dict:                  # images, detections; name -> core_s, wall_s, ratio to the reference
+    """Measure ways of evaluation against pycocotools alone, in turns.
+
+    The ratio is that of core_s. Raises RuntimeError if any gives other numbers."""
     made = dict(images=images, detections=detections, classes=classes, seed=seed)
     coco, predictions = made_up(**made)
-    ways = dict(reference=lambda: _timed(lambda: _plain_pycocotools(coco, predictions)),
-                one_process=lambda: _timed(lambda: _ours(coco, predictions)),
-                sharded=lambda: _sharded(made, processes, folder))
-    if find_spec('hotcoco'): ways['hotcoco'] = lambda: _timed(lambda: _ours(coco, predictions, 'hotcoco'))
-    runs = {name: [] for name in ways}
+    # each way returns processor seconds, wall seconds and the twelve numbers
+    def reference(): return _timed(lambda: _plain_pycocotools(coco, predictions))
+    def one_process(): return _timed(lambda: _ours(coco, predictions))
+    def sharded(): return _sharded(made, processes, folder)
+    def hotcoco(): return _timed(lambda: _ours(coco, predictions, 'hotcoco'))
+
+    ways = [reference, one_process, sharded]
+    if find_spec('hotcoco'): ways.append(hotcoco)
+    runs = {way.__name__: [] for way in ways}
     for _ in range(repeats):
-        for name, way in ways.items():
-            runs[name].append(way())
-            if runs[name][-1][2] != runs['reference'][0][2]: raise RuntimeError(f'{name} gives other numbers: {runs[name][-1][2]}')
+        for way in ways:
+            name = way.__name__
+            core_s, wall_s, stats = way()
+            runs[name].append((core_s, wall_s))
+            # a fast wrong number is of no use; the reference comes first
+            if way is reference: right = stats
+            if stats != right: raise RuntimeError(f'{name} gives other numbers: {stats}')
+            # processes cannot meet in a file of an earlier run
             Path(folder, 'store').unlink(missing_ok=True)
-    rows = {name: dict(core_s=median(r[0] for r in some), wall_s=median(r[1] for r in some)) for name, some in runs.items()}
-    for row in rows.values(): row['ratio'] = rows['reference']['core_s'] / row['core_s']
-    return dict(images=images, detections=detections, classes=classes, processes=processes, AP=100 * runs['reference'][0][2][0]) | rows
+    found = dict(images=images, detections=detections, classes=classes, processes=processes,
+                 AP=100 * right[0])
+    for name, some in runs.items():
+        core_s, wall_s = np.median(some, 0).tolist()
+        found[name] = dict(core_s=core_s, wall_s=wall_s)
+        found[name]['ratio'] = found['reference']['core_s'] / core_s
+    return found
 
 # %% ../nbs/41c_bench_data.ipynb #c025
 def plot_evaluation(
-    found:dict, # of `bench_evaluation`
-    ax,         # matplotlib axes
+    found: dict,  # of `bench_evaluation`
+    ax,           # matplotlib axes
 ):
-    "Seconds of each way of evaluation; of several processes the one that worked longest."
+    "Draw seconds of each way of evaluation; of several processes the one that worked longest."
     names = [n for n in ('hotcoco', 'sharded', 'one_process', 'reference') if n in found]
-    bars = ax.barh([n.replace('_', ' ') for n in names], [found[n]['core_s'] for n in names])
-    ax.bar_label(bars, [f" {found[n]['ratio']:.1f} times as fast" if n != 'reference' else '' for n in names], fontsize=8)
+    seconds = [found[n]['core_s'] for n in names]
+    labels = [f" {found[n]['ratio']:.1f} times as fast" for n in names]
+    # the reference stands last and is compared with itself
+    labels[-1] = ''
+    bars = ax.barh([n.replace('_', ' ') for n in names], seconds)
+    ax.bar_label(bars, labels, fontsize=8)
     ax.margins(x=.25)
-    ax.set(xlabel='processor time, s', title=f"{found['images']:,} images, {found['detections']} detections each")
+    ax.set_xlabel('processor time, s')
+    ax.set_title(f"{found['images']:,} images, {found['detections']} detections each")
