@@ -37,32 +37,41 @@ from .train import build_optimizer
 from .updetr import build_updetr
 
 # %% ../nbs/42_steps.ipynb #c005
-def plain(name: str,  # of the piece
-          f: Callable,  # the piece
-          ):  # what it returns
+def plain(
+    name: str,    # name of the piece
+    f: Callable,  # the piece
+):                # what it returns
     "Only call it."
     return f()
 
 class Clock:
     "Keeps the seconds of every piece."
-    def __init__(self,
-                 device: torch.device | str,  # on which the pieces run
-                 ):
-        self.device, self.seconds = torch.device(device), {}
+    def __init__(
+        self,
+        device: torch.device | str,  # on which the pieces run
+    ):
+        self.device = torch.device(device)
+        self.seconds = {}
 
     def wait(self):
-        "For the device, if it is a GPU."
+        "Wait for the device, if it is a GPU."
         if self.device.type == 'cuda': torch.cuda.synchronize(self.device)
 
     def __call__(self, name, f):
+        # the piece before may still be running
         self.wait()
         begun = time.perf_counter()
         result = f()
         self.wait()
-        self.seconds[name] = self.seconds.get(name, 0.) + time.perf_counter() - begun
+        spent = time.perf_counter() - begun
+        self.seconds[name] = self.seconds.get(name, 0.) + spent
         return result
 
 # %% ../nbs/42_steps.ipynb #c006
+def _tensors(tree): return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+def _storage(tensor): return tensor.untyped_storage()._cdata  # tensors without numbers have it, too
+
 class ByteCounter(TorchDispatchMode):
     "Sums up the bytes that operations read and write."
     def __init__(self):
@@ -70,141 +79,215 @@ class ByteCounter(TorchDispatchMode):
         self.bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out, schema = func(*args, **(kwargs or {})), func._schema
-        if not schema.is_mutable and any(r.alias_info for r in schema.returns): return out  # a view
-        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        known = {t.untyped_storage()._cdata for t in read}  # which tensors without numbers have, too
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.untyped_storage()._cdata not in known]
-        given = dict(zip((a.name for a in schema.arguments), args)) | (kwargs or {})
-        changed = tree_leaves([given.get(a.name) for a in schema.arguments if a.alias_info and a.alias_info.is_write])
-        written = made + [t for t in changed if isinstance(t, Tensor)]
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        schema = func._schema
+        # a view costs nothing
+        if not schema.is_mutable and any(r.alias_info for r in schema.returns): return out
+        read = _tensors((args, kwargs))
+        # what is made lies in a memory of its own
+        known = {_storage(t) for t in read}
+        made = [t for t in _tensors(out) if _storage(t) not in known]
+        # what is changed in place is written besides
+        given = dict(zip((a.name for a in schema.arguments), args)) | kwargs
+        targets = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+        changed = _tensors([given.get(name) for name in targets])
+        written = made + changed
         if written: self.bytes += sum(t.numel() * t.element_size() for t in read + written)
         return out
 
-FORMULAS = {  # of the CPU's attention, which PyTorch counts on a GPU only
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *a, **b: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *a, **b: sdpa_backward_flop_count(g, q, k, v)}
+def _attention_flop(q, k, v, *args, **kwargs): return sdpa_flop_count(q, k, v)
+
+def _attention_backward_flop(grad, q, k, v, *args, **kwargs):
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+# of the CPU's attention, which PyTorch counts on a GPU only
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+FORMULAS = {_ATTENTION: _attention_flop, _ATTENTION_BACKWARD: _attention_backward_flop}
 
 class Counter:
     "Keeps the GFLOP and the GB of every piece."
-    def __init__(self): self.gflop, self.gb = {}, {}
+    def __init__(self):
+        self.gflop = {}
+        self.gb = {}
 
     def __call__(self, name, f):
-        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as flops, ByteCounter() as moved: result = f()
+        flops = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+        with flops, ByteCounter() as moved: result = f()
         self.gflop[name] = self.gflop.get(name, 0.) + flops.get_total_flops() / 1e9
         self.gb[name] = self.gb.get(name, 0.) + moved.bytes / 1e9
         return result
 
 # %% ../nbs/42_steps.ipynb #c010
-def ceilings(device: torch.device | str = 'cpu',  # to be measured
-             dtype: torch.dtype = torch.float32,  # of the product
-             rounds: int = 5,  # the best of so many counts
-             ) -> dict[str, float]:  # gflop_s, gb_s
-    "What a device reaches at best: matrix products and memory."
-    n, cells = (8192, 2**28) if torch.device(device).type == 'cuda' else (1024, 2**24)
-    a, x, clock = torch.rand(n, n, device=device, dtype=dtype), torch.rand(cells, device=device), Clock(device)
-    y, best = torch.empty_like(x), {}
+def ceilings(
+    device: torch.device | str = 'cpu',  # device to be measured
+    dtype: torch.dtype = torch.float32,  # type of the product
+    rounds: int = 5,                     # the best of so many counts
+) -> dict[str, float]:                   # gflop_s, gb_s
+    "Return what a device reaches at best: matrix products and memory."
+    gpu = torch.device(device).type == 'cuda'
+    n = 8192 if gpu else 1024
+    cells = 2**28 if gpu else 2**24
+    a = torch.rand(n, n, device=device, dtype=dtype)
+    x = torch.rand(cells, device=device)
+    y = torch.empty_like(x)
+    clock = Clock(device)
+    product, copy = [], []  # seconds
     for _ in range(rounds):
-        for name, f in (('product', lambda: a @ a), ('copy', lambda: y.copy_(x))):
-            clock.seconds = {}
-            clock(name, f)
-            best[name] = min(best.get(name, 1e9), clock.seconds[name])
-    return {'gflop_s': 2 * n**3 / best['product'] / 1e9, 'gb_s': 8 * cells / best['copy'] / 1e9}
+        clock.seconds = {}
+        clock('product', lambda: a @ a)
+        clock('copy', lambda: y.copy_(x))
+        product.append(clock.seconds['product'])
+        copy.append(clock.seconds['copy'])
+    # a copy reads and writes four bytes a cell
+    return {'gflop_s': 2 * n**3 / min(product) / 1e9, 'gb_s': 8 * cells / min(copy) / 1e9}
 
 # %% ../nbs/42_steps.ipynb #c013
-ASPECTS = {16 / 9: .025, 3 / 2: .253, 4 / 3: .399, 1.: .095, 3 / 4: .129, 2 / 3: .099}  # width / height -> share of photos
+# width / height -> share of photos
+ASPECTS = {16 / 9: .025, 3 / 2: .253, 4 / 3: .399, 1.: .095, 3 / 4: .129, 2 / 3: .099}
 
-def imagenet_like(n: int,  # photos
-                  seed: int = 0,  # of the draw
-                  ) -> np.ndarray:  # (n,2) height and width, px
-    "Sizes of photos as ImageNet has them."
-    aspect = np.random.default_rng(seed).choice(list(ASPECTS), n, p=np.array(list(ASPECTS.values())))
-    return np.stack([500 / np.maximum(aspect, 1), 500 * np.minimum(aspect, 1)], 1).round().astype(int)
+def imagenet_like(
+    n: int,         # number of photos
+    seed: int = 0,  # seed of the draw
+) -> np.ndarray:    # (n, 2) height and width, px
+    "Return sizes of photos as ImageNet has them."
+    shares = np.array(list(ASPECTS.values()))
+    aspect = np.random.default_rng(seed).choice(list(ASPECTS), n, p=shares)
+    # the long side is 500 px
+    height = 500 / np.maximum(aspect, 1)
+    width = 500 * np.minimum(aspect, 1)
+    return np.stack([height, width], 1).round().astype(int)
 
-def batch_sizes(sizes: np.ndarray,  # (n,2) of photos, px
-                batch_size: int,  # photos a batch
-                ours: bool,  # one size a batch and orientation; else one a photo, as the reference
-                seed: int = 0,  # of the draw
-                ) -> list[list[tuple[int, int]]]:  # for each batch the (height, width) of its photos, resized
-    "One epoch of batches."
+def batch_sizes(
+    sizes: np.ndarray,  # (n, 2) of photos, px
+    batch_size: int,    # photos a batch
+    ours: bool,         # one size a batch and orientation; else one a photo, as the reference
+    seed: int = 0,      # seed of the draw
+) -> list[list[tuple[int, int]]]:  # for each batch (height, width) of its photos, resized
+    "Return one epoch of batches."
     rng = np.random.default_rng(seed)
-    if ours: batches = [([side] * len(ids), ids) for side, ids in epoch_batches(sizes, batch_size, seed, 0)]
-    else: batches = [(rng.choice(PRETRAIN_SIZES, batch_size), ids) for ids in rng.permutation(len(sizes))[
-        :len(sizes) // batch_size * batch_size].reshape(-1, batch_size)]
-    return [[resize_shape(*map(int, sizes[i]), int(s), PRETRAIN_MAX) for s, i in zip(sides, ids)] for sides, ids in batches]
+    batches = []  # short sides and indices
+    if ours:
+        for side, ids in epoch_batches(sizes, batch_size, seed, 0):
+            batches.append(([side] * len(ids), ids))
+    else:
+        # what is left over makes no batch
+        whole = len(sizes) // batch_size * batch_size
+        for ids in rng.permutation(len(sizes))[:whole].reshape(-1, batch_size):
+            batches.append((rng.choice(PRETRAIN_SIZES, batch_size), ids))
 
-def real_share(batches: list[list[tuple[int, int]]],  # of `batch_sizes`
-               ) -> float:  # 0..1
-    "How many of the computed pixels are of photos."
-    real = sum(h * w for b in batches for h, w in b)
-    return real / sum(max(h for h, _ in b) * max(w for _, w in b) * len(b) for b in batches)
+    def resized(side, i):
+        h, w = sizes[i]
+        return resize_shape(int(h), int(w), int(side), PRETRAIN_MAX)
+    return [[resized(side, i) for side, i in zip(sides, ids)] for sides, ids in batches]
+
+# %% ../nbs/42_steps.ipynb #d42f0001
+def real_share(
+    batches: list[list[tuple[int, int]]],  # of `batch_sizes`
+) -> float:                                # 0..1
+    "Return the share of the computed pixels that are of photos."
+    real, computed = 0, 0
+    for batch in batches:
+        real += sum(h * w for h, w in batch)
+        # all are padded to the largest
+        height = max(h for h, w in batch)
+        width = max(w for h, w in batch)
+        computed += height * width * len(batch)
+    return real / computed
 
 # %% ../nbs/42_steps.ipynb #c016
-def noise_batch(cfg: PretrainConfig,  # num_patches, num_queries, patch_size and mask_ratio are read
-                sizes: Sequence[tuple[int, int]],  # height and width of each photo, px
-                seed: int = 0,  # of the noise
-                ) -> dict:  # as `updetr.loader.collate` returns it
-    "A batch of the loader, without a loader."
-    rng, M, s = np.random.default_rng(seed), cfg.num_patches, cfg.patch_size
+_PIXELS = ('images', 'mask', 'patches', 'boxes', 'keep')  # what goes to the device
+
+def noise_batch(
+    cfg: PretrainConfig,               # num_patches, num_queries, patch_size, mask_ratio are read
+    sizes: Sequence[tuple[int, int]],  # height and width of each photo, px
+    seed: int = 0,                     # seed of the noise
+) -> dict:                             # as `updetr.loader.collate` returns it
+    "Return a batch of the loader, without a loader."
+    rng = np.random.default_rng(seed)
+    M, s = cfg.num_patches, cfg.patch_size
     def pixels(*shape): return torch.from_numpy(rng.integers(0, 256, shape, np.uint8))
     samples = []
     for i, (h, w) in enumerate(sizes):
         boxes = sample_boxes(rng, h, w, M) / torch.tensor([w, h, w, h])
-        samples.append({'image': pixels(3, h, w), 'patches': pixels(M, 3, s, s), 'factors': draw_factors(rng, M), 'index': i, 'skipped': [],
-                        'shape': (h, w), 'patch_size': s,
-                        'boxes': box_convert(boxes, 'xyxy', 'cxcywh').float(),
-                        'keep': torch.from_numpy(rng.random(cfg.num_queries) >= cfg.mask_ratio)})
+        sample = {'image': pixels(3, h, w), 'patches': pixels(M, 3, s, s)}
+        sample['factors'] = draw_factors(rng, M)
+        sample |= {'index': i, 'skipped': [], 'shape': (h, w), 'patch_size': s}
+        sample['boxes'] = box_convert(boxes, 'xyxy', 'cxcywh').float()
+        sample['keep'] = torch.from_numpy(rng.random(cfg.num_queries) >= cfg.mask_ratio)
+        samples.append(sample)
     return collate(samples)
 
-def as_floats(batch: dict,  # of `noise_batch`
-              ) -> dict:  # images, mask, patches, boxes, keep
-    "The same batch as the reference's loader hands it over: normalised numbers."
-    images = [i[:, :h, :w].float() / 128 - 1 for i, (h, w) in zip(batch['images'], _real_sizes(batch))]
-    images, mask = pad_images(images)
-    return {'images': images, 'mask': mask, 'patches': batch['patches'].float() / 128 - 1, 'boxes': batch['boxes'], 'keep': batch['keep']}
-
+# %% ../nbs/42_steps.ipynb #d42f0002
 def _real_sizes(batch):
     if batch['mask'] is None: return [batch['images'].shape[2:]] * len(batch['images'])
     return [((~m).any(1).sum(), (~m).any(0).sum()) for m in batch['mask']]
 
-def on_device(batch: dict,  # of `noise_batch` or `as_floats`
-              device: torch.device | str,  # where pixels, boxes and masks go
-              ) -> dict:
-    "A batch that the step need not wait for."
-    return {k: v.to(device) if k in ('images', 'mask', 'patches', 'boxes', 'keep') and v is not None else v for k, v in batch.items()}
+def as_floats(
+    batch: dict,  # of `noise_batch`
+) -> dict:        # images, mask, patches, boxes, keep
+    "Return the same batch as the reference's loader hands it over: normalised numbers."
+    # padding is cut off and made anew, after normalising
+    parts = zip(batch['images'], _real_sizes(batch))
+    images, mask = pad_images([i[:, :h, :w].float() / 128 - 1 for i, (h, w) in parts])
+    patches = batch['patches'].float() / 128 - 1
+    return {'images': images, 'mask': mask, 'patches': patches, 'boxes': batch['boxes'],
+            'keep': batch['keep']}
+
+def on_device(
+    batch: dict,                 # of `noise_batch` or `as_floats`
+    device: torch.device | str,  # where pixels, boxes and masks go
+) -> dict:                       # the same keys
+    "Return a batch that the step need not wait for."
+    moved = {k: batch[k].to(device) for k in _PIXELS if batch.get(k) is not None}
+    return batch | moved
 
 # %% ../nbs/42_steps.ipynb #c018
 class Way:
     "A training step in pieces."
-    def __init__(self,
-                 model: nn.Module,  # UPDETR or DETR; trained in place
-                 criterion: SetCriterion,  # that fits it
-                 cfg,  # configuration: learning rates, weight decay and clip_max_norm are read
-                 device: torch.device | str = 'cpu',  # where the step runs
-                 amp: bool = False,  # bf16 autocast
-                 ):
-        self.model, self.criterion, self.cfg = model.to(device).train(), criterion.to(device), cfg
-        self.device, self.amp, self.optimizer = torch.device(device), amp, self._new_optimizer()
+    def __init__(
+        self,
+        model: nn.Module,                    # UPDETR or DETR; trained in place
+        criterion: SetCriterion,             # that fits it
+        cfg,                                 # learning rates, weight decay, clip_max_norm are read
+        device: torch.device | str = 'cpu',  # where the step runs
+        amp: bool = False,                   # bf16 autocast
+    ):
+        self.model = model.to(device).train()
+        self.criterion = criterion.to(device)
+        self.cfg = cfg
+        self.device = torch.device(device)
+        self.amp = amp
+        self.optimizer = self._new_optimizer()
 
     def step(self, batch, piece=plain):
-        "Pre-train on a batch."
-        model, ready = self.model, piece('augment', lambda: self.prepare(batch))
+        "Pre-train on a batch; return the loss."
+        model = self.model
+        ready = piece('augment', lambda: self.prepare(batch))
+        images, mask = ready['images'], ready['mask']
+        patches, keep = ready['patches'], ready['keep']
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            feature, mask = piece('CNN, photos', lambda: model.backbone(ready['images'], ready['mask']))
-            patch = piece('CNN, patches', lambda: model.encode_patches(ready['patches']))
-            outputs = piece('transformer', lambda: self._predict(feature, patch, ready['keep'], mask))
+            feature, mask = piece('CNN, photos', lambda: model.backbone(images, mask))
+            patch = piece('CNN, patches', lambda: model.encode_patches(patches))
+            outputs = piece('transformer', lambda: self._predict(feature, patch, keep, mask))
         return self.learn(outputs, self._targets(ready['boxes']), piece)
 
-    def _predict(self, feature, patch, keep, mask): return self.model.forward_features(feature, patch, mask, keep)
+    def _predict(self, feature, patch, keep, mask):
+        return self.model.forward_features(feature, patch, mask, keep)
 
     def detect(self, images, mask, targets, piece=plain):
-        "Fine-tune on normalised images (B,3,H,W), their padding (B,H,W) or None, and one dictionary a photo."
+        """Fine-tune on a batch; return the loss.
+
+        Takes normalised images (B, 3, H, W), their padding (B, H, W) or None, and one dictionary a
+        photo."""
         return self.learn(detections(self, images, mask, piece), targets, piece)
 
     def learn(self, outputs, targets, piece=plain):
-        "From outputs to new weights; returns the loss."
+        "Go from outputs to new weights; return the loss."
         pairs = piece('matching', lambda: self.match(outputs, targets))
-        total = self.criterion.total(piece('losses', lambda: self.losses(outputs, targets, pairs)))
+        losses = piece('losses', lambda: self.losses(outputs, targets, pairs))
+        total = self.criterion.total(losses)
         piece('backward', total.backward)
         piece('optimizer', self.update)
         return total.detach()
@@ -212,18 +295,21 @@ class Way:
     def update(self):
         "Clip, step, clear."
         nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_max_norm)
-        self.optimizer.step(), self.optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 # %% ../nbs/42_steps.ipynb #d42b0005
-def detections(way: Way,  # of a detector
-               images: Tensor,  # (B,3,H,W), normalised
-               mask: Tensor | None,  # (B,H,W), True = padding
-               piece: Callable = plain,  # what is done with a piece
-               ) -> dict:  # outputs of the detector
-    "The first two pieces of a fine-tuning step."
+def detections(
+    way: Way,                 # of a detector
+    images: Tensor,           # (B, 3, H, W), normalised
+    mask: Tensor | None,      # (B, H, W), True = padding
+    piece: Callable = plain,  # what is done with a piece
+) -> dict:                    # outputs of the detector
+    "Do the first two pieces of a fine-tuning step."
+    model = way.model
     with torch.autocast(way.device.type, torch.bfloat16, enabled=way.amp):
-        feature, mask = piece('CNN, photos', lambda: way.model.backbone(images, mask))
-        return piece('transformer', lambda: way.model.forward_features(feature, mask))
+        feature, mask = piece('CNN, photos', lambda: model.backbone(images, mask))
+        return piece('transformer', lambda: model.forward_features(feature, mask))
 
 # %% ../nbs/42_steps.ipynb #c020
 class Ours(Way):
@@ -233,124 +319,167 @@ class Ours(Way):
     def _new_optimizer(self): return build_optimizer(self.model, self.cfg)
 
     def prepare(self, batch):
-        "A batch of the loader, on the device and ready for the CNN."
-        return to_device(batch, self.device, self.model.backbone[0].mean, self.model.backbone[0].std)
+        "Return a batch of the loader, on the device and ready for the CNN."
+        cnn = self.model.backbone[0]
+        return to_device(batch, self.device, cnn.mean, cnn.std)
 
     def _targets(self, boxes): return as_targets(boxes)
 
     def _predict(self, *inputs): return predict(self.model, *inputs)
 
     def match(self, outputs, targets):
-        "All layers at once."
+        "Match all layers at once."
+        # of pre-training: the training loop's own halves
         if isinstance(outputs, tuple): return match(self.criterion, outputs, targets[1])
-        self.stacked, self.padded = stack_layers(outputs), pad_targets(targets)
+        # of a detector: kept for the losses
+        self.stacked = stack_layers(outputs)
+        self.padded = pad_targets(targets)
         return self.criterion.match(self.stacked, self.padded)
 
     def losses(self, outputs, targets, pairs):
-        "All layers at once; of pre-training, the second half."
-        if isinstance(outputs, tuple): return judge(self.model, self.criterion, *outputs, pairs, targets[1])[0]
+        "Return the losses of all layers at once."
+        if isinstance(outputs, tuple):
+            losses, *_ = judge(self.model, self.criterion, *outputs, pairs, targets[1])
+            return losses
         return name_layers(self.criterion.losses(self.stacked, self.padded, pairs))
 
     def run(self, batches):
-        "Pre-train on several batches as the training loop does, on a GPU with `cuda_graphs`: encoded one ahead. Yields the losses."
-        module = (GraphedStep if self.device.type == 'cuda' else PretrainStep)(self.model, self.criterion)
-        self.module = getattr(self, 'module', module)
-        for ready in encode_ahead(self.model, map(self.prepare, batches), self.amp): yield self.follow(ready, self.module)
+        """Pre-train on several batches as the training loop does; yield the losses.
+
+        Encoded one ahead; on a GPU with `cuda_graphs`."""
+        if not hasattr(self, 'module'):
+            kind = GraphedStep if self.device.type == 'cuda' else PretrainStep
+            self.module = kind(self.model, self.criterion)
+        ready_ones = encode_ahead(self.model, map(self.prepare, batches), self.amp)
+        for ready in ready_ones: yield self.follow(ready, self.module)
 
     def follow(self, ready, module):
-        "What follows the CNN, by a `PretrainStep` or a `GraphedStep`; returns the loss."
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp): loss, _ = module(ready)
+        "Do what follows the CNN, by a `PretrainStep` or a `GraphedStep`; return the loss."
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            loss, _ = module(ready)
         loss.backward()
         self.update()
-        return loss.detach().clone()  # a recording writes to the same place again
+        # a recording writes to the same place again
+        return loss.detach().clone()
 
 # %% ../nbs/42_steps.ipynb #c022
 class Theirs(Way):
     "A training step in the reference's way, in pieces."
     name = 'reference'
 
-    def __init__(self,
-                 model: nn.Module,  # UPDETR or DETR; copied
-                 criterion: SetCriterion,  # that fits it
-                 cfg,  # configuration: learning rates, weight decay and clip_max_norm are read
-                 device: torch.device | str = 'cpu',  # where the step runs
-                 ):
+    def __init__(
+        self,
+        model: nn.Module,                    # UPDETR or DETR; copied
+        criterion: SetCriterion,             # that fits it
+        cfg,                                 # learning rates, weight decay, clip_max_norm are read
+        device: torch.device | str = 'cpu',  # where the step runs
+    ):
         super().__init__(as_reference(model), reference_criterion(criterion), cfg, device)
 
     def _new_optimizer(self):
         groups = build_optimizer(self.model, self.cfg).param_groups
-        return torch.optim.AdamW([{'params': g['params'], 'lr': g['lr']} for g in groups], weight_decay=self.cfg.weight_decay)
+        # as PyTorch makes it by default, not fused
+        plain_groups = [{'params': g['params'], 'lr': g['lr']} for g in groups]
+        return torch.optim.AdamW(plain_groups, weight_decay=self.cfg.weight_decay)
 
     def prepare(self, batch):
-        "A batch of `as_floats`, on the device."
+        "Return a batch of `as_floats`, on the device."
         return on_device(batch, self.device)
 
     def _targets(self, boxes):
-        return [{'labels': torch.ones(len(b), dtype=torch.long, device=b.device), 'boxes': b} for b in boxes]
+        targets = []
+        for b in boxes:
+            labels = torch.ones(len(b), dtype=torch.long, device=b.device)
+            targets.append({'labels': labels, 'boxes': b})
+        return targets
 
     def match(self, outputs, targets):
-        "Layer by layer."
+        "Match layer by layer."
         return self.criterion.match_all(outputs, targets)
 
     def losses(self, outputs, targets, pairs):
-        "Layer by layer; every number is fetched by itself."
+        "Return the losses layer by layer; every number is fetched by itself."
         losses = self.criterion.all_layers(outputs, targets, pairs)
         self.log = {k: v.item() for k, v in losses.items()}
         return losses
 
     def run(self, batches):
-        "Pre-train on several batches, one after the other. Yields the losses."
+        "Pre-train on several batches, one after the other; yield the losses."
         for batch in batches: yield self.step(batch)
 
 # %% ../nbs/42_steps.ipynb #69ec891a
-def build_way(kind: type[Way],  # `Ours` or `Theirs`
-              cfg: PretrainConfig,  # of the model and the step
-              device: torch.device | str,  # where it runs
-              ) -> Way:
-    "A pre-training step; both kinds start with the same weights. Ours has its CNN compiled if the configuration says so."
+def build_way(
+    kind: type[Way],             # `Ours` or `Theirs`
+    cfg: PretrainConfig,         # model and step
+    device: torch.device | str,  # where it runs
+) -> Way:
+    """Return a pre-training step; both kinds start with the same weights.
+
+    Ours has its CNN compiled if the configuration says so."""
     torch.manual_seed(cfg.seed)
     model = build_updetr(**model_options(cfg))
     criterion = build_criterion(model, **loss_options(cfg))
     if kind is Theirs: return Theirs(model, criterion, cfg, device)
     if cfg.compile: model.backbone[0].compile()
-    return Ours(model, criterion, cfg, device, cfg.amp and torch.device(device).type == 'cuda')
+    amp = cfg.amp and torch.device(device).type == 'cuda'
+    return Ours(model, criterion, cfg, device, amp)
 
 # %% ../nbs/42_steps.ipynb #fe4cb6ef
-def noise_batches(kind: type[Way],  # `Ours` or `Theirs`: batches are padded its way
-                  cfg: PretrainConfig,  # of the step
-                  batch_size: int,  # photos
-                  n: int,  # batches
-                  device: torch.device | str = 'cpu',  # where pixels, boxes and masks lie
-                  shrink: int = 1,  # divide all sides, for a trial
-                  ) -> list[dict]:  # what `kind` takes
-    "Batches of noise in ImageNet's sizes."
-    sizes = batch_sizes(imagenet_like(max(2048, 2 * n * batch_size)), batch_size, kind is Ours)[:n]
-    batches = [noise_batch(cfg, [(h // shrink, w // shrink) for h, w in batch], i) for i, batch in enumerate(sizes)]
-    if kind is Theirs: batches = map(as_floats, batches)
-    return [on_device(batch, device) for batch in batches]
+def noise_batches(
+    kind: type[Way],                     # `Ours` or `Theirs`: batches are padded its way
+    cfg: PretrainConfig,                 # of the step
+    batch_size: int,                     # photos a batch
+    n: int,                              # number of batches
+    device: torch.device | str = 'cpu',  # where pixels, boxes and masks lie
+    shrink: int = 1,                     # divisor of all sides, for a trial
+) -> list[dict]:                         # what `kind` takes
+    "Return batches of noise in ImageNet's sizes."
+    photos = imagenet_like(max(2048, 2 * n * batch_size))
+    batches = []
+    for i, sizes in enumerate(batch_sizes(photos, batch_size, kind is Ours)[:n]):
+        batch = noise_batch(cfg, [(h // shrink, w // shrink) for h, w in sizes], i)
+        if kind is Theirs: batch = as_floats(batch)
+        batches.append(on_device(batch, device))
+    return batches
 
-def peak_gib(kind: type[Way],  # `Ours` or `Theirs`
-             cfg: PretrainConfig,  # of the step
-             batch_size: int,  # photos
-             device: torch.device | str,  # where it runs
-             shrink: int = 1,  # divide all sides, for a trial
-             ) -> float | None:  # GiB; None: it does not fit, or the system does not say
-    "Memory that two pre-training steps take, on a GPU or of this process; to be asked in a process of its own."
-    gpu = torch.device(device).type == 'cuda'
-    try: list(build_way(kind, cfg, device).run(noise_batches(kind, cfg, batch_size, 2, device, shrink)))
-    except torch.OutOfMemoryError: return None
-    if gpu: return torch.cuda.max_memory_reserved() / 2**30
-    status = Path('/proc/self/status')  # getrusage counts what the parent process held, too
-    return int(re.search(r'VmHWM:\s*(\d+)', status.read_text())[1]) / 2**20 if status.exists() else None
+# %% ../nbs/42_steps.ipynb #d42f0003
+def peak_gib(
+    kind: type[Way],             # `Ours` or `Theirs`
+    cfg: PretrainConfig,         # of the step
+    batch_size: int,             # photos a batch
+    device: torch.device | str,  # where it runs
+    shrink: int = 1,             # divisor of all sides, for a trial
+) -> float | None:               # GiB; None: it does not fit, or the system does not say
+    """Return the memory that two pre-training steps take, on a GPU or of this process.
+
+    To be asked in a process of its own."""
+    try:
+        way = build_way(kind, cfg, device)
+        list(way.run(noise_batches(kind, cfg, batch_size, 2, device, shrink)))
+    except torch.OutOfMemoryError:
+        return None
+    if torch.device(device).type == 'cuda': return torch.cuda.max_memory_reserved() / 2**30
+    # getrusage counts what the parent process held, too
+    status = Path('/proc/self/status')
+    if not status.exists(): return None
+    kib = re.search(r'VmHWM:\s*(\d+)', status.read_text())[1]
+    return int(kib) / 2**20
 
 # %% ../nbs/42_steps.ipynb #d42b0002
-def count_detection(way: Way,  # on the CPU; not to be used any more afterwards
-                    shape: tuple[int, int, int],  # photos, height, width (px) of the batch
-                    ) -> Counter:  # of CNN, transformer, backward
+def count_detection(
+    way: Way,                     # on the CPU; not to be used any more afterwards
+    shape: tuple[int, int, int],  # number of photos, height, width (px) of the batch
+) -> Counter:                     # of CNN, transformer, backward
     "Count a fine-tuning step without computing it."
-    detections(way, torch.zeros(1, 3, 64, 64), None)  # what is made once
+    # what is made once must have numbers
+    detections(way, torch.zeros(1, 3, 64, 64), None)
     n, *sides = shape
+    counter = Counter()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        outputs = detections(way, torch.empty(n, 3, *sides), torch.zeros(n, *sides, dtype=torch.bool), counter := Counter())
-        counter('backward', sum(v.float().square().sum() for v in stack_layers(outputs).values()).backward)
+        images = torch.empty(n, 3, *sides)
+        mask = torch.zeros(n, *sides, dtype=torch.bool)
+        outputs = detections(way, images, mask, counter)
+        # in place of the losses, which need numbers
+        total = sum(v.float().square().sum() for v in stack_layers(outputs).values())
+        counter('backward', total.backward)
     return counter
