@@ -19,17 +19,18 @@ from safetensors.torch import save_file
 
 from test_bad_datasets import UNOPENED, UNSOUND, change, coco, content, voc
 from test_bad_photos import CORPUS, JPEG, PNG, _png_claiming
-from updetr.backbone import read_state_dict
-from updetr.check import check_dataset
-from updetr.checkpoint import load_checkpoint, load_updetr, read_weights
-from updetr.config import make_config
-from updetr.datasets import open_dataset
-from updetr.detector import Detector
-from updetr.finetune import finetune_config
-from updetr.handover import load_official, open_pretrained
-from updetr.launch import is_alive, prepare, torchrun_command
-from updetr.photos import BadPhoto, PhotoIndex, index_photos, read_photo
-from updetr.train import run
+from updetr.core.checkpoint import load_checkpoint, read_weights
+from updetr.core.config import make_config
+from updetr.core.photos import BadPhoto, PhotoIndex, index_photos, read_photo
+from updetr.data.check import check_dataset
+from updetr.data.datasets import open_dataset
+from updetr.model.backbone import read_state_dict
+from updetr.model.pretrained import load_official, open_pretrained
+from updetr.model.weights import load_updetr
+from updetr.predict.detector import Detector
+from updetr.tasks.finetune import finetune_config
+from updetr.train.launch import is_alive, prepare, torchrun_command
+from updetr.train.loop import run
 
 NAMED = (ValueError, FileNotFoundError, BadPhoto, RuntimeError)  # exactly these, no subclass that comes from the depths
 

@@ -58,8 +58,8 @@ def _lack(mark):
 
 
 # The notebooks that take longest, which begin before the others: one of them at the very end would keep all other cores waiting.
-LONG = ['43_bench', '28b_cnn_task', '05_backbone', '34_masks', '27_baselines', '26_handover', '28a_finetune_task', '41c_bench_data',
-        '30_exchange', '42_steps', '19_pretext', '16a_pretrain_task', '36_segmenter']
+LONG = ['74_run', '44_cnn_task', '20_backbone', '47_masks', '27_baselines', '29_pretrained', '43_finetune_task', '72_data',
+        '56_export', '73_step', '41_pretext', '40_pretrain_task', '52_segmenter']
 
 
 def pytest_collection_modifyitems(items):

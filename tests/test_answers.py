@@ -15,19 +15,19 @@ from conftest import ROOT
 from test_finetune_runs import TINY, make_task, measured
 from test_task import save_photos
 from tools.cells import run_cells
-from updetr.checkpoint import export_weights, load_checkpoint, read_weights, save_checkpoint, write_json
-from updetr.datasets import open_dataset
-from updetr.detector import Detections, Detector, coco_results
-from updetr.detr import build_detr
-from updetr.evaluate import CocoEvaluator
-from updetr.exchange import to_huggingface
-from updetr.finetune import Subset, finetune_config
-from updetr.finetune_task import evaluate, measurement
-from updetr.launch import read_log
-from updetr.oneshot import ask, build_oneshot
-from updetr.oneshot_detector import Matches, OneShotDetector
-from updetr.train import Processes, train
-from updetr.transforms import Sizes
+from updetr.core.checkpoint import export_weights, load_checkpoint, read_weights, save_checkpoint, write_json
+from updetr.data.datasets import open_dataset
+from updetr.data.transforms import Sizes
+from updetr.model.detr import build_detr
+from updetr.predict.detector import Detections, Detector, coco_results
+from updetr.predict.export import to_huggingface
+from updetr.predict.oneshot_detector import Matches, OneShotDetector
+from updetr.tasks.finetune import Subset, finetune_config
+from updetr.tasks.finetune_task import evaluate, measurement
+from updetr.tasks.oneshot import ask, build_oneshot
+from updetr.train.evaluate import CocoEvaluator
+from updetr.train.launch import read_log
+from updetr.train.loop import Processes, train
 
 IDS, FAR = (7, 900), 3_000_000_000_000
 WIDTH, HEIGHT = 120, 80
@@ -136,7 +136,7 @@ def test_one_shot_answers_end_at_the_photo_and_fit_the_sets_file(noise, monkeypa
     torch.manual_seed(0)
     model, data, said = build_oneshot(backbone='resnet18', **small), open_dataset(noise, 'val'), []
     with torch.no_grad(): model.bbox_embed.layers[-1].bias.copy_(torch.tensor([-1., 1, 3, 3]))  # large, beyond the left and lower edge
-    monkeypatch.setattr('updetr.oneshot_detector.ask', lambda *args: said.append(ask(*args)) or said[-1])
+    monkeypatch.setattr('updetr.predict.oneshot_detector.ask', lambda *args: said.append(ask(*args)) or said[-1])
     sample = data[1]
     found = OneShotDetector(model, Sizes().scaled(64))(sample['image'], sample['image'], sample['boxes'][0].tolist(), threshold=0.)
     answer = said[0][0]
@@ -214,7 +214,7 @@ def test_a_class_that_sorts_first_shifts_no_other(noise, run, tmp_path):
 
 
 def test_a_score_is_called_a_score():
-    """Its correlation with the IoU is about zero (notebook 37), so no page of the kit calls it confidence."""
+    """Its correlation with the IoU is about zero (notebook 53), so no page of the kit calls it confidence."""
     said = [(f.name, c.id, c.source) for f in (ROOT / 'nbs').rglob('*.ipynb') for c in nbformat.read(f, 4).cells]
     assert not [(name, cell) for name, cell, text in said if 'confiden' in text.lower().replace('no confidence', '')]
 
@@ -256,5 +256,5 @@ def test_the_guides_sign_of_a_collapse_is_the_logs(monkeypatch):
         evaluator = kept[-1]
         assert said == pytest.approx(slow_spread(evaluator.coco, evaluator.predictions)) and (said < 1e-6) == near_zero
         assert measurement(evaluator)['test_spread'] == round(said, 4)
-    monkeypatch.setattr('updetr.evaluate._spread', lambda *args: .125)  # one function, used by both
+    monkeypatch.setattr('updetr.train.evaluate._spread', lambda *args: .125)  # one function, used by both
     assert guide['judge'](lambda p, i: p)['spread'] == .125 == measurement(evaluator)['test_spread']

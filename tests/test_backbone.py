@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from updetr.backbone import NORMS, Backbone, TrainedFold, fold_norms, join_features
+from updetr.model.backbone import NORMS, Backbone, TrainedFold, fold_norms, join_features
 
 
 @pytest.fixture

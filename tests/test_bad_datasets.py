@@ -14,17 +14,17 @@ from PIL import Image
 from pycocotools import mask as rle
 from torchvision.io import write_png
 
-from updetr.check import check_dataset, start_notes
-from updetr.config import LATER, cfg_changes
-from updetr.datasets import DetectionSet, coco_table, open_dataset
-from updetr.evaluate import CocoEvaluator
-from updetr.finetune import finetune_config, open_sets
-from updetr.finetune_task import FinetuneTask
-from updetr.panoptic import coco_truth, instance_truth, open_panoptic
-from updetr.photos import BadPhoto, builtin_photos, read_photo
-from updetr.queries import QueryPool
-from updetr.train import join_processes
-from updetr.transforms import SMALL_SIZES, DetectionViews
+from updetr.core.config import LATER, cfg_changes
+from updetr.core.photos import BadPhoto, builtin_photos, read_photo
+from updetr.data.check import check_dataset, start_notes
+from updetr.data.datasets import DetectionSet, coco_table, open_dataset
+from updetr.data.queries import QueryPool
+from updetr.data.transforms import SMALL_SIZES, DetectionViews
+from updetr.tasks.finetune import finetune_config, open_sets
+from updetr.tasks.finetune_task import FinetuneTask
+from updetr.tasks.panoptic import coco_truth, instance_truth, open_panoptic
+from updetr.train.evaluate import CocoEvaluator
+from updetr.train.loop import join_processes
 
 PHOTO = next(p.path for p in builtin_photos() if p.name == 'rocket')
 HEIGHT, WIDTH = read_photo(PHOTO).shape[1:]

@@ -12,11 +12,11 @@ from torchvision.ops import box_convert
 
 from bad_inputs import BAD_PTH, READERS, TABLE, judge
 from conftest import ROOT
-from updetr.boxes import paired_iou
-from updetr.loader import BatchPlan, PatchTask, SelfDet, Views, collate, photo_loader
-from updetr.matcher import assign, match_cost
-from updetr.patches import crop_patches, sample_boxes
-from updetr.photos import builtin_photos
+from updetr.core.boxes import paired_iou
+from updetr.core.photos import builtin_photos
+from updetr.data.loader import BatchPlan, PatchTask, SelfDet, Views, collate, photo_loader
+from updetr.data.patches import crop_patches, sample_boxes
+from updetr.model.matcher import assign, match_cost
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 quick = settings(max_examples=40, deadline=None)

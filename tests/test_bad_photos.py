@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from updetr import photos
-from updetr.photos import BadPhoto, PhotoIndex, builtin_photos, index_photos, read_photo
+from updetr.core import photos
+from updetr.core.photos import BadPhoto, PhotoIndex, builtin_photos, index_photos, read_photo
 
 HEIGHT, WIDTH = 48, 64
 pytestmark = pytest.mark.filterwarnings('ignore:The image decoding', 'ignore::UserWarning:PIL')  # damaged TIFFs make PIL talk

@@ -8,8 +8,8 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from updetr.baselines import BASELINES, Baseline, build_baseline
-from updetr.boxes import pad_images
+from updetr.core.boxes import pad_images
+from updetr.model.baselines import BASELINES, Baseline, build_baseline
 
 C, SIZES, PHOTOS = 3, [(64, 96), (96, 64)], [(128, 192), (48, 32)]
 BOXES = [[[8., 8, 40, 56], [50, 10, 90, 34]], [[4., 20, 60, 90]]]

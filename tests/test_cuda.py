@@ -10,15 +10,15 @@ import torch
 from conftest import NOTEBOOKS
 from test_logged import MAKE, check, seen  # noqa: F401 (a fixture)
 from test_task import SMALL, VIEWS, make_task, save_photos, small_photos, train_small  # noqa: F401 (a fixture)
-from updetr.bench import TINY, detection_batch
-from updetr.config import make_config, model_options
-from updetr.detr import build_detr
-from updetr.launch import launch, read_log
-from updetr.loader import photo_loader, to_device
-from updetr.losses import build_criterion
-from updetr.pretrain_task import encode
-from updetr.steps import Ours
-from updetr.watch import watch
+from updetr.bench.run import TINY, detection_batch
+from updetr.bench.step import Ours
+from updetr.core.config import make_config, model_options
+from updetr.data.loader import photo_loader, to_device
+from updetr.model.detr import build_detr
+from updetr.model.losses import build_criterion
+from updetr.tasks.pretrain_task import encode
+from updetr.train.launch import launch, read_log
+from updetr.train.progress import watch
 
 pytestmark = pytest.mark.cuda
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')

@@ -12,14 +12,14 @@ from torchvision.io import write_png
 
 from test_resume import TINY as PRETRAIN
 from test_resume import as_in_the_processes, finish, weights  # noqa: F401 (a fixture: one thread here, too)
-from updetr.checkpoint import load_checkpoint, save_checkpoint, write_json
-from updetr.config import make_config
-from updetr.finetune import FinetuneConfig, finetune_config, labelled_marks, open_sets
-from updetr.launch import launch
-from updetr.oneshot import oneshot_config
-from updetr.panoptic import PanopticScenes, write_panoptic
-from updetr.panoptic_task import panoptic_config
-from updetr.scenes import Scenes
+from updetr.core.checkpoint import load_checkpoint, save_checkpoint, write_json
+from updetr.core.config import make_config
+from updetr.data.scenes import Scenes
+from updetr.tasks.finetune import FinetuneConfig, finetune_config, labelled_marks, open_sets
+from updetr.tasks.oneshot import oneshot_config
+from updetr.tasks.panoptic import PanopticScenes, write_panoptic
+from updetr.tasks.panoptic_task import panoptic_config
+from updetr.train.launch import launch
 
 SIZES = dict(hidden_dim=16, nheads=2, dim_feedforward=16, enc_layers=1, dec_layers=1, num_queries=4)
 TINY = SIZES | dict(backbone='resnet18', weights='none', features='layer1', standardize=False, scenes=0, scenes_val=0, val_size=64,

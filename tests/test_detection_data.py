@@ -10,13 +10,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 
-from updetr.check import check_dataset
-from updetr.datasets import DetectionSet, coco_table, open_dataset
-from updetr.evaluate import CocoEvaluator
-from updetr.finetune import some_photos
-from updetr.photos import builtin_photos, read_photo
-from updetr.queries import QueryPool
-from updetr.transforms import SMALL_SIZES, DetectionViews
+from updetr.core.photos import builtin_photos, read_photo
+from updetr.data.check import check_dataset
+from updetr.data.datasets import DetectionSet, coco_table, open_dataset
+from updetr.data.queries import QueryPool
+from updetr.data.transforms import SMALL_SIZES, DetectionViews
+from updetr.tasks.finetune import some_photos
+from updetr.train.evaluate import CocoEvaluator
 
 
 def _quiet_coco(file):

@@ -15,8 +15,8 @@ from test_finetune_runs import labelled  # noqa: F401 (a fixture)
 from test_panoptic_runs import fields  # noqa: F401 (a fixture)
 from test_resume import as_in_the_processes, make_run  # noqa: F401 (as_in_the_processes is a fixture: one thread)
 from test_task import rows, save_photos, small_photos  # noqa: F401 (small_photos is a fixture)
-from updetr import train as training
-from updetr.checkpoint import load_checkpoint, write_json
+from updetr.core.checkpoint import load_checkpoint, write_json
+from updetr.train import loop as training
 
 PRETRAIN = dict(cache_features=False, standardize=False, epochs=2, batch_size=2, weights='none', backbone='resnet18', features='layer2')
 

@@ -1,4 +1,4 @@
-"Evaluation as notebook 25 cannot show it: several processes, and the fast back end against pycocotools."
+"Evaluation as notebook 36 cannot show it: several processes, and the fast back end against pycocotools."
 import io
 import json
 import sys
@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from tools.processes import in_processes
-from updetr.evaluate import CocoEvaluator, voc_ap
+from updetr.train.evaluate import CocoEvaluator, voc_ap
 
 
 def fixture(seed, images=24):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from updetr.detr import build_detr
-from updetr.exchange import export_program, from_huggingface, to_huggingface
+from updetr.model.detr import build_detr
+from updetr.predict.export import export_program, from_huggingface, to_huggingface
 
 SMALL = dict(hidden_dim=32, nheads=4, enc_layers=2, dec_layers=3, dim_feedforward=48, num_queries=7, pre_norm=False)
 NAMES = ['cat', 'dog', 'cow']

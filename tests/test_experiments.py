@@ -14,11 +14,11 @@ import torch
 from conftest import ROOT
 from test_data_changes import annotations, coco, corrected, fewer
 from tools.cells import run_cells
-from updetr.checkpoint import load_updetr
-from updetr.experiments import BASES, EXPERIMENTS, Scale, experiment
-from updetr.jobs import configure, job, job_chain, job_folder
-from updetr.schedule import run_jobs
-from updetr.study import plan_rows, plan_text, seen
+from updetr.experiments.experiment_report import plan_rows, plan_text, seen
+from updetr.experiments.jobs import configure, job, job_chain, job_folder
+from updetr.experiments.runner import run_jobs
+from updetr.experiments.tables import BASES, EXPERIMENTS, Scale, experiment
+from updetr.model.weights import load_updetr
 
 PAPER, NOTEBOOKS = Scale('paper'), sorted((ROOT / 'nbs/experiments').glob('*.ipynb'))
 
@@ -145,8 +145,8 @@ TINY = dict(views=16, view_size=64, patch_size=32, hidden_dim=32, nheads=4, dim_
             batch_size=4, epochs=12, save_every=3, log_every=1)
 RUNNER = """
 import json, sys
-from updetr.jobs import job
-from updetr.schedule import run_jobs
+from updetr.experiments.jobs import job
+from updetr.experiments.runner import run_jobs
 if __name__ == '__main__':
     run_jobs([(job('pretrain', 'demo', **json.loads(sys.argv[1])), s) for s in (1, 2)], sys.argv[2], workers=2, show=lambda line: None)
 """

@@ -1,4 +1,4 @@
-"""Features that are kept: used where they belong to what is asked for and are whole, else made anew; what the notebook 13a
+"""Features that are kept: used where they belong to what is asked for and are whole, else made anew; what the notebook 30
 shows with a toy is shown here with the tasks, with processes, and with anything that a file can hold."""
 import json
 import multiprocessing
@@ -21,14 +21,14 @@ from PIL import Image
 from test_resume import as_in_the_processes  # noqa: F401 (a fixture: one thread)
 from test_task import make_task as pretrain_task
 from test_task import save_photos
-from updetr import features
-from updetr.backbone import Backbone
-from updetr.features import Source, cnn_key, open_features, photos_key
-from updetr.finetune import finetune_config
-from updetr.finetune_task import FinetuneTask
-from updetr.oneshot import oneshot_config
-from updetr.oneshot_task import OneShotTask
-from updetr.train import Processes
+from updetr.model.backbone import Backbone
+from updetr.tasks.finetune import finetune_config
+from updetr.tasks.finetune_task import FinetuneTask
+from updetr.tasks.oneshot import oneshot_config
+from updetr.tasks.oneshot_task import OneShotTask
+from updetr.train import features
+from updetr.train.features import Source, cnn_key, open_features, photos_key
+from updetr.train.loop import Processes
 
 CNN = dict(backbone='resnet18', features='layer1')
 VIEWS = dict(views=5, view_size=32, cache_features=True, batch_size=1, **CNN)
@@ -49,11 +49,11 @@ def computed(monkeypatch):
             return function(*args, **kwargs)
         monkeypatch.setattr(module, name, wrapped)
 
-    import updetr.finetune_task
-    import updetr.oneshot_task
+    import updetr.tasks.finetune_task
+    import updetr.tasks.oneshot_task
     counting(features, 'bank_chunk')
-    counting(updetr.finetune_task, 'photo_features')
-    counting(updetr.oneshot_task, 'picture_features')
+    counting(updetr.tasks.finetune_task, 'photo_features')
+    counting(updetr.tasks.oneshot_task, 'picture_features')
     return count
 
 

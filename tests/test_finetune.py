@@ -7,13 +7,13 @@ import torch
 
 from test_resume import as_in_the_processes, kill_twice, weights  # noqa: F401 (a fixture: one thread here, too)
 from tools.processes import trained
-from updetr.checkpoint import load_checkpoint, save_checkpoint, write_json
-from updetr.detector import Detector
-from updetr.finetune import finetune_config, open_sets
-from updetr.finetune_task import TASK
-from updetr.launch import read_log
-from updetr.train import Processes, run, train
-from updetr.updetr import build_updetr
+from updetr.core.checkpoint import load_checkpoint, save_checkpoint, write_json
+from updetr.model.updetr import build_updetr
+from updetr.predict.detector import Detector
+from updetr.tasks.finetune import finetune_config, open_sets
+from updetr.tasks.finetune_task import TASK
+from updetr.train.launch import read_log
+from updetr.train.loop import Processes, run, train
 
 TINY = dict(scenes=8, scenes_val=5, scene_size=64, val_size=64, square=64, backbone='resnet18', weights='none', features='', hidden_dim=32,
             nheads=4, dim_feedforward=32, dec_layers=2, num_queries=8, cached_views=0, batch_size=2, epochs=4, eval_every=2, log_every=1,

@@ -15,15 +15,15 @@ from test_resume import as_in_the_processes, finish, weights  # noqa: F401 (a fi
 from test_task import rows, save_photos
 from tools.cells import run_cells
 from tools.processes import in_processes
-from updetr.checkpoint import load_checkpoint, save_checkpoint, write_json
-from updetr.config import make_config, model_options
-from updetr.datasets import open_dataset
-from updetr.detector import Detector
-from updetr.evaluate import CocoEvaluator
-from updetr.finetune import FinetuneConfig, finetune_config
-from updetr.finetune_task import FinetuneTask, evaluate, measurement
-from updetr.train import Processes, train
-from updetr.updetr import build_updetr
+from updetr.core.checkpoint import load_checkpoint, save_checkpoint, write_json
+from updetr.core.config import make_config, model_options
+from updetr.data.datasets import open_dataset
+from updetr.model.updetr import build_updetr
+from updetr.predict.detector import Detector
+from updetr.tasks.finetune import FinetuneConfig, finetune_config
+from updetr.tasks.finetune_task import FinetuneTask, evaluate, measurement
+from updetr.train.evaluate import CocoEvaluator
+from updetr.train.loop import Processes, train
 
 SIZES = dict(hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=8)
 TINY = SIZES | dict(backbone='resnet18', weights='none', features='layer2', scenes=0, scenes_val=0, val_size=64, square=0, cached_views=0,
@@ -196,7 +196,7 @@ def test_a_checkpoint_is_where_a_run_starts_once(pretrained, labelled, tmp_path,
     task.batches = stopping
     assert train(task, task.cfg, folder, Processes()).step == 4
     path.unlink()
-    monkeypatch.setattr('updetr.finetune_task.hand_over', None)
+    monkeypatch.setattr('updetr.tasks.finetune_task.hand_over', None)
     finish(folder)
     assert logged(folder) == logged(undisturbed) and same(weights(folder), weights(undisturbed))
 

@@ -13,22 +13,23 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from updetr.backbone import cnn_numbers
-from updetr.checkpoint import load_updetr, save_checkpoint
-from updetr.config import make_config, model_options
-from updetr.detector import Detector, check_device, load_detector
-from updetr.detr import build_detr
-from updetr.exchange import to_huggingface
-from updetr.finetune import finetune_config
-from updetr.finetune_task import build_module
-from updetr.handover import foreign_weights, open_pretrained
-from updetr.localizer import QueryPatchLocalizer, load_localizer
-from updetr.oneshot import build_oneshot, oneshot_config
-from updetr.oneshot_detector import OneShotDetector, load_oneshot
-from updetr.panoptic_task import build_panoptic, panoptic_config
-from updetr.segmenter import PanopticSegmenter, load_segmenter
-from updetr.transforms import whole_view
-from updetr.updetr import build_updetr
+from updetr.core.checkpoint import save_checkpoint
+from updetr.core.config import make_config, model_options
+from updetr.data.transforms import whole_view
+from updetr.model.backbone import cnn_numbers
+from updetr.model.detr import build_detr
+from updetr.model.pretrained import foreign_weights, open_pretrained
+from updetr.model.updetr import build_updetr
+from updetr.model.weights import load_updetr
+from updetr.predict.detector import Detector, check_device, load_detector
+from updetr.predict.export import to_huggingface
+from updetr.predict.localizer import QueryPatchLocalizer, load_localizer
+from updetr.predict.oneshot_detector import OneShotDetector, load_oneshot
+from updetr.predict.segmenter import PanopticSegmenter, load_segmenter
+from updetr.tasks.finetune import finetune_config
+from updetr.tasks.finetune_task import build_module
+from updetr.tasks.oneshot import build_oneshot, oneshot_config
+from updetr.tasks.panoptic_task import build_panoptic, panoptic_config
 
 SMALL = dict(backbone='resnet18', weights='none', features='layer1', hidden_dim=32, nheads=4, enc_layers=1, dec_layers=1,
              dim_feedforward=16, num_queries=6, pos_in_input=False, standardize=False)
@@ -226,7 +227,7 @@ ELSEWHERE = {
     'Ultralytics': ['model.model.0.conv.weight', 'model.model.0.bn.weight'],
     'Detectron2': ['backbone.bottom_up.stem.conv1.weight', 'proposal_generator.rpn_head.conv.weight',
                    'roi_heads.box_predictor.cls_score.weight'],
-    'updetr.baselines': ['backbone.body.conv1.weight', 'rpn.head.conv.0.0.weight', 'roi_heads.box_head.fc6.weight'],
+    'updetr.model.baselines': ['backbone.body.conv1.weight', 'rpn.head.conv.0.0.weight', 'roi_heads.box_head.fc6.weight'],
     'Deformable DETR': ['transformer.level_embed', 'transformer.encoder.layers.0.self_attn.sampling_offsets.weight',
                         'query_embed.weight'],
     'weights=FILE': ['conv1.weight', 'bn1.weight', 'layer1.0.conv1.weight', 'fc.weight']}

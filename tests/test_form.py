@@ -24,6 +24,7 @@ else:
 FUNCTION_LINES = CELL_LINES = 40  # what a screen shows at once
 CLASS_LINES = 120  # a class may be read as a whole
 CODE_LINES, OUTPUT_BYTES = 900, 200_000
+LINE = 100  # characters of a line in the notebooks that are the library
 NUMBERED = [p for p in NOTEBOOKS if re.match(r'\d', p.name)]
 GUIDES = [p for p in NOTEBOOKS if p.parent.name in ('guides', 'tutorials')]
 RUNNABLE = [p for p in NOTEBOOKS if p not in NUMBERED + GUIDES and p.stem != 'index']
@@ -58,9 +59,8 @@ def source_of(module):
 
 
 def order(path):
-    "The place of a numbered notebook: (12, 'a') for 12a_stop.ipynb."
-    m = re.match(r'(\d+)([a-z]*)_', path.name)
-    return int(m[1]), m[2]
+    "The number of a numbered notebook: 26 for 26_losses.ipynb."
+    return int(re.match(r'(\d\d)_', path.name)[1])
 
 
 def dotted(path):
@@ -105,6 +105,17 @@ def test_every_module_has_its_notebook():
 def test_numbers_are_unique():
     places = [order(p) for p in NUMBERED]
     assert len(set(places)) == len(places), f'two notebooks with one number: {[p.name for p in NUMBERED]}'
+
+
+def test_a_chapter_is_a_folder():
+    "Ten numbers belong to one folder of the package, and a notebook has its module's name: nbs/26_losses.ipynb is model/losses.py."
+    folders = {}
+    for p in NUMBERED:
+        folder, name = module_of(p).split('.')
+        folders.setdefault(p.name[0], set()).add(folder)
+        assert p.stem[3:] == name, f'{p.name} exports {name}'
+    assert all(len(names) == 1 for names in folders.values()), folders
+    assert len({*map(tuple, folders.values())}) == len(folders), folders
 
 
 def test_readme_is_in_step():
@@ -265,6 +276,36 @@ def undocumented(source):
 def test_public_names_are_documented(path):
     missing = list(undocumented(source_of(module_of(path))))
     assert not missing, f'{path.name}: no docstring or docment for {missing}'
+
+
+# ---- how it reads ---------------------------------------------------------------------------------------------------
+
+@each_numbered
+def test_no_line_is_long(path):
+    long = [line[:60] for cell in code_cells(path) for line in cell.source.splitlines() if len(line) > LINE]
+    assert not long, f'{path.name}: lines of more than {LINE} characters: {long}'
+
+
+def tics(source):
+    "(line, what) of habits that make code hard to read at speaking pace."
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and (ast.get_docstring(node) or '').startswith(('What ', 'How ', 'Which ', 'Whether ')):
+            yield node.lineno, f'the docstring of {node.name} does not say what is returned or done'
+        if not isinstance(node, ast.Assign): continue
+        if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.GeneratorExp): yield node.lineno, 'an unpacked generator'
+        if isinstance(node.value, ast.Dict) and sum(isinstance(v, ast.Lambda) for v in node.value.values) > 1:
+            yield node.lineno, 'a dictionary of lambdas'
+
+
+@each_numbered
+def test_code_reads_at_speaking_pace(path):
+    found = list(tics(source_of(module_of(path))))
+    assert not found, f'{path.name}: {found}'
+
+
+def test_tics_are_seen():
+    code = 'def f():\n    "How it is done."\na, b = (f(x) for x in y)\nd = {1: lambda: 0, 2: lambda: 1}\n'
+    assert {line for line, _ in tics(code)} == {1, 3, 4}
 
 
 # ---- the rest -------------------------------------------------------------------------------------------------------

@@ -14,16 +14,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from updetr import train as training
-from updetr.config import PretrainConfig
-from updetr.finetune import FinetuneConfig
-from updetr.launch import launch, prepare, read_log
-from updetr.oneshot import OneShotConfig
-from updetr.panoptic_task import PanopticConfig
-from updetr.report import by_epoch, epoch_curves, loss_curves
-from updetr.results import log_result, share_mean
-from updetr.study import catch_up, curve
-from updetr.watch import draw_curves, seconds_left, starting_line, status_line, watch
+from updetr.core.config import PretrainConfig
+from updetr.core.report import by_epoch, epoch_curves, loss_curves
+from updetr.experiments.experiment_report import catch_up, curve
+from updetr.experiments.results import log_result, share_mean
+from updetr.tasks.finetune import FinetuneConfig
+from updetr.tasks.oneshot import OneShotConfig
+from updetr.tasks.panoptic_task import PanopticConfig
+from updetr.train import loop as training
+from updetr.train.launch import launch, prepare, read_log
+from updetr.train.progress import draw_curves, seconds_left, starting_line, status_line, watch
 
 LIGHT = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 anything = st.recursive(

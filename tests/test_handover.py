@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from updetr.checkpoint import export_weights, save_checkpoint
-from updetr.detr import build_detr
-from updetr.finetune import finetune_config
-from updetr.finetune_task import TASK
-from updetr.handover import hand_over, load_official, open_pretrained
-from updetr.train import Processes, train
-from updetr.updetr import build_updetr
+from updetr.core.checkpoint import export_weights, save_checkpoint
+from updetr.model.detr import build_detr
+from updetr.model.pretrained import hand_over, load_official, open_pretrained
+from updetr.model.updetr import build_updetr
+from updetr.tasks.finetune import finetune_config
+from updetr.tasks.finetune_task import TASK
+from updetr.train.loop import Processes, train
 
 SMALL = dict(backbone='resnet18', hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=48, pre_norm=True, num_queries=12)
 ARGS = dict(lr=1e-4, lr_backbone=5e-5, batch_size=32, dilation=False, position_embedding='sine', num_patches=4, resume='', **SMALL)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tools.hundred import MAIN, SCRIPT, TRAIN, script
-from updetr.losses import build_criterion
-from updetr.updetr import build_updetr
+from updetr.model.losses import build_criterion
+from updetr.model.updetr import build_updetr
 
 TEXT = script()
 MODEL, REST = TEXT.split(TRAIN)

@@ -1,4 +1,4 @@
-"""Launching, with real processes: what a notebook cannot show of notebooks 12a, 17 and 18. The trainer here is a fake one that counts."""
+"""Launching, with real processes: what a notebook cannot show of notebooks 04, 34 and 18. The trainer here is a fake one that counts."""
 import dataclasses
 import json
 import os
@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-import updetr.stop
+import updetr.core.signals
 from test_resume import TINY
-from updetr.config import make_config
-from updetr.launch import _members, attach, follow, is_alive, launch, read_log, stop, torchrun_command
-from updetr.watch import watch
+from updetr.core.config import make_config
+from updetr.train.launch import _members, attach, follow, is_alive, launch, read_log, stop, torchrun_command
+from updetr.train.progress import watch
 
 FAKE = '''
 import json, os, pathlib, sys, time
@@ -79,7 +79,7 @@ def runs(tmp_path, monkeypatch):
     code = tmp_path/'code'
     code.mkdir()
     (code/'fake.py').write_text(FAKE)
-    shutil.copy(updetr.stop.__file__, code/'signals.py')      # alone, so that the fake trainer need not import all of updetr
+    shutil.copy(updetr.core.signals.__file__, code/'signals.py')      # alone, so that the fake trainer need not import all of updetr
     monkeypatch.setenv('PYTHONPATH', f"{code}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     yield tmp_path
     for record in tmp_path.glob('*/launch.json'): stop(record.parent, timeout=0)
@@ -90,7 +90,7 @@ def start(run, processes=1, **cfg): return launch(run, {'steps': LONG, **cfg}, p
 
 def test_outlives_a_killed_notebook_and_is_stopped_from_another(runs):
     run = runs/'a'
-    code = (f"from updetr.launch import launch; import time; launch({str(run)!r}, {{'steps': {LONG}}}, module='fake'); "
+    code = (f"from updetr.train.launch import launch; import time; launch({str(run)!r}, {{'steps': {LONG}}}, module='fake'); "
             "print('up', flush=True); time.sleep(60)")
     kernel = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, start_new_session=True)
     kernel.stdout.readline()

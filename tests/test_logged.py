@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from test_resume import as_in_the_processes  # noqa: F401 (a fixture: one thread here, too)
-from updetr import train as loop
-from updetr.backbone import Backbone, build_backbone
-from updetr.checkpoint import load_checkpoint, load_updetr, read_weights, write_json
-from updetr.cnn_task import CNN_PRESETS, CNNConfig
-from updetr.config import make_config
-from updetr.finetune import finetune_config
-from updetr.oneshot import oneshot_config
-from updetr.panoptic_task import panoptic_config
-from updetr.pretrain_task import draw_preview, preview_photo
-from updetr.train import Processes, find_task, train
+from updetr.core.checkpoint import load_checkpoint, read_weights, write_json
+from updetr.core.config import make_config
+from updetr.model.backbone import Backbone, build_backbone
+from updetr.model.weights import load_updetr
+from updetr.tasks.cnn_task import CNN_PRESETS, CNNConfig
+from updetr.tasks.finetune import finetune_config
+from updetr.tasks.oneshot import oneshot_config
+from updetr.tasks.panoptic_task import panoptic_config
+from updetr.tasks.pretrain_task import draw_preview, preview_photo
+from updetr.train import loop as loop
+from updetr.train.loop import Processes, find_task, train
 
 MODEL = dict(hidden_dim=16, nheads=2, enc_layers=1, dec_layers=1, dim_feedforward=16, num_queries=4, dropout=0.)
 CNN = dict(backbone='resnet18', weights='none')

@@ -4,11 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
-from updetr.config import check_config
-from updetr.finetune import finetune_config
-from updetr.stop import file_locks
+from updetr.core.config import check_config
+from updetr.core.signals import file_locks
+from updetr.tasks.finetune import finetune_config
 
 ROOT = Path(__file__).parents[1]
 BARE = '''
@@ -29,8 +30,8 @@ for p in sorted(pathlib.Path('updetr').rglob('[a-z]*.py')): importlib.import_mod
 print('all of it')
 import torch
 from updetr import Detector, build_detr
-from updetr.launch import launch
-from updetr.train import only_trainer
+from updetr.train.launch import launch
+from updetr.train.loop import only_trainer
 small = dict(hidden_dim=32, nheads=4, enc_layers=1, dec_layers=1, dim_feedforward=16, num_queries=5)
 torch.save(build_detr(3, 'resnet18', **small).state_dict(), path := {str(tmp_path / 'detr.pth')!r})
 print(len(Detector.from_checkpoint(path, nheads=4)(torch.zeros(3, 64, 64), 0)))
@@ -43,11 +44,13 @@ for start in (lambda: launch({str(tmp_path / 'run')!r}, {{}}), lambda: only_trai
     assert '\n5\n' in '\n' + done.stdout
 
 
-def test_the_readme_says_what_the_error_says(monkeypatch):
+def test_the_commands_page_says_what_the_error_says(monkeypatch):
     monkeypatch.setitem(sys.modules, 'fcntl', None)
     with pytest.raises(RuntimeError) as e: file_locks()
     first, second = str(e.value).split('. ')
-    line, = [line for line in (ROOT / 'README.md').read_text().splitlines() if line.startswith('- **Windows and macOS**')]
+    page = nbformat.read(ROOT / 'nbs/guides/commands.ipynb', 4)
+    said = [line for cell in page.cells for line in cell.source.splitlines()]
+    line, = [line for line in said if line.startswith('- **Windows and macOS**')]
     plain = line.replace('`', '')
     assert first in plain and second.split(' runs ')[0] in plain, (first, second)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from updetr.backbone import Backbone, open_levels, pyramid
-from updetr.detr import build_detr
-from updetr.losses import build_criterion
-from updetr.masks import DETRsegm, MaskHeadSmallConv, MaskStep, loss_dice, loss_masks, matched_pairs, pyramid_layers
-from updetr.plan import saved_bytes
+from updetr.model.backbone import Backbone, open_levels, pyramid
+from updetr.model.detr import build_detr
+from updetr.model.losses import build_criterion
+from updetr.tasks.masks import DETRsegm, MaskHeadSmallConv, MaskStep, loss_dice, loss_masks, matched_pairs, pyramid_layers
+from updetr.train.graphs import saved_bytes
 
 SIZES = dict(hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=32, num_queries=6, dropout=0.)
 

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from faults.campaign import TINY, Fault, Trainer
 from test_resume import as_in_the_processes  # noqa: F401 (a fixture: one thread here, too)
 from test_task import make_task, rows
-from updetr import pretrain_task
-from updetr import train as training
-from updetr.checkpoint import load_checkpoint, write_json
-from updetr.config import make_config
-from updetr.train import Processes, TrainState, train
+from updetr.core.checkpoint import load_checkpoint, write_json
+from updetr.core.config import make_config
+from updetr.tasks import pretrain_task
+from updetr.train import loop as training
+from updetr.train.loop import Processes, TrainState, train
 
 LIVE = dict(views=8, view_size=64, epochs=3, dropout=.1, ema=.9, save_every=4, features='layer2')  # four steps an epoch
 STEPS = 12

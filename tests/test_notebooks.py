@@ -16,8 +16,8 @@ from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook  # under its own name pytest would take it for a test
 
 from conftest import NOTEBOOKS, ROOT, give_back_memory
-from updetr.finetune import Subset
-from updetr.fingerprint import set_rows
+from updetr.core.fingerprint import set_rows
+from updetr.tasks.finetune import Subset
 
 
 @contextlib.contextmanager

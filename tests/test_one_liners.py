@@ -11,14 +11,14 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 import updetr
-from updetr.checkpoint import save_checkpoint
-from updetr.config import make_config, model_options
-from updetr.finetune import finetune_config
-from updetr.finetune_task import build_module
-from updetr.oneshot import build_oneshot, oneshot_config
-from updetr.panoptic_task import build_panoptic, panoptic_config
-from updetr.photos import BadPhoto, builtin_photos
-from updetr.updetr import build_updetr
+from updetr.core.checkpoint import save_checkpoint
+from updetr.core.config import make_config, model_options
+from updetr.core.photos import BadPhoto, builtin_photos
+from updetr.model.updetr import build_updetr
+from updetr.tasks.finetune import finetune_config
+from updetr.tasks.finetune_task import build_module
+from updetr.tasks.oneshot import build_oneshot, oneshot_config
+from updetr.tasks.panoptic_task import build_panoptic, panoptic_config
 
 SMALL = dict(backbone='resnet18', weights='none', features='layer2', hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2,
              num_queries=12)

@@ -14,16 +14,16 @@ from test_papermill import ONESHOT, papermill
 from test_resume import as_in_the_processes, finish, kill_twice, weights  # noqa: F401 (a fixture: one thread here, too)
 from test_task import rows, save_photos
 from tools.processes import in_processes
-from updetr.checkpoint import write_json
-from updetr.config import make_config
-from updetr.datasets import open_dataset
-from updetr.detr import build_detr
-from updetr.oneshot import OneShotEvaluator, oneshot_config, oneshot_summary, oneshot_table
-from updetr.oneshot_detector import OneShotDetector
-from updetr.oneshot_task import OneShotTask, evaluate_oneshot, model_answer, open_run
-from updetr.queries import QueryPool, protocol_queries, query_picture, training_photos
-from updetr.scenes import CLASSES
-from updetr.train import Processes
+from updetr.core.checkpoint import write_json
+from updetr.core.config import make_config
+from updetr.data.datasets import open_dataset
+from updetr.data.queries import QueryPool, protocol_queries, query_picture, training_photos
+from updetr.data.scenes import CLASSES
+from updetr.model.detr import build_detr
+from updetr.predict.oneshot_detector import OneShotDetector
+from updetr.tasks.oneshot import OneShotEvaluator, oneshot_config, oneshot_summary, oneshot_table
+from updetr.tasks.oneshot_task import OneShotTask, evaluate_oneshot, model_answer, open_run
+from updetr.train.loop import Processes
 
 TINY = SIZES | dict(backbone='resnet18', weights='none', features='layer2', scenes=8, scenes_val=5, scene_size=64, val_size=64, square=64,
                     cached_views=2, query_size=32, batch_size=4, epochs=3, eval_every=3, eval_queries=2, log_every=1, save_every=2, lr=3e-3,

@@ -13,13 +13,14 @@ from torchvision.io import write_png
 
 from test_masks import SIZES, make, photos
 from tools.processes import in_processes
-from updetr.checkpoint import write_json
-from updetr.detr import build_detr
-from updetr.evaluate import CocoEvaluator
-from updetr.finetune_task import DetectStep
-from updetr.losses import build_criterion
-from updetr.masks import DETRsegm, MaskStep
-from updetr.panoptic import (
+from updetr.core.checkpoint import write_json
+from updetr.data.scenes import Scenes
+from updetr.data.transforms import DetectionViews
+from updetr.model.detr import build_detr
+from updetr.model.losses import build_criterion
+from updetr.tasks.finetune_task import DetectStep
+from updetr.tasks.masks import DETRsegm, MaskStep
+from updetr.tasks.panoptic import (
     PanopticEvaluator,
     PanopticScenes,
     as_segments,
@@ -39,9 +40,8 @@ from updetr.panoptic import (
     rgb2id,
     write_panoptic,
 )
-from updetr.scenes import Scenes
-from updetr.train import overfit_one_batch
-from updetr.transforms import DetectionViews
+from updetr.train.evaluate import CocoEvaluator
+from updetr.train.loop import overfit_one_batch
 
 # ---- PQ, pixel by pixel ---------------------------------------------------------------------------------------------
 

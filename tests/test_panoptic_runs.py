@@ -19,18 +19,18 @@ from test_resume import as_in_the_processes, finish, kill_twice, weights  # noqa
 from test_task import rows
 from tools.cells import run_cells
 from tools.processes import in_processes
-from updetr.checkpoint import load_checkpoint, save_checkpoint, write_json
-from updetr.config import make_config, model_options
-from updetr.detr import build_detr
-from updetr.evaluate import classes_by_name
-from updetr.finetune import finetune_config
-from updetr.finetune_task import FinetuneTask
-from updetr.masks import DETRsegm
-from updetr.panoptic import PanopticEvaluator, open_panoptic, write_panoptic
-from updetr.panoptic_task import PanopticConfig, PanopticTask, evaluate_panoptic, panoptic_config, start_kind
-from updetr.segmenter import PanopticSegmenter, segments_by_name
-from updetr.train import Processes, train
-from updetr.updetr import build_updetr
+from updetr.core.checkpoint import load_checkpoint, save_checkpoint, write_json
+from updetr.core.config import make_config, model_options
+from updetr.model.detr import build_detr
+from updetr.model.updetr import build_updetr
+from updetr.predict.segmenter import PanopticSegmenter, segments_by_name
+from updetr.tasks.finetune import finetune_config
+from updetr.tasks.finetune_task import FinetuneTask
+from updetr.tasks.masks import DETRsegm
+from updetr.tasks.panoptic import PanopticEvaluator, open_panoptic, write_panoptic
+from updetr.tasks.panoptic_task import PanopticConfig, PanopticTask, evaluate_panoptic, panoptic_config, start_kind
+from updetr.train.evaluate import classes_by_name
+from updetr.train.loop import Processes, train
 
 PANOPTIC = ROOT / 'nbs' / 'panoptic.ipynb'
 SIZES = dict(hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=8)
@@ -139,7 +139,7 @@ def test_killed_twice_and_resumed_is_the_same_run(boxes, masks, fields, tmp_path
     start.write_bytes((boxes / 'checkpoint.pth').read_bytes())
     kill_twice(folder := make_run(tmp_path / 'run', 'masks', fields, pretrain=str(start)), range(3, 20))
     start.unlink()
-    monkeypatch.setattr('updetr.panoptic_task.hand_over', None)
+    monkeypatch.setattr('updetr.tasks.panoptic_task.hand_over', None)
     finish(folder)
     assert logged(folder) == logged(masks) and same(weights(folder), weights(masks))
 

@@ -15,11 +15,11 @@ from papermill import cli
 
 from conftest import ROOT, copy_project
 from tools.cells import run_cells
-from updetr.config import PretrainConfig
-from updetr.finetune import FinetuneConfig
-from updetr.oneshot import OneShotConfig
-from updetr.runs import command_line
-from updetr.study import open_study, study_command
+from updetr.core.config import PretrainConfig
+from updetr.experiments.experiment_report import open_study, study_command
+from updetr.predict.runs import command_line
+from updetr.tasks.finetune import FinetuneConfig
+from updetr.tasks.oneshot import OneShotConfig
 
 NOTEBOOK, FINETUNE, ONESHOT = (ROOT / 'nbs' / f'{name}.ipynb' for name in ('pretrain', 'finetune', 'oneshot'))
 TINY = dict(views=24, view_size=64, patch_size=32, hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=10, num_patches=5,

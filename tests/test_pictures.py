@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from updetr import photos
-from updetr.photos import BadPhoto, as_image, index_photos, read_photo
+from updetr.core import photos
+from updetr.core.photos import BadPhoto, as_image, index_photos, read_photo
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (40, 30, 3), np.uint8)
@@ -84,12 +84,12 @@ def test_a_truncated_pil_image_is_a_bad_photo(tmp_path):
 
 
 def test_every_reader_of_pictures_uses_this_one_function():
-    from updetr import detector, localizer, oneshot_detector, segmenter
+    from updetr.predict import detector, localizer, oneshot_detector, segmenter
     assert {m.as_image for m in (detector, localizer, oneshot_detector, segmenter)} == {as_image}
 
 
 def test_uploads_are_read_as_files_are(tmp_path):
-    from updetr.widget import read_upload
+    from updetr.predict.widget import read_upload
     for name in ('turn6.jpg', 'rgba.png', 'grey16.png'):
         (FILES | STORED)[name](path := tmp_path / name)
         assert torch.equal(read_upload({'name': name, 'content': memoryview(path.read_bytes())})[1], read_photo(path))
@@ -121,10 +121,10 @@ def test_a_photo_over_the_limit_has_a_way_out(tmp_path):
     with pytest.raises(BadPhoto, match='UPDETR_MAX_PIXELS'): read_photo(path)
     show = f'''
 import os
-try: import updetr.photos
+try: import updetr.core.photos
 except ValueError as e: print(e)
 os.environ['UPDETR_MAX_PIXELS'] = '90000000'
-from updetr.photos import *
+from updetr.core.photos import *
 print(tuple(read_photo({str(path)!r}).shape), index_photos({str(tmp_path)!r}).paths)'''
     told = subprocess.run([sys.executable, '-c', show], text=True, capture_output=True, env=os.environ | {'UPDETR_MAX_PIXELS': 'many'})
     refused, shown = told.stdout.strip().splitlines()

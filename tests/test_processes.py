@@ -15,11 +15,11 @@ from test_finetune_runs import logged, make_run, no_data_by_the_way, rows  # noq
 from test_resume import as_in_the_processes, weights  # noqa: F401 (a fixture: one thread here, too)
 from test_task import save_photos
 from tools.processes import in_processes
-from updetr import train as loop
-from updetr.checkpoint import read_json, write_json
-from updetr.cnn_task import CNN_PRESETS, CNNConfig
-from updetr.config import make_config
-from updetr.train import Processes, find_task
+from updetr.core.checkpoint import read_json, write_json
+from updetr.core.config import make_config
+from updetr.tasks.cnn_task import CNN_PRESETS, CNNConfig
+from updetr.train import loop as loop
+from updetr.train.loop import Processes, find_task
 
 
 def go(folder, processes, stop_at=None):

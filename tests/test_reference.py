@@ -9,9 +9,9 @@ import torchvision
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-from updetr.detr import build_detr
-from updetr.losses import build_criterion
-from updetr.updetr import build_updetr
+from updetr.model.detr import build_detr
+from updetr.model.losses import build_criterion
+from updetr.model.updetr import build_updetr
 
 D, HEADS, N, M = 32, 4, 20, 4
 SIZES = [(96, 128), (60, 90)]  # the second one is padded: a row and a column of its 3x4 features

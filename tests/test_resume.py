@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from tools.processes import Trainer, trained
-from updetr.checkpoint import load_checkpoint, write_json
-from updetr.config import make_config
-from updetr.pretrain_task import PretrainTask
-from updetr.train import Processes, run
+from updetr.core.checkpoint import load_checkpoint, write_json
+from updetr.core.config import make_config
+from updetr.tasks.pretrain_task import PretrainTask
+from updetr.train.loop import Processes, run
 
 TINY = dict(views=32, view_size=64, patch_size=32, hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=10, num_patches=5,
             batch_size=4, epochs=5, log_every=1, save_every=3, dropout=.1)

@@ -9,22 +9,22 @@ from torchvision.io import write_png
 
 from test_data_changes import TINY, coco, configure
 from test_resume import as_in_the_processes, finish  # noqa: F401 (a fixture: one thread here, too)
-from updetr.check import require_readable
-from updetr.checkpoint import load_checkpoint
-from updetr.cnn_task import CNN_PRESETS, CNNConfig, CNNTask
-from updetr.config import make_config
-from updetr.finetune import finetune_config
-from updetr.finetune_task import FinetuneTask
-from updetr.oneshot import oneshot_config
-from updetr.oneshot_task import OneShotTask
-from updetr.panoptic import PanopticScenes, open_panoptic, write_panoptic
-from updetr.panoptic_task import PanopticTask, open_panoptic_sets, panoptic_config
-from updetr.photos import BadPhoto, read_photo
-from updetr.queries import QueryPool
-from updetr.scenes import Scenes
-from updetr.train import Processes
-from updetr.transforms import SMALL_SIZES, DetectionViews
-from updetr.watch import skipped_photos
+from updetr.core.checkpoint import load_checkpoint
+from updetr.core.config import make_config
+from updetr.core.photos import BadPhoto, read_photo
+from updetr.data.check import require_readable
+from updetr.data.queries import QueryPool
+from updetr.data.scenes import Scenes
+from updetr.data.transforms import SMALL_SIZES, DetectionViews
+from updetr.tasks.cnn_task import CNN_PRESETS, CNNConfig, CNNTask
+from updetr.tasks.finetune import finetune_config
+from updetr.tasks.finetune_task import FinetuneTask
+from updetr.tasks.oneshot import oneshot_config
+from updetr.tasks.oneshot_task import OneShotTask
+from updetr.tasks.panoptic import PanopticScenes, open_panoptic, write_panoptic
+from updetr.tasks.panoptic_task import PanopticTask, open_panoptic_sets, panoptic_config
+from updetr.train.loop import Processes
+from updetr.train.progress import skipped_photos
 
 ONE_SHOT = dict(unseen='dog', query_size=32, unseen_objects='background')
 LIVE = dict(cached_views=0, frozen_backbone=False)

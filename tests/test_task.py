@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from updetr.checkpoint import load_checkpoint, load_updetr
-from updetr.config import make_config
-from updetr.loader import PatchTask, Views, epoch_batches, read_or_less
-from updetr.photos import BadPhoto, builtin_photos
-from updetr.pretrain_task import PretrainTask, encode_ahead, live_batches, photo_lists
-from updetr.train import Processes, TrainState, train, train_step
-from updetr.watch import skipped_photos
+from updetr.core.checkpoint import load_checkpoint
+from updetr.core.config import make_config
+from updetr.core.photos import BadPhoto, builtin_photos
+from updetr.data.loader import PatchTask, Views, epoch_batches, read_or_less
+from updetr.model.weights import load_updetr
+from updetr.tasks.pretrain_task import PretrainTask, encode_ahead, live_batches, photo_lists
+from updetr.train.loop import Processes, TrainState, train, train_step
+from updetr.train.progress import skipped_photos
 
 SMALL = dict(backbone='resnet18', weights='none', hidden_dim=16, nheads=2, enc_layers=1, dec_layers=2, dim_feedforward=16, num_queries=4,
              num_patches=2, batch_size=2, epochs=1, patch_size=32, num_workers=0, dropout=0., lr=1e-3, log_every=1)
@@ -53,7 +54,7 @@ def same(a, b, **tolerance): return all(torch.allclose(a[k].float(), b[k].float(
 @pytest.fixture(autouse=True)
 def small_photos(monkeypatch):
     """Short sides of 64 px instead of 320 to 480."""
-    monkeypatch.setattr('updetr.pretrain_task.PRETRAIN_SIZES', (64, 80))
+    monkeypatch.setattr('updetr.tasks.pretrain_task.PRETRAIN_SIZES', (64, 80))
 
 
 def test_fewer_photos_than_a_batch_holds(tmp_path):
@@ -337,6 +338,6 @@ def test_gradients_have_the_precision_of_their_operation():
 
 def test_compile_is_handed_to_the_cnn(tmp_path, monkeypatch):
     compiled = []
-    monkeypatch.setattr('updetr.backbone.Backbone.compile', lambda cnn: compiled.append(cnn))
+    monkeypatch.setattr('updetr.model.backbone.Backbone.compile', lambda cnn: compiled.append(cnn))
     task, state = train_small(tmp_path / 'run', **VIEWS, compile=True)
     assert compiled == [task.model.backbone[0]] and state.step == 3

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from updetr.checkpoint import save_checkpoint
-from updetr.config import make_config, model_options
-from updetr.localizer import QueryPatchLocalizer
-from updetr.oneshot import build_oneshot, oneshot_config
-from updetr.photos import builtin_photos
-from updetr.updetr import build_updetr
+from updetr.core.checkpoint import save_checkpoint
+from updetr.core.config import make_config, model_options
+from updetr.core.photos import builtin_photos
+from updetr.model.updetr import build_updetr
+from updetr.predict.localizer import QueryPatchLocalizer
+from updetr.tasks.oneshot import build_oneshot, oneshot_config
 
 playwright = pytest.importorskip('playwright.sync_api', reason='the browser tests need playwright: pip install playwright')
 from tools.browser import CHROMIUM, FRONTS, PHONE, Hand, chromium, opened, prepare, run  # noqa: E402 (needs playwright)

@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import Dataset
 
 from tools.processes import in_processes
-from updetr.cnn_task import object_loader
-from updetr.finetune import view_loader
-from updetr.loader import PatchTask, data_loader, make_sample, photo_loader
+from updetr.data.loader import PatchTask, data_loader, make_sample, photo_loader
+from updetr.tasks.cnn_task import object_loader
+from updetr.tasks.finetune import view_loader
 
 ITEMS = [[0, 1]] * 8
 

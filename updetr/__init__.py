@@ -4,19 +4,34 @@ __version__ = "0.1.0"
 from importlib import import_module
 
 # Loaded on first use, so that `import updetr` alone costs nothing.
-_PUBLIC = {'build_backbone': 'backbone', 'fetch_weights': 'backbone', 'build_detr': 'detr', 'build_updetr': 'updetr',
-           'best_of_group': 'updetr', 'group_mask': 'groups', 'build_criterion': 'losses', 'make_config': 'config',
-           'load_updetr': 'checkpoint', 'open_dataset': 'datasets', 'check_dataset': 'check', 'load_official': 'handover',
-           'open_pretrained': 'handover', 'hand_over': 'handover', 'finetune_config': 'finetune', 'Detector': 'detector',
-           'oneshot_config': 'oneshot', 'OneShotDetector': 'oneshot_detector', 'open_panoptic': 'panoptic',
-           'panoptic_config': 'panoptic_task', 'PanopticSegmenter': 'segmenter',
-           'QueryPatchLocalizer': 'localizer'}
-__all__ = list(_PUBLIC)
+_PUBLIC = {
+    'model.backbone': ['build_backbone', 'fetch_weights'],
+    'model.detr': ['build_detr'],
+    'model.updetr': ['build_updetr', 'best_of_group', 'group_mask'],
+    'model.losses': ['build_criterion'],
+    'core.config': ['make_config'],
+    'model.weights': ['load_updetr'],
+    'data.datasets': ['open_dataset'],
+    'data.check': ['check_dataset'],
+    'model.pretrained': ['load_official', 'open_pretrained', 'hand_over'],
+    'tasks.finetune': ['finetune_config'],
+    'predict.detector': ['Detector'],
+    'tasks.oneshot': ['oneshot_config'],
+    'predict.oneshot_detector': ['OneShotDetector'],
+    'tasks.panoptic': ['open_panoptic'],
+    'tasks.panoptic_task': ['panoptic_config'],
+    'predict.segmenter': ['PanopticSegmenter'],
+    'predict.localizer': ['QueryPatchLocalizer'],
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = list(_HOME)
 
 
 def __getattr__(name):
-    if name not in _PUBLIC: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(import_module(f'{__name__}.{_PUBLIC[name]}'), name)
+    if name not in _HOME:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(f'{__name__}.{_HOME[name]}'), name)
 
 
-def __dir__(): return [*globals(), *_PUBLIC]
+def __dir__():
+    return [*globals(), *_HOME]

@@ -1,3 +1,3 @@
-from updetr.train import main
+from updetr.train.loop import main
 
 main()

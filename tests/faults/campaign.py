@@ -31,17 +31,18 @@ import psutil
 import torch
 from PIL import Image
 
-from updetr import loader, pretrain_task
-from updetr import train as training
-from updetr.checkpoint import load_checkpoint, write_json
-from updetr.config import make_config
-from updetr.launch import _members, is_alive, launch, stop
+from updetr.core.checkpoint import load_checkpoint, write_json
+from updetr.core.config import make_config
+from updetr.data import loader
+from updetr.tasks import pretrain_task
+from updetr.train import loop as training
+from updetr.train.launch import _members, is_alive, launch, stop
 
 TINY = dict(views=16, view_size=64, patch_size=32, hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=10, num_patches=5,
             batch_size=4, epochs=3, log_every=1, save_every=3, dropout=.1)
 STEP = 8  # the blow falls before this step of 12: two saves are there, after 3 and 6
 CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['updetr.pretrain_task'])
+CONTEXT.set_forkserver_preload(['updetr.tasks.pretrain_task'])
 
 
 # ---- a training process --------------------------------------------------------------------------------------------
@@ -53,7 +54,7 @@ def take_environment(environment):
 
 
 def child(folder, fault, rank, world, port, environment):
-    """What the process does: `updetr.train.run`, as `python -m updetr` does, struck by a fault if there is one."""
+    """What the process does: `updetr.train.loop.run`, as `python -m updetr` does, struck by a fault if there is one."""
     take_environment(environment | {'RANK': str(rank), 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)})
     os.environ['CUDA_VISIBLE_DEVICES'] = ''
     torch.set_num_threads(1)
@@ -585,7 +586,7 @@ def report(args, root, rows, soaked, begun):
     """Write metrics.json."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from bad_inputs import count
-    from updetr.report import provenance, save_metrics
+    from updetr.core.report import provenance, save_metrics
     (root / 'inputs').mkdir()
     counts, executed, longest = count(root / 'inputs')
     words = ['--long'] * args.long + [f'--minutes {args.minutes:g}'] * bool(args.minutes)

@@ -16,9 +16,8 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-CHAPTERS = {'Photos and patches': '00 04', 'The model': '05 12', 'Training': '12a 18', 'Measuring and planning': '19 21',
-            'Labelled photos': '22 25a', 'Detection': '26 30', 'Asked with a picture': '30a 33', 'Panoptic segmentation': '34 36',
-            'Trying it': '37 38', 'Every table and figure': '39 99'}
+CHAPTERS = {'0': 'Boxes, photos, files', '1': 'Patches and labelled photos', '2': 'The model', '3': 'Training', '4': 'The tasks',
+            '5': 'Trained models in use', '6': 'Every table and figure', '7': 'Measured against the published code'}
 CSS = """
 .jp-InputPrompt, .jp-OutputPrompt { display: none !important }
 @media (min-width: 76em) { .md-grid { max-width: 88rem } }
@@ -94,12 +93,11 @@ def collect(root, source):
         nbformat.write(shown(p), page)
     for p in (root / 'nbs/tutorials').glob('*.py'): shutil.copy(p, source / p.relative_to(root))
     for p in (source / 'reports').rglob('*.ipynb'): nbformat.write(shown(p), p)
-    place = {p: re.match(r'(\d+[a-z]*)?', p.name)[0] for p in notebooks}
+    place = {p: re.match(r'\d*', p.name)[0] for p in notebooks}
     nav = [{'updetr': 'index.md'}, {'To be run': [{title(p): f'nbs/{p.name}'} for p in notebooks if not place[p]]}]
     nav += [{name.capitalize(): [{title(p): f'nbs/{name}/{p.name}'} for p in pages]} for name, pages in apart.items() if pages]
-    for chapter, span in CHAPTERS.items():
-        first, last = span.split()
-        mine = [{f'{place[p]} {title(p)}': f'nbs/{p.name}'} for p in notebooks if place[p] and first <= place[p] <= last]
+    for tens, chapter in CHAPTERS.items():
+        mine = [{f'{place[p]} {title(p)}': f'nbs/{p.name}'} for p in notebooks if place[p] and place[p][0] == tens]
         if mine: nav.append({chapter: mine})
     executed = sorted(p.relative_to(source).as_posix() for p in (source / 'reports').rglob('*.ipynb'))
     return [*nav, {'Reports': ['reports/README.md', *({html.escape(Path(p).parent.name): p} for p in executed)]}]

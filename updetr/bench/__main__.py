@@ -1,0 +1,3 @@
+from updetr.bench.run import main
+
+main()
