@@ -63,7 +63,7 @@ def test_no_shell_no_pickle_no_port():
     for bad in ('os.system(x)', 'subprocess.run(x, shell=True)', 'eval(x)', 'torch.load(p)', 'pickle.loads(b)', 's.bind(a)',
                 'np.load(p, allow_pickle=True)', 'ElementTree.parse(p)', 'torch.load(p, weights_only=False)'):
         assert list(runs_or_listens(bad)), bad
-    found = {path.name: calls for path in (ROOT / 'updetr').glob('*.py') if (calls := list(runs_or_listens(path.read_text())))}
+    found = {path.name: calls for path in (ROOT / 'updetr').rglob('*.py') if (calls := list(runs_or_listens(path.read_text())))}
     assert not found
 
 

@@ -746,7 +746,7 @@ def run_bench(
     if threads: torch.set_num_threads(threads)
     file = Path(out) / 'metrics.json'
     metrics = _begun(file, size, device)
-    own = module_line('updetr.bench.run', size=size, out=str(out), parts=parts, again=again)
+    own = module_line('updetr.bench', size=size, out=str(out), parts=parts, again=again)
     for name in names:
         if name in metrics['seconds'] and not again:
             show(f'{name}: in {file} already; --again measures it anew')
