@@ -126,6 +126,7 @@ def test_formulas_and_code_are_told_apart():
     assert 'https://a.b/c.ipynb' in done and 'href="d.html#e"' in done
     linked = finish('<a href="../../reports/README.md">r</a><a href="https://a.b/README.md">b</a>')
     assert linked == '<a href="../../reports/index.html">r</a><a href="https://a.b/README.md">b</a>'
+    assert finish('<a href="../../reports/plan.md">p</a>') == '<a href="../../reports/plan.html">p</a>'
 
 
 def test_every_notebook_has_a_chapter():

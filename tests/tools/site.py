@@ -112,6 +112,7 @@ def finish(page, base='.'):
     page = re.sub(r'src="https://unpkg\.com/iframe-worker/shim"', f'src="{base}/worker.js"', page)
     page = re.sub(r'(href="(?![a-z]+:)[^"#]*)\.ipynb(["#])', r'\1.html\2', page)
     page = re.sub(r'(href="(?![a-z]+:)(?:[^"#]*/)?)README\.md(["#])', r'\1index.html\2', page)
+    page = re.sub(r'(href="(?![a-z]+:)[^"#]*)\.md(["#])', r'\1.html\2', page)
     apart = '|'.join(rf'<{tag}\b.*?</{tag}>' for tag in ('pre', 'code', 'script', 'style', 'svg'))
     parts = re.split(rf'({apart}|<div class="clipboard-copy-txt".*?</div>)', page, flags=re.S)
     return ''.join(p if i % 2 else re.sub(r'(\$\$?)([^$<>\n]+?)\1', formula, p) for i, p in enumerate(parts))
