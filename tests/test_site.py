@@ -119,6 +119,7 @@ def test_a_dead_link_is_an_error(site, tmp_path):
 
 
 def test_formulas_and_code_are_told_apart():
+    assert 'Vert' not in finish(r'<p>$\lVert x \rVert_2^2$</p>')
     assert '‖' in finish(r'<p>$\Big\lVert x \Big\rVert_2$</p>') and 'Vert' not in finish(r'<p>$\Big\lVert x\rVert$</p>')
     page = '<p>$x^2$</p><pre>$y$</pre><code>$z$</code><a href="https://a.b/c.ipynb">c</a><a href="d.ipynb#e">d</a>'
     done = finish(page)

@@ -25,6 +25,8 @@ CSS = """
 .jp-OutputArea-output pre, .highlight pre { max-width: 100%; overflow-x: auto }
 .jp-RenderedHTMLCommon img, .jp-OutputArea-output img, .md-typeset img { max-width: 100%; height: auto }
 math[display="block"] { max-width: 100%; overflow-x: auto }
+math { font-family: "STIX Two Math", "Latin Modern Math", "Cambria Math", "DejaVu Math TeX Gyre", math }
+.highlight pre { font-size: .6rem !important }  /* a line of 100 characters */
 """
 
 # The search runs in a worker, which browsers refuse to pages that are opened as files. There it runs in a hidden frame instead,
@@ -106,7 +108,7 @@ def collect(root, source):
 def finish(page, base='.'):
     "HTML of a page, `base` away from the site's root: links between notebooks lead to pages, formulas and search need nothing of the web."
     def formula(m):
-        text = re.sub(r'\\[lr]Vert\b', '‖', html.unescape(m[2]))  # latex2mathml does not know them after \Big
+        text = re.sub(r'\\[lr]Vert(?![a-zA-Z])', '‖', html.unescape(m[2]))  # latex2mathml does not know them after \Big
         return convert(text, display='block' if m[1] == '$$' else 'inline')
     page = re.sub(r'(?<=<title>).*(?=</title>)', lambda m: html.escape(html.unescape(m[0])), page)
     page = re.sub(r'src="https://unpkg\.com/iframe-worker/shim"', f'src="{base}/worker.js"', page)
