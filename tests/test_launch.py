@@ -1,4 +1,4 @@
-"""Launching, with real processes: what a notebook cannot show of notebooks 04, 34 and 18. The trainer here is a fake one that counts."""
+"""Launching, with real processes: what a notebook cannot show of notebooks 04, 34 and 35. The trainer here is a fake one that counts."""
 import dataclasses
 import json
 import os

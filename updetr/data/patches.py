@@ -91,7 +91,7 @@ def sample_boxes(
     high: float = .75,          # 'range', 'mixed': largest side as a share of the photo's
     pixels: tuple = (32, 128),  # 'fixed': smallest and largest side, px
 ) -> torch.Tensor:              # boxes (M, 4) int64 xyxy px, inside the photo
-    """Return the boxes of the query patches (Sections 3.2, 4).
+    """Return the boxes of the query patches (Sections 3.1, 4).
 
     Raises ValueError for an unknown law, impossible settings or a small photo."""
     _check_law(law, height, width, num_patches, min_pixel, low, high, pixels)
