@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..core.checkpoint import NO_ROOM
 from ..core.fingerprint import WHOLE, mark_digest, mark_rows, photo_contents, set_rows
 from ..data.loader import PatchTask, Views, bank_home, collate, send, take_rows, to_device
 
@@ -285,8 +286,6 @@ def _check_first(stored, first):
     if not same: raise Misfit('the first item is not what is computed now')
 
 # %% ../../nbs/30_features.ipynb #f023
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 def _no_room(folder, need, free):
     "Return the error that is raised if features do not fit on the disk"
     need, free = need / 2**30, free / 2**30
@@ -356,6 +355,7 @@ def _in_order(shares, world):
     return targets
 
 def _write_json(path, content):
+    # a number that is none is refused: a bank is to be read as it was written
     text = json.dumps(content, indent=1, allow_nan=False)
     path.write_text(text)
 
@@ -451,7 +451,7 @@ def _make(folder, about, source, processes, locked, progress):
         _by_first(processes, lambda: _finish(
             folder, about, token, shares, processes.world, skipped))
     except OSError as e:
-        if e.errno not in _FULL: raise
+        if e.errno not in NO_ROOM: raise
         need = sum(_nbytes(*v) for v in about['arrays'].values())
         raise _no_room(folder, need, shutil.disk_usage(folder).free) from e
     finally: _clear(folder, [f'*{token}'])
