@@ -1,3 +1,27 @@
-from updetr.train.loop import main
+import sys
+from importlib import import_module
 
-main()
+# command: (module and function that takes the words after it, what it does); imported when it is called
+COMMANDS = {}
+HELP = '''python -m updetr COMMAND ...                 each explains itself: --help
+{}
+python -m updetr --cfg runs/NAME/cfg.json    trains what a run's folder describes; notebooks start it
+python -m updetr.bench                       measures this machine'''
+
+
+def main(words):
+    "Do what a command line asks for; with `--cfg` it is a trainer, as a launch starts it."
+    name, *rest = words or ['--help']
+    if name in COMMANDS:
+        module, function = COMMANDS[name][0].split(':')
+        try:
+            return getattr(import_module(module), function)(rest)
+        except (ValueError, OSError, ImportError) as e:  # what the user can mend is said in a line
+            sys.exit(f'python -m updetr {name}: {e}')
+    if name in ('-h', '--help'):
+        return print(HELP.format('\n'.join(f'  {k:10} {about}' for k, (_, about) in COMMANDS.items())))
+    if name.startswith('-'): return import_module('updetr.train.loop').main()
+    sys.exit(f'python -m updetr: there is no command {name!r}, but {", ".join(COMMANDS)}')
+
+
+main(sys.argv[1:])
