@@ -4,13 +4,17 @@ Each of those would import torch and its companions anew, which takes longer tha
 """
 import multiprocessing
 import os
+from importlib.util import find_spec
 
 from torch.multiprocessing import start_processes
 
 from faults.campaign import CONTEXT, Trainer, take_environment
 
-TASKS = [f'updetr.{name}' for name in ('pretrain_task', 'finetune_task', 'oneshot_task', 'panoptic_task', 'cnn_task')]
-CONTEXT.set_forkserver_preload([*TASKS, 'hypothesis', 'matplotlib', 'nbformat', 'papermill.cli', 'pytest'])
+TASKS = [f'updetr.tasks.{name}_task' for name in ('pretrain', 'finetune', 'oneshot', 'panoptic', 'cnn')]
+PRELOADED = [*TASKS, 'hypothesis', 'matplotlib', 'nbformat', 'papermill.cli', 'pytest']
+# the server passes over what it cannot import, and every process would then take seconds to begin
+assert all(map(find_spec, PRELOADED)), 'a module that is to be imported beforehand is not there'
+CONTEXT.set_forkserver_preload(PRELOADED)
 
 
 def _call(rank, function, environment, *args):
