@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['NORMS', 'RESNETS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'STEM', 'WEIGHTS', 'PREFIXES', 'HEADS', 'cut', 'make_body',
            'cnn_numbers', 'join_features', 'fold_pairs', 'refold', 'FrozenFold', 'fold_norms', 'TrainedFold',
-           'Backbone', 'open_levels', 'pyramid', 'WeightSource', 'weight_source', 'weights_path', 'fetch_weights',
-           'read_state_dict', 'load_weights', 'build_backbone']
+           'Backbone', 'prepare_images', 'eval_mode', 'open_levels', 'pyramid', 'WeightSource', 'weight_source',
+           'weights_path', 'fetch_weights', 'read_state_dict', 'load_weights', 'build_backbone']
 
 # %% ../../nbs/20_backbone.ipynb #c002
 import copy
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
@@ -28,6 +28,8 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
+
+from ..data.augment import normalize
 
 # %% ../../nbs/20_backbone.ipynb #c005
 NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
@@ -351,6 +353,25 @@ class Backbone(nn.Module):
         # other levels are for those who ask for `maps`
         if self.levels: maps = {k: maps[k] for k in self.features}
         return join_features(maps)
+
+# %% ../../nbs/20_backbone.ipynb #p4e90002
+def prepare_images(
+    cnn: nn.Module,  # with `mean` and `std`, on any device
+    images: Tensor,  # (..., 3, H, W), uint8, or float in 0..1
+) -> Tensor:         # float, on the CNN's device
+    "Return images as a CNN's weights expect them: on its device, in 0..1, normalised."
+    images = images.to(next(cnn.parameters()).device)
+    if not images.is_floating_point(): images = images.float() / 255
+    return normalize(images, cnn.mean, cnn.std)
+
+@contextmanager
+def eval_mode(
+    model: nn.Module,  # in any mode
+):                     # context
+    "Let a model be in eval mode meanwhile, and then in the mode in which it was, whatever happens."
+    was_training = model.training
+    try: yield model.eval()
+    finally: model.train(was_training)
 
 # %% ../../nbs/20_backbone.ipynb #c024
 def open_levels(

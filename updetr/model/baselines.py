@@ -21,7 +21,7 @@ from torchvision.ops import (FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScal
                              box_convert)
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from .backbone import RESNETS, Backbone, build_backbone
+from .backbone import RESNETS, Backbone, build_backbone, eval_mode
 
 # %% ../../nbs/27_baselines.ipynb #c008
 class _AsGiven(GeneralizedRCNNTransform):
@@ -107,9 +107,7 @@ class Baseline(nn.Module):
         """Return one dict a photo: scores (k,), labels (k,) 0..C-1, boxes (k,4).
 
         Boxes are xyxy px of the original photo. Mask R-CNN: masks (k,H,W) bool, too."""
-        was = self.training
-        try: found = self.eval().model(_crops(batch))
-        finally: self.train(was)
+        with eval_mode(self): found = self.model(_crops(batch))
         return [self._in_photo(p, t) for p, t in zip(found, batch['targets'], strict=True)]
 
     def _in_photo(self, found, target):

@@ -21,9 +21,9 @@ from torch import Tensor
 from torchvision.ops import batched_nms, box_convert, box_iou
 from torchvision.transforms.v2 import functional as F
 
-from ..data.augment import BLUR_RADIUS, augment, draw_factors, normalize
+from ..data.augment import BLUR_RADIUS, augment, draw_factors
 from ..core.config import make_config, model_options
-from .detector import Detections, check_device
+from .detector import Detections, check_device, picture_batch
 from ..model.updetr import group_mask, group_of
 from ..model.pretrained import open_pretrained
 from ..tasks.oneshot import OneShotConfig
@@ -31,8 +31,9 @@ from .oneshot_detector import oneshot_of, photo_sizes
 from ..core.photos import as_image, builtin_photos, read_photo, resize
 from ..data.queries import query_picture
 from ..core.report import markdown_table, provenance, save_metrics
-from ..data.transforms import Sizes, whole_view
+from ..data.transforms import Sizes
 from ..model.updetr import UPDETR, build_updetr
+from ..model.backbone import prepare_images
 
 # %% ../../nbs/53_localizer.ipynb #c006
 def _groups(pretrained, told):
@@ -341,10 +342,8 @@ class QueryPatchLocalizer:
         sizes = photo_sizes(cfg)
         return cls(model, sizes, cfg.square, cfg.query_size, cfg.query_shape, kind, device)
 
-    def _ready(self, images):
-        return normalize(images.to(self.device).float() / 255, self.cnn.mean, self.cnn.std)
-
-    def _features(self, pictures): return self.model.encode_patches(self._ready(pictures)[None])[0]
+    def _features(self, pictures):
+        return self.model.encode_patches(prepare_images(self.cnn, pictures)[None])[0]
 
     def mark(self):
         "Return what changes with any weight: what is kept of photos and patches is kept under it."
@@ -356,9 +355,8 @@ class QueryPatchLocalizer:
 
         This is the slow half: CNN and encoder.
         """
-        if self.square: size = self.square, self.square
-        else: size = whole_view(*image.shape[1:], self.sizes).size
-        feature = self.cnn(self._ready(resize(image, *size)[None]))  # (1, C, h, w)
+        batch = picture_batch(image, self.cnn, self.sizes, self.square)
+        feature = self.cnn(batch['images'])  # (1, C, h, w)
         return self.model.encode(feature), tuple(feature.shape[-2:])
 
     @torch.no_grad()

@@ -14,16 +14,16 @@ from torch import Tensor
 from torchvision.ops import clip_boxes_to_image, nms
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from ..data.augment import normalize
 from ..model.weights import built, stored_config
-from .detector import Detections, check_device
+from .detector import Detections, check_device, picture_batch
 from ..tasks.finetune import view_sizes
 from ..model.pretrained import Pretrained, hand_over, open_pretrained
 from ..tasks.oneshot import OneShotConfig, ask, build_oneshot, with_query
-from ..core.photos import PRETRAIN_MAX, PRETRAIN_SIZES, as_image, resize
+from ..core.photos import PRETRAIN_MAX, PRETRAIN_SIZES, as_image
 from ..data.queries import query_picture
-from ..data.transforms import Sizes, whole_view
+from ..data.transforms import Sizes
 from ..model.updetr import UPDETR
+from ..model.backbone import prepare_images
 
 # %% ../../nbs/51_oneshot_detector.ipynb #c005
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -127,19 +127,16 @@ class OneShotDetector:
             return [self.detect(as_image(photo), asked, threshold, overlap) for photo in photos]
         return self.detect(as_image(photos), asked, threshold, overlap)
 
-    def _ready(self, image):
-        "Return an image (3,H,W) uint8 as the CNN wants it: (1,3,H,W), normalised, on the device."
-        pixels = image.to(self.device)[None].float() / 255
-        return normalize(pixels, self.cnn.mean, self.cnn.std)
+
 
     @torch.no_grad()
     def detect(self, image, asked, threshold=.5, overlap=1.):
         "Return the matches of one query (3,s,s) uint8 in one photo (3,H,W) uint8."
-        if self.square: size = self.square, self.square
-        else: size = whole_view(*image.shape[1:], self.sizes).size
         # photo and query go through the same CNN
-        feature = self.cnn(self._ready(resize(image, *size)))  # (1,C,h,w)
-        picture = self.model.encode_patches(self._ready(asked)[None])[0]  # (1,C)
+        batch = picture_batch(image, self.cnn, self.sizes, self.square)
+        feature = self.cnn(batch['images'])  # (1,C,h,w)
+        query = prepare_images(self.cnn, asked)
+        picture = self.model.encode_patches(query[None, None])[0]  # (1,C)
         orig_size = torch.tensor(image.shape[1:], device=self.device)
         answer = ask(self.model, feature, picture, orig_size)[0]
         boxes, scores = answer['boxes'].cpu(), answer['scores'].cpu()

@@ -24,7 +24,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.utils import make_grid
 
 from ..data.augment import augment, draw_factors, normalize
-from ..model.backbone import RESNETS, Backbone, join_features
+from ..model.backbone import (RESNETS, Backbone, eval_mode, join_features,
+                                   prepare_images)
 from ..data.check import require_readable
 from ..core.config import TrainConfig
 from .finetune import LabelledConfig, labelled_marks, open_sets
@@ -232,7 +233,6 @@ def object_features(
     skip: bool = False,             # leave out what cannot be read, as a training does
 ) -> tuple[Tensor, Tensor] | None:  # features (n, C), classes (n,); on the CPU
     "Return features of all labelled objects, each seen once, as it is; None after a stop."
-    device = next(model.parameters()).device
     found, labels = [], []
     for i in range(len(dataset)):
         if stop(): return None
@@ -248,7 +248,7 @@ def object_features(
         # objects of all sizes become one batch
         images = [F.interpolate(region[None].float() / 255, (size, size), mode='bilinear',
                                 antialias=True) for region, _ in regions]
-        ready = normalize(torch.cat(images).to(device), model.mean, model.std)
+        ready = prepare_images(model, torch.cat(images))
         found.append(model(ready)[0].float().cpu())
         labels += [label for _, label in regions]
         if len(labels) >= limit: break
@@ -266,12 +266,10 @@ def measure_features(
 
     test_neighbours is the % of objects whose nearest neighbours are right, test_most the % of the
     commonest class."""
-    training = model.training
-    model.eval()
-    # a training skips what cannot be read, an evaluation does not
-    known = object_features(model, train_set, size, stop=stop, skip=True)
-    asked = object_features(model, val_set, size, stop=stop, skip=val_set is train_set)
-    model.train(training)
+    with eval_mode(model):
+        # a training skips what cannot be read, an evaluation does not
+        known = object_features(model, train_set, size, stop=stop, skip=True)
+        asked = object_features(model, val_set, size, stop=stop, skip=val_set is train_set)
     if known is None or asked is None: return None
     commonest = known[1].mode().values
     most = 100 * (asked[1] == commonest).float().mean().item()

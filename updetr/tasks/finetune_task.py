@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.io import write_png
 
-from ..data.augment import normalize
 from ..model.baselines import build_baseline
 from ..data.check import require_readable, start_notes
 from ..core.checkpoint import write_atomic
@@ -36,6 +35,7 @@ from .pretrain_task import note_skipped
 from ..train.resume import HeldFolder, agree_on_data
 from ..train.loop import Processes, progress_writer
 from ..data.transforms import DetectionViews
+from ..model.backbone import eval_mode, prepare_images
 
 # %% ../../nbs/43_finetune_task.ipynb #c006
 class DetectStep(nn.Module):
@@ -110,8 +110,7 @@ def photo_features(
     looks = [views.look(sample, k, index) for k in range(num_views)]
     images = torch.stack([image for image, _ in looks])  # (num_views, 3, H, W) uint8
     # the CNN runs once, over all of them
-    ready = normalize(images.to(device).float() / 255, backbone.mean, backbone.std)
-    features = backbone(ready).cpu()
+    features = backbone(prepare_images(backbone, images)).cpu()
     # masks of the photo's size are not kept: no cached view is trained on them
     targets = [{k: v for k, v in t.items() if k != 'masks'} for _, t in looks]
     return features, targets
@@ -375,16 +374,12 @@ def evaluate(
     task.truth = task.truth or task.val_set.coco()
     evaluator = CocoEvaluator(task.truth, backend=task.cfg.eval_backend)
     step = with_model(task.module, model)
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for batch in val_batches(task):
             # all leave together, or one would wait for the others for ever
             if task.processes.any(bool(stop)): return None
             ids = [int(t['image_id']) for t in batch['targets']]
             evaluator.update(ids, step.predict(batch))
-    finally:
-        model.train(training)
     # the shares of all processes become one
     return evaluator.gather()
 
@@ -405,13 +400,12 @@ def draw_answer(
     "Return one photo with its true boxes, and with those that the model finds."
     sample = task.val_set[index]
     image, target = task.val_views.look(sample, 0, index)
-    cnn, training = task.cnn, task.model.training
+    cnn = task.cnn
     # the model's answer for the one view
-    task.model.eval()
     batch = collate_targets([(image, target)])
     batch = batch_to_device(batch, task.processes.device, cnn.mean, cnn.std)
-    answer = {k: v.cpu() for k, v in task.module.predict(batch)[0].items()}
-    task.model.train(training)
+    with eval_mode(task.model): answer = task.module.predict(batch)[0]
+    answer = {k: v.cpu() for k, v in answer.items()}
     # what it is sure of, drawn as the truth is
     keep = answer['scores'] >= threshold
     found = {k: answer[k][keep] for k in ('boxes', 'labels')}

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 from torchvision.utils import draw_bounding_boxes
 
-from ..data.augment import normalize
 from ..core.checkpoint import read_weights
 from ..core.config import loss_options, model_options
 from ..model.detr import as_batch
@@ -36,6 +35,7 @@ from .oneshot import (OneShotConfig, OneShotEvaluator, OneShotViews, ask, build_
 from ..data.queries import Asker, QueryPool, answer_to, training_photos, unseen_classes
 from ..data.scenes import Scenes
 from ..train.loop import Processes
+from ..model.backbone import eval_mode, prepare_images
 
 # %% ../../nbs/46_oneshot_task.ipynb #c006
 class OneShotStep(nn.Module):
@@ -53,9 +53,9 @@ class OneShotStep(nn.Module):
         "Return the pooled features of the batch's query pictures, (B,1,C)."
         if 'query_feature' in targets[0]:
             return torch.stack([target['query_feature'] for target in targets])[:, None]
-        cnn = self.model.backbone[0]
-        pixels = torch.stack([target['query'] for target in targets]).float() / 255
-        return self.model.encode_patches(normalize(pixels, cnn.mean, cnn.std)[:, None])
+        pictures = torch.stack([target['query'] for target in targets])
+        ready = prepare_images(self.model.backbone[0], pictures)
+        return self.model.encode_patches(ready[:, None])
 
     def forward(self, batch):
         # the photo, as the CNN sees it or saw it
@@ -77,8 +77,7 @@ def picture_features(
     device: torch.device | str = 'cpu',  # device of the CNN
 ) -> Tensor:                             # (k,C) on the CPU
     "Return the pooled features of pictures: the shared CNN, then its mean, as in `encode_patches`."
-    pixels = pictures.to(device).float() / 255
-    return cnn(normalize(pixels, cnn.mean, cnn.std)).mean((2, 3)).float().cpu()
+    return cnn(prepare_images(cnn, pictures)).mean((2, 3)).float().cpu()
 
 def both_ways(
     pool: QueryPool,  # pool of photos
@@ -328,11 +327,9 @@ def answer_one(
     image, target = task.val_views.look(sample, 0, index)
     # photo and picture through the CNN as it is now
     device, cnn = task.processes.device, task.cnn
-    pixels = normalize(image.to(device)[None].float() / 255, cnn.mean, cnn.std)
+    photo = cnn(prepare_images(cnn, image[None]))
     feature = picture_features(cnn, picture[None], device).to(device)
-    training = model.training
-    found = ask(model.eval(), cnn(pixels), feature, target['orig_size'].to(device))[0]
-    model.train(training)
+    with eval_mode(model): found = ask(model, photo, feature, target['orig_size'].to(device))[0]
     boxes, scores = found['boxes'].cpu(), found['scores'].cpu()
     kept = scores >= threshold
     truth = sample['boxes'][(sample['labels'] == label) & ~sample['iscrowd']]
@@ -396,10 +393,7 @@ class OneShotTask(LabelledRun):
     def measure(self, model, stop):
         "Return AP of seen and unseen classes, for the log; None if a stop came in between."
         # dropout off for the test, and on again for the next step
-        training = model.training
-        model.eval()
-        try: evaluator = evaluate_oneshot(self, model_answer(model), stop)
-        finally: model.train(training)
+        with eval_mode(model): evaluator = evaluate_oneshot(self, model_answer(model), stop)
         if evaluator is None: return None
         summary = oneshot_summary(oneshot_table(evaluator))
         return {f'test_{k}': round(v, 4) for k, v in summary.items()}

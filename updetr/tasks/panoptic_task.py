@@ -31,6 +31,7 @@ from .masks import DETRsegm, MaskStep
 from .panoptic import (COCO_CLASSES, PanopticEvaluator, PanopticScenes, PanopticSet,
                              coco_truth, draw_segments, open_panoptic, panoptic_segments)
 from ..data.scenes import Scenes
+from ..model.backbone import eval_mode
 
 # %% ../../nbs/49_panoptic_task.ipynb #c006
 @dataclass(frozen=True)
@@ -288,16 +289,13 @@ def evaluate_panoptic(
     val, threshold = task.val_set, task.cfg.threshold
     evaluator = PanopticEvaluator(val.classes, val.isthing)
     place = {k: i for i, k in enumerate(val.image_ids)}
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for batch in val_batches(task):
             if task.processes.any(bool(stop)): return None
             answers = panoptic_segments(model, batch, val.isthing, threshold)
             for target, answer in zip(batch['targets'], answers):
                 image_id = int(target['image_id'])
                 evaluator.update(image_id, val.panoptic(place[image_id]), answer)
-    finally: model.train(training)
     return evaluator.gather()
 
 # %% ../../nbs/49_panoptic_task.ipynb #c020
@@ -310,10 +308,8 @@ def draw_panoptic(
     sample = val[index]
     batch = collate_targets([task.val_views.look(sample, 0, index)])
     batch = batch_to_device(batch, task.processes.device, task.cnn.mean, task.cnn.std)
-    training = model.training
-    model.eval()
-    answer = panoptic_segments(model, batch, val.isthing, task.cfg.threshold)[0]
-    model.train(training)
+    with eval_mode(model):
+        answer = panoptic_segments(model, batch, val.isthing, task.cfg.threshold)[0]
     both = val.panoptic(index), answer
     return torch.cat([draw_segments(sample['image'], *segments) for segments in both], 2)
 

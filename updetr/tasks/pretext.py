@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_convert, roi_align
 
-from ..data.augment import augment, draw_factors, normalize
+from ..data.augment import augment, draw_factors
 from ..core.boxes import paired_iou
 from ..model.detr import as_batch
 from ..data.loader import random_crop
@@ -27,6 +27,7 @@ from ..data.patches import crop_patches, sample_boxes
 from ..core.photos import BadPhoto, builtin_photos, read_photo, resize
 from ..core.pictures import show_patches
 from ..model.updetr import UPDETR, best_of_group
+from ..model.backbone import eval_mode, prepare_images
 
 # %% ../../nbs/41_pretext.ipynb #c006
 MEASURED_LAWS = {
@@ -187,21 +188,15 @@ def make_predict(
     def predict(views, patches):
         if views.dtype != torch.uint8:
             raise ValueError(f'views must be uint8 photos, not {views.dtype}')
-        device, cnn = next(model.parameters()).device, model.backbone[0]
-        def prepare(x): return normalize(x.to(device), cnn.mean, cnn.std)
-
-        training = model.training
-        model.eval()
-        try:
+        cnn = model.backbone[0]
+        with eval_mode(model):
             # each photo goes through CNN and encoder once, whatever the number of patches
-            images, padding = as_batch(prepare(views.to(device).float() / 255))
+            images, padding = as_batch(prepare_images(cnn, views))
             feature, mask = model.backbone(images, padding)
-            patch_feature = model.encode_patches(prepare(patches))
+            patch_feature = model.encode_patches(prepare_images(cnn, patches))
             outputs = model.forward_features(feature, patch_feature, mask)
             # the best query of each patch's group answers
             boxes, scores = best_of_group(outputs, patches.shape[1])
-        finally:
-            model.train(training)
         return boxes.float().cpu(), scores.float().cpu()
     return predict
 

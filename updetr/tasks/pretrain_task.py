@@ -23,7 +23,6 @@ from torchvision.io import write_png
 from torchvision.ops import box_convert
 from torchvision.utils import draw_bounding_boxes
 
-from ..data.augment import normalize
 from ..core.checkpoint import write_atomic
 from ..core.config import PretrainConfig, find_data, loss_options, model_options
 from ..train.features import FeatureBank, bank_chunk, open_features, view_source
@@ -38,6 +37,7 @@ from ..core.photos import (MIN_SIDE, PRETRAIN_SIZES, PhotoIndex, builtin_photos,
 from ..train.resume import HeldFolder, agree_on_data, file_marks
 from ..train.loop import Processes, progress_writer
 from ..model.updetr import UPDETR, best_of_group, build_updetr
+from ..model.backbone import eval_mode, prepare_images
 
 # %% ../../nbs/40_pretrain_task.ipynb #c006
 def is_heldout(
@@ -295,14 +295,9 @@ def preview_answer(
     scale = torch.tensor([width, height, width, height])
     places = torch.tensor(PREVIEW_BOXES[:model.num_patches]) * scale
     patches = crop_patches(image, places.int(), patch_size)  # (m, 3, s, s)
-    device, backbone = next(model.parameters()).device, model.backbone[0]
-
-    def ready(x): return normalize(x.to(device) / 255, backbone.mean, backbone.std)
-
-    training = model.training
-    outputs = model.eval()([ready(image)], ready(patches)[None])
+    photo, patches_seen = [prepare_images(model.backbone[0], x) for x in (image, patches)]
+    with eval_mode(model): outputs = model([photo], patches_seen[None])
     boxes, scores = best_of_group(outputs, len(patches))
-    model.train(training)
     boxes = box_convert(boxes[0].cpu(), 'cxcywh', 'xyxy') * scale
     return boxes.clamp(min=0), [f'{score:.2f}' for score in scores[0].tolist()], patches
 
