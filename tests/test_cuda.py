@@ -16,6 +16,7 @@ from updetr.core.config import make_config, model_options
 from updetr.data.loader import photo_loader, to_device
 from updetr.model.detr import build_detr
 from updetr.model.losses import build_criterion
+from updetr.model.matcher import assign
 from updetr.tasks.pretrain_task import encode
 from updetr.train.launch import launch, read_log
 from updetr.train.progress import watch
@@ -55,6 +56,22 @@ def test_photos_are_cut_on_the_gpu_as_by_the_workers(tmp_path):
     live = dict(data=str(tmp_path / 'photos'), amp=False, num_workers=2)
     curves = [losses(tmp_path / str(here), crop_on_gpu=here, **live) for here in (False, True)]
     assert len(curves[0]) == 4 and np.allclose(*curves, rtol=.03), curves
+
+
+@pytest.mark.parametrize('shape', [(2, 4, 100, 10), (6, 8, 300, 40), (1, 3, 5, 5), (1, 2, 4, 7)], ids=str)
+def test_the_gpu_matches_as_cheaply_as_scipy(shape):
+    "The last shape has more objects than queries: that is scipy's, here too"
+    torch.manual_seed(0)
+    L, B, N, T = shape
+    counts = torch.randint(0, T + 1, (B,)).tolist()[:-1] + [T]
+    for cost in (torch.randn(shape), torch.randn(shape).round(), torch.full(shape, 1e6)):
+        ours, theirs = assign(cost.to(DEVICE), counts).cpu(), assign(cost, counts)
+        assert torch.equal((ours >= 0).sum(2), (theirs >= 0).sum(2))
+        totals = [(cost.gather(2, m.clamp(min=0)[:, :, None])[:, :, 0] * (m >= 0)).sum(2) for m in (ours, theirs)]
+        assert torch.allclose(*totals, rtol=1e-5)
+        for queries in ours.flatten(0, 1):
+            taken = queries[queries >= 0]
+            assert len(taken.unique()) == len(taken)
 
 
 def test_nothing_ahead_of_the_step_waits_for_the_gpu(tmp_path):

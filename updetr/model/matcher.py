@@ -6,11 +6,16 @@
 __all__ = ['pad_targets', 'match_cost', 'check_finite', 'assign', 'assign_own_group', 'HungarianMatcher']
 
 # %% ../../nbs/25_matcher.ipynb #c002
+import warnings
+from functools import lru_cache
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou
+
+from ..core.checkpoint import first_line
 
 # %% ../../nbs/25_matcher.ipynb #c005
 def pad_targets(
@@ -69,6 +74,20 @@ def check_finite(
         f'matching cost is not finite in decoder layer {layer}, image {image} of the batch: '
         'the predictions have blown up (too high a learning rate?) or a target box is not finite')
 
+# %% ../../nbs/25_matcher.ipynb #c012a
+@lru_cache
+def _gpu_program():
+    "Return `assign_on_device`; None, with a warning that says why, where it cannot run."
+    try:
+        from updetr.core.assignment import assign_on_device
+        # whether programs can be made here shows when one is
+        assign_on_device(torch.zeros(1, 1, 2, 1, device='cuda'), [1])
+    except Exception as e:
+        warnings.warn('objects are matched on the CPU, since the GPU program of notebook 09 '
+                      f'cannot be used ({first_line(e)})', stacklevel=2)
+        return None
+    return assign_on_device
+
 def assign(
     cost: Tensor,       # (L, B, N, T) on any device
     counts: list[int],  # real targets of each photo
@@ -76,10 +95,14 @@ def assign(
     """Return the cheapest one-to-one assignment for every layer and photo.
 
     Raises FloatingPointError for a cost that is not finite."""
+    L, B, N, T = cost.shape
+    program = _gpu_program() if cost.is_cuda and max(counts) <= N else None
+    if program:
+        check_finite(cost)
+        return program(cost, counts)
     # scipy works on the host: one copy for all layers
     host = cost.detach().cpu()
     check_finite(host)
-    L, B, N, T = host.shape
     match = np.full((L, B, T), -1)
     for layer, costs in enumerate(host.numpy()):
         for image, (pairs, n) in enumerate(zip(costs, counts)):
