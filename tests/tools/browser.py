@@ -97,6 +97,25 @@ def served(front, folder, home):
             process.wait()
 
 
+# Texts of the elements under `root` with a contrast to their ground (WCAG 2) below 4.5, or below 3 where they are large
+PALE = """root => {
+  const rgba = c => { const m = c.match(/[\\d.]+/g).map(Number); return m.length < 4 ? [...m, 1] : m; };
+  const over = (top, below) => [0, 1, 2].map(k => top[k] * top[3] + below[k] * (1 - top[3]));
+  const ground = e => {
+    if (!e) return [255, 255, 255];
+    const c = rgba(getComputedStyle(e).backgroundColor);
+    return c[3] === 1 ? c : over(c, ground(e.parentElement));
+  };
+  const light = c => c.slice(0, 3).map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, k) => sum + v * [.2126, .7152, .0722][k], 0);
+  return [...root.querySelectorAll('*')].filter(e => e.checkVisibility() && !e.closest('svg')
+    && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).flatMap(e => {
+      const style = getComputedStyle(e), below = ground(e), text = over(rgba(style.color), below);
+      const [a, b] = [light(text), light(below)].sort((x, y) => y - x), ratio = (a + .05) / (b + .05);
+      const least = parseFloat(style.fontSize) >= 24 ? 3 : 4.5;
+      return ratio < least ? [`${ratio.toFixed(1)} ${e.tagName}.${e.className}: ${e.textContent.trim().slice(0, 40)}`] : [];
+    });
+}"""
 RUN_ALL = """async () => {
   const w = window.jupyterapp.shell.currentWidget;  // the idle dot shows before the kernel is connected: wait, or Run All is lost
   await w.context.ready; await w.sessionContext.ready; await w.sessionContext.session.kernel.info;
