@@ -18,7 +18,7 @@ from updetr.predict.localizer import QueryPatchLocalizer
 from updetr.tasks.oneshot import build_oneshot, oneshot_config
 
 playwright = pytest.importorskip('playwright.sync_api', reason='the browser tests need playwright: pip install playwright')
-from tools.browser import CHROMIUM, FRONTS, PHONE, Hand, chromium, opened, prepare, run  # noqa: E402 (needs playwright)
+from tools.browser import CHROMIUM, FRONTS, PALE, PHONE, Hand, chromium, opened, prepare, run  # noqa: E402 (needs playwright)
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='the browser tests need Chromium: apt install chromium fonts-dejavu, or name it by '
                                                      'the environment variable CHROMIUM')
@@ -320,6 +320,19 @@ def test_labels_can_be_read_and_touched(hand):
     hand.page.get_by_label('several patches').uncheck()
     for _ in range(2): hand.button('remove patch').click()
     hand.wait(lambda s: len(s['boxes']) == 8)
+
+
+def test_a_dark_theme_can_be_read(hand, lab, front):
+    "Labels, controls, messages and errors have a contrast of 4.5 to their ground, in JupyterLab's light and dark theme."
+    if front == 'voila': pytest.skip('Voilà has no menu of themes')
+    root, trouble = lab.locator('.updetr-widget'), 'ValueError: not a photo'
+    hand.python(f'from updetr.predict.widget import _say; _say(widget.c, {trouble!r}, bad=True)')
+    playwright.expect(root).to_contain_text(trouble)
+    for theme in ('JupyterLab Dark', 'JupyterLab Light'):
+        lab.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
+        lab.wait_for_function('theme => document.body.dataset.jpThemeName === theme', arg=theme)
+        assert root.evaluate(PALE) == []
+        hand.shot(f'14_{theme[-5:].strip()}_{front}')
 
 
 def test_names_and_words_for_those_who_cannot_see(hand):

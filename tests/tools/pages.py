@@ -56,7 +56,8 @@ def linked(text, page, known):
         if not name or name[1] not in known or (name[1].islower() and '.' in code.partition('(')[0]): return m[0]
         path, cell = known[name[1]]
         return f'[`{code}`]({Path(os.path.relpath(path, page.parent)).as_posix()}#cell-id={cell})'
-    return re.sub(r'```.*?```|^#.*$|!?\[(?:[^][]|\[[^]]*\])*\]\([^)]*\)|<[a-zA-Z/][^>\n]*>|`(?P<code>[^`\n]+)`', link, text, flags=re.M | re.S)
+    apart = r'```.*?```|^#.*$|!?\[(?:[^][]|\[[^]]*\])*\]\([^)]*\)|<[a-zA-Z/][^>\n]*>'
+    return re.sub(apart + r'|`(?P<code>[^`\n]+)`', link, text, flags=re.M | re.S)
 
 
 def words_for_pictures(nb):

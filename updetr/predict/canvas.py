@@ -397,7 +397,13 @@ _CSS = """
 .updetr-state {min-height: 1.4em; font-size: 13px; line-height: 1.4}
 .updetr-old .updetr-photo :is(.answers, .labels, .heat) {opacity: .3}
 .updetr-widget:has(.updetr-old) :is(.updetr-message, .updetr-strip) {opacity: .3}
-.updetr-old .updetr-state {color: #c00; font-weight: bold}
+.updetr-old .updetr-state {color: var(--updetr-bad, #c00); font-weight: bold}
+/* dark themes of Jupyter, VS Code and Colab: a lighter red, and a list's arrow that is not black */
+:is([data-jp-theme-light="false"], .vscode-dark, [theme="dark"]) {--updetr-bad: #ff8a80}
+:is([data-jp-theme-light="false"], .vscode-dark, [theme="dark"]) .updetr-widget select {
+  background-image: url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' \
+viewBox='0 0 18 18'%3E%3Cpath fill='%23ccc' d='M5 7l4 4 4-4z'/%3E%3C/svg%3E") !important;
+}
 /* noUiSlider draws a line there, 1 px wide: without its sizes the target is as small */
 .updetr-widget .noUi-handle::after {content: ''; position: absolute; inset: -5px}
 .updetr-widget .noUi-handle::after {width: auto; height: auto; background: none}

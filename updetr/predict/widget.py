@@ -293,7 +293,7 @@ def _marks(found):
 # %% ../../nbs/55_widget.ipynb #c015
 def _say(c, text, bad=False):
     "Show a message below the photo; `bad` ones are plain text and red."
-    if bad: text = f'<span style="color:#c00">{html.escape(text)}</span>'
+    if bad: text = f'<span style="color:var(--updetr-bad, #c00)">{html.escape(text)}</span>'
     c.message.value = text
 
 class _Silence:
