@@ -20,7 +20,7 @@ CELLS = {'00_first': ['# First\n\n> one\n\nThe queries $N/M$ and <b>$a_1$</b>; s
                       '[a part of it](01_second.ipynb#here).',
                       '#| default_exp first', '#| export\nprice = "$5 and $6"\ndef twice(): ...', '#| hide\nsecret = 1'],
          '01_second': ['# Second\n\n> two\n\n$$\\frac{x}{y}$$\n\n## Here\n\nzirconium is `Asked`, `Asked.me(1)`, `own` and `twice`',
-                       '#| export\nclass Asked: ...\ndef twice(): ...', 'def own(): ...']}
+                       '#| export\nclass Asked: ...\ndef twice(): ...', 'def own(x): return x + 1.5 is None  # why']}
 
 
 EVIL = '<img src=x onerror=alert(1)>'  # a folder, a class, a run: names that others have given
@@ -187,8 +187,8 @@ def test_a_page_can_be_read_in_the_dark(site, browser):
         assert page.locator('body').get_attribute('data-md-color-scheme') == name
         ground = page.locator('.md-content img').first.evaluate('e => getComputedStyle(e).backgroundColor')
         assert scheme == 'light' or ground == 'rgb(255, 255, 255)'
-        page.goto((site / 'nbs/00_first.html').as_uri())
-        assert page.locator('.md-content').evaluate(PALE) == [] and page.locator('pre .k, pre .mi').count() > 3
+        page.goto((site / 'nbs/01_second.html').as_uri())
+        assert page.locator('.md-content').evaluate(PALE) == [] and page.locator('pre :is(.k, .o, .mf, .c1)').count() > 3
         page.add_style_tag(content='.jp-Cell pre {background: #777}')
         assert page.locator('.md-content').evaluate(PALE)  # the test sees
 

@@ -8,7 +8,7 @@ import nbformat
 
 SHOWN = {'text/plain', 'text/markdown', 'image/png', 'image/jpeg'}  # kinds of output; none that a page would run
 BEFORE_RUNS = {'Parameters', 'What will run', 'What will be run', 'The labels', 'The run', 'The runs'}  # sections without a result
-SILENT = 'silent'  # tag of cells of which only the output is shown
+SILENT = 'silent'  # tag of cells of which only the output is shown, and of what the site itself says
 
 
 def headings(text): return re.findall(r'^#+\s+(.+)$', re.sub(r'```.*?```', '', text, flags=re.S), re.M)
@@ -16,7 +16,7 @@ def headings(text): return re.findall(r'^#+\s+(.+)$', re.sub(r'```.*?```', '', t
 
 def plain(text):
     "Markdown as words: no marks, addresses, code fences or tables."
-    text = re.sub(r'```.*?```|^[|>#].*$|^\s*[-*\d.]+\s', ' ', text, flags=re.M | re.S)
+    text = re.sub(r'```.*?```|^[|>#][^\n]*|^\s*[-*\d.]+\s', ' ', text, flags=re.M | re.S)
     return ' '.join(re.sub(r'!?\[([^]]*)\]\([^)]*\)', r'\1', re.sub(r'[*`$\\]', '', text)).split())
 
 
@@ -56,7 +56,7 @@ def linked(text, page, known):
         if not name or name[1] not in known or (name[1].islower() and '.' in code.partition('(')[0]): return m[0]
         path, cell = known[name[1]]
         return f'[`{code}`]({Path(os.path.relpath(path, page.parent)).as_posix()}#cell-id={cell})'
-    apart = r'```.*?```|^#.*$|!?\[(?:[^][]|\[[^]]*\])*\]\([^)]*\)|<[a-zA-Z/][^>\n]*>'
+    apart = r'```.*?```|^#[^\n]*|!?\[(?:[^][]|\[[^]]*\])*\]\([^)]*\)|<[a-zA-Z/][^>\n]*>'
     return re.sub(apart + r'|`(?P<code>[^`\n]+)`', link, text, flags=re.M | re.S)
 
 
@@ -65,6 +65,7 @@ def words_for_pictures(nb):
     section, said = '', ''
     for cell in nb.cells:
         if cell.cell_type == 'markdown':
+            if SILENT in cell.metadata.get('tags', []): continue
             section = ([section] + headings(cell.source))[-1]
             said = ([said] + [w for w in map(plain, cell.source.split('\n\n')) if w])[-1]
             continue
@@ -85,7 +86,8 @@ def result_first(cells, notebook):
         if head: place = 'later' if head[1].strip() in BEFORE_RUNS else 'first'
         (later if place == 'later' else first).append(cell)
     said = 'Executed notebook, its result first' + (f'; the code is that of [{notebook.stem}]({notebook.as_posix()}).' if notebook else '.')
-    return [*first[:1], nbformat.v4.new_markdown_cell(f'*{said}*'), *first[1:], *later]
+    note = nbformat.v4.new_markdown_cell(f'*{said}*', metadata={'tags': [SILENT]})
+    return [*first[:1], note, *first[1:], *later]
 
 
 def shown(path, known=None, report_of=None):

@@ -43,7 +43,7 @@ math { font-family: "STIX Two Math", "Latin Modern Math", "Cambria Math", "DejaV
 """
 # Pictures are drawn in black on white or on nothing: they keep a light ground.
 DARK_CSS = """
-[data-md-color-scheme="slate"] { --md-typeset-a-color: #7aa7f7 }
+[data-md-color-scheme="slate"][data-md-color-primary="indigo"] { --md-typeset-a-color: #7aa7f7 }
 [data-md-color-scheme="slate"] .md-content img { background: #fff; border-radius: 4px }
 [data-md-color-scheme="slate"] .jupyter-wrapper .jp-RenderedHTMLCommon,
 [data-md-color-scheme="slate"] .jupyter-wrapper .jp-RenderedText pre { color: var(--md-typeset-color) }
