@@ -398,12 +398,6 @@ _CSS = """
 .updetr-old .updetr-photo :is(.answers, .labels, .heat) {opacity: .3}
 .updetr-widget:has(.updetr-old) :is(.updetr-message, .updetr-strip) {opacity: .3}
 .updetr-old .updetr-state {color: var(--updetr-bad, #c00); font-weight: bold}
-/* dark themes of Jupyter, VS Code and Colab: a lighter red, and a list's arrow that is not black */
-:is([data-jp-theme-light="false"], .vscode-dark, [theme="dark"]) {--updetr-bad: #ff8a80}
-:is([data-jp-theme-light="false"], .vscode-dark, [theme="dark"]) .updetr-widget select {
-  background-image: url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' \
-viewBox='0 0 18 18'%3E%3Cpath fill='%23ccc' d='M5 7l4 4 4-4z'/%3E%3C/svg%3E") !important;
-}
 /* noUiSlider draws a line there, 1 px wide: without its sizes the target is as small */
 .updetr-widget .noUi-handle::after {content: ''; position: absolute; inset: -5px}
 .updetr-widget .noUi-handle::after {width: auto; height: auto; background: none}
@@ -418,6 +412,16 @@ viewBox='0 0 18 18'%3E%3Cpath fill='%23ccc' d='M5 7l4 4 4-4z'/%3E%3C/svg%3E") !i
   .updetr-widget input[type=checkbox] {width: 24px; height: 24px; flex: none}
   .updetr-widget input[type=checkbox] {align-self: center; margin: 0 8px 0 2px}
   .updetr-widget select {font-size: 16px}
+}
+"""
+
+# %% ../../nbs/54_canvas.ipynb #c034e
+_DARK_CSS = """
+/* Jupyter, VS Code and Colab: a lighter red, and a list's arrow that is not black */
+:is([data-jp-theme-light="false"], .vscode-dark, [theme="dark"]) {--updetr-bad: #ff8a80}
+:is([data-jp-theme-light="false"], .vscode-dark, [theme="dark"]) .updetr-widget select {
+  background-image: url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' \
+viewBox='0 0 18 18'%3E%3Cpath fill='%23ccc' d='M5 7l4 4 4-4z'/%3E%3C/svg%3E") !important;
 }
 """
 
@@ -495,7 +499,7 @@ def _canvas_class():
 
     class PhotoCanvas(anywidget.AnyWidget):
         "A photo with query boxes that are drawn by hand, and answers."
-        _esm, _css = _script(), _CSS
+        _esm, _css = _script(), _CSS + _DARK_CSS
         # the photo, JPEG, and what lies over it, PNG
         image, overlay = shared(T.Bytes), shared(T.Bytes)
         label = shared(T.Unicode, 'photo')
