@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from conftest import ROOT
-from test_papermill import FINETUNE, papermill
+from test_papermill import FINETUNE
 from test_resume import as_in_the_processes, finish, weights  # noqa: F401 (a fixture: one thread here, too)
 from test_task import rows, save_photos
-from tools.cells import run_cells
+from tools.cells import run_cells, run_report
 from tools.processes import in_processes
 from updetr.core.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.core.config import make_config, model_options
@@ -253,13 +252,11 @@ def test_a_checkpoint_decides_the_architecture(pretrained, monkeypatch):
     assert {k: getattr(space['cfg'], k) for k in SIZES} == SIZES and space['cfg'].features == 'layer2'
 
 
-def test_a_small_run_ends_in_a_report(tmp_path):
-    """Through papermill and a real kernel, in a folder of its own (a copy of settings.ini makes it the root)."""
-    (tmp_path / 'settings.ini').write_text((ROOT / 'settings.ini').read_text())
+def test_a_small_run_ends_in_a_report(tmp_path, monkeypatch):
+    """All its cells, in this process; papermill and a real kernel are `test_papermill`'s."""
     tiny = SIZES | dict(methods='detr', scenes=8, scenes_val=4, scene_size=64, val_size=64, square=64, cached_views=2, epochs=2,
                         eval_every=1, gpus=0)
-    r = papermill(tmp_path / 'out.ipynb', tmp_path, FINETUNE, **tiny)
-    assert r.returncode == 0, r.stderr[-3000:]
+    run_report(FINETUNE, tmp_path, monkeypatch, **tiny)
     metrics, run = json.loads((tmp_path / 'runs/reports/finetune-demo/metrics.json').read_text()), tmp_path / 'runs/finetune-demo-detr-42'
     assert metrics['detection'].keys() == {'detr'} and {'AP', 'AP50', 'VOC 11', 'VOC all'} <= metrics['detection']['detr'].keys()
     assert {'command', 'commit', 'versions', 'hardware', 'seeds', 'scale', 'wall_s'} <= metrics['provenance'].keys()

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from conftest import ROOT
 from test_finetune_runs import SIZES, logged, pretrained  # noqa: F401 (a fixture)
-from test_papermill import ONESHOT, papermill
+from test_papermill import ONESHOT
 from test_resume import as_in_the_processes, finish, kill_twice, weights  # noqa: F401 (a fixture: one thread here, too)
 from test_task import rows, save_photos
+from tools.cells import run_report
 from tools.processes import in_processes
 from updetr.core.checkpoint import write_json
 from updetr.core.config import make_config
@@ -358,20 +358,16 @@ def test_a_split_of_coco(data, tmp_path):
 
 # ---- oneshot.ipynb --------------------------------------------------------------------------------------------------
 
-def test_a_small_run_ends_in_a_report(tmp_path):
-    """Through papermill and a real kernel, in a folder of its own (a copy of settings.ini makes it the root)."""
-    (tmp_path / 'settings.ini').write_text((ROOT / 'settings.ini').read_text())
-    changes = {k: v for k, v in (TINY | dict(methods='detr', epochs=2, eval_every=1, gpus=0)).items()}
-    r = papermill(tmp_path / 'out.ipynb', tmp_path, ONESHOT, **changes)
-    assert r.returncode == 0, r.stderr[-3000:]
+def test_a_small_run_ends_in_a_report(tmp_path, monkeypatch):
+    """All its cells, in this process; papermill and a real kernel are `test_papermill`'s."""
+    run_report(ONESHOT, tmp_path, monkeypatch, **TINY | dict(methods='detr', epochs=2, eval_every=1, gpus=0))
     metrics, run = json.loads((tmp_path / 'runs/reports/oneshot-demo/metrics.json').read_text()), tmp_path / 'runs/oneshot-demo-detr-42'
     assert metrics['oneshot'].keys() == {'detr', 'detr, wrong picture', 'feature matching', 'chance'}
     assert '-p scenes 8' in metrics['provenance']['command'] and 'small scale' in metrics['provenance']['scale']
     last = rows(run)[-1]
     assert metrics['oneshot']['detr']['seen_AP50']['mean'] == pytest.approx(last['test_seen_AP50'], abs=1e-3)
     assert OneShotDetector.from_checkpoint(run / 'oneshot.safetensors').query_size == 32
-    r = papermill(tmp_path / 'no.ipynb', tmp_path, ONESHOT, unsen='cat')
-    assert r.returncode and 'did you mean unseen' in r.stderr
+    with pytest.raises(ValueError, match='did you mean unseen'): run_report(ONESHOT, tmp_path, monkeypatch, unsen='cat')
 
 
 def test_presets_are_configurations():

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import ROOT
-from test_papermill import papermill, parameter_lines
+from test_papermill import parameter_lines
 from test_resume import as_in_the_processes, finish, kill_twice, weights  # noqa: F401 (a fixture: one thread here, too)
 from test_task import rows
-from tools.cells import run_cells
+from tools.cells import run_cells, run_report
 from tools.processes import in_processes
 from updetr.core.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.core.config import make_config, model_options
@@ -363,13 +363,11 @@ def test_every_hyper_parameter_can_be_given():
         assert f.default == eval(lines[f.name].split(' (paper: ')[-1][:-1]), f'{f.name}: the comment quotes another default'
 
 
-def test_a_small_run_ends_in_a_report(tmp_path):
-    """Through papermill and a real kernel, in a folder of its own (a copy of settings.ini makes it the root)."""
-    (tmp_path / 'settings.ini').write_text((ROOT / 'settings.ini').read_text())
+def test_a_small_run_ends_in_a_report(tmp_path, monkeypatch):
+    """All its cells, in this process; papermill and a real kernel are `test_papermill`'s."""
     tiny = SIZES | dict(methods='detr', scenes=8, scenes_val=4, scene_size=64, val_size=64, square=64, cached_views=2, epochs=2,
                         mask_epochs=1, threshold=.1, gpus=0)
-    r = papermill(tmp_path / 'out.ipynb', tmp_path, PANOPTIC, **tiny)
-    assert r.returncode == 0, r.stderr[-3000:]
+    run_report(PANOPTIC, tmp_path, monkeypatch, **tiny)
     metrics = json.loads((tmp_path / 'runs/reports/panoptic-demo/metrics.json').read_text())
     run = tmp_path / 'runs/panoptic-demo-detr-masks-42'
     assert metrics['panoptic'].keys() == {'detr'} and {'PQ', 'SQ', 'RQ', 'PQth', 'PQst', 'APseg'} <= metrics['panoptic']['detr'].keys()

@@ -1,9 +1,13 @@
-"The first cells of a notebook that papermill runs, in this process: what its parameters lead to, without a kernel."
+"Cells of a notebook that papermill runs, in this process: what its parameters lead to, without a kernel, which takes seconds to begin."
+import shutil
+
 import nbformat
 
+from conftest import ROOT
 
-def run_cells(notebook, monkeypatch, until, **parameters):
-    "The names that the cells leave, up to and with the one that contains `until`; parameters are set where papermill sets them."
+
+def run_cells(notebook, monkeypatch, until=None, **parameters):
+    """The names that the cells leave, up to and with the one that contains `until` (None: all); parameters are set where papermill does."""
     needs_a_kernel = 'matplotlib_inline.backend_inline.set_matplotlib_formats'
     monkeypatch.setattr(needs_a_kernel, lambda *args, **kwargs: None)
     space = {}
@@ -11,5 +15,15 @@ def run_cells(notebook, monkeypatch, until, **parameters):
         if cell.cell_type != 'code': continue
         exec(cell.source, space)
         if 'parameters' in cell.metadata.get('tags', []): space |= parameters
-        if until in cell.source: return space
+        if until and until in cell.source: return space
+    if until is None: return space
     raise AssertionError(f'{notebook.name} has no cell with {until!r}')
+
+
+def run_report(notebook, folder, monkeypatch, **parameters):
+    "The whole notebook in a folder of its own (a copy of settings.ini makes it the root), on the CPU, without data by the way."
+    shutil.copy(ROOT / 'settings.ini', folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    monkeypatch.setenv('UPDETR_DATA', '')
+    return run_cells(notebook, monkeypatch, **parameters)
