@@ -12,7 +12,7 @@ from torch import nn
 
 from test_resume import as_in_the_processes  # noqa: F401 (a fixture: one thread here, too)
 from test_task import make_task
-from updetr.core.checkpoint import export_weights, load_checkpoint, write_json
+from updetr.core.checkpoint import export_weights, json_text, load_checkpoint, write_json
 from updetr.core.photos import PhotoIndex
 from updetr.train.features import Source, open_features
 from updetr.train.launch import launch, prepare, read_log
@@ -29,6 +29,8 @@ def strict(text):
 def test_write_json_and_log_have_null_for_what_is_no_number(tmp_path):
     write_json(tmp_path / 'a.json', {'AP': BAD, 'deep': [{'x': (1., math.nan)}], 'place': tmp_path})
     assert strict((tmp_path / 'a.json').read_text()) == {'AP': [None] * 3, 'deep': [{'x': [1, None]}], 'place': str(tmp_path)}
+    for bad in BAD:  # what is to be read back as it was written
+        with pytest.raises(ValueError): json_text({'deep': [bad]}, strict=True)
     log = RunLog(tmp_path, Processes(), 1)
     for step, value in enumerate(BAD, 1): log.append({'step': step, 'train_loss': value, 'test_AP': .5, 'time': 1e9 + step})
     rows = [strict(line) for line in (tmp_path / 'log.txt').read_text().splitlines()]

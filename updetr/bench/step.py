@@ -25,9 +25,10 @@ from torchvision.ops import box_convert
 from ..data.augment import draw_factors
 from ..core.boxes import pad_images
 from ..core.config import PretrainConfig, loss_options, model_options
-from ..train.graphs import GraphedStep, judge, match, predict
+from ..train.graphs import GraphedStep
 from ..data.loader import as_targets, collate, epoch_batches, to_device
-from ..model.losses import SetCriterion, build_criterion, name_layers, stack_layers
+from ..model.losses import (SetCriterion, build_criterion, match_patches, matched_losses,
+                                  name_layers, patch_predictions, stack_layers)
 from ..model.matcher import pad_targets
 from ..data.patches import sample_boxes
 from ..core.photos import PRETRAIN_MAX, PRETRAIN_SIZES, resize_shape
@@ -325,12 +326,12 @@ class Ours(Way):
 
     def _targets(self, boxes): return as_targets(boxes)
 
-    def _predict(self, *inputs): return predict(self.model, *inputs)
+    def _predict(self, *inputs): return patch_predictions(self.model, *inputs)
 
     def match(self, outputs, targets):
         "Match all layers at once."
         # of pre-training: the training loop's own halves
-        if isinstance(outputs, tuple): return match(self.criterion, outputs, targets[1])
+        if isinstance(outputs, tuple): return match_patches(self.criterion, outputs, targets[1])
         # of a detector: kept for the losses
         self.stacked = stack_layers(outputs)
         self.padded = pad_targets(targets)
@@ -339,7 +340,7 @@ class Ours(Way):
     def losses(self, outputs, targets, pairs):
         "Return the losses of all layers at once."
         if isinstance(outputs, tuple):
-            losses, *_ = judge(self.model, self.criterion, *outputs, pairs, targets[1])
+            losses, *_ = matched_losses(self.model, self.criterion, *outputs, pairs, targets[1])
             return losses
         return name_layers(self.criterion.losses(self.stacked, self.padded, pairs))
 

@@ -81,10 +81,13 @@ def _finite(x):
 def json_text(
     content,                 # anything that JSON can hold, and paths
     indent: int | None = 1,  # spaces a level; None: all in one line
+    strict: bool = False,    # a number that is not finite: True is an error, False becomes null
 ) -> str:
-    """Return content as JSON.
-    What cannot be measured, a number that is not finite, becomes null: JSON has no NaN."""
-    return json.dumps(_finite(content), indent=indent, default=os.fspath, allow_nan=False)
+    """Return content as JSON, which has no NaN: what cannot be measured becomes null.
+
+    Raises ValueError where it is `strict`: for what is to be read back as it was written."""
+    if not strict: content = _finite(content)
+    return json.dumps(content, indent=indent, default=os.fspath, allow_nan=False)
 
 def write_json(
     path: str | Path,  # file to be made or replaced

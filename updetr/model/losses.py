@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['stack_layers', 'pick', 'process_count', 'average_over_processes', 'loss_labels', 'loss_boxes', 'loss_feature',
-           'watch_predictions', 'count_amounts', 'SetCriterion', 'name_layers', 'build_criterion']
+           'watch_predictions', 'count_amounts', 'SetCriterion', 'name_layers', 'build_criterion', 'patch_predictions',
+           'match_patches', 'matched_losses']
 
 # %% ../../nbs/26_losses.ipynb #c002
 from contextlib import contextmanager
@@ -16,8 +17,10 @@ from torch.nn import functional as F
 from torchvision.ops import box_convert
 
 from ..core.boxes import paired_giou, paired_iou
+from ..data.loader import as_targets
 from .detr import DETR
 from .matcher import HungarianMatcher, pad_targets
+from .updetr import UPDETR
 
 # %% ../../nbs/26_losses.ipynb #c005
 def stack_layers(
@@ -290,3 +293,48 @@ def build_criterion(
     layers = len(model.transformer.decoder.layers) if model.aux_loss else 1
     return SetCriterion(model.num_classes, matcher, weights, eos_coef, layers,
                         model.num_queries, ce_per_process, detach_recon)
+
+# %% ../../nbs/26_losses.ipynb #a7e10002
+def _named(predictions): return dict(zip(('pred_logits', 'pred_boxes'), predictions))
+
+def patch_predictions(
+    model: UPDETR,          # a UP-DETR, from behind its CNN on
+    feature: Tensor,        # (B, C, h, w)
+    patch_feature: Tensor,  # (B, M, C)
+    keep: Tensor,           # (B, N) bool
+    mask: Tensor | None = None,  # (B, h, w) bool, True = padding
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logits, boxes, states (layers, B, N, ...); gt_feature
+    "Return what every query says: logits and boxes, and the decoder states behind them."
+    hs, gt_feature = model.states(feature, patch_feature, mask, keep)
+    if not model.aux_loss: hs = hs[-1:]
+    # DETR's heads only: what is reconstructed waits for the matching
+    outputs = DETR.heads(model, hs)
+    return outputs['pred_logits'].float(), outputs['pred_boxes'], hs, gt_feature
+
+def match_patches(
+    criterion: SetCriterion,  # the model's criterion
+    predictions: tuple[Tensor, ...],  # tensors of `patch_predictions`
+    boxes: Tensor,            # boxes of the patches (B, M, 4)
+) -> Tensor:  # (layers, B, M) the query of each patch
+    "Return the query that answers for each patch."
+    return criterion.match(_named(predictions), as_targets(boxes, criterion.num_classes - 1))
+
+# %% ../../nbs/26_losses.ipynb #a7e10003
+def matched_losses(
+    model: UPDETR,            # a UP-DETR whose matched queries reconstruct their patch
+    criterion: SetCriterion,  # the model's criterion
+    *tensors: Tensor,         # tensors of both above, and boxes (B, M, 4)
+) -> tuple[dict[str, Tensor], Tensor]:  # losses and what is watched; their weighted sum
+    "Return the losses of predictions that have been matched."
+    *predictions, hs, gt_feature, matched, boxes = tensors
+    # every photo has M patches: numbers that are counted elsewhere are known here
+    labels, boxes, counts = as_targets(boxes, criterion.num_classes - 1)
+    number = torch.full((), float(sum(counts)), device=boxes.device)
+    counts = torch.full((len(boxes),), counts[0], device=boxes.device)
+    # only matched queries reconstruct
+    recon = None
+    if model.feature_align is not None: recon = model.feature_align(pick(hs, matched))
+    losses = criterion.losses(_named(predictions), (labels, boxes, counts), matched, gt_feature,
+                              number, recon)
+    losses = name_layers(losses)
+    return losses, criterion.total(losses)

@@ -8,7 +8,6 @@ __all__ = ['own_ids', 'Detections', 'check_device', 'load_detector', 'picture_ba
 # %% ../../nbs/50_detector.ipynb #c002
 import dataclasses
 import io
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes
 
-from ..core.checkpoint import read_weights, write_atomic
+from ..core.checkpoint import json_text, read_weights, write_atomic
 from updetr.model.weights import (
     built, check_architecture, check_cnn, class_names, fill, plain_tensors, stored_config,
 )
@@ -319,5 +318,5 @@ def coco_results(
         progress(done, len(photos))
     # the whole file or none, and nothing that is no JSON
     if file is not None:
-        write_atomic(file, lambda p: p.write_text(json.dumps(rows, allow_nan=False)))
+        write_atomic(file, lambda p: p.write_text(json_text(rows, None, strict=True)))
     return rows

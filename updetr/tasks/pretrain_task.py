@@ -27,10 +27,11 @@ from ..core.checkpoint import write_atomic
 from ..core.config import PretrainConfig, find_data, loss_options, model_options
 from ..train.features import FeatureBank, bank_chunk, open_features, view_source
 from ..core.fingerprint import mark_photos
-from ..train.graphs import GraphedStep, judge, match, predict, stream_for
+from ..train.graphs import GraphedStep, stream_for
 from ..data.loader import (BatchPlan, PatchTask, SelfDet, Views, photo_loader, read_or_next,
                            to_device)
-from ..model.losses import build_criterion
+from ..model.losses import (build_criterion, match_patches, matched_losses,
+                                  patch_predictions)
 from ..data.patches import crop_patches
 from ..core.photos import (MIN_SIDE, PRETRAIN_SIZES, PhotoIndex, builtin_photos, header_size,
                            index_photos, over_large, read_photo, resize, walk_files)
@@ -207,11 +208,11 @@ class PretrainStep(nn.Module):
         boxes = batch['boxes']  # (B, M, 4), the truth
         inputs = [batch[key] for key in ('feature', 'patch_feature', 'keep', 'mask')]
         # the transformer answers with a box and a score for each query
-        predictions = predict(self.model, *inputs)
+        predictions = patch_predictions(self.model, *inputs)
         # the query that is to answer for each patch, (layers, B, M)
-        matches = match(self.criterion, predictions, boxes)
+        matches = match_patches(self.criterion, predictions, boxes)
         # Eq. 1 and 2 for the matched pairs
-        losses, total = judge(self.model, self.criterion, *predictions, matches, boxes)
+        losses, total = matched_losses(self.model, self.criterion, *predictions, matches, boxes)
         return total, losses
 
 # %% ../../nbs/40_pretrain_task.ipynb #c012

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..core.checkpoint import NO_ROOM
+from ..core.checkpoint import NO_ROOM, json_text
 from ..core.fingerprint import WHOLE, mark_digest, mark_rows, photo_contents, set_rows
 from ..data.loader import PatchTask, Views, bank_home, collate, send, take_rows, to_device
 
@@ -354,10 +354,7 @@ def _in_order(shares, world):
         targets += shares[i % world][i // world]
     return targets
 
-def _write_json(path, content):
-    # a number that is none is refused: a bank is to be read as it was written
-    text = json.dumps(content, indent=1, allow_nan=False)
-    path.write_text(text)
+def _write_json(path, content): path.write_text(json_text(content, strict=True))
 
 def _finish(folder, about, token, shares, world, skipped):
     "Put the files in place, and bank.json last (one process, after all are done)"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from ..core.checkpoint import write_json
+from ..core.checkpoint import json_text, write_json
 from ..core.config import cfg_changes
 from .resume import check_data, refuse_changes
 from ..core.signals import file_locks
@@ -230,11 +230,11 @@ def _goes_on(run):
     "True if a run is alive and not merely tidying up after its end"
     return is_alive(run) and not is_done(run)
 
-def _require_finite(cfg):
+def _require_json(cfg):
     "ValueError that names an entry which JSON has no number for"
     for name, value in cfg.items():
         try:
-            json.dumps(value, default=os.fspath, allow_nan=False)
+            json_text(value, strict=True)
         except ValueError as e:
             raise ValueError(f'{name} is {value}, but must be finite') from e
 
@@ -246,7 +246,7 @@ def prepare(
     """Write `cfg.json`, unless the run goes on.
 
     Raises ValueError that names what differs from the folder's configuration, or is not finite."""
-    _require_finite(cfg)
+    _require_json(cfg)
     run = Path(run_dir)
     run.mkdir(parents=True, exist_ok=True)
     file = run/'cfg.json'
