@@ -5,9 +5,12 @@
 # %% auto #0
 __all__ = ['LISTS', 'ID', 'BOX', 'SIDE', 'NUMBER', 'FLAG', 'NAME', 'OPTIONAL_NUMBER', 'OPTIONAL_FLAG', 'SEGMENT',
            'read_annotations', 'is_number', 'as_float', 'require_keys', 'require_values', 'require_unique',
-           'require_inside', 'by_id', 'panoptic_entries', 'unpack_runs', 'outline_trouble']
+           'require_inside', 'by_id', 'panoptic_entries', 'read_text', 'text_number', 'yolo_objects', 'labelme_objects',
+           'csv_columns', 'csv_rows', 'csv_objects', 'unpack_runs', 'outline_trouble']
 
 # %% ../../nbs/14_annotations.ipynb #c002
+import codecs
+import csv
 import json
 import os
 import re
@@ -27,20 +30,24 @@ def _slim(row):
     row.pop('segmentation', None)
     return row
 
+def _json(file, hook=None):
+    "Content of a JSON file. Raises ValueError that names it."
+    name = printable(file)
+    try:
+        return json.loads(Path(file).read_bytes(), object_hook=hook)
+    except OSError as e:
+        raise ValueError(f'{name} cannot be read: {e.strerror}') from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{name} is no JSON file: {e}') from e
+
 def read_annotations(
     file,                    # JSON file in COCO's form
     outlines: bool = False,  # keep the outlines
 ) -> dict:  # with the lists `images`, `annotations`, `categories`
     "Return the content of a COCO file. Raises ValueError that names the file and what is expected."
-    name = printable(file)
     # outlines are dropped entry by entry, while the file is read
-    hook = None if outlines else _slim
-    try:
-        data = json.loads(Path(file).read_bytes(), object_hook=hook)
-    except OSError as e:
-        raise ValueError(f'{name} cannot be read: {e.strerror}') from e
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f'{name} is no JSON file: {e}') from e
+    data = _json(file, None if outlines else _slim)
+    name = printable(file)
     expected = f'expected an object with the lists {", ".join(LISTS)}'
     if not isinstance(data, dict):
         kind = type(data).__name__
@@ -200,6 +207,216 @@ def panoptic_entries(
         require_values(segments, where, _SEGMENT_RULES, source)
         require_unique([s['id'] for s in segments], f'ids of the {where}', source)
     return sorted(rows, key=by_id('image_id'))
+
+# %% ../../nbs/14_annotations.ipynb #t002
+_MARKS = {codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
+
+def read_text(
+    path,   # of a text file of any system; names in it need not be UTF-8
+) -> str:   # its content
+    "Return the content of a text file. Raises ValueError that names it."
+    try:
+        data = Path(path).read_bytes()
+        if data[:2] in _MARKS: return data.decode(_MARKS[data[:2]])
+        return os.fsdecode(data.removeprefix(codecs.BOM_UTF8))
+    except OSError as e:
+        raise ValueError(f'{printable(path)} cannot be read: {e.strerror}') from e
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{printable(path)} is no text: {e}') from e
+
+def text_number(
+    text,    # of a value; None: there is none
+) -> float:  # finite; NaN for anything else
+    "Return the number in a text."
+    try: value = float(text)
+    except (TypeError, ValueError): return np.nan
+    # Python reads 1_0 as ten, other programs do not
+    return value if is_number(value) and '_' not in text else np.nan
+
+# %% ../../nbs/14_annotations.ipynb #y002
+def _yolo_class(text, names, where):
+    "Name of a class that a line gives by its number"
+    number = text_number(text)
+    if not (number >= 0 and number == int(number)):
+        raise ValueError(f'{where} begins with {text[:40]!r}: expected the number of a class')
+    if names and number not in names:
+        raise ValueError(f'{where} has class {int(number)}: the names given are of {min(names)} '
+                         f'to {max(names)}')
+    return names[int(number)] if names else str(int(number))
+
+def yolo_objects(
+    file,         # label file, a line an object
+    names: dict,  # number of a class -> its name; {}: numbers are the names
+) -> list:        # (class name, [x1, y1, x2, y2] as fractions of the photo, False)
+    "Return the objects of a YOLO label file. Raises ValueError that names file and line."
+    objects = []
+    for number, line in enumerate(read_text(file).split('\n'), 1):
+        fields = line.split()
+        if not fields: continue
+        where, n = f'{printable(file)}, line {number}', len(fields)
+        name = _yolo_class(fields[0], names, where)
+        # a box has five values, an outline three corners or more
+        if n != 5 and (n < 7 or n % 2 == 0):
+            raise ValueError(f'{where} has {n} values: expected five (class, centre x and y, '
+                             'width, height), or the class and the corners of an outline')
+        values = [text_number(text) for text in fields[1:]]
+        # a hundredth is forgiven: tools round, and outlines touch the edge
+        bad = [text for text, v in zip(fields[1:], values) if not -.01 <= v <= 1.01]
+        if bad:
+            raise ValueError(f'{where} has {bad[0][:40]!r}: expected fractions of the '
+                             "photo's sides, 0..1")
+        x, y = np.array(values).reshape(-1, 2).T
+        edges = [x.min(), y.min(), x.max(), y.max()]
+        if n == 5:
+            cx, cy, w, h = values
+            edges = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
+        objects.append((name, list(map(float, edges)), False))
+    return objects
+
+# %% ../../nbs/14_annotations.ipynb #l002
+# kinds of shapes that have a box, with the fewest points of each
+_SHAPES = {'rectangle': 2, 'polygon': 3, 'rotation': 3, 'circle': 2, 'mask': 2}
+
+def _shape_edges(shape, where):
+    "[x1, y1, x2, y2] of a shape; None for one without a box"
+    kind = shape.get('shape_type') or 'polygon'
+    points = shape.get('points')
+    is_list = isinstance(points, list)
+    if not is_list or not all(isinstance(p, list) and len(p) == 2 for p in points):
+        raise ValueError(f'{where} has points {reprlib.repr(points)}: expected [[x, y], ...]')
+    if not all(is_number(v) for p in points for v in p):
+        raise ValueError(f'{where} has points {reprlib.repr(points)}: expected finite numbers')
+    if type(kind) is not str or len(points) < _SHAPES.get(kind, len(points) + 1): return None
+    x, y = np.array(points, float).T
+    if kind == 'circle':
+        # its centre, and a point on it
+        r = np.hypot(x[1] - x[0], y[1] - y[0])
+        x, y = x[0] + np.array([-r, r]), y[0] + np.array([-r, r])
+    return [float(v) for v in (x.min(), y.min(), x.max(), y.max())]
+
+# %% ../../nbs/14_annotations.ipynb #l002b
+def labelme_objects(
+    file,     # JSON file of one photo
+) -> tuple:   # objects (class name, edges, False); stated height and width; shapes without a box
+    "Return the objects of a LabelMe file. Raises ValueError that names the file and the shape."
+    name, data = printable(file), _json(file)
+    shapes = data.get('shapes') if isinstance(data, dict) else None
+    if not isinstance(shapes, list):
+        raise ValueError(f"{name} has no list 'shapes', as LabelMe has")
+    objects, skipped = {}, 0
+    for i, shape in enumerate(shapes):
+        where = f'{name}: shapes[{i}]'
+        if not isinstance(shape, dict) or not _is_name(shape.get('label')):
+            raise ValueError(f'{where} has no label: {reprlib.repr(shape)}')
+        edges = _shape_edges(shape, where)
+        skipped += edges is None
+        if edges is None: continue
+        # pieces of one object are put together
+        group = shape.get('group_id')
+        key = (shape['label'], i if group is None else repr(group), group is None)
+        objects.setdefault(key, []).append(edges)
+    found = []
+    for (label, *_), pieces in objects.items():
+        first, last = np.min(pieces, 0)[:2], np.max(pieces, 0)[2:]
+        found.append((label.strip(), [*first.tolist(), *last.tolist()], False))
+    return found, (data.get('imageHeight'), data.get('imageWidth')), skipped
+
+# %% ../../nbs/14_annotations.ipynb #v002
+# what a column holds -> the names that tools give it
+_HEADS = {
+    'photo': 'filename file_name file image image_name image_path img_path path image_id imageid',
+    'name': 'class label label_name class_name category category_name labelname name',
+    'x1': 'xmin x1 x_min bbox_xmin left', 'y1': 'ymin y1 y_min bbox_ymin top',
+    'x2': 'xmax x2 x_max bbox_xmax right', 'y2': 'ymax y2 y_max bbox_ymax bottom',
+    'x': 'x bbox_x', 'y': 'y bbox_y', 'w': 'w bbox_width bbox_w', 'h': 'h bbox_height bbox_h',
+    'width': 'width image_width img_width', 'height': 'height image_height img_height'}
+_CORNERS = 'x1', 'y1', 'x2', 'y2'
+
+def csv_columns(
+    row: list,  # texts of a file's first line
+) -> dict:      # what a column holds -> its place; {} if this is no table of boxes
+    "Return the columns of a table of boxes. One without heads begins with `name`: -1."
+    heads = [text.strip().lower().replace(' ', '_') for text in row]
+    columns = {}
+    for what, words in _HEADS.items():
+        place = [heads.index(word) for word in words.split() if word in heads]
+        if place: columns[what] = place[0]
+    # left and top without right and bottom are x and y
+    if not columns.keys() >= set(_CORNERS):
+        for key, corner in (('x', 'x1'), ('y', 'y1')):
+            if corner in columns: columns.setdefault(key, columns.pop(corner))
+    # beside x and y, width and height are the box's
+    if 'x1' not in columns and 'w' not in columns and {'width', 'height'} <= columns.keys():
+        columns['w'], columns['h'] = columns.pop('width'), columns.pop('height')
+    has_box = any(columns.keys() >= set(box) for box in (_CORNERS, ('x', 'y', 'w', 'h')))
+    if has_box and {'photo', 'name'} <= columns.keys(): return columns
+    # RetinaNet: path, x1, y1, x2, y2, class; all but the path may be empty
+    numbers = [text_number(text) for text in row[1:5]]
+    if len(row) != 6 or not row[0].strip(): return {}
+    if np.isfinite(numbers).all() or not ''.join(row[1:]).strip():
+        return dict(zip(('photo', *_CORNERS, 'name'), range(6))) | {'headless': True}
+    return {}
+
+# %% ../../nbs/14_annotations.ipynb #v003
+def csv_rows(
+    file,       # a table of text, with commas, semicolons or tabs
+    most=None,  # rows to read; None: all
+) -> list:      # (number of the line, texts)
+    "Return the rows of a CSV file that are not empty. Raises ValueError that names it."
+    text = read_text(file)
+    # the separator is the one of the first line
+    first = text.lstrip().partition('\n')[0]
+    separator = max(',;\t', key=first.count)
+    rows = []
+    try:
+        reader = csv.reader(text.splitlines(keepends=True), delimiter=separator)
+        for row in reader:
+            if any(value.strip() for value in row): rows.append((reader.line_num, row))
+            if most and len(rows) == most: break
+    except csv.Error as e:
+        raise ValueError(f'{printable(file)} is no CSV file: {e}') from e
+    return rows
+
+def _csv_box(row, columns, where):
+    "[x1, y1, x2, y2] of a row; None for one without a box"
+    keys = _CORNERS if 'x1' in columns else ('x', 'y', 'w', 'h')
+    texts = [row[columns[k]].strip() for k in keys]
+    if not any(texts): return None
+    values = [text_number(text) for text in texts]
+    for key, text, value in zip(keys, texts, values):
+        if np.isnan(value): raise ValueError(f'{where} has {key} {text[:40]!r}: expected a number')
+    if 'x1' not in columns:
+        x, y, w, h = values
+        values = [x, y, x + w, y + h]
+    return values
+
+# %% ../../nbs/14_annotations.ipynb #v004
+def csv_objects(
+    file,     # table of boxes
+) -> tuple:   # photo -> objects (class name, edges, False); photo -> stated (height, width)
+    "Return the objects of a CSV file by photo. Raises ValueError that names file and line."
+    rows, name = csv_rows(file), printable(file)
+    columns = csv_columns(rows[0][1]) if rows else {}
+    if not columns:
+        seen = reprlib.repr(rows[0][1]) if rows else 'nothing'
+        raise ValueError(f'{name} begins with {seen}: expected heads such as filename, xmin, ymin, '
+                         'xmax, ymax, class')
+    if not columns.pop('headless', False): rows = rows[1:]
+    objects, sizes = {}, {}
+    for line, row in rows:
+        where = f'{name}, line {line}'
+        if len(row) <= max(columns.values()):
+            raise ValueError(f'{where} has {len(row)} values: expected {max(columns.values()) + 1}')
+        photo, label = row[columns['photo']].strip(), row[columns['name']].strip()
+        if not photo: raise ValueError(f'{where} names no photo')
+        mine = objects.setdefault(photo, [])
+        if {'width', 'height'} <= columns.keys():
+            sizes[photo] = tuple(text_number(row[columns[k]]) for k in ('height', 'width'))
+        edges = _csv_box(row, columns, where)
+        if edges is None: continue
+        if not label: raise ValueError(f'{where} has a box and no class')
+        mine.append((printable(label), edges, False))
+    return objects, sizes
 
 # %% ../../nbs/14_annotations.ipynb #c015
 def unpack_runs(

@@ -4,18 +4,23 @@
 
 # %% auto #0
 __all__ = ['EXIF', 'best_folder', 'find_files', 'photos_by_stem', 'read_list', 'size_trouble', 'read_as_said', 'read_xml',
-           'voc_number', 'voc_objects', 'voc_splits', 'need_split', 'voc_names', 'voc_classes', 'voc_ids']
+           'voc_objects', 'voc_splits', 'need_split', 'voc_names', 'voc_classes', 'voc_ids', 'part_of', 'file_tree',
+           'label_pairs', 'Layout', 'find_layout', 'parts_of', 'pick_part']
 
 # %% ../../nbs/15_photo_files.ipynb #c002
-import codecs
 import os
 import re
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from urllib.parse import unquote
 
 import torch
+import yaml
 
-from .annotations import require_inside
+from .annotations import (
+    csv_columns, csv_rows, read_text, require_inside, text_number)
 from ..core.photos import SUFFIXES, BadPhoto, as_stored, photo_turn, printable, read_photo
 
 # %% ../../nbs/15_photo_files.ipynb #c005
@@ -79,6 +84,11 @@ _ORDER = {suffix: k for k, suffix in enumerate((*_FIRST, *sorted(SUFFIXES - {*_F
 _BESIDE = frozenset('.xml .json .txt .csv .yaml .yml .md .html '
                     '.npy .npz .zip .tmp .bak .ini .db'.split())
 
+def _place(name):
+    "Order of photos of one name; an unknown suffix comes last"
+    suffix = os.path.splitext(name)[1].lower()
+    return _ORDER.get(suffix, len(_ORDER)), name
+
 def photos_by_stem(
     folder,  # of photos, and maybe of files that belong to them
 ) -> dict:   # name without suffix -> file names, the one to take first
@@ -87,24 +97,9 @@ def photos_by_stem(
     for entry in os.scandir(folder):
         stem, suffix = os.path.splitext(entry.name)
         if suffix.lower() not in _BESIDE: found.setdefault(stem, []).append(entry.name)
-    def place(name):
-        # an unknown suffix comes last
-        suffix = os.path.splitext(name)[1].lower()
-        return _ORDER.get(suffix, len(_ORDER)), name
-    return {stem: sorted(names, key=place) for stem, names in found.items()}
+    return {stem: sorted(names, key=_place) for stem, names in found.items()}
 
 # %% ../../nbs/15_photo_files.ipynb #c013
-_MARKS = {codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
-
-def _text(path):
-    "Return the content of a text file of any system; names need not be UTF-8."
-    data = Path(path).read_bytes()
-    try:
-        if data[:2] in _MARKS: return data.decode(_MARKS[data[:2]])
-        return os.fsdecode(data.removeprefix(codecs.BOM_UTF8))
-    except UnicodeDecodeError as e:
-        raise ValueError(f'{printable(path)} is no text: {e}') from e
-
 def _name_in(line, known):
     "Return (name, flag) of a line."
     flagged = re.fullmatch(r'(.*\S)\s+([+-]?[01])', line)
@@ -122,7 +117,7 @@ def read_list(
     known,   # names that there are, without suffix
 ) -> tuple:  # names, number of names that are marked as absent and left out
     "Return the names in a list. Raises ValueError for a list without names."
-    lines = [line.strip() for line in _text(path).splitlines()]
+    lines = [line.strip() for line in read_text(path).splitlines()]
     rows = [_name_in(line, known) for line in lines if line]
     names = [name for name, flag in rows if flag != '-1']
     if not names: raise ValueError(f'{printable(path)} lists no photos')
@@ -158,10 +153,6 @@ def read_as_said(
 # %% ../../nbs/15_photo_files.ipynb #voc002
 from xml.etree import ElementTree
 
-import numpy as np
-
-from .annotations import is_number
-
 # %% ../../nbs/15_photo_files.ipynb #voc005
 class _Plain(ElementTree.TreeBuilder):
     "Builds the tree of an XML file that declares nothing."
@@ -182,21 +173,12 @@ def read_xml(
     except (ElementTree.ParseError, ValueError, LookupError) as e:
         raise ValueError(f'{printable(path)} is no VOC annotation: {e}') from e
 
-def voc_number(
-    text,    # of an element; None: there is no such element
-) -> float:  # finite; NaN for anything else
-    "Return the number in a text."
-    try: value = float(text)
-    except (TypeError, ValueError): return np.nan
-    # Python reads 1_0 as ten, other programs do not
-    return value if is_number(value) and '_' not in text else np.nan
-
 def _difficult(text, where):
     "Return True for an object that is marked as difficult."
-    if text.strip() and voc_number(text) not in (0, 1):
+    if text.strip() and text_number(text) not in (0, 1):
         raise ValueError(f'{where} has <difficult> {text.strip()[:40]!r}: '
                          'it must be 0 or 1, or left out')
-    return voc_number(text) == 1
+    return text_number(text) == 1
 
 def voc_objects(
     root,   # of `read_xml`
@@ -211,7 +193,7 @@ def voc_objects(
         if not name: raise ValueError(f'{where} has no <name>')
         if box is None: raise ValueError(f'{where} has no <bndbox>')
         # an edge that is no number is NaN: it is judged with the photo's size
-        edges = [voc_number(box.findtext(k)) for k in ('xmin', 'ymin', 'xmax', 'ymax')]
+        edges = [text_number(box.findtext(k)) for k in ('xmin', 'ymin', 'xmax', 'ymax')]
         difficult = _difficult(node.findtext('difficult') or '', where)
         objects.append((name, edges, difficult))
     return objects
@@ -281,3 +263,444 @@ def voc_ids(
     # one name of another kind, or one number twice, and all are counted
     unique = len(set(ids)) == len(names)
     return ids if unique else list(range(1, len(names) + 1))
+
+# %% ../../nbs/15_photo_files.ipynb #f002
+_PART = re.compile('(trainval|train|valid|val|test)(?:ing|ation|set)?')
+_NO_PART = re.compile('images?|labels?|annotations?|instances|[^a-z]+')
+
+def _said(word):
+    "Part that a word names; '' if none"
+    found = _PART.fullmatch(word)
+    if not found: return ''
+    return 'val' if found[1] == 'valid' else found[1]
+
+def part_of(
+    folder,          # relative to the set's
+    file: str = '',  # in it; '': only the folder tells
+) -> str:            # train, trainval, val or test; '' if none is told
+    "Return the part that names tell."
+    stem = os.path.splitext(os.path.basename(file))[0].lower()
+    told = [_said(word) for word in re.split('[^a-z]+', stem)]
+    if any(told): return next(filter(None, told))
+    if 'train' in stem: return 'train'
+    # a folder is called so and nothing else: the innermost has the last word
+    told = [_said(_NO_PART.sub('', word.lower())) for word in Path(folder).parts]
+    return next(filter(None, reversed(told)), '')
+
+# %% ../../nbs/15_photo_files.ipynb #f005
+def file_tree(
+    root,            # folder
+    depth: int = 5,  # levels of folders below it
+) -> dict:           # folder relative to `root` ('' is `root`) -> names of its files
+    "Return the files below a folder without hidden ones, links followed."
+    tree = {}
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        relative = os.path.relpath(folder, root)
+        relative = '' if relative == '.' else relative
+        level = len(Path(relative).parts)
+        kept = [s for s in subfolders if s[0] != '.' and s != '__MACOSX']
+        subfolders[:] = sorted(kept) if level < depth else []
+        tree[relative] = sorted(name for name in names if name[0] != '.')
+    return tree
+
+def _photos(names):
+    "{stem: photo to take}"
+    found = {}
+    for name in sorted(names, key=_place):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in SUFFIXES: found.setdefault(stem, name)
+    return found
+
+# %% ../../nbs/15_photo_files.ipynb #f005b
+def label_pairs(
+    tree: dict,    # of the labels, see `file_tree`
+    photos: dict,  # of the photos, the same tree or another
+    suffix: str,   # of label files, such as .xml
+) -> tuple:        # (label, photo, part) of each label; labels without a photo; folders of photos
+    "Return which label belongs to which photo."
+    stems = {folder: _photos(names) for folder, names in photos.items()}
+    places = {}
+    for folder, found in stems.items():
+        for stem in found: places.setdefault(stem, []).append(folder)
+    pairs, alone, used = [], [], {}
+    for folder, names in tree.items():
+        labels = {os.path.splitext(n)[0]: n for n in names if n.lower().endswith(suffix)}
+        # how many labels have a photo in which folder
+        shared = Counter(place for stem in labels for place in places.get(stem, ()))
+        def likely(place, folder=folder, shared=shared):
+            return part_of(place) == part_of(folder), place == folder, shared[place]
+        for stem, name in labels.items():
+            label = os.path.join(folder, name)
+            place = max(places.get(stem, ()), key=likely, default=None)
+            if place is None:
+                alone.append(label)
+                continue
+            used[place] = None
+            part = part_of(folder) or part_of(place)
+            pairs.append((label, os.path.join(place, stems[place][stem]), part))
+    return pairs, alone, list(used)
+
+# %% ../../nbs/15_photo_files.ipynb #f008
+@dataclass
+class Layout:
+    "The labels that were found in a folder."
+    kind: str     # VOC, COCO, XML, YOLO, LabelMe or CSV
+    root: Path    # folder or file where they were found
+    parts: dict   # name of a part ('' = there are none) -> its files, or (label, photo) pairs
+    photos: Path = None  # folder that the photos' names are relative to
+    places: list = field(default_factory=list)  # folders below it that have files
+    names: dict = field(default_factory=dict)   # YOLO: number of a class -> name
+    notes: list = field(default_factory=list)   # texts: what was decided
+
+def _by_part(rows):
+    "(name of the part, row) pairs -> {part: [rows]}; without names, only one part, ''"
+    parts = {}
+    for part, row in rows: parts.setdefault(part, []).append(row)
+    if len(parts) > 1 and '' in parts: parts['others'] = parts.pop('')
+    return parts
+
+def _paired(kind, suffix, root, tree, images, photos, notes=()):
+    "Layout of a label file for each photo; None if no label has a photo"
+    pairs, alone, _ = label_pairs(tree, photos, suffix)
+    if not pairs: return None
+    # a label without a photo: the photo is missing from where the others are
+    place = Counter(os.path.dirname(photo) for _, photo, _ in pairs).most_common(1)[0][0]
+    for label in alone:
+        stem = os.path.splitext(os.path.basename(label))[0]
+        pairs.append((label, os.path.join(place, f'{stem}.jpg'), part_of(os.path.dirname(label))))
+    without = sum(len(_photos(names)) for names in photos.values()) - len(pairs) + len(alone)
+    notes = list(notes)
+    if without: notes.append(f'photos without a {suffix} file are left out: {without:,}')
+    parts = _by_part((part, (label, photo)) for label, photo, part in sorted(pairs))
+    return Layout(kind, root, parts, images, notes=notes)
+
+# %% ../../nbs/15_photo_files.ipynb #f009
+def _yaml(file):
+    "Content of a YAML file that has YOLO's names; {} for any other"
+    try: data = yaml.safe_load(read_text(file))
+    except (yaml.YAMLError, ValueError, RecursionError): return {}
+    return data if isinstance(data, dict) and isinstance(data.get('names'), (list, dict)) else {}
+
+def _numbered(names, source):
+    "{number: name} of a list or of a dictionary"
+    rows = names.items() if isinstance(names, dict) else enumerate(names)
+    found = {}
+    for number, name in rows:
+        if type(number) is not int or type(name) not in (str, int, float) or not f'{name}'.strip():
+            raise ValueError(f'{printable(source)}: names has {number!r}: {name!r}'[:200] +
+                             ', expected numbers with their names')
+        found[number] = printable(f'{name}'.strip())
+    return found
+
+_NAME_FILES = re.compile(r'classes\.txt|.*\.names|_darknet\.labels|labels\.txt|class_names\.txt')
+
+def _name_file(root, tree):
+    "{number: name} of the first file of names, a class a line; {} without one"
+    for folder, files in tree.items():
+        for file in filter(_NAME_FILES.fullmatch, files):
+            path = root / folder / file
+            return _numbered([x for x in map(str.strip, read_text(path).split('\n')) if x], path)
+    return {}
+
+# %% ../../nbs/15_photo_files.ipynb #f010
+def _below(root, said, known):
+    "The end of a path of any machine that is a name in `known`; None"
+    words = [w for w in re.split(r'[\\/]+', said) if w not in ('', '.', '..')]
+    ends = [os.path.join(*words[i:]) for i in range(len(words))] or ['']
+    return next((end for end in ends if end in known), None)
+
+def _yaml_parts(data, root, tree):
+    "[(part, folder or None, photos or None)] of what data.yaml says of its parts"
+    known = {*tree, *(os.path.join(folder, f) for folder, names in tree.items() for f in names)}
+    found = []
+    for part in ('train', 'val', 'valid', 'test'):
+        said = data.get(part)
+        for place in said if isinstance(said, list) else [said]:
+            place = _below(root, place, known) if isinstance(place, str) else None
+            if place is None: continue
+            part = _said(part)
+            if place in tree:
+                found.append((part, place, None))
+                continue
+            # a list of photos
+            lines = [line.strip() for line in read_text(root / place).split('\n')]
+            found.append((part, None, {_below(root, line, known) for line in lines if line}))
+    return found
+
+def _yaml_part(photo, said):
+    "Part of a photo; None if data.yaml has it in none"
+    for part, folder, photos in said:
+        if photos is not None and photo in photos: return part
+        if folder is not None and Path(photo).is_relative_to(folder): return part
+    return None
+
+# %% ../../nbs/15_photo_files.ipynb #f011
+def _find_yolo(root, tree, images, photos, file=None):
+    "Layout of YOLO labels, with data.yaml or, where `file` is None, without"
+    data = _yaml(file) if file else {}
+    if data.get('kpt_shape'):
+        raise ValueError(f'{printable(file)} has kpt_shape: labels of poses are not read')
+    pairs, alone, used = label_pairs(tree, photos, '.txt')
+    if not pairs: return None
+    # photos without a label file have no objects
+    labelled = {photo for _, photo, _ in pairs}
+    there = [os.path.join(place, name) for place in used
+             for name in _photos(photos[place]).values()]
+    empty = [photo for photo in there if photo not in labelled]
+    pairs += [(None, photo, part_of(os.path.dirname(photo))) for photo in empty]
+    notes = [f'photos without a label file, taken as photos without objects: {len(empty):,}']
+    notes = notes if empty else []
+    said = _yaml_parts(data, root, photos)
+    if said:
+        pairs = [(label, photo, _yaml_part(photo, said)) for label, photo, _ in pairs]
+        out = sum(part is None for *_, part in pairs)
+        if out: notes.append(f'photos in no part of {printable(file.name)} are left out: {out:,}')
+    names = _numbered(data['names'], file) if data else _name_file(root, tree)
+    if not names:
+        notes.append('no data.yaml and no classes.txt: classes are called by their numbers')
+    alone = [label for label in alone if label.count(os.sep) and not _NAME_FILES.search(label)]
+    if alone:
+        notes.append(f'label files without a photo are left out: {len(alone):,}, first '
+                     f'{printable(alone[0])}')
+    parts = _by_part((p, (label, photo)) for label, photo, p in sorted(pairs, key=lambda r: r[1])
+                     if p is not None)
+    return Layout('YOLO', root, parts, images, names=names, notes=notes)
+
+# %% ../../nbs/15_photo_files.ipynb #f012
+def _json_kind(path):
+    "COCO, LabelMe or '', by how a JSON file begins"
+    try:
+        with open(path, 'rb') as file: head = file.read(1 << 16)
+    except OSError: return ''
+    if re.search(rb'"(shapes|imagePath)"\s*:', head): return 'LabelMe'
+    return 'COCO' if re.search(rb'"(images|annotations|categories)"\s*:\s*\[', head) else ''
+
+_OTHER_JSON = 'panoptic_', 'captions_', 'image_info_', 'stuff_'
+
+def _json_files(root, tree):
+    "(folders with LabelMe files, [(part, COCO file)])"
+    labelme, coco = [], []
+    for folder, names in tree.items():
+        names = [n for n in names if n.lower().endswith('.json') and not n.startswith(_OTHER_JSON)]
+        for name in names:
+            kind = _json_kind(root / folder / name)
+            if kind == 'LabelMe':
+                # one tells of all in its folder
+                labelme.append(folder)
+                break
+            if kind: coco.append((part_of(folder, name), root / folder / name))
+    if len(coco) > 1: coco = [(part or file.stem, file) for part, file in coco]
+    return labelme, coco
+
+def _is_table(file):
+    "True for a CSV file of boxes"
+    try: rows = csv_rows(file, 1)
+    except ValueError: return False
+    return bool(rows and csv_columns(rows[0][1]))
+
+def _find_csv(root, tree, images, photos):
+    "Layout of CSV files; None if no table is one of boxes"
+    files = [(folder, name) for folder, names in tree.items() for name in names
+             if name.lower().endswith('.csv') and _is_table(root / folder / name)]
+    rows = [(part_of(folder, name), root / folder / name) for folder, name in files]
+    if len(rows) > 1: rows = [(part or file.stem, file) for part, file in rows]
+    return Layout('CSV', root, _by_part(rows), images, list(photos)) if rows else None
+
+# %% ../../nbs/15_photo_files.ipynb #f014
+def _find_voc(path, images):
+    "VOC folders at or below `path`; their photos may lie elsewhere"
+    parts = ['Annotations', 'ImageSets/Main']
+    if not images: parts.append('JPEGImages')
+    def is_voc(folder): return all((folder / part).is_dir() for part in parts)
+    if is_voc(path): return [path]
+    below = [*sorted(path.glob('VOC*')), *sorted((path / 'VOCdevkit').glob('VOC*'))]
+    return [folder for folder in below if is_voc(folder)]
+
+def _find_coco(path):
+    "{split: [files]} of instances_*.json (COCO) or _annotations.coco.json (Roboflow) below `path`"
+    files = sorted(path.glob('annotations/instances_*.json'))
+    if not files:
+        return {file.parent.name: [file] for file in sorted(path.glob('*/_annotations.coco.json'))}
+    found = {}
+    for file in files:
+        part = file.stem.removeprefix('instances_')
+        # train2017 is called train, too
+        for split in {part, re.sub(r'\d+$', '', part)}: found.setdefault(split, []).append(file)
+    return found
+
+def _usual(path, images):
+    "VOC's or COCO's own layout in a folder; None"
+    # VOC first: a VOC folder may have a COCO file beside it
+    voc = _find_voc(path, images)
+    names = {split: voc for folder in voc for split in voc_splits(folder)[1]}
+    if names: return Layout('VOC', path, names)
+    coco = _find_coco(path)
+    return Layout('COCO', path, coco) if coco else None
+
+# %% ../../nbs/15_photo_files.ipynb #f014b
+def _below_usual(path, images):
+    "The usual layout in a folder, or one or two levels below it; None"
+    found = [layout for layout in [_usual(path, images)] if layout]
+    for pattern in ('*/', '*/*/'):
+        if found: break
+        below = [_usual(f, images) for f in sorted(path.glob(pattern)) if f.is_dir()]
+        found = [layout for layout in below if layout]
+    if len(found) > 1:
+        names = ', '.join(printable(layout.root.relative_to(path)) for layout in found[:5])
+        raise ValueError(f'{printable(path)} has {len(found)} data sets: {names}. Say which')
+    return found[0] if found else None
+
+# %% ../../nbs/15_photo_files.ipynb #f015
+_EXPECTED = '''VOC
+  VOC2007/Annotations/*.xml
+  VOC2007/ImageSets/Main/SPLIT.txt
+  VOC2007/JPEGImages/*.jpg
+VOC's XML files alone
+  *.xml beside *.jpg, or in folders
+COCO
+  annotations/instances_SPLIT2017.json
+  SPLIT2017/*.jpg (or images/*.jpg)
+any COCO file
+  train.json, val.json, images/*.jpg
+Roboflow
+  SPLIT/_annotations.coco.json
+  SPLIT/*.jpg
+YOLO
+  data.yaml or classes.txt
+  images/SPLIT/*.jpg
+  labels/SPLIT/*.txt
+LabelMe
+  *.json beside *.jpg, or in folders
+CSV, photos in any folder
+  filename,xmin,ymin,xmax,ymax,class
+photos elsewhere: images='folder',
+  in notebooks -p images FOLDER'''.splitlines()
+
+# %% ../../nbs/15_photo_files.ipynb #f015b
+def _indented(lines): return [f'  {line}' for line in lines]
+
+def _drawn(folder, depth=3, most=6):
+    "Lines with the folders below a folder and their files, counted by kind"
+    entries = sorted(os.scandir(folder), key=lambda e: e.name)
+    folders = [e for e in entries if e.is_dir()]
+    files = [e.name for e in entries if not e.is_dir()]
+    # a few files by name, many by their number
+    if len(files) <= 3:
+        lines = [printable(f) for f in files]
+    else:
+        kinds = Counter(os.path.splitext(f)[1] or 'no suffix' for f in files)
+        lines = [f'{k:,} files {kind}' for kind, k in kinds.most_common(most)]
+    for e in folders[:most]:
+        lines.append(f'{printable(e.name)}/')
+        if depth > 1: lines += _indented(_drawn(e.path, depth - 1))
+    if len(folders) > most: lines.append(f'... {len(folders) - most:,} more folders')
+    return lines
+
+# %% ../../nbs/15_photo_files.ipynb #f016
+# a kind of file, and what is said where such files could not be used; the first that is there
+_NEAREST = {
+    'tfrecord record mat pkl parquet h5': 'Such files are not read: export the set as COCO',
+    'xml': "Nearest: VOC's XML files, but none has a photo of its name",
+    'csv': 'Nearest: CSV, but no table has heads such as filename, xmin, ymin, xmax, ymax, class',
+    'json': 'Nearest: COCO or LabelMe, but no file begins as theirs do, or none has a photo',
+    'yaml yml txt': 'Nearest: YOLO, but no label file (.txt) has a photo of its name',
+    'zip tar gz 7z rar': 'Unpack the archive'}
+
+def _nearest(tree):
+    "Words on the kinds of files that are there, and on the nearest layout"
+    kinds = Counter(os.path.splitext(name)[1].lower().lstrip('.') for names in tree.values()
+                    for name in names)
+    photos = sum(k for kind, k in kinds.items() if f'.{kind}' in SUFFIXES)
+    others = {kind: k for kind, k in kinds.most_common() if kind and f'.{kind}' not in SUFFIXES}
+    seen = [f'{photos:,} photos', *(f'{k:,} .{kind}' for kind, k in list(others.items())[:5])]
+    text = 'Photos without labels: pre-training takes these' if photos else 'Nothing to read'
+    for words, said in _NEAREST.items():
+        if others.keys() & set(words.split()):
+            text = said
+            break
+    if not photos and others: text += '. There is no photo: images=FOLDER says where they are'
+    return f'There are {", ".join(seen)}. {text}.'
+
+def _layout_error(path, tree):
+    "The tree expected beside the tree seen"
+    seen = [f'{printable(path)}/', *_indented(_drawn(path))]
+    rows = zip_longest(_EXPECTED, seen, fillvalue='')
+    beside = '\n'.join(f'{expected:42}{there}'.rstrip() for expected, there in rows)
+    return ValueError(f'{printable(path)} has no layout that is known. {_nearest(tree)}\n'
+                      f'{"EXPECTED":42}SEEN\n{beside}')
+
+# %% ../../nbs/15_photo_files.ipynb #f017
+def _of_yaml(file, images):
+    "Layout that a data.yaml describes; None if there are no labels"
+    roots = [file.parent]
+    said = _yaml(file).get('path')
+    # where no label lies beside it, it says where they are
+    if isinstance(said, str): roots.append((file.parent / said).resolve())
+    for root in roots:
+        if not root.is_dir() or root == Path(root.anchor): continue
+        tree = file_tree(root)
+        photos = file_tree(images) if images else tree
+        layout = _find_yolo(root, tree, images or root, photos, file)
+        if layout: return layout
+
+def _of_file(path, images):
+    "Layout of one file: CSV, data.yaml, else COCO"
+    suffix = path.suffix.lower()
+    if suffix in ('.yaml', '.yml'):
+        layout = _of_yaml(path, images)
+        if layout: return layout
+        raise ValueError(f'{printable(path)}: no label file (.txt) below its folder has a photo of '
+                         'its name, as YOLO has')
+    folder = images or path.parent
+    if suffix != '.csv': return Layout('COCO', path, {'': [path]})
+    return Layout('CSV', path, {'': [path]}, folder, list(file_tree(folder)))
+
+# %% ../../nbs/15_photo_files.ipynb #f017b
+def find_layout(
+    path,         # folder or file of labels
+    images=None,  # folder of the photos, if they lie elsewhere
+) -> Layout:      # what lies there
+    "Return the layout of a data set. Raises ValueError with what is expected and what is seen."
+    path, images = Path(path), images and Path(images)
+    if path.is_file(): return _of_file(path, images)
+    usual = _below_usual(path, images)
+    if usual: return usual
+    tree = file_tree(path)
+    photos, folder = (file_tree(images), images) if images else (tree, path)
+    described = [path / sub / name for sub, names in tree.items() for name in names
+                 if name.endswith(('.yaml', '.yml')) and _yaml(path / sub / name)]
+    labelme, coco = _json_files(path, tree)
+    shapes = {sub: names for sub, names in tree.items() if sub in labelme}
+    # the first that fits
+    layout = described and _of_yaml(described[0], images)
+    if not layout and coco: layout = Layout('COCO', path, _by_part(coco), folder, list(photos))
+    layout = (layout or _paired('XML', '.xml', path, tree, folder, photos)
+              or _paired('LabelMe', '.json', path, shapes, folder, photos)
+              or _find_yolo(path, tree, folder, photos)
+              or _find_csv(path, tree, folder, photos))
+    if not layout: raise _layout_error(path, tree)
+    return layout
+
+# %% ../../nbs/15_photo_files.ipynb #f018
+def parts_of(
+    layout: Layout,  # of `find_layout`
+) -> list:           # their names; [''] for a set without parts
+    "Return the parts of a set. One that no name tells what it is for is a set without parts."
+    names = list(layout.parts)
+    # COCO's train2017 is also called train
+    names = [name for name in names if not re.search(r'\d$', name)] or names
+    return names if len(names) > 1 or part_of(names[0]) else ['']
+
+def pick_part(
+    layout: Layout,  # of `find_layout`
+    split: str,      # name of a part; None or '' for a set without parts
+) -> str:            # its name in `layout.parts`
+    "Return which part is meant: val and valid are the same. Raises ValueError if there is none."
+    if parts_of(layout) == [''] and not split: return next(iter(layout.parts))
+    if [*layout.parts] == ['']:
+        raise ValueError(f'{printable(layout.root)} has no parts, so no {split!r}: leave split out '
+                         'for all photos (a run divides them by a seed)')
+    other = {'val': 'valid', 'valid': 'val'}.get(split)
+    if split not in layout.parts and other in layout.parts: return other
+    need_split(split, list(layout.parts), layout.root, parts_of(layout))
+    return split

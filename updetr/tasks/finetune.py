@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['VOC', 'COCO', 'LONG', 'SMALL', 'FINETUNE_PRESETS', 'FINETUNE_DESCRIPTIONS', 'FREE', 'NO_DATA', 'LabelledConfig',
            'TransferConfig', 'FinetuneConfig', 'checkpoint_sizes', 'transfer_config', 'finetune_config', 'Subset',
-           'divided', 'draw_evenly', 'some_photos', 'labelled_marks', 'open_sets', 'view_sizes', 'train_views',
-           'val_views', 'train_plan', 'collate_targets', 'batch_to_device', 'view_loader', 'val_items']
+           'divided', 'one_fold', 'draw_evenly', 'some_photos', 'labelled_marks', 'open_sets', 'view_sizes',
+           'train_views', 'val_views', 'train_plan', 'collate_targets', 'batch_to_device', 'view_loader', 'val_items']
 
 # %% ../../nbs/42_finetune.ipynb #c002
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from ..data.augment import normalize
 from ..model.baselines import BASELINES
 from ..core.boxes import pad_images
 from ..core.config import DetectorConfig, SetLossConfig, TrainConfig, make_config
-from ..data.datasets import MISSING, DetectionSet, open_dataset
+from ..data.datasets import MISSING, DetectionSet, dataset_parts, open_dataset
 from ..core.fingerprint import SetRows, mark_set, set_rows
 from ..model.pretrained import Pretrained, open_pretrained
 from ..data.loader import BatchPlan, data_loader
@@ -37,22 +38,23 @@ from ..data.transforms import DetectionViews, Sizes
 @dataclass(frozen=True)
 class LabelledConfig:
     "The photos of a run and the answers to them."
-    # VOC, COCO or Roboflow folder, or a COCO file; '' = UPDETR_DATA, or the built-in scenes
+    # folder of any usual layout, or a COCO file, CSV or data.yaml; '' = UPDETR_DATA, or the scenes
     data: str = ''
     data_val: str = ''  # the same for the photos to evaluate on; '' = in data
     images: str = ''  # folder of the photos to train on, if they are in none of the usual places
     images_val: str = ''  # the same for the photos to evaluate on; '' = images
     split: str = 'train'  # photos to train on
-    split_val: str = 'val'  # photos to evaluate on
+    split_val: str = 'val'  # photos to evaluate on; 'fold 1 of 5' = a part of those of `split`
     # to train on: 2007, 2012 or 07+12 (VOC), 2017 (COCO); '' = the only one there is
     year: str = ''
     year_val: str = ''  # to evaluate on
-    classes: str = ''  # names, comma-separated; '' = all
+    # names, comma-separated; pet=cat+dog puts two together; '' = all
+    classes: str = ''
     difficult: str = 'ignore'  # VOC's difficult objects: ignore, keep or drop
     # photos that lie on their side: as the stated sizes tell, all upright or all as stored
     exif: str = 'sizes'
     missing: str = 'refuse'  # photos that are not there: refuse the set, or skip them
-    # of one file without a set to evaluate on: so much of it, drawn by a fixed seed
+    # of one set without photos to evaluate on: so much of it, drawn by a fixed seed
     val_share: float = .2
     # train on so many photos, drawn by the seed with classes as even as they allow; 0 = all
     photos: int = 0
@@ -242,10 +244,27 @@ def divided(
     order = np.random.default_rng(seed).permutation(n)
     # each part has a photo at least
     k = min(n - 1, max(1, round(share * n)))
-    note = (f'one file without photos to evaluate on: {k:,} of its {n:,} are drawn for that '
+    note = (f'one set without photos to evaluate on: {k:,} of its {n:,} are drawn for that '
             f'(seed {seed}; other ones: -p data_val)')
     train, val = np.sort(order[k:]), np.sort(order[:k])
     return Subset(dataset, train, note), Subset(dataset, val, note)
+
+def one_fold(
+    dataset: DetectionSet,   # set whose photos are dealt out
+    fold: int,               # number of the part to evaluate on, 1..folds
+    folds: int,              # equal parts of the set
+    seed: int = 0,           # seed of the draw, no run's
+) -> tuple[Subset, Subset]:  # set to train on, set to evaluate on
+    "Return two parts of one set; each photo is in one fold. Raises ValueError."
+    n = len(dataset)
+    if not 1 <= fold <= folds or not 2 <= folds <= n:
+        raise ValueError(f'fold {fold} of {folds} of {n:,} photos: folds are numbered 1, 2, ..., '
+                         'and there are two or more, none of them empty')
+    parts = np.array_split(np.random.default_rng(seed).permutation(n), folds)
+    val = np.sort(parts[fold - 1])
+    note = f'fold {fold} of {folds} to evaluate on: {len(val):,} of {n:,} photos (seed {seed})'
+    return Subset(dataset, np.setdiff1d(range(n), val), note), Subset(dataset, val, note)
+
 
 # %% ../../nbs/42_finetune.ipynb #c019a
 def draw_evenly(
@@ -309,14 +328,23 @@ def labelled_marks(
     return {'train': mark_set(train_set), 'val': mark_set(val_set), 'files': files}
 
 # %% ../../nbs/42_finetune.ipynb #c020
-NO_DATA = ('no labelled photos: give them with -p data PATH or UPDETR_DATA=PATH (VOCdevkit, a COCO '
-           'or Roboflow folder, or a COCO file with or without -p data_val FILE), or paint some '
-           'with -p scenes 400 -p scenes_val 100')
+NO_DATA = ('no labelled photos: give them with -p data PATH or UPDETR_DATA=PATH (a folder in '
+           'the layout of VOC, COCO, Roboflow, YOLO, LabelMe or CSV, or a COCO file, with or '
+           'without -p data_val PATH), or paint some with -p scenes 400 -p scenes_val 100')
 
 def _training_part(dataset, cfg):
     "Return the photos that a run trains on: all, or as many as it says."
     return some_photos(dataset, cfg.photos, cfg.seed) if cfg.photos else dataset
 
+_FOLD = re.compile(r'fold (\d+) of (\d+)')
+
+def _of_one_set(dataset, cfg):
+    "Return the photos of one set to train on, and those to evaluate on."
+    fold = _FOLD.fullmatch(cfg.split_val.strip())
+    if fold: return one_fold(dataset, int(fold[1]), int(fold[2]))
+    return divided(dataset, cfg.val_share)
+
+# %% ../../nbs/42_finetune.ipynb #c020o
 def open_sets(
     cfg: TransferConfig,  # configuration of the run
 ) -> tuple:               # detection set to train on, detection set to evaluate on
@@ -330,15 +358,21 @@ def open_sets(
     if not path: raise FileNotFoundError(NO_DATA)
     classes = [c.strip() for c in cfg.classes.split(',') if c.strip()] or None
     rules = {'difficult': cfg.difficult, 'exif': cfg.exif, 'missing': cfg.missing}
-    train = open_dataset(path, cfg.split, cfg.year or None, classes,
-                         images=cfg.images or None, **rules)
-    # one file without a second one is divided
-    if os.path.isfile(path) and not cfg.data_val:
-        train, val = divided(train, cfg.val_share)
+
+    def opened(path, split, year, classes, images):
+        # a set without parts is taken whole
+        parts = dataset_parts(path, images)
+        split = split if parts else None
+        return open_dataset(path, split, year or None, classes, images=images, **rules), parts
+
+    train, parts = opened(path, cfg.split, cfg.year, classes, cfg.images or None)
+    # one set without a second one is divided, and so is one of which a fold is asked for
+    alone = len(parts) < 2 or _FOLD.fullmatch(cfg.split_val.strip())
+    if alone and not cfg.data_val:
+        train, val = _of_one_set(train, cfg)
     else:
-        images = cfg.images_val or cfg.images or None
-        val = open_dataset(cfg.data_val or path, cfg.split_val, cfg.year_val or None,
-                           classes or train.classes, images=images, **rules)
+        val, _ = opened(cfg.data_val or path, cfg.split_val, cfg.year_val,
+                        classes or train.classes, cfg.images_val or cfg.images or None)
     return _training_part(train, cfg), val
 
 # %% ../../nbs/42_finetune.ipynb #c025

@@ -1,0 +1,437 @@
+"The same five photos and boxes, written in every layout that people have, are the same set; what is malformed is named."
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from updetr.core.fingerprint import mark_set, same_data
+from updetr.data.check import check_dataset, suggest
+from updetr.data.datasets import dataset_parts, open_dataset
+from updetr.tasks.finetune import finetune_config, open_sets
+
+# what was drawn: photo -> its size (width, height) and its objects, by the photo's edges in pixels from 0
+PHOTOS = {'a': ((64, 48), [('cat', 8, 6, 40, 30), ('dog', 0, 0, 16, 48)]), 'b': ((48, 64), [('dog', 12, 16, 36, 48)]),
+          'c d': ((64, 64), [('cat', 4, 4, 60, 60), ('cat', 16, 32, 24, 40), ('cow', 32, 8, 64, 16)]),
+          'e.f': ((80, 60), [('cow', 20, 15, 60, 45)]), 'g': ((64, 48), [])}
+CLASSES = ['cat', 'cow', 'dog']
+TRAIN, VAL = ['a', 'c d', 'g'], ['b', 'e.f']
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('pictures')
+    for name, (size, _) in PHOTOS.items():
+        noise = np.random.default_rng(len(name)).integers(0, 255, (*size[::-1], 3), np.uint8)
+        Image.fromarray(noise).save(folder / f'{name}.jpg')
+    return folder
+
+
+def photos(pictures, folder, names=PHOTOS):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names: shutil.copy(pictures / f'{name}.jpg', folder)
+
+
+def texts(folder, suffix, make, names=PHOTOS):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names: (folder / f'{name}{suffix}').write_text(make(name))
+
+
+def xml(name):
+    (width, height), objects = PHOTOS[name]
+    things = ''.join(f'<object><name>{k}</name><bndbox><xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax>'
+                     '</bndbox></object>' for k, x1, y1, x2, y2 in objects)
+    return f'<annotation><size><width>{width}</width><height>{height}</height></size>{things}</annotation>'
+
+
+def yolo(name, outline=False):
+    (w, h), objects = PHOTOS[name]
+    rows = []
+    for k, x1, y1, x2, y2 in objects:
+        box = [(x1 + x2) / 2 / w, (y1 + y2) / 2 / h, (x2 - x1) / w, (y2 - y1) / h]
+        corners = [x1 / w, y1 / h, x2 / w, y1 / h, x2 / w, y2 / h, x1 / w, y2 / h]
+        rows.append(' '.join([str(CLASSES.index(k)), *(f'{v:.6f}' for v in (corners if outline else box))]))
+    return '\n'.join(rows)
+
+
+def labelme(name):
+    (width, height), objects = PHOTOS[name]
+    shapes = [{'label': k, 'shape_type': 'rectangle', 'points': [[x2, y1], [x1, y2]], 'group_id': None} if i % 2 else
+              {'label': k, 'shape_type': 'polygon', 'points': [[x1, y1], [x2, y1], [x2, y2], [x1, y2]]}
+              for i, (k, x1, y1, x2, y2) in enumerate(objects)]
+    return json.dumps({'version': '5', 'shapes': shapes, 'imagePath': f'..\\x\\{name}.jpg', 'imageHeight': height, 'imageWidth': width})
+
+
+def coco(names=PHOTOS, prefix=''):
+    images = [{'id': i, 'file_name': f'{prefix}{n}.jpg', 'width': PHOTOS[n][0][0], 'height': PHOTOS[n][0][1]} for i, n in enumerate(names)]
+    boxes = [{'image_id': i, 'category_id': CLASSES.index(k) + 1, 'bbox': [x1, y1, x2 - x1, y2 - y1]}
+             for i, n in enumerate(names) for k, x1, y1, x2, y2 in PHOTOS[n][1]]
+    return json.dumps({'images': images, 'annotations': [b | {'id': i} for i, b in enumerate(boxes)],
+                       'categories': [{'id': i, 'name': k} for i, k in enumerate(CLASSES, 1)]})
+
+
+def table(file, heads, row, names=PHOTOS, empty=True, **form):
+    "A CSV of boxes; a photo without objects has a row with nothing but its name"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, 'w', newline='') as f:
+        out = csv.writer(f, **form)
+        if heads: out.writerow(heads)
+        for name in names:
+            objects = PHOTOS[name][1]
+            for thing in objects: out.writerow(row(name, *thing))
+            if not objects and empty: out.writerow([value if value == row(name, 'x', 1, 2, 3, 4)[place] and name in str(value) else ''
+                                                    for place, value in enumerate(row(name, 'z', 5, 6, 7, 8))])
+
+
+def retinanet(name, k, x1, y1, x2, y2): return [f'/content/data/{name}.jpg', x1, y1, x2, y2, k]
+def tensorflow(name, k, x1, y1, x2, y2): return [f'{name}.jpg', *PHOTOS[name][0], k, x1, y1, x2, y2]
+def with_sides(name, k, x1, y1, x2, y2): return [k, x1, y1, x2 - x1, y2 - y1, f'{name}.jpg']
+
+
+TENSORFLOW = 'filename width height class xmin ymin xmax ymax'.split()
+YAML = 'names: [cat, cow, dog]\nnc: 3\n'
+
+
+# ---- sets without parts: (folder of pictures, empty folder) -> (what is opened, images) ------------------------------
+
+def _pair(where, labels, suffix, make, **files):
+    "A layout of a label file for each photo: photos in one folder, labels in the same or another"
+    def write(p, f):
+        photos(p, f / where)
+        texts(f / labels, suffix, make)
+        for name, text in files.items(): (f / f'{name}.{"labels" if name[0] == "_" else "txt"}').write_text(text)
+    return write
+
+
+_xml_beside = _pair('', '', '.xml', xml)
+_xml_apart = _pair('pictures', 'Annotations', '.xml', xml)
+_yolo_classes = _pair('images', 'labels', '.txt', yolo, classes='cat\ncow\ndog\n')
+_yolo_beside = _pair('', '', '.txt', yolo, _darknet='cat\ncow\ndog')
+_labelme_beside = _pair('', '', '.json', labelme)
+_labelme_apart = _pair('images', 'annotations', '.json', labelme)
+
+
+def _xml_images(p, f):
+    _pair('photos', 'set', '.xml', xml)(p, f)
+    return f / 'set', f / 'photos'
+
+
+def _json_alone(p, f):
+    photos(p, f)
+    (f / '_annotations.coco.json').write_text(coco())
+
+
+def _json_in_folder(p, f):
+    photos(p, f / 'my/pictures')
+    (f / 'all.json').write_text(coco())
+
+
+def _yolo_outlines(p, f):
+    photos(p, f / 'images')
+    # no file is no object, as an empty one
+    texts(f / 'labels', '.txt', lambda n: yolo(n, True), [n for n in PHOTOS if n != 'g'])
+    (f / 'data.yaml').write_text('names:\n  0: cat\n  1: cow\n  2: dog\n')
+
+
+def _csv_tensorflow(p, f):
+    photos(p, f / 'images')
+    table(f / 'labels.csv', TENSORFLOW, tensorflow)
+
+
+def _csv_sides(p, f):
+    photos(p, f)
+    table(f / 'a.csv', 'label_name bbox_x bbox_y bbox_width bbox_height image_name'.split(), with_sides)
+
+
+def _csv_retinanet(p, f):
+    photos(p, f / 'images')
+    table(f / 'annotations.csv', None, retinanet)
+    (f / 'classes.csv').write_text('cat,0\ncow,1\ndog,2\n')
+
+
+def _csv_file(p, f):
+    photos(p, f / 'photos')
+    table(f / 'x/boxes.csv', 'Image;X;Y;Width;Height;Class'.split(';'), lambda n, k, a, b, c, d: [f'{n}.jpg', a, b, c - a, d - b, k],
+          delimiter=';')
+    return f / 'x/boxes.csv', f / 'photos'
+
+
+WHOLE = {n: v for n, v in list(globals().items()) if re.match(r'_(xml|json|yolo|labelme|csv)_', n)}
+
+
+# ---- sets with parts -------------------------------------------------------------------------------------------------
+
+def _each(make):
+    "A set of which each part is made alike"
+    def both(p, f):
+        for part, names in (('train', TRAIN), ('val', VAL)): make(p, f, part, names)
+        return f
+    return both
+
+
+def voc_lists(p, f, part, names):
+    photos(p, f / 'VOC2007/JPEGImages', names)
+    texts(f / 'VOC2007/Annotations', '.xml', xml, names)
+    texts(f / 'VOC2007/ImageSets/Main', '.txt', lambda _: '\n'.join(names), [part])
+
+
+def coco_usual(p, f, part, names):
+    photos(p, f / f'{part}2017', names)
+    texts(f / 'annotations', '.json', lambda _: coco(names), [f'instances_{part}2017'])
+
+
+def coco_named(p, f, part, names):
+    photos(p, f / 'images', names)
+    texts(f, '.json', lambda _: coco(names), [f'my_{part}_labels'])
+
+
+def coco_below(p, f, part, names):
+    photos(p, f / 'archive/set/data', names)
+    texts(f / 'archive/set', '.json', lambda _: coco(names, 'data/'), [part])
+
+
+def roboflow(p, f, part, names):
+    part = part.replace('val', 'valid')
+    photos(p, f / 'export' / part, names)
+    texts(f / 'export' / part, '.json', lambda _: coco(names), ['_annotations.coco'])
+
+
+def roboflow_voc(p, f, part, names):
+    part = part.replace('val', 'valid')
+    photos(p, f / part, names)
+    texts(f / part, '.xml', xml, names)
+
+
+def roboflow_csv(p, f, part, names):
+    photos(p, f / part, names)
+    table(f / part / '_annotations.csv', TENSORFLOW, tensorflow, names)
+
+
+def xml_in_one_folder(p, f, part, names):
+    photos(p, f / 'images' / part, names)
+    texts(f / 'xmls', '.xml', xml, names)
+
+
+def ultralytics(p, f, part, names):
+    photos(p, f / 'images' / part, names)
+    texts(f / 'labels' / part, '.txt', yolo, names)
+    (f / 'data.yaml').write_text(YAML + 'path: ../datasets/mine\ntrain: images/train\nval: images/val\n')
+
+
+def roboflow_yolo(p, f, part, names):
+    folder = part.replace('val', 'valid')
+    photos(p, f / 'zip' / folder / 'images', names)
+    texts(f / 'zip' / folder / 'labels', '.txt', yolo, names)
+    (f / 'zip/data.yaml').write_text('train: ../train/images\nval: ../valid/images\n' + YAML)
+
+
+def yolo_any_names(p, f, part, names):
+    place = {'train': 'monday', 'val': 'tuesday'}[part]
+    photos(p, f / place / 'images', names)
+    texts(f / place / 'labels', '.txt', yolo, names)
+    (f / 'set.yaml').write_text(YAML + 'train: [/content/drive/set/monday/images]\nval: tuesday/images\n')
+
+
+def yolo_lists(p, f, part, names):
+    photos(p, f / 'images', names)
+    texts(f / 'labels', '.txt', yolo, names)
+    texts(f, '.txt', lambda _: '\n'.join(f'./images/{n}.jpg' for n in names), [part])
+    (f / 'data.yaml').write_text(YAML + 'train: train.txt\nval: val.txt\n')
+
+
+def labelme_parts(p, f, part, names):
+    photos(p, f / part, names)
+    texts(f / part, '.json', labelme, names)
+
+
+def csv_parts(p, f, part, names):
+    photos(p, f / 'images', names)
+    table(f / f'{part}_labels.csv', TENSORFLOW, tensorflow, names)
+
+
+PARTED = {make.__name__: _each(make) for make in (
+    voc_lists, coco_usual, coco_named, coco_below, roboflow, roboflow_voc, roboflow_csv, xml_in_one_folder, ultralytics,
+    roboflow_yolo, yolo_any_names, yolo_lists, labelme_parts, csv_parts)}
+
+
+def content(ds):
+    "{photo: its size and objects}, as `PHOTOS`"
+    found = {}
+    for i, file in enumerate(ds.table.files):
+        sample = ds[i]  # the photo has the stated size
+        rows = zip(sample['labels'].tolist(), sample['boxes'].tolist())
+        found[Path(file).stem] = tuple(sample['image'].shape[:0:-1]), [(ds.classes[k], *box) for k, box in rows]
+    return found
+
+
+def agree(ds, names):
+    found = content(ds)
+    assert sorted(found) == sorted(names) and ds.classes == CLASSES and not sum(ds.left_out.values())
+    for name, (size, objects) in found.items():
+        wanted_size, wanted = PHOTOS[name]
+        assert size == wanted_size and [k for k, *_ in objects] == [k for k, *_ in wanted]
+        assert np.allclose([o[1:] for o in objects], [o[1:] for o in wanted], atol=.001), name
+    report = check_dataset(ds, decode=True)
+    assert report.ok and report.warnings == ds.table.notes, report
+
+
+@pytest.mark.parametrize('layout', WHOLE)
+def test_sets_without_parts(layout, pictures, tmp_path):
+    path, images = WHOLE[layout](pictures, tmp_path) or (tmp_path, None)
+    ds = open_dataset(path, images=images)
+    agree(ds, PHOTOS)
+    assert dataset_parts(path, images) == []
+    # a run divides it: the same two photos for all, and says so
+    cfg = finetune_config('demo', data=str(path), images=images and str(images), val_share=.4)
+    train, val = open_sets(cfg)
+    assert (len(train), len(val)) == (3, 2) and not set(train.image_ids) & set(val.image_ids) and 'seed 0' in train.note
+    again = open_sets(finetune_config('demo', data=str(path), images=images and str(images), val_share=.4, seed=7))
+    assert val.image_ids == again[1].image_ids
+    # and a folder does not take all photos for a part
+    if path.is_dir():
+        with pytest.raises(ValueError, match="has no parts, so no 'val'"): open_dataset(path, 'val', images=images)
+
+
+@pytest.mark.parametrize('layout', PARTED)
+def test_sets_with_parts(layout, pictures, tmp_path):
+    path = PARTED[layout](pictures, tmp_path)
+    agree(open_dataset(path, 'train'), TRAIN)
+    for name in ('val', 'valid') if layout != 'voc_lists' else ('val',):
+        ds = open_dataset(path, name)
+        assert content(ds).keys() == set(VAL) and ds.classes == CLASSES
+        assert 'part' not in ds.table.layout or 'val' in repr(ds)
+    assert sorted(dataset_parts(path))[0] == 'train' and len(dataset_parts(path)) == 2
+    for wrong in ('test', None):
+        with pytest.raises(ValueError, match=f'no split {wrong!r}.*train'): open_dataset(path, wrong)
+    train, val = open_sets(finetune_config('demo', data=str(path)))
+    assert len(train) == 3 and len(val) == 2 and train.classes == val.classes == CLASSES
+
+
+def test_one_part_alone_is_divided_too(pictures, tmp_path):
+    "Only train.json, as downloaded; and CVAT's only list, `default`, which tells nothing."
+    coco_named(pictures, tmp_path / 'a', 'train', list(PHOTOS))
+    (tmp_path / 'b').mkdir()
+    voc_lists(pictures, tmp_path / 'b', 'default', list(PHOTOS))
+    for folder in ('a', 'b'):
+        train, val = open_sets(finetune_config('demo', data=str(tmp_path / folder)))
+        assert (len(train), len(val)) == (4, 1) and '1 of its 5 are drawn' in train.note
+    assert dataset_parts(tmp_path / 'a') == ['train'] and dataset_parts(tmp_path / 'b') == []
+    with pytest.raises(ValueError, match="no split 'val'"): open_dataset(tmp_path / 'a', 'val')
+
+
+def test_one_set_in_two_layouts_is_the_same_data(pictures, tmp_path):
+    "A run that goes on may be given the set as YOLO or as LabelMe."
+    one, other = tmp_path / 'yolo', tmp_path / 'labelme'
+    for make, folder in ((_yolo_classes, one), (_labelme_apart, other)): folder.mkdir() or make(pictures, folder)
+    drawn = [open_dataset(folder) for folder in (one, other)]
+    for ds in drawn: ds.table.boxes = ds.table.boxes.round(3)  # six digits of a fraction
+    drawn = [type(ds)(ds.table) for ds in drawn]
+    assert same_data(*map(mark_set, drawn))
+
+
+def test_folds_are_a_partition(pictures, tmp_path):
+    _labelme_beside(pictures, tmp_path)
+    seen, config = [], dict(data=str(tmp_path))
+    for k in (1, 2, 3):
+        train, val = open_sets(finetune_config('demo', **config, split_val=f'fold {k} of 3', seed=k))
+        assert sorted([*train.image_ids, *val.image_ids]) == [1, 2, 3, 4, 5] and f'fold {k} of 3' in val.note
+        seen += val.image_ids
+    assert sorted(seen) == [1, 2, 3, 4, 5]
+    for fold in ('fold 0 of 3', 'fold 4 of 3', 'fold 1 of 6', 'fold 1 of 1'):
+        with pytest.raises(ValueError, match=fold): open_sets(finetune_config('demo', **config, split_val=fold))
+
+
+def test_folds_of_the_part_to_train_on(pictures, tmp_path):
+    "Where there are parts, the folds are those of `split`: the photos to evaluate on stay unseen."
+    PARTED['ultralytics'](pictures, tmp_path)
+    train, val = open_sets(finetune_config('demo', data=str(tmp_path), split_val='fold 2 of 3'))
+    assert len(train) == 2 and len(val) == 1 and train.dataset is val.dataset
+    assert {Path(f).stem for f in train.dataset.table.files} == set(TRAIN)
+
+
+def test_classes_are_put_together(pictures, tmp_path):
+    "In every kind of table; the boxes of both, and of no other, have the new label."
+    for make, folder in ((_json_alone, 'coco'), (_yolo_classes, 'yolo'), (_csv_sides, 'csv')):
+        (tmp_path / folder).mkdir()
+        make(pictures, tmp_path / folder)
+        ds = open_dataset(tmp_path / folder, classes=['cow', 'pet=dog+cat'])
+        assert ds.classes == ['cow', 'pet'] and ds.columns['labels'].bincount().tolist() == [2, 5]
+        assert ds.category_ids == ([2, 1] if folder == 'coco' else [1, 2])
+        with pytest.raises(ValueError, match="'cat' comes 2 times"): open_dataset(tmp_path / folder, classes=['cat', 'pet=dog+cat'])
+        assert 'not here: dgo' in open_dataset(tmp_path / folder, classes=['pet=dgo+cat']).table.notes[-1]
+    train, _ = open_sets(finetune_config('demo', data=str(tmp_path / 'csv'), classes='pet = cat + dog, cow'))
+    assert train.classes == ['pet', 'cow']
+
+
+def test_photos_that_are_missing(pictures, tmp_path):
+    "A label without its photo is a missing photo, as in a COCO file; YOLO's is left out, and said."
+    for make, folder in ((_xml_apart, 'xml'), (_labelme_beside, 'labelme'), (_csv_tensorflow, 'csv'), (_yolo_classes, 'yolo')):
+        here = tmp_path / folder
+        here.mkdir()
+        make(pictures, here)
+        next(here.rglob('b.jpg')).unlink()
+        if folder == 'yolo':
+            assert 'label files without a photo are left out: 1' in open_dataset(here).table.notes[0]
+            continue
+        assert 'photos missing: 1' in str(check_dataset(open_dataset(here)).errors)
+        assert len(open_dataset(here, missing='skip')) == 4
+
+
+def test_what_is_suggested_is_printed(pictures, tmp_path):
+    _csv_sides(pictures, tmp_path)
+    ds = open_dataset(tmp_path)
+    assert suggest(ds) == {'num_queries': 20, 'epochs': 100, 'minutes': 1}
+    assert '-p num_queries 20 -p epochs 100 (about 1 min' in str(check_dataset(ds, queries=20))
+    assert not check_dataset(ds).advice
+
+
+# ---- malformed files -------------------------------------------------------------------------------------------------
+
+LABELS = {'.txt': ('0 .5 .5 .25 .25\n2 .1 .1 .2 .1 .2 .3', b'\0 \n0123456789.-+eE'),
+          '.json': (labelme('a'), b'\0{}[]",:0123456789truenull'), '.xml': (xml('a'), b'\0<>/&;0123456789 '),
+          '.csv': ('filename,class,xmin,ymin,xmax,ymax\na.jpg,cat,1,2,30,40\na.jpg,dog,5,6,7,8\n', b'\0,;"\n0123456789 ')}
+
+
+@pytest.mark.parametrize('suffix', LABELS)
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_broken_label_file_is_named_or_counted(suffix, data, tmp_path, pictures):
+    "Some bytes of a sound file exchanged: it opens, or the complaint is ours and names the file."
+    text, strange = LABELS[suffix]
+    content = bytearray(text.encode())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place, end = data.draw(st.integers(0, len(content))), data.draw(st.integers(0, 9))
+        content[place:place + end] = bytes(data.draw(st.lists(st.sampled_from(list(strange)), max_size=4)))
+    photos(pictures, tmp_path, ['a'])
+    (tmp_path / f'a{suffix}').write_bytes(content)
+    (tmp_path / 'classes.txt').write_text('cat\ncow\ndog')
+    try: ds = open_dataset(tmp_path)
+    except (ValueError, FileNotFoundError) as e:
+        assert f'a{suffix}' in str(e) or 'no label file has an object' in str(e) or 'EXPECTED' in str(e), e
+        return
+    assert len(ds.rows) + sum(ds.left_out.values()) == len(ds.table.ids)
+    str(check_dataset(ds))
+
+
+@pytest.mark.parametrize('text, words', [
+    ('0 .5 .5 .25 .25\n0 320 240 50 40', ["line 2 has '320'", 'fractions', '0..1']), ('3 .5 .5 .2 .2', ['line 1 has class 3', '0 to 2']),
+    ('0 .5 .5 .25', ['line 1 has 4 values']), ('\n\ncat .5 .5 .2 .2', ["line 3 begins with 'cat'"]), ('0 .5 .5 .2 -.2', ["'-.2'"])])
+def test_yolo_names_file_and_line(text, words, pictures, tmp_path):
+    photos(pictures, tmp_path / 'images')
+    texts(tmp_path / 'labels', '.txt', lambda n: text if n == 'e.f' else '')
+    (tmp_path / 'data.yaml').write_text(YAML)
+    with pytest.raises(ValueError) as e: open_dataset(tmp_path)
+    assert all(w in str(e.value) for w in ['e.f.txt', *words]), e.value
+
+
+@pytest.mark.parametrize('text', ['names: [1, [2]]', 'names: {a: b}', 'names: [cat]\nkpt_shape: [17, 3]', 'names: [a, b, ""]'])
+def test_a_yaml_that_cannot_be_meant_is_named(text, pictures, tmp_path):
+    _yolo_classes(pictures, tmp_path)
+    (tmp_path / 'data.yaml').write_text(text)
+    with pytest.raises(ValueError, match='data.yaml'): open_dataset(tmp_path)
