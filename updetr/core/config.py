@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRESETS', 'DESCRIPTIONS', 'MOST', 'LARGEST_INT', 'LARGEST_FLOAT', 'LONGEST_TEXT', 'CHOICES', 'POSITIVE', 'SHARES',
            'COUNTS', 'TREE', 'NEUTRAL', 'LATER', 'DetectorConfig', 'ModelConfig', 'SetLossConfig', 'LossConfig',
-           'DataConfig', 'multiple', 'TrainConfig', 'PretrainConfig', 'check_names', 'make_config', 'missing_here',
-           'check_config', 'plain_variables', 'check_parameters', 'find_data', 'check_devices', 'model_options',
-           'loss_options', 'earlier_values', 'cfg_changes']
+           'DataConfig', 'multiple', 'TrainConfig', 'PretrainConfig', 'check_names', 'not_known', 'make_config',
+           'missing_here', 'check_config', 'plain_variables', 'check_parameters', 'find_data', 'check_devices',
+           'model_options', 'loss_options', 'earlier_values', 'cfg_changes']
 
 # %% ../../nbs/05_config.ipynb #c002
 import dataclasses
@@ -200,6 +200,17 @@ def check_names(
     if not hints: return
     raise ValueError(f'unknown parameter: {"; ".join(hints)}. Known: {", ".join(known)}')
 
+def not_known(
+    what: str,         # that was named wrongly, e.g. 'class'
+    name: str,         # that was given
+    known: list[str],  # names that there are
+    shown: list[str] | None = None,  # those that are worth listing; None: all
+) -> str:  # a complaint
+    "Say that there is no such name, which is the nearest, and which there are."
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f' (did you mean {close[0]}?)' if close else ''
+    return f'{what} {name!r} is unknown{hint}: there are {", ".join(shown or known)}'
+
 # %% ../../nbs/05_config.ipynb #c013b
 def make_config(
     preset: str = 'demo',         # a name in `presets`
@@ -282,7 +293,7 @@ POSITIVE = ('hidden_dim nheads enc_layers dec_layers dim_feedforward num_queries
             'log_every save_every channels query_std').split()
 SHARES = 'dropout mask_ratio heldout warmup ema'.split()
 COUNTS = ('weight_decay lr_backbone eos_coef views cached_patches num_workers keep_every '
-          'max_skips seed').split()
+          'max_skips seed focal').split()
 
 # %% ../../nbs/05_config.ipynb #c014a
 def _wrong_values(cfg):
@@ -422,7 +433,8 @@ NEUTRAL = ('num_workers', 'log_every', 'save_every', 'keep_every', 'max_skips', 
            'eval_backend')
 # these came later: a file without them is one with these values
 LATER = {'ce_per_process': False, 'detach_recon': True, 'learn_positions': False,
-         'images': '', 'images_val': '', 'exif': 'sizes', 'missing': 'refuse', 'val_share': .2}
+         'images': '', 'images_val': '', 'exif': 'sizes', 'missing': 'refuse', 'val_share': .2,
+         'flip': True, 'augment': '', 'mosaic': 0., 'freeze': '', 'class_weights': '', 'focal': 0.}
 
 def earlier_values(
     cfg: Mapping,  # a configuration's names and values

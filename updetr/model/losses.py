@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['stack_layers', 'pick', 'process_count', 'average_over_processes', 'loss_labels', 'loss_boxes', 'loss_feature',
-           'watch_predictions', 'count_amounts', 'SetCriterion', 'name_layers', 'build_criterion', 'patch_predictions',
-           'match_patches', 'matched_losses']
+           'watch_predictions', 'count_amounts', 'SetCriterion', 'name_layers', 'build_criterion', 'balanced_weights',
+           'read_class_weights', 'patch_predictions', 'match_patches', 'matched_losses']
 
 # %% ../../nbs/26_losses.ipynb #c002
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_convert
 
 from ..core.boxes import paired_giou, paired_iou
+from ..core.config import not_known
 from ..data.loader import as_targets
 from .detr import DETR
 from .matcher import HungarianMatcher, pad_targets
@@ -60,6 +61,7 @@ def loss_labels(
     labels: Tensor,        # (B, T) int
     class_weight: Tensor,  # (K,), the last one is `eos_coef`
     divisor: Tensor | None = None,  # number to divide by; None: these queries' sum of weights
+    focal: float = 0.,     # exponent of the focal loss; 0: plain cross entropy
 ) -> tuple[Tensor, Tensor]:  # (L,) weighted cross entropy; (L, B, N) class each query should have
     "Return the cross entropy of every query against its match or 'no object' (the last class)."
     L, B, N, K = logits.shape
@@ -70,6 +72,8 @@ def loss_labels(
     target = target[..., :N]
     # every query's cross entropy, and its weight
     loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction='none')
+    # what a query is sure of counts less: exp(-loss) is the probability of its class
+    if focal: loss = loss * (-torch.expm1(-loss)).clamp(min=1e-9) ** focal
     loss = loss.view(L, -1)                              # (L, B*N)
     weight = class_weight[target.flatten(1)]             # (L, B*N)
     if divisor is None: divisor = weight.sum(1)
@@ -143,13 +147,14 @@ def count_amounts(
     counts: list[int] | Tensor,  # objects of each photo
     num_queries: int,            # N
     eos_coef: Tensor,            # weight of "no object", ()
+    weight: Tensor | float = 1.,  # mean class weight of each photo's objects (photos,)
 ) -> Tensor:  # (2,): objects, and weights of all queries; on the device of `eos_coef`
     "Return what the losses of a batch are divided by."
     objects = torch.as_tensor(counts, device=eos_coef.device)
     # a photo with more objects than queries has all its queries matched
-    matched = objects.clamp(max=num_queries).sum()
-    unmatched = num_queries * len(objects) - matched
-    return torch.stack((objects.sum().float(), matched + eos_coef * unmatched))
+    matched = objects.clamp(max=num_queries)
+    unmatched = num_queries * len(objects) - matched.sum()
+    return torch.stack((objects.sum().float(), (matched * weight).sum() + eos_coef * unmatched))
 
 # %% ../../nbs/26_losses.ipynb #c017
 class SetCriterion(nn.Module):
@@ -167,6 +172,8 @@ class SetCriterion(nn.Module):
         num_queries: int | None = None,  # N of the model; None: each batch uses its own weights
         ce_per_process: bool = False,  # the reference's class loss: so does each process
         detach_recon: bool = True,    # no gradient into the reconstruction's target
+        class_weights: Tensor | None = None,  # weight of each class (num_classes,); None: 1
+        focal: float = 0.,            # exponent of the focal loss, as in `loss_labels`
     ):
         super().__init__()
         if not eos_coef > 0:
@@ -175,10 +182,12 @@ class SetCriterion(nn.Module):
         self.num_classes, self.num_queries = num_classes, num_queries
         self.matcher, self.weights = matcher, weights
         self.ce_per_process, self.detach_recon = ce_per_process, detach_recon
+        self.weighted, self.focal = class_weights is not None, focal
         # the last decoder layer's losses have plain names, the earlier ones' end in _0, _1, ...
         suffixes = ('', *(f'_{i}' for i in range(num_layers - 1)))
         self.weight_dict = {k + s: w for s in suffixes for k, w in weights.items()}
-        class_weight = torch.cat((torch.ones(num_classes), torch.tensor([eos_coef])))
+        of_classes = class_weights if self.weighted else torch.ones(num_classes)
+        class_weight = torch.cat((of_classes, torch.tensor([eos_coef])))
         self.register_buffer('empty_weight', class_weight)
         self.step = None  # within `shared`: what its micro-batches divide by
 
@@ -206,10 +215,12 @@ class SetCriterion(nn.Module):
         labels, boxes, counts = padded
         real = match >= 0                                # (L, B, T)
         losses, weight = {}, None
-        if num_boxes is None: num_boxes, weight = self.divide_by(counts, boxes.device)
+        if num_boxes is None:
+            objects = [row[:n] for row, n in zip(labels, counts)] if self.weighted else None
+            num_boxes, weight = self.divide_by(counts, boxes.device, objects)
         # L_cls, of all queries
         losses['loss_ce'], target_class = loss_labels(
-            stacked['pred_logits'], match, labels, self.empty_weight, weight)
+            stacked['pred_logits'], match, labels, self.empty_weight, weight, self.focal)
         # L_box, of the matched ones
         matched_boxes = pick(stacked['pred_boxes'], match)  # (L, B, T, 4)
         l1, giou = loss_boxes(matched_boxes, boxes, real, num_boxes)
@@ -225,22 +236,28 @@ class SetCriterion(nn.Module):
     def shared(self, batches: list[list[dict]]):
         "Divide losses by the mean over a step's micro-batches (targets of each) and processes."
         device = batches[0][0]['labels'].device
-        amounts = [self._amounts([len(t['labels']) for t in targets], device)
-                   for targets in batches]
+        amounts = []
+        for targets in batches:
+            labels = [t['labels'] for t in targets]
+            amounts.append(self._amounts(list(map(len, labels)), device, labels))
         self.step = self._mean(torch.stack(amounts).mean(0), len(batches))
         try: yield
         finally: self.step = None
 
-    def divide_by(self, counts, device):
+    def divide_by(self, counts, device, labels=None):
         "Return the number of objects, and the sum of weights (None: those of the batch)."
         amounts = self.step
-        if amounts is None: amounts = self._mean(self._amounts(counts, device), 1)
+        if amounts is None: amounts = self._mean(self._amounts(counts, device, labels), 1)
         boxes, weight = amounts
         own_weights = self.ce_per_process or self.num_queries is None
         return boxes, None if own_weights else weight
 
-    def _amounts(self, counts, device):
-        return count_amounts(counts, self.num_queries or 0, self.empty_weight[-1].to(device))
+    def _amounts(self, counts, device, labels=None):
+        class_weight, mean = self.empty_weight.to(device), 1.
+        if self.weighted and labels is not None:
+            # of a photo with more objects than queries nobody knows which ones will be matched
+            mean = torch.stack([class_weight[some].sum() / max(1, len(some)) for some in labels])
+        return count_amounts(counts, self.num_queries or 0, class_weight[-1], mean)
 
     def _mean(self, amounts, parts):
         boxes, weight = average_over_processes(amounts)
@@ -276,6 +293,8 @@ def build_criterion(
     own_group: bool = False,         # match patches within their own group of queries
     ce_per_process: bool = False,    # the reference's class loss, as in `SetCriterion`
     detach_recon: bool = True,       # no gradient into the target, as in `SetCriterion`
+    class_weights: Tensor | None = None,  # weight of each class, as in `SetCriterion`
+    focal: float = 0.,               # exponent of the focal loss, as in `SetCriterion`
 ) -> SetCriterion:
     """Return the criterion that fits a model, with DETR's weights.
 
@@ -292,7 +311,38 @@ def build_criterion(
     matcher = HungarianMatcher(set_cost_class, set_cost_bbox, set_cost_giou, own_group)
     layers = len(model.transformer.decoder.layers) if model.aux_loss else 1
     return SetCriterion(model.num_classes, matcher, weights, eos_coef, layers,
-                        model.num_queries, ce_per_process, detach_recon)
+                        model.num_queries, ce_per_process, detach_recon, class_weights, focal)
+
+# %% ../../nbs/26_losses.ipynb #c030b
+def balanced_weights(
+    counts: list[int],  # objects of each class in the training photos
+) -> Tensor:  # (C,); the mean over all objects is 1, that of a class without any
+    "Return weights that fall with the square root of a class's frequency."
+    counts = torch.as_tensor(counts).float()
+    weights = counts.clamp(min=1).rsqrt()
+    # a class nobody has labelled takes no part
+    weights = weights * counts.sum() / (weights * counts).sum().clamp(min=1e-9)
+    return weights.where(counts > 0, 1.)
+
+def read_class_weights(
+    text: str,           # 'balanced', or names with weights: 'cat=2, dog=0.5'; '' = all 1
+    classes: list[str],  # names of the data set's classes
+    counts: list[int],   # objects of each class in the training photos
+) -> Tensor | None:  # (C,); None: all are 1
+    "Return the weights of classes. Raises ValueError that names what cannot be read."
+    if text.strip() == 'balanced': return balanced_weights(counts)
+    weights = {}
+    for part in [p for p in text.split(',') if p.strip()]:
+        name, _, number = [x.strip() for x in part.rpartition('=')]
+        if name not in classes:
+            unknown = not_known('class', name or number, classes)
+            raise ValueError(f'class_weights {part.strip()!r}: {unknown}. '
+                             "Write 'balanced', or names with weights: 'cat=2, dog=0.5'")
+        try: weights[name] = float(number)
+        except ValueError: weights[name] = -1.
+        if not 0 < weights[name] < float('inf'):
+            raise ValueError(f'class_weights {part.strip()!r}: {number!r} is no weight above 0')
+    return torch.tensor([weights.get(name, 1.) for name in classes]) if weights else None
 
 # %% ../../nbs/26_losses.ipynb #a7e10002
 def _named(predictions): return dict(zip(('pred_logits', 'pred_boxes'), predictions))

@@ -25,16 +25,17 @@ from ..data.datasets import draw_sample
 from ..model.detr import Standardize, build_detr
 from ..train.evaluate import CocoEvaluator, diagnose, postprocess
 from ..train.features import Source, Stored, cnn_key, open_features, set_key
-from .finetune import (FinetuneConfig, TransferConfig, batch_to_device, collate_targets,
-                             labelled_marks, open_sets, train_plan, train_views, val_items,
-                             val_views, view_loader)
+from .finetune import (FinetuneConfig, TransferConfig, batch_to_device, class_counts,
+                             collate_targets, labelled_marks, open_sets, train_plan, train_views,
+                             val_items, val_views, view_loader)
 from ..model.pretrained import hand_over, open_pretrained
-from ..model.losses import build_criterion
+from ..model.losses import build_criterion, read_class_weights
 from ..core.photos import resize
 from .pretrain_task import note_skipped
 from ..train.resume import HeldFolder, agree_on_data
+from ..train.freeze import freeze_parts
 from ..train.loop import Processes, progress_writer
-from ..data.transforms import DetectionViews
+from ..data.transforms import DETR_CHANGES, DetectionViews
 from ..model.backbone import eval_mode, prepare_images
 
 # %% ../../nbs/43_finetune_task.ipynb #c006
@@ -72,6 +73,7 @@ class DetectStep(nn.Module):
 def build_module(
     cfg: FinetuneConfig,  # configuration of the run
     num_classes: int,     # classes of the data set
+    class_weights: Tensor | None = None,  # weight of each class in the loss (C,); None: 1
 ) -> nn.Module:           # module with `forward(batch)` and `predict(batch)`
     """Return the detector of a run with its losses.
 
@@ -83,7 +85,8 @@ def build_module(
     model = build_detr(num_classes, **options)
     for part in (model.transformer.encoder, model.transformer.decoder):
         part.gradient_checkpointing = cfg.gradient_checkpointing
-    return DetectStep(model, build_criterion(model, **loss_options(cfg)))
+    more = {'class_weights': class_weights, 'focal': cfg.focal}
+    return DetectStep(model, build_criterion(model, **loss_options(cfg), **more))
 
 def with_model(
     module: nn.Module,  # module from `build_module`
@@ -108,6 +111,7 @@ def photo_features(
     sample, skipped = views.read(index)
     note(skipped)
     looks = [views.look(sample, k, index) for k in range(num_views)]
+    for _, target in looks: note(target.pop('skipped', []))
     images = torch.stack([image for image, _ in looks])  # (num_views, 3, H, W) uint8
     # the CNN runs once, over all of them
     features = backbone(prepare_images(backbone, images)).cpu()
@@ -139,7 +143,10 @@ def labelled_source(
         shown = {'seed': seed, 'sizes': dataclasses.asdict(views.sizes), 'square': views.square}
         data = {'set': set_key(views.dataset), 'classes': list(views.dataset.classes)}
         kind = {'kind': 'labelled views', 'cnn': cnn_key(cnn), 'views': num_views}
-        return kind | shown | data
+        # as DETR does it is not said: features that are older than the choice stay
+        changed = views.train and views.changes != DETR_CHANGES
+        more = {'changes': dataclasses.asdict(views.changes)} if changed else {}
+        return kind | shown | data | more
 
     return Source(what, len(views), compute, skipped=skipped)
 
@@ -236,6 +243,7 @@ class LabelledRun:
         torch.manual_seed(cfg.seed)
         self.module = self.build().to(processes.device)
         self.model, self.cnn = self.parts()
+        freeze_parts(self.model, cfg.freeze)
         # a run that is resumed has its own weights
         if cfg.pretrain and not (self.run_dir / 'checkpoint.pth').exists():
             report = self.hand_over(open_pretrained(cfg.pretrain, otherwise=vars(cfg)))
@@ -417,7 +425,10 @@ class FinetuneTask(LabelledRun):
     "Detection as a task for `updetr.train.loop.train`."
     def build(self):
         "Return the detector of the configuration with its losses."
-        return build_module(self.cfg, len(self.train_set.classes))
+        asked, classes = self.cfg.class_weights, list(self.train_set.classes)
+        weights = None
+        if asked: weights = read_class_weights(asked, classes, class_counts(self.train_set))
+        return build_module(self.cfg, len(classes), weights)
 
     def parts(self):
         """Return the network whose weights are kept, and its CNN.

@@ -77,6 +77,8 @@ class OneShotConfig(TransferConfig):
         # what could not both be followed
         if self.pretrain and self.matching_init:
             yield 'matching_init is for a scratch transformer: leave pretrain or matching_init out'
+        if self.mosaic and not self.own_queries:
+            yield 'mosaic needs own_queries True: whose query is it where four photos are one?'
         if self.cached_views and self.query_augment:
             yield 'query_augment needs live views (cached_views 0): cached pictures are fixed'
 
@@ -106,7 +108,8 @@ class OneShotViews(DetectionViews):
         match: int = 1,         # label of a match, see `answer_to`
         augment: bool = False,  # pre-training's jitter, grey and blur on the pictures
     ):
-        super().__init__(views.dataset, views.seed, views.sizes, views.train, views.square)
+        like = views.sizes, views.train, views.square, views.changes
+        super().__init__(views.dataset, views.seed, *like)
         self.asker = asker
         self.match = match
         self.augment = augment
