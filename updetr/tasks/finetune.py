@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['VOC', 'COCO', 'LONG', 'SMALL', 'FINETUNE_PRESETS', 'FINETUNE_DESCRIPTIONS', 'FREE', 'NO_DATA', 'LabelledConfig',
            'TransferConfig', 'FinetuneConfig', 'checkpoint_sizes', 'transfer_config', 'finetune_config', 'Subset',
-           'divided', 'one_fold', 'draw_evenly', 'some_photos', 'labelled_marks', 'open_sets', 'view_sizes',
-           'train_views', 'val_views', 'train_plan', 'collate_targets', 'batch_to_device', 'view_loader', 'val_items']
+           'divided', 'one_fold', 'draw_evenly', 'some_photos', 'class_counts', 'labelled_marks', 'open_sets',
+           'view_sizes', 'train_views', 'val_views', 'train_plan', 'collate_targets', 'batch_to_device', 'view_loader',
+           'val_items']
 
 # %% ../../nbs/42_finetune.ipynb #c002
 import dataclasses
@@ -32,7 +33,7 @@ from ..data.loader import BatchPlan, data_loader
 from ..train.resume import file_marks
 from ..data.photo_files import EXIF
 from ..data.scenes import Scenes
-from ..data.transforms import DetectionViews, Sizes
+from ..data.transforms import Changes, DetectionViews, Sizes
 
 # %% ../../nbs/42_finetune.ipynb #c006
 @dataclass(frozen=True)
@@ -78,6 +79,13 @@ class TransferConfig(TrainConfig, LabelledConfig, SetLossConfig, DetectorConfig)
     pretrain: str = ''
     # small-scale option: object queries start at random, not from the checkpoint
     fresh_queries: bool = False
+    # half of the training views are mirrored; False where left and right have a meaning
+    flip: bool = True
+    # more for them, comma-separated: upside, turn, rotate, zoom_out, colour, grey, blur
+    augment: str = ''
+    mosaic: float = 0.  # share of training views that are four photos side by side, 0..1
+    # parts of the model that stay as they are, comma-separated: transformer.encoder, ...
+    freeze: str = ''
     frozen_backbone: bool = False  # the paper fine-tunes the CNN, all but stem and norms
     lr_backbone: float = 5e-5  # of the CNN
     epochs: int = 150  # times that all photos are seen
@@ -88,8 +96,14 @@ class TransferConfig(TrainConfig, LabelledConfig, SetLossConfig, DetectorConfig)
     keep_every: int = 100  # epochs between checkpoints that are kept
     with_patches = False  # whether the object queries carry pictures, as in pre-training
 
+    def view_changes(self):
+        "Return what is done with training views that DETR does not do. Raises ValueError."
+        return Changes(self.flip, self.augment, self.mosaic)
+
     def problems(self):
         "Yield what is wrong between fields."
+        try: self.view_changes()
+        except ValueError as e: yield str(e)
         if not (self.eos_coef or self.with_patches):
             yield ("eos_coef 0 is pre-training's M/N, and a detector has no patches: "
                    'give a number such as 0.1')
@@ -118,13 +132,17 @@ class FinetuneConfig(TransferConfig):
     task: str = 'finetune'  # which `updetr.train.loop` task reads it
     detector: str = 'detr'  # detr, or one of torchvision's: see `updetr.model.baselines`
     channels: int = 256  # of the feature levels of torchvision's detectors
+    # weights of classes in the loss: balanced, or names with weights: cat=2, dog=0.5; '' = all 1
+    class_weights: str = ''
+    focal: float = 0.  # exponent of the focal loss, e.g. 2; 0 = DETR's cross entropy
 
     def problems(self):
         "Yield what is wrong between fields."
         yield from super().problems()
         if self.detector not in ('detr', *BASELINES):
             yield f'detector {self.detector!r} is unknown: detr or {", ".join(BASELINES)}'
-        own = ('pretrain', 'compile', 'gradient_checkpointing', 'cached_views')
+        own = ('pretrain', 'compile', 'gradient_checkpointing', 'cached_views', 'class_weights',
+               'focal')
         if self.detector != 'detr' and any(getattr(self, k) for k in own):
             yield f'{", ".join(own[:-1])} and {own[-1]} are for detector detr, not {self.detector}'
 
@@ -308,6 +326,18 @@ def some_photos(
     chosen = draw_evenly(list(labels.values()), len(place), num, seed)
     return Subset(dataset, np.sort(chosen))
 
+# %% ../../nbs/42_finetune.ipynb #c019b
+def class_counts(
+    dataset: DetectionSet,  # set of labelled photos
+) -> list[int]:             # objects of each class
+    "Return how many objects a set has of each class. Crowds do not count."
+    truth = dataset.coco()
+    place = {c['id']: i for i, c in enumerate(truth['categories'])}
+    counts = [0] * len(place)
+    for thing in truth['annotations']:
+        if not (thing['iscrowd'] or thing.get('empty')): counts[place[thing['category_id']]] += 1
+    return counts
+
 # %% ../../nbs/42_finetune.ipynb #d33759e2
 @set_rows.register
 def _(dataset: Subset):
@@ -387,7 +417,8 @@ def train_views(
     dataset,              # detection set to train on
 ) -> DetectionViews:      # views by epoch and photo
     "Return random views of the training photos."
-    return DetectionViews(dataset, cfg.seed, view_sizes(cfg), square=cfg.square)
+    changes = cfg.view_changes()
+    return DetectionViews(dataset, cfg.seed, view_sizes(cfg), square=cfg.square, changes=changes)
 
 def val_views(
     cfg: TransferConfig,  # configuration of the run
