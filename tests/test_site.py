@@ -18,9 +18,9 @@ from updetr.core.report import markdown_table
 
 CELLS = {'00_first': ['# First\n\n> one\n\nThe queries $N/M$ and <b>$a_1$</b>; see [the other](01_second.ipynb) and '
                       '[a part of it](01_second.ipynb#here).',
-                      '#| default_exp first', '#| export\nprice = "$5 and $6"\ndef twice(): ...', '#| hide\nsecret = 1'],
-         '01_second': ['# Second\n\n> two\n\n$$\\frac{x}{y}$$\n\n## Here\n\nzirconium is `Asked`, `Asked.me(1)`, `own` and `twice`',
-                       '#| export\nclass Asked: ...\ndef twice(): ...', 'def own(x): return x + 1.5 is None  # why']}
+                      '#| default_exp first', '#| export\nprice = "$5 and $6"\ndef twice(): ...\ndef me(): ...', '#| hide\nsecret = 1'],
+         '01_second': ['# Second\n\n> two\n\n$$\\frac{x}{y}$$\n\n## Here\n\nzirconium is `Asked`, `Asked.me(1)`, `own`, `me` and `twice`',
+                       '#| export\nclass Asked:\n    def me(self): ...\ndef twice(): ...', 'def own(x): return x + 1.5 is None  # why']}
 
 
 EVIL = '<img src=x onerror=alert(1)>'  # a folder, a class, a run: names that others have given
@@ -95,12 +95,12 @@ def test_names_do_not_run_in_the_pages(site):
 
 
 def test_names_lead_to_where_they_are_defined(site):
-    "The package's, if there is one of that name, and not those that the page defines for itself."
+    "The package's, if there is one of that name, no method has it, and the page does not define it for itself."
     page = (site / 'nbs/01_second.html').read_text()
     link = r'<a href="01_second.html#(cell-id=[^"]*)"><code>([^<]*)</code></a>'
     places, names = zip(*re.findall(link, page))
     assert names == ('Asked', 'Asked.me(1)') and set(places) <= Links(page).places
-    assert '<code>own</code>' in page and '<code>twice</code>' in page
+    assert all(f'<code>{name}</code>' in page for name in ('own', 'me', 'twice'))
     known, page = {'Asked': (ROOT / 'nbs/01_second.ipynb', 'c1')}, ROOT / 'nbs/guides/a.ipynb'
     assert linked('`Asked`', page, known) == '[`Asked`](../01_second.ipynb#cell-id=c1)'
     for text in ('[`Asked`](b.ipynb)', '# `Asked`', '```\n`Asked`\n```', '`Asked`s `x`'.replace('Asked', 'asked.py'), '<b t="`Asked`">'):

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import torch
 
 SHOWN = {'text/plain', 'text/markdown', 'image/png', 'image/jpeg'}  # kinds of output; none that a page would run
 BEFORE_RUNS = {'Parameters', 'What will run', 'What will be run', 'The labels', 'The run', 'The runs'}  # sections without a result
@@ -31,21 +32,26 @@ def harmless(output):
 
 
 def definitions(folder):
-    "Name of each public function and class that notebooks of `folder` export -> notebook and id of its cell; no name that two define."
-    found = {}
+    """Name of each public function and class that notebooks of `folder` export -> notebook and id of its cell.
+
+    Left out: names that two notebooks define, and those that are also a method, here or of each torch module: prose may mean that.
+    """
+    found, methods = {}, set(dir(torch.nn.Module))
     for path in sorted(folder.glob('*.ipynb')):
         for cell in nbformat.read(path, 4).cells:
             if cell.cell_type != 'code' or not re.search(r'^#\|\s*export\b', cell.source, re.M): continue
             for node in ast.parse(cell.source).body:
+                if isinstance(node, ast.ClassDef): methods |= {m.name for m in node.body if isinstance(m, ast.FunctionDef)}
                 if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != '_':
                     found.setdefault(node.name, []).append((path, cell.id))
-    return {name: places[0] for name, places in found.items() if len(places) == 1}
+    return {name: places[0] for name, places in found.items() if len(places) == 1 and name not in methods}
 
 
 def own_names(nb):
-    "Names that the notebook defines without exporting them: there, they are not the package's."
+    "Names that the notebook gives to something without exporting it: there, they are not the package's."
     code = '\n'.join(c.source for c in nb.cells if c.cell_type == 'code' and not re.search(r'^#\|\s*export\b', c.source, re.M))
-    return set(re.findall(r'^\s*(?:def|class)\s+(\w+)', code, re.M))
+    left = re.findall(r'^\s*([\w, ]+?)\s*=[^=]', code, re.M) + re.findall(r'def \w+\(([\w, ]+)', code)  # variables, parameters
+    return {*re.findall(r'^\s*(?:def|class) (\w+)', code, re.M), *re.findall(r'\w+', ' '.join(left))}
 
 
 def linked(text, page, known):
