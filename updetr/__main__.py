@@ -2,7 +2,10 @@ import sys
 from importlib import import_module
 
 # command: (module and function that takes the words after it, what it does); imported when it is called
-COMMANDS = {}
+COMMANDS = {
+    'predict': ('updetr.predict.commands:predict_command', 'draws what a checkpoint finds in photos and videos'),
+    'evaluate': ('updetr.predict.commands:evaluate_command', 'reports what a detector gets wrong on labelled photos'),
+}
 HELP = '''python -m updetr COMMAND ...                 each explains itself: --help
 {}
 python -m updetr --cfg runs/NAME/cfg.json    trains what a run's folder describes; notebooks start it
