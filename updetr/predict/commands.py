@@ -80,7 +80,7 @@ def find_pictures(
 def video_frames(
     file: str,  # video of any kind that ffmpeg knows
 ):              # frames (3, H, W) uint8, one after the other
-    "Yield the frames of a video, upright. Raises ImportError without PyAV, BadPhoto for a broken one."
+    "Yield the frames of a video, upright. Raises ImportError without PyAV, BadPhoto if broken."
     try:
         import av
     except ImportError as e:
@@ -122,7 +122,8 @@ def progress_line(
         speed = done / max(now - start, 1e-9)
         left = f' of {total:,}, {max(total - done, 0) / speed:.0f} s left' if total else ''
         end = '\r' if sys.stderr.isatty() and done != total else '\n'
-        print(f'{done:,} pictures{left}, {speed:.1f} a second   ', end=end, file=sys.stderr, flush=True)
+        line = f'{done:,} pictures{left}, {speed:.1f} a second   '
+        print(line, end=end, file=sys.stderr, flush=True)
     return show
 
 def open_model(
@@ -140,7 +141,7 @@ def open_model(
 
 # %% ../../nbs/59_commands.ipynb #c015
 def _answer(model, images, threshold):
-    "What a model finds in some pictures"
+    "Return what a model finds in some pictures."
     if isinstance(model, Detector):
         return model.detect_all(images, .5 if threshold is None else threshold)
     return model(images, threshold)
@@ -323,11 +324,11 @@ def _picture(fig, file, caption=''):
 
 # %% ../../nbs/59_commands.ipynb #c027
 def _warnings(findings):
-    "What has to be said of the photos before any number"
+    "Return what has to be said of the photos before any number."
     both, unlisted = findings['both'], findings['unlisted']
     lines = []
     if both:
-        mine, theirs = (printable(os.path.basename(f)) for f in both[0])
+        mine, theirs = map(printable, map(os.path.basename, both[0]))
         lines.append(f'{len(both):,} photos have been trained on, first {mine} (there {theirs}): '
                      'the numbers below are too good.')
     if not findings['trained']:
@@ -379,6 +380,7 @@ def _figures(evaluator, dataset, m, out, most):
         parts.append(_picture(fig, out / f'worst{rank:02}.jpeg', f'{rank}. {name}'))
     return ''.join(parts)
 
+# %% ../../nbs/59_commands.ipynb #c028w
 def write_report(
     out: str | Path,           # folder of the report
     evaluator: CocoEvaluator,  # with the answers of all photos
@@ -411,7 +413,7 @@ def evaluate(
     nms: float | None = None,    # also with NMS, 0..1
     device: str = 'cpu',         # where the model runs
 ) -> dict:                       # the report's numbers
-    """Evaluate a detector and write a report of its errors: report.html, metrics.json, results.json.
+    """Evaluate a detector; write a report of its errors: report.html, metrics.json, results.json.
 
     Raises ValueError or OSError that names what is wrong."""
     detector = open_model(checkpoint, device)
@@ -432,7 +434,7 @@ def evaluate(
 # %% ../../nbs/59_commands.ipynb #c032
 def _parser(name, about):
     parser = argparse.ArgumentParser(f'python -m updetr {name}', description=about)
-    parser.add_argument('checkpoint', help="a run's checkpoint.pth, .safetensors, or a published DETR")
+    parser.add_argument('checkpoint', help="a run's checkpoint.pth, .safetensors, or published")
     return parser
 
 def _shared_options(parser, nms):
@@ -460,19 +462,21 @@ def predict_command(
         print(f'skipped {did["skipped"]:,}, all in skipped.txt:',
               ', '.join(f'{n:,} {reason}' for reason, n in reasons))
 
+# %% ../../nbs/59_commands.ipynb #c032e
 def evaluate_command(
     words: list,  # of the command line
 ) -> None:
     "Run `python -m updetr evaluate`."
-    parser = _parser('evaluate', 'Measure a detector on labelled photos; report what it gets wrong.')
+    parser = _parser('evaluate', 'Report what a detector gets wrong on labelled photos.')
     parser.add_argument('data', help='VOC, COCO or Roboflow folder, or a COCO file')
     parser.add_argument('--split', help='val, test, ...; not for a file')
     parser.add_argument('--year', help='of VOC; of COCO if there are several')
-    parser.add_argument('--images', help='folder of the photos, if it is in none of the usual places')
+    parser.add_argument('--images', help='folder of the photos, if in none of the usual places')
     _shared_options(parser, 'a second column: answers of one class that overlap more are one')
     given = parser.parse_args(words)
     m = evaluate(**vars(given))
     also = f', with NMS {m["AP with NMS"]["AP"]:.1f}' if 'nms' in m else ''
     first = max(m['kinds'], key=lambda row: row['AP50 to win'])
-    print(f'AP {m["AP"]["AP"]:.1f}, AP50 {m["AP"]["AP50"]:.1f}{also}; most to win: {first["kind"]}, '
+    ap, ap50 = m['AP']['AP'], m['AP']['AP50']
+    print(f'AP {ap:.1f}, AP50 {ap50:.1f}{also}; most to win: {first["kind"]}, '
           f'{first["AP50 to win"]:.1f} points of AP50\n{given.out}/report.html')

@@ -83,7 +83,7 @@ class Compared:
         return ~np.isin(np.arange(len(self.crowd)), self.found) & ~self.crowd
 
     def spans(self):
-        "Return where the answers and the objects of each photo begin and end: two lists of P pairs."
+        "Return where answers, and objects, of each photo begin and end: two lists of P pairs."
         ends = [np.searchsorted(photo, np.arange(len(self.image_ids) + 1))
                 for photo in (self.photo, self.truth_photo)]
         return [list(zip(e[:-1].tolist(), e[1:].tolist())) for e in ends]
@@ -117,6 +117,7 @@ def _look(answer, labels, boxes, crowd, iou, most=100):
         found.append(np.append(same, -1)[taken])
     return np.concatenate(rows), np.concatenate(found)
 
+# %% ../../nbs/58_errors.ipynb #c010c
 def compare(
     evaluator: CocoEvaluator,  # truth and answers of all photos; categories 0..C-1
     iou: float = .5,           # an answer finds an object from this IoU on
@@ -267,7 +268,7 @@ def sort_errors(
         near[mine] = np.append(there, -1)[which]
     # of all that are near an object that nothing found, the best one would find it
     first = np.zeros(len(kind), bool)
-    wants = np.flatnonzero((near >= 0) & missed[near])
+    wants = np.flatnonzero((near >= 0) & np.append(missed, False)[near])
     wants = wants[np.argsort(-c.score[wants], kind='stable')]
     first[wants[np.unique(near[wants], return_index=True)[1]]] = True
     missed[near[first]] = False
@@ -293,7 +294,7 @@ def would_win(
     for kind in KINDS:
         mended = (e.kind == kind) & e.first
         # what is mended is right, and of the object's class; other errors of this kind go
-        label = np.where(mended, c.truth_label[e.near], c.label)
+        label = np.where(mended, np.append(c.truth_label, 0)[e.near], c.label)
         keep = counted & ((e.kind != kind) | mended)
         missed = e.missed if kind == 'missed' else np.zeros_like(e.missed)
         fewer = totals - np.bincount(c.truth_label[missed], minlength=len(totals))
@@ -386,7 +387,7 @@ def same_photos(
     mine: list,    # files
     theirs: list,  # files
 ) -> list[tuple]:  # pairs (mine, theirs) with the same content
-    "Return the files that stand in both lists, under any name. A file that cannot be read is in none."
+    "Return the files in both lists, under any name. A file that cannot be read is in none."
     def by(key, files):
         groups = {}
         for file in files:
@@ -401,7 +402,8 @@ def same_photos(
     pairs = []
     # only files of one size are read
     for some, others in in_both(os.path.getsize, mine, theirs):
-        for alike, seen in in_both(file_digest, some, others): pairs += [(f, seen[0]) for f in alike]
+        for alike, seen in in_both(file_digest, some, others):
+            pairs += [(file, seen[0]) for file in alike]
     return pairs
 
 def unlisted_photos(
