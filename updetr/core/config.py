@@ -124,6 +124,7 @@ class TrainConfig:
     compile: bool = False          # torch.compile of the CNN
     num_workers: int = 0           # decoding processes for each training process
     log_every: int = 10            # steps between log lines
+    tensorboard: bool = False      # log lines for TensorBoard, too; needs updetr[board]
     save_every: int = 500          # steps between saves of the last state
     keep_every: int = 20           # epochs between checkpoints that are kept
     # steps in a row that may be skipped where loss or gradient is not finite; 0 = stop at the first
@@ -264,6 +265,8 @@ def missing_here(
     if getattr(cfg, 'eval_backend', '') == 'hotcoco' and not find_spec('hotcoco'):
         yield ("eval_backend hotcoco is not installed: pip install 'updetr[fast]', "
                "or eval_backend pycocotools")
+    if cfg.tensorboard and not find_spec('tensorboard'):
+        yield "tensorboard is not installed: pip install 'updetr[board]', or tensorboard False"
     compilers = os.environ.get('CXX', 'g++').split()[:1] + ['c++', 'clang++']
     if cfg.compile and not any(map(shutil.which, compilers)):
         yield 'compile needs a C++ compiler, and there is none (apt install g++), or compile False'
@@ -430,11 +433,12 @@ def loss_options(
 
 # %% ../../nbs/05_config.ipynb #c029
 NEUTRAL = ('num_workers', 'log_every', 'save_every', 'keep_every', 'max_skips', 'eval_every',
-           'eval_backend')
+           'eval_backend', 'tensorboard')
 # these came later: a file without them is one with these values
 LATER = {'ce_per_process': False, 'detach_recon': True, 'learn_positions': False,
          'images': '', 'images_val': '', 'exif': 'sizes', 'missing': 'refuse', 'val_share': .2,
-         'flip': True, 'augment': '', 'mosaic': 0., 'freeze': '', 'class_weights': '', 'focal': 0.}
+         'flip': True, 'augment': '', 'mosaic': 0., 'freeze': '', 'class_weights': '', 'focal': 0.,
+         'best_metric': '', 'patience': 0, 'tensorboard': False}
 
 def earlier_values(
     cfg: Mapping,  # a configuration's names and values

@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms, box_convert, box_iou
 from torchvision.transforms.v2 import functional as F
 
+from ..core.checkpoint import model_file
 from ..data.augment import BLUR_RADIUS, augment, draw_factors
 from ..core.config import make_config, model_options
 from .detector import Detections, check_device, picture_batch
@@ -61,7 +62,7 @@ def load_localizer(
 
     Raises FileNotFoundError, or ValueError for a file without patch2query.
     """
-    pretrained = open_pretrained(path, **told)
+    pretrained = open_pretrained(model_file(path), **told)
     model, cfg = oneshot_of(pretrained)
     if cfg.task == 'pretrain': kind, groups = 'pre-trained', _groups(pretrained, num_patches)
     else: kind, groups = 'one-shot', 1

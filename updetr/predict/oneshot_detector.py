@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.ops import clip_boxes_to_image, nms
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
+from ..core.checkpoint import model_file
 from ..model.weights import built, stored_config
 from .detector import Detections, check_device, picture_batch
 from ..tasks.finetune import view_sizes
@@ -73,7 +74,7 @@ def load_oneshot(
 ) -> tuple[UPDETR, OneShotConfig]:  # model in eval mode; sizes as in its evaluation
     """Rebuild a model that is asked with pictures.
     Raises FileNotFoundError, or ValueError for a file without patch2query."""
-    return oneshot_of(open_pretrained(path, **told))
+    return oneshot_of(open_pretrained(model_file(path), **told))
 
 def photo_sizes(
     cfg: OneShotConfig,  # configuration of `load_oneshot`

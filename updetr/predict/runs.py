@@ -18,7 +18,7 @@ import torch
 
 from ..model.backbone import fetch_weights
 from ..core.config import check_devices, check_parameters, make_config, plain_variables
-from ..train.launch import launch
+from ..train.launch import launch, read_record
 from ..tasks.pretrain_task import find_photos, pretrain_marks
 from ..core.report import mean_and_spread
 from ..train.progress import watch
@@ -58,6 +58,8 @@ class Site:
                      **machines)
         print(f'{run.how}: runs/{name}')
         watch(run, steps=steps)
+        ended = (read_record(folder / 'done.json') or {}).get('ended')
+        if ended: print(f'runs/{name} ended early: {ended}')
         return folder
 
     def demo_checkpoint(self, seed):

@@ -21,7 +21,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from ..core.checkpoint import read_weights
+from ..core.checkpoint import model_file, read_weights
 from updetr.model.weights import (
     built, check_architecture, class_names, fill, plain_tensors, stored_config,
 )
@@ -146,6 +146,7 @@ def load_segmenter(
 
     Raises FileNotFoundError, or ValueError for a file without masks.
     """
+    path = model_file(path)
     try: weights, args = read_weights(path)
     except ValueError: weights, args = load_official(path)
     weights = plain_tensors(path, weights)

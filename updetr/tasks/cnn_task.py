@@ -34,6 +34,7 @@ from ..data.loader import BatchPlan, data_loader, random_crop, read_or_next
 from ..model.losses import average_over_processes, process_count
 from ..core.photos import BadPhoto
 from ..train.resume import agree_on_data
+from ..train.board import open_board
 from ..train.loop import Processes
 
 # %% ../../nbs/44_cnn_task.ipynb #c006
@@ -324,6 +325,7 @@ class CNNTask:
         self.run_dir = Path(run_dir)
         self.processes = processes
         self.measure_every = cfg.eval_every
+        self.told = open_board(cfg, run_dir, processes)
         # the photos, and whether they are those that the run began with
         train_set, val_set = open_sets(cfg)
         self.train_set, self.val_set = train_set, val_set

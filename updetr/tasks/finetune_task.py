@@ -32,7 +32,9 @@ from ..model.pretrained import hand_over, open_pretrained
 from ..model.losses import build_criterion, read_class_weights
 from ..core.photos import resize
 from .pretrain_task import note_skipped
-from ..train.resume import HeldFolder, agree_on_data
+from ..train.board import open_board
+from ..train.best import forget_best, keep_best, reason_to_end
+from ..train.resume import HeldFolder, agree_on_data, short_marks
 from ..train.freeze import freeze_parts
 from ..train.loop import Processes, progress_writer
 from ..data.transforms import DETR_CHANGES, DetectionViews
@@ -231,6 +233,8 @@ class LabelledRun:
         self.processes = processes
         self.cached = None  # views whose features are stored, from `begin` on
         self.measure_every = cfg.eval_every
+        self.told = open_board(cfg, run_dir, processes)
+        self.metric = cfg.best_metric or cfg.metrics[0]
         # the photos: sets, views of them, and the truth once somebody asks for it
         self.train_set, self.val_set, self.marks = open_checked(self)
         self.views = train_views(cfg, self.train_set)
@@ -267,11 +271,22 @@ class LabelledRun:
 
         Raises ValueError where photos to evaluate on cannot be read. Statistics that came with a
         checkpoint stay."""
+        if not (resumed or self.processes.rank): forget_best(self.run_dir)
         if not resumed: require_readable(self.val_set, self.processes.rank, self.processes.world)
         if self.cfg.cached_views:
             self.cached = [open_cache(self, kind) for kind in ('train', 'val')]
         standardize = isinstance(getattr(self.model, 'feature_norm', None), Standardize)
         if standardize and not (resumed or self.cfg.pretrain): fit_statistics(self)
+
+    def measured(self, folder, state, model):
+        "Keep the best weights of the run, and the last evaluations (notebook 37)."
+        about = self.notes | {'data': short_marks(self.marks)}
+        about |= {'args': dataclasses.asdict(self.cfg), 'step': state.step}
+        keep_best(folder, self.metric, state.evaluations, model.state_dict(), about)
+
+    def over(self, state):
+        "Return why the run ends before its last epoch; '' while it does not."
+        return reason_to_end(state.evaluations, self.metric, self.cfg.patience)
 
     def preview(self, path):
         "Write the picture of `draw` for a watcher."

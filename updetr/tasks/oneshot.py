@@ -62,6 +62,8 @@ class OneShotConfig(TransferConfig):
     matching_init: bool = False
     eval_queries: int = 5  # query pictures for each class in a photo to evaluate on (Section 4.3)
     with_patches = True  # the query pictures
+    # the first decides which weights are best: it must not look at unseen classes
+    metrics = ('seen_AP50', 'seen_AP', 'seen_VOC11', 'unseen_AP50', 'unseen_AP', 'unseen_VOC11')
 
     def problems(self):
         "Yield what is wrong between fields."

@@ -36,6 +36,7 @@ from ..data.patches import crop_patches
 from ..core.photos import (MIN_SIDE, PRETRAIN_SIZES, PhotoIndex, builtin_photos, header_size,
                            index_photos, over_large, read_photo, resize, walk_files)
 from ..train.resume import HeldFolder, agree_on_data, file_marks
+from ..train.board import open_board
 from ..train.loop import Processes, progress_writer
 from ..model.updetr import UPDETR, best_of_group, build_updetr
 from ..model.backbone import eval_mode, prepare_images
@@ -394,6 +395,7 @@ class PretrainTask:
         self.processes = processes
         self.bank = None  # of features, once the task has begun
         self.measure_every = 0
+        self.told = open_board(cfg, run_dir, processes)
         self.notes = {}
 
         # the photos, and their fingerprint

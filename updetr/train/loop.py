@@ -145,6 +145,7 @@ class TrainState:
         self.step = 0      # steps that are done
         self.seconds = 0.  # spent in them
         self.measured = 0  # step after which was last measured
+        self.evaluations = []  # step, epoch and numbers of each
         self.skips = 0     # steps that were skipped, just before this one, in a row
         self.optimizer = build_optimizer(model, cfg)
         self.ema = None    # averaged weights
@@ -166,6 +167,7 @@ class TrainState:
             'epoch': self.step // steps_per_epoch,
             'seconds': self.seconds,
             'measured': self.measured,
+            'evaluations': self.evaluations,
             'skips': self.skips,
             'args': dataclasses.asdict(self.cfg),
             'rng': rng,
@@ -188,11 +190,12 @@ class TrainState:
         refuse_changes(Path(path).parent, state['args'], dataclasses.asdict(self.cfg))
         self.model.load_state_dict(state['model'])
         self.optimizer.load_state_dict(state['optimizer'])
-        # saves of older versions may lack the last three
+        # saves of older versions may lack the last four
         self.step = state['step']
         self.seconds = state.get('seconds', 0)
         self.measured = state.get('measured', 0)
         self.skips = state.get('skips', 0)
+        self.evaluations = list(state.get('evaluations', ()))
         if self.ema:
             self.ema.module.load_state_dict(state['ema'])
             self.ema.n_averaged.copy_(state['ema_steps'])
@@ -336,11 +339,7 @@ def overfit_one_batch(
 def peak_memory_mb() -> float:  # MB
     "Return the most memory this process has held: on its GPU, or on the CPU."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        from resource import RUSAGE_SELF, getrusage
-    except ImportError:  # Windows
-        import psutil
-        return psutil.Process().memory_info().peak_wset / 2**20
+    from resource import RUSAGE_SELF, getrusage  # not there on Windows, where nothing is trained
     return getrusage(RUSAGE_SELF).ru_maxrss / 1024
 
 # %% ../../nbs/33_loop.ipynb #c022
@@ -357,10 +356,12 @@ class RunLog:
         run_dir: str | Path,   # folder of the run
         processes: Processes,  # over which means are taken
         images_per_step: int,  # global batch, for the speed
+        told=None,             # called with each line in the first process
     ):
         self.folder = HeldFolder(run_dir)
         self.processes = processes
         self.images = images_per_step
+        self.told = told
         self.names = []
         self.window = []  # numbers of each step since the last line, on the device
         self.start = time.perf_counter()
@@ -375,6 +376,7 @@ class RunLog:
         try:
             if self.processes.rank == 0:
                 with open(self.path, 'a') as f: f.write(json_text(row, None) + '\n')
+                if self.told: self.told(row)
         except OSError as e:
             said = f'{e.strerror}; what was saved before is good'
             raise OSError(e.errno, said, str(self.path)) from e
@@ -561,10 +563,19 @@ def _measure(task, state, log, stop):
     model = state.ema.module if state.ema else state.model
     numbers = task.measure(model, stop)
     if numbers is None: return False
+    # what follows from them is the same in all processes
+    numbers = log.processes.gather(numbers)[0]
     state.measured = state.step
-    epoch = (state.step - 1) // task.steps_per_epoch
-    log.append({'step': state.step, 'epoch': epoch, 'time': time.time()} | numbers)
+    row = {'step': state.step, 'epoch': (state.step - 1) // task.steps_per_epoch}
+    log.append(row | {'time': time.time()} | numbers)
+    state.evaluations.append(row | numbers)
+    if hasattr(task, 'measured') and not log.processes.rank:
+        task.measured(log.path.parent, state, model)
     return True
+
+def _over(task, state):
+    "Why a run ends before its last epoch; '' while it does not"
+    return task.over(state) if hasattr(task, 'over') else ''
 
 # %% ../../nbs/33_loop.ipynb #c030
 def _loop(task, module, state, log, total, stop):
@@ -576,7 +587,7 @@ def _loop(task, module, state, log, total, stop):
     amp = cfg.amp and processes.device.type == 'cuda'
     # a run that was stopped while it measured measures first
     stopping = _due(task, state, total) and not _measure(task, state, log, stop)
-    while state.step < total and not stopping:
+    while state.step < total and not stopping and not _over(task, state):
         # the folder may have been renamed
         task.run_dir = log.path.parent
         factor = lr_factor(state.step, total, per_epoch, cfg)
@@ -599,7 +610,9 @@ def _loop(task, module, state, log, total, stop):
     if stopping and processes.rank == 0:
         reason = stop.reason or 'another process'
         print(f'stopped after step {state.step} of {total} ({reason}); saved', flush=True)
-    return state.step == total and not _due(task, state, total)
+    over = state.step < total and _over(task, state)
+    if over and processes.rank == 0: print(f'ended after step {state.step} of {total}: {over}')
+    return bool(over or state.step == total) and not _due(task, state, total)
 
 # %% ../../nbs/33_loop.ipynb #c029
 def train(
@@ -613,7 +626,7 @@ def train(
     Raises what the task raises; ValueError if no save is whole."""
     run_dir = Path(run_dir)
     state = TrainState(task.model, cfg)
-    log = RunLog(run_dir, processes, cfg.batch_size)
+    log = RunLog(run_dir, processes, cfg.batch_size, getattr(task, 'told', None))
 
     # where the last save ends, or at the beginning
     torch.manual_seed(cfg.seed * 1000 + processes.rank)
@@ -639,8 +652,9 @@ def train(
         except FloatingPointError as e:
             raise not_finite(task, state, log, e) from e
     if complete and processes.rank == 0:
-        done = log.path.with_name('done.json')
-        write_json(done, {'step': state.step, 'seconds': state.seconds})
+        end = {'step': state.step, 'seconds': state.seconds}
+        if state.step < total: end['ended'] = _over(task, state)
+        write_json(log.path.with_name('done.json'), end)
     return state
 
 # %% ../../nbs/33_loop.ipynb #c047

@@ -204,11 +204,14 @@ def watch(
     try:
         for rows in follow(run_dir, every):
             # drawn only when there is something new
-            now = rows[-1:] or starting_line(run_dir)
+            # a run may end before its last epoch
+            early = (read_record(Path(run_dir)/'done.json') or {}).get('ended')
+            now = (rows[-1], early) if rows else starting_line(run_dir)
             if now == shown: continue
             line, fig = now, None
             if rows:
-                line = status_line(rows, steps, skipped_photos(run_dir))
+                line = status_line(rows, None if early else steps, skipped_photos(run_dir))
+                if early: line += f' · ended early: {early}'
                 if draw: fig = draw(rows, Path(run_dir)/'preview.png')
             show(line, fig)
             shown = now

@@ -27,7 +27,7 @@ def free_keys(
     "Return the parameters that may differ from those a run was started with."
     # the rate of a step depends on its epoch alone
     longer = cfg.get('schedule') == 'step' and not cfg.get('warmup')
-    return NEUTRAL + PLACES + (('epochs',) if longer else ())
+    return NEUTRAL + PLACES + ('patience',) + (('epochs',) if longer else ())
 
 def way_out(
     run_dir: str | Path,  # folder of the run
