@@ -21,7 +21,8 @@ from ..core.config import loss_options, model_options
 from ..model.detr import build_detr
 from ..core.fingerprint import SetRows, photo_contents, set_rows
 from updetr.tasks.finetune import (
-    BOX_METRICS, COCO, SMALL, Subset, TransferConfig, batch_to_device, collate_targets, divided, some_photos,
+    BOX_METRICS, COCO, SMALL, Subset, TransferConfig,
+    batch_to_device, collate_targets, divided, some_photos,
     transfer_config,
 )
 from .finetune_task import (DetectStep, LabelledRun, draw_answer, evaluate, measurement,
