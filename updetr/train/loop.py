@@ -563,8 +563,7 @@ def _measure(task, state, log, stop):
     model = state.ema.module if state.ema else state.model
     numbers = task.measure(model, stop)
     if numbers is None: return False
-    # what follows from them is the same in all processes
-    numbers = log.processes.gather(numbers)[0]
+    numbers = log.processes.gather(numbers)[0]  # what follows is the same in all
     state.measured = state.step
     row = {'step': state.step, 'epoch': (state.step - 1) // task.steps_per_epoch}
     log.append(row | {'time': time.time()} | numbers)
@@ -627,7 +626,6 @@ def train(
     run_dir = Path(run_dir)
     state = TrainState(task.model, cfg)
     log = RunLog(run_dir, processes, cfg.batch_size, getattr(task, 'told', None))
-
     # where the last save ends, or at the beginning
     torch.manual_seed(cfg.seed * 1000 + processes.rank)
     _resume(task, state, run_dir, processes)
