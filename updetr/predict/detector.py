@@ -21,7 +21,7 @@ from torchvision.ops import batched_nms, box_convert, clip_boxes_to_image
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes
 
-from ..core.checkpoint import json_text, read_weights, write_atomic
+from ..core.checkpoint import json_text, model_file, read_weights, write_atomic
 from updetr.model.weights import (
     built, check_architecture, check_cnn, class_names, fill, plain_tensors, stored_config,
 )
@@ -139,6 +139,7 @@ def _open(path, told):
     """Return what `load_detector` does, and the ids of the classes in the data set's own files.
 
     The ids are None where they are not known."""
+    path = model_file(path)
     try:
         weights, args = read_weights(path)
     except ValueError:
