@@ -38,6 +38,8 @@ def reason_to_end(
     if not patience or since < patience: return ''
     best = best_row(rows, metric)
     value = best[f'test_{metric}']
+    # DETR finds places long before it names them: at 0 it has not begun, and nothing is over
+    if value <= 0: return ''
     return f"no {metric} above {value:.4g} (epoch {best['epoch']}) in {since} evaluations"
 
 # %% ../../nbs/37_best.ipynb #c011
