@@ -5,8 +5,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from updetr.data.transforms import SMALL_SIZES
 from updetr.model.detr import build_detr
-from updetr.predict.export import export_program, from_huggingface, to_huggingface
+from updetr.model.losses import build_criterion
+from updetr.predict.detector import Detector, picture_batch
+from updetr.predict.export import export_program, from_huggingface, save_huggingface, to_huggingface
+from updetr.tasks.finetune_task import DetectStep
 
 SMALL = dict(hidden_dim=32, nheads=4, enc_layers=2, dec_layers=3, dim_feedforward=48, num_queries=7, pre_norm=False)
 NAMES = ['cat', 'dog', 'cow']
@@ -104,3 +108,41 @@ def test_exported_program_finds_the_same_boxes(frozen, pre_norm):
         out, expected = program(image), model(image)
         for k in ('pred_logits', 'pred_boxes'): torch.testing.assert_close(out[k], expected[k], rtol=1e-4, atol=1e-5)
     assert 'aux_outputs' in expected and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_published_pre_norm_model_is_passed_on(tmp_path, capsys):
+    "Its file says nothing of its heads; the folder does, and nothing needs to be assumed."
+    model = spread_out(build_detr(3, 'resnet18', **SMALL | {'pre_norm': True}))
+    torch.save({'model': model.state_dict()}, tmp_path/'published.pth')
+    detector = Detector.from_checkpoint(tmp_path/'published.pth', classes=NAMES, nheads=4)
+    save_huggingface(detector, tmp_path/'hub')
+    capsys.readouterr()
+    again = Detector.from_checkpoint(tmp_path/'hub')
+    assert again.classes == tuple(NAMES) and not capsys.readouterr().out
+    picture = torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8)
+    found, expected = again(picture, 0), detector(picture, 0)
+    assert torch.equal(found.boxes, expected.boxes) and torch.equal(found.scores, expected.scores)
+
+
+def test_transformers_opens_the_folder_and_prepares_pictures_alike(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    model = spread_out(build_detr(3, 'resnet18', **SMALL))
+    detector = Detector(DetectStep(model, build_criterion(model)), NAMES, SMALL_SIZES)
+    save_huggingface(detector, tmp_path/'hub')
+    picture = torch.randint(0, 256, (3, 8, 12), dtype=torch.uint8).repeat_interleave(12, 1).repeat_interleave(12, 2)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path/'hub')
+    ready = processor(picture, return_tensors='pt')['pixel_values']
+    ours = picture_batch(picture, detector.cnn, detector.sizes)['images']
+    assert ready.shape == ours.shape and (ready - ours).abs().mean() < .02
+    theirs = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path/'hub').eval()
+    assert theirs.config.id2label == dict(enumerate(NAMES))
+    with torch.no_grad(): torch.testing.assert_close(theirs(ours).pred_boxes, model(ours)['pred_boxes'], rtol=0, atol=1e-4)
+
+
+def test_any_number_of_photos_of_any_size():
+    "Also with learned positions, whose table ends: larger photos are refused when the program is called."
+    model = spread_out(build_detr(3, 'resnet18', **SMALL | {'position': 'learned', 'enc_layers': 1, 'dec_layers': 1}))
+    program = export_program(model).module()
+    images = torch.randn(3, 3, 70, 110)
+    with torch.no_grad(): torch.testing.assert_close(program(images)['pred_boxes'], model(images)['pred_boxes'], rtol=0, atol=1e-3)
+    with pytest.raises(Exception, match='1600'): program(torch.zeros(1, 3, 64, 1632))

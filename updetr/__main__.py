@@ -5,6 +5,7 @@ from importlib import import_module
 COMMANDS = {
     'predict': ('updetr.predict.commands:predict_command', 'draws what a checkpoint finds in photos and videos'),
     'evaluate': ('updetr.predict.commands:evaluate_command', 'reports what a detector gets wrong on labelled photos'),
+    'localize': ('updetr.predict.widget:localize', 'drag boxes on a photo in the browser, without Jupyter'),
 }
 HELP = '''python -m updetr COMMAND ...                 each explains itself: --help
 {}

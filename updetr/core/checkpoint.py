@@ -95,7 +95,7 @@ def write_json(
 ) -> None:
     "Write JSON, atomically, see `json_text`."
     text = json_text(content)
-    write_atomic(path, lambda p: p.write_text(text + '\n'))
+    write_atomic(path, lambda p: p.write_text(text + '\n', encoding='utf-8'))
 
 def read_json(
     path: str | Path,  # of an object

@@ -487,7 +487,7 @@ class PhotoIndex:
 
         Raises ValueError for any other file, and for one that was damaged or edited."""
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(Path(path).read_bytes())
             root = _check_list(content, root)
             sizes = np.array(content['sizes'], int).reshape(-1, 2)
             skipped = [tuple(pair) for pair in content['skipped']]

@@ -119,7 +119,8 @@ class DETR(nn.Module):
         `mask` (B, h, w) bool or None; `maps` as in `Transformer.forward`."""
         # the photo, then what the object queries make of it
         encoded = self.encode(feature, mask)
-        queries = self.query_embed.weight.expand(len(feature), -1, -1)  # (B, N, d)
+        B = feature.shape[0]  # len() would fix it for `torch.export`
+        queries = self.query_embed.weight.expand(B, -1, -1)   # (B, N, d)
         hs = self.decode(encoded, queries, maps=maps)         # (layers, B, N, d)
         return self.by_layer(self.heads(hs))
 

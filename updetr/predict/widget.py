@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'CHANGES', 'HINTS', 'SAME', 'upload_problem', 'read_upload', 'PhotoShelf', 'newest_runs', 'weights_at_hand',
-           'controls', 'arrange', 'strip_html', 'answer_text', 'LocalizeWidget']
+           'controls', 'arrange', 'strip_html', 'answer_text', 'LocalizeWidget', 'write_page', 'page_weights',
+           'localize']
 
 # %% ../../nbs/55_widget.ipynb #c002
+import argparse
 import base64
 import functools
 import html
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from ..core.checkpoint import write_json
 from updetr.predict.canvas import (
     LONGEST, heat_picture, patch_strip, photo_canvas, photo_upload, picture_bytes, show_on,
     tidy_box,
@@ -81,6 +86,20 @@ class PhotoShelf:
         "Return the photo, (3, H, W) uint8."
         if isinstance(self.images[name], str): self.images[name] = read_photo(self.images[name])
         return self.images[name]
+
+    def find(self, photo):
+        """Return the name of a photo: of one that is here, or of a file, which joins the others.
+
+        Raises ValueError for what is neither, or no photo."""
+        if photo in self.images: return photo
+        if not Path(photo).is_file():
+            known = ', '.join(self.images)
+            raise ValueError(f'no photo {photo!r}: choose from {known}, or name a file')
+        file = {'name': Path(photo).name, 'content': Path(photo).read_bytes()}
+        try: name, image = read_upload(file)
+        except BadPhoto as e: raise ValueError(str(e)) from e
+        self.put(name, image)
+        return name
 
     def put(self, name, image):
         "Add a photo, or another one of the same name."
@@ -444,12 +463,11 @@ class LocalizeWidget:
     def __init__(
         self,
         localizers: Mapping,     # name -> QueryPatchLocalizer, or a function that opens one
-        photo: str = 'chelsea',  # name of the built-in one to start with
+        photo: str = 'chelsea',  # name of the built-in one to start with, or a file
     ):
         self.localizers = dict(localizers)
         self.shelf = PhotoShelf()
-        if photo not in self.shelf.images:
-            raise ValueError(f'no photo {photo!r}: choose from {", ".join(self.shelf.images)}')
+        photo = self.shelf.find(photo)
         self.c = controls(list(self.localizers), list(self.shelf.images))
         self.c.photo.value = photo
         self.root = arrange(self.c)
@@ -554,3 +572,76 @@ class LocalizeWidget:
         if isinstance(shown, dict) and self.found is not None:
             shown = shown | {'image/jpeg': self.found._repr_jpeg_()}
         return shown, about
+
+# %% ../../nbs/55_widget.ipynb #f5500002
+# the page's only cell; the package may lie in a clone that was not installed
+_PAGE = '''import sys
+sys.path.insert(0, {home!r})
+from updetr.predict.widget import LocalizeWidget, weights_at_hand
+LocalizeWidget(weights_at_hand({checkpoint!r}, {oneshot!r}), {photo!r})'''
+
+def write_page(
+    path: str | Path,       # .ipynb to be written
+    checkpoint: str = '',   # file of a pre-training; '': none
+    oneshot: str = '',      # file of a one-shot run; '': none
+    photo: str = 'chelsea',  # name of a built-in photo, or a file
+) -> None:
+    "Write a notebook that shows the widget and nothing else."
+    home = str(Path(sys.modules['updetr'].__file__).resolve().parents[1])
+    source = _PAGE.format(home=home, checkpoint=checkpoint, oneshot=oneshot, photo=photo)
+    cell = {'cell_type': 'code', 'id': 'widget', 'source': source, 'metadata': {},
+            'outputs': [], 'execution_count': None}
+    kernel = {'name': 'python3', 'language': 'python', 'display_name': 'Python 3'}
+    write_json(path, {'nbformat': 4, 'nbformat_minor': 5, 'cells': [cell],
+                      'metadata': {'kernelspec': kernel}})
+
+def page_weights(
+    checkpoint: str,  # file that can be asked with patches; '': the newest finished runs here
+) -> dict:            # arguments of `write_page`
+    "Return which weights a page shows. Raises FileNotFoundError or ValueError for a file."
+    if checkpoint:
+        kind = QueryPatchLocalizer.from_checkpoint(checkpoint).kind
+        place = 'oneshot' if kind == 'one-shot' else 'checkpoint'
+        return {place: str(Path(checkpoint).resolve())}
+    runs = {task: str(path.resolve()) for task, path in newest_runs('.').items()}
+    if 'pretrain' not in runs:
+        print('no pre-trained weights in runs/: the transformer on the page has learnt nothing. '
+              'Name a checkpoint, or train one: make pretrain')
+    return {'checkpoint': runs.get('pretrain', ''), 'oneshot': runs.get('oneshot', '')}
+
+# %% ../../nbs/55_widget.ipynb #f5500003
+def _localize_words(words):
+    "Return what a command line says."
+    parser = argparse.ArgumentParser(
+        'python -m updetr localize',
+        description='Drag boxes on a photo in the browser and see where they are found; '
+                    'the page can be opened on this machine only. Ends with Ctrl-C.')
+    parser.add_argument('checkpoint', nargs='?', default='', help='file of a pre-training or a '
+                        'one-shot run, ours or published; default: the newest runs in runs/')
+    parser.add_argument('photo', nargs='?', default='chelsea',
+                        help='file, or name of a built-in photo; default: chelsea')
+    parser.add_argument('--port', type=int, default=8866, help='of the page; default: 8866')
+    parser.add_argument('--no-browser', action='store_true', help='only say the address')
+    return parser.parse_args(words)
+
+def localize(
+    words: list[str],  # words of the command line: checkpoint, photo, options
+) -> None:
+    """Show the widget without Jupyter, until it is interrupted.
+
+    Raises ImportError without Voilà; ValueError or OSError for a file that cannot be used."""
+    told = _localize_words(words)
+    if find_spec('voila') is None:
+        raise ImportError('the page is served by Voilà, which is not installed: '
+                          'pip install "updetr[widget]"')
+    # what cannot be used is said before a server starts
+    photo = told.photo
+    if PhotoShelf().find(photo) != photo: photo = str(Path(photo).resolve())
+    weights = page_weights(told.checkpoint)
+    from voila.app import Voila
+    options = ['--Voila.ip=127.0.0.1', f'--port={told.port}']
+    if told.no_browser: options.append('--no-browser')
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder, 'localize.ipynb')
+        write_page(page, **weights, photo=photo)
+        Voila.launch_instance([str(page), *options])
