@@ -189,7 +189,7 @@ def test_a_page_can_be_read_in_the_dark(site, browser):
         assert scheme == 'light' or ground == 'rgb(255, 255, 255)'
         page.goto((site / 'nbs/01_second.html').as_uri())
         assert page.locator('.md-content').evaluate(PALE) == [] and page.locator('pre :is(.k, .o, .mf, .c1)').count() > 3
-        page.add_style_tag(content='.jp-Cell pre {background: #777}')
+        page.add_style_tag(content='.jp-Cell pre, .jp-Cell pre * {background: #777 !important; transition: none !important}')
         assert page.locator('.md-content').evaluate(PALE)  # the test sees
 
 

@@ -240,7 +240,7 @@ def make(root=ROOT, out=ROOT / '_docs'):
         site_name='updetr', docs_dir='source', site_dir='site', nav=collect(root, source), use_directory_urls=False,
         extra_css=['notebook.css', 'site.css'], extra_javascript=['notebook.js'],
         theme={'name': 'material', 'font': False, 'palette': PALETTE,
-               'features': ['navigation.top', 'navigation.footer', 'search.highlight', 'toc.follow']},
+               'features': ['navigation.top', 'navigation.footer', 'toc.follow']},
         plugins=['search', 'offline', {'mkdocs-jupyter': notebooks}],
         markdown_extensions=['tables', 'fenced_code', 'attr_list', 'md_in_html', {'toc': {'permalink': True}}])
     (out / 'mkdocs.yml').write_text(json.dumps(settings))  # JSON is YAML

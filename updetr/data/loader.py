@@ -452,8 +452,10 @@ class _Handing:
 
 # %% ../../nbs/12_loader.ipynb #c024r
 _DEAD = r'DataLoader worker \(pid.*(killed by signal|exited unexpectedly)'
+_DIED = ('a worker of the data loader died, most often because memory ran out: use fewer '
+         '(-p num_workers 0 needs none)')
 
-def _or_named(batches):
+def _or_named(batches, num_workers):
     "Yield the same batches; a worker that died is named with the way on"
     try:
         yield from batches
@@ -462,14 +464,16 @@ def _or_named(batches):
         # a worker that found no room has said all; its traceback stands before it
         if _FULL in said: raise RuntimeError(_FULL + said.split(_FULL)[-1].strip()) from e
         if not re.match(_DEAD, said): raise
-        way = ('a worker of the data loader died, most often because memory ran out: use fewer '
-               '(-p num_workers 0 needs none)')
-        if 'Bus error' in said: way = _shm_advice()
+        way = _shm_advice() if 'Bus error' in said else _DIED
         raise RuntimeError(f'{way}. It said: {said.splitlines()[0]}') from e
+    except (EOFError, ConnectionError) as e:
+        # what a photo's file lacks is said by a worker; here one was gone while it handed over
+        if not num_workers or 'Caught' in str(e): raise
+        raise RuntimeError(f'{_DIED}. It was handing over a batch ({type(e).__name__})') from e
 
 class _Loader(DataLoader):
     "A `DataLoader` whose dead workers are named"
-    def __iter__(self): return _or_named(super().__iter__())
+    def __iter__(self): return _or_named(super().__iter__(), self.num_workers)
 
 def data_loader(
     dataset: Dataset,      # what is read

@@ -37,6 +37,7 @@ from ..tasks.finetune_task import DetectStep, build_module
 from ..model.pretrained import open_pretrained
 from ..model.losses import build_criterion
 from ..core.photos import as_image, resize
+from ..core.shipped import shipped
 from ..data.transforms import DETR_SIZES, Sizes, whole_view
 from ..model.backbone import prepare_images
 
@@ -281,6 +282,11 @@ class Detector:
         # where it is from, for whoever passes it on
         detector.cfg, detector.file = cfg, Path(path)
         return detector
+
+    @classmethod
+    def demo(cls, device='cpu'):
+        "Open the detector of five animals that comes with the package, see `model_card`."
+        return cls.from_checkpoint(shipped('detector'), device)
 
     def __call__(self, pictures, threshold=.5):
         """Return the detections with a score of at least `threshold` (0..1).

@@ -30,6 +30,7 @@ from ..model.pretrained import open_pretrained
 from ..tasks.oneshot import OneShotConfig
 from .oneshot_detector import oneshot_of, photo_sizes
 from ..core.photos import as_image, builtin_photos, read_photo, resize
+from ..core.shipped import shipped
 from ..data.queries import query_picture
 from ..core.report import markdown_table, provenance, save_metrics
 from ..data.transforms import Sizes
@@ -332,6 +333,11 @@ class QueryPatchLocalizer:
         """
         device = check_device(device)
         return cls._of(*load_localizer(path, **told), device)
+
+    @classmethod
+    def demo(cls, device='cpu'):
+        "Return the pre-trained model that comes with the package, see `model_card`."
+        return cls.from_checkpoint(shipped('updetr'), device)
 
     @classmethod
     def untrained(cls, path='', seed=0, device='cpu', **told):

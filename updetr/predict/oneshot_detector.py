@@ -21,6 +21,7 @@ from ..tasks.finetune import view_sizes
 from ..model.pretrained import Pretrained, hand_over, open_pretrained
 from ..tasks.oneshot import OneShotConfig, ask, build_oneshot, with_query
 from ..core.photos import PRETRAIN_MAX, PRETRAIN_SIZES, as_image
+from ..core.shipped import shipped
 from ..data.queries import query_picture
 from ..data.transforms import Sizes
 from ..model.updetr import UPDETR
@@ -111,6 +112,12 @@ class OneShotDetector:
         device = check_device(device)
         model, cfg = load_oneshot(path, **told)
         return cls(model, photo_sizes(cfg), cfg.square, cfg.query_size, cfg.query_shape, device)
+
+    @classmethod
+    def demo(cls, device='cpu'):
+        """Open the pre-trained model that comes with the package, see `model_card`.
+        It was not fine-tuned to find things of one kind: it finds the picture's own place."""
+        return cls.from_checkpoint(shipped('updetr'), device)
 
     def query(self, picture, box=None):
         "Return a picture, or what is in `box` (xyxy px) of it, as a query: (3,s,s) uint8."

@@ -33,6 +33,7 @@ from updetr.predict.canvas import (
 from ..train.launch import is_done, read_record
 from .localizer import Found, OpenPhoto, QueryPatchLocalizer
 from ..core.photos import BadPhoto, builtin_photos, read_photo, resize
+from ..core.shipped import shipped
 
 # %% ../../nbs/55_widget.ipynb #c005
 KINDS = {r'....ftyp(hei|hev|mif1|msf1)':
@@ -140,8 +141,10 @@ def weights_at_hand(
     found = {}
     for name, path in (('pre-trained', checkpoint), ('one-shot', oneshot)):
         if path: found[name] = functools.partial(QueryPatchLocalizer.from_checkpoint, str(path))
+    found['shipped'] = QueryPatchLocalizer.demo
     # the transformer that has learnt nothing, behind the same CNN
-    untrained = functools.partial(QueryPatchLocalizer.untrained, str(checkpoint or oneshot))
+    like = checkpoint or oneshot or shipped('updetr')
+    untrained = functools.partial(QueryPatchLocalizer.untrained, str(like))
     found['untrained'] = untrained
     first = next(iter(found))
     found[first] = found[first]()

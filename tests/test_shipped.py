@@ -1,0 +1,65 @@
+"""The weights that come with the package: whole, small, without a trace of the machine, and as good as their cards say."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torchvision.ops import box_iou
+
+from updetr import Detector, OneShotDetector, QueryPatchLocalizer
+from updetr.core.photos import builtin_photos, read_photo
+from updetr.core.shipped import SHIPPED, model_card, shipped
+from updetr.predict.localizer import random_questions
+
+ROOT = Path(__file__).parents[1]
+REPORTS = {'updetr': 'pretrain_small', 'detector': 'finetune_shipped'}
+PHOTO = {p.name: p.path for p in builtin_photos()}
+
+
+@pytest.mark.parametrize('name', SHIPPED)
+def test_a_file_is_small_whole_and_says_nothing_of_its_machine(name):
+    file = shipped(name)
+    assert file.stat().st_size < 4e6 and file.stat().st_mode & 0o444 == 0o444
+    with safe_open(file, 'pt') as f:
+        text = f.metadata()['config']
+        kinds = {f.get_tensor(k).dtype for k in f.keys() if f.get_tensor(k).is_floating_point()}
+        assert all(f.get_tensor(k).isfinite().all() for k in f.keys())
+    assert kinds == {torch.float16}
+    assert not [v for v in json.loads(text).values() if isinstance(v, str) and ('/' in v or '\\' in v)]
+
+
+@pytest.mark.parametrize('name', SHIPPED)
+def test_a_card_says_what_was_measured(name):
+    "Each number of the table under 'Measured' stands in the report that the card names"
+    card, metrics = model_card(name), (ROOT / 'reports' / REPORTS[name] / 'metrics.json').read_text()
+    assert f'reports/{REPORTS[name]}' in card
+    table = card.split('## Measured')[1].split('## ')[0]
+    said = [float(x) for x in re.findall(r'(?<=\| )\d+\.\d+(?= )', table)]
+    known = [float(x) for x in re.findall(r'\d+\.\d+(?:e-?\d+)?', metrics)]
+    assert len(said) >= 3
+    for x in said:
+        digits = 2 if x < 1 else 1
+        assert any(round(k, digits) == x for k in known), x
+
+
+def test_patches_of_photos_never_seen_are_found():
+    "Better by far than one and the same box for everything; the untrained network is not"
+    images = [read_photo(p.path) for p in builtin_photos('heldout')]
+    models = QueryPatchLocalizer.demo(), QueryPatchLocalizer.untrained(shipped('updetr'))
+    trained, untrained = (random_questions(model, images, each=20)['IoU'].mean() for model in models)
+    assert untrained < .3 < .5 < trained
+
+
+def test_the_detector_finds_the_cat():
+    "chelsea is a photo of a cat, and no photo of the training"
+    found = Detector.demo()(PHOTO['chelsea'], threshold=.3)
+    assert len(found) and found.names[0] == 'cat'
+    assert box_iou(found.boxes[:1], torch.tensor([[0., 0, 451, 300]])).item() > .4
+
+
+def test_a_model_that_was_only_pretrained_is_asked_with_pictures():
+    photo, box = PHOTO['coffee'], (80, 30, 480, 370)
+    found = OneShotDetector.demo()(photo, photo, box=box, threshold=0., overlap=.5)
+    assert box_iou(found.boxes[:1], torch.tensor([box], dtype=torch.float)).item() > .5
