@@ -43,7 +43,9 @@ def read_back(command):
 def quiet(**more):
     "The environment without GPUs, photos and settings of the machine's own."
     env = os.environ | {'CUDA_VISIBLE_DEVICES': '', 'JUPYTER_PREFER_ENV_PATH': '1', 'OMP_NUM_THREADS': '1', 'UPDETR_DATA': '', **more}
-    return {k: v for k, v in env.items() if k not in ('MPLBACKEND', 'MAKEFLAGS', 'MAKELEVEL', 'MFLAGS', 'ARGS', 'REPORT')}
+    # under pytest a kernel does without what it does for users: ipykernel asks for PYTEST_CURRENT_TEST
+    foreign = ('MPLBACKEND', 'MAKEFLAGS', 'MAKELEVEL', 'MFLAGS', 'ARGS', 'REPORT', 'PYTEST_CURRENT_TEST')
+    return {k: v for k, v in env.items() if k not in foreign}
 
 
 def papermill(out, cwd=ROOT, notebook=NOTEBOOK, **parameters):
@@ -83,6 +85,19 @@ def test_what_is_not_declared_can_be_given_too(monkeypatch):
 def test_the_help_lists_every_parameter(notebook):
     out = CliRunner().invoke(cli.papermill, ['--help-notebook', str(notebook)]).output
     assert [n for n in parameter_lines(notebook) if not re.search(rf'^  {n}: ', out, re.M)] == []
+
+
+def test_a_terminal_shows_where_a_run_is(tmp_path):
+    "And the notebook keeps one output, the last"
+    cells = ['from updetr.train.progress import Screen\nscreen = Screen()', "for step in range(3): screen(f'step {step} · 2 min left')"]
+    spec = dict(name='python3', display_name='Python', language='python')
+    new = nbformat.v4
+    nb = new.new_notebook(cells=[new.new_code_cell(source) for source in cells], metadata=dict(kernelspec=spec))
+    nbformat.write(nb, tmp_path / 'in.ipynb')
+    done = papermill(tmp_path / 'out.ipynb', notebook=tmp_path / 'in.ipynb')
+    assert done.returncode == 0 and done.stderr.count('min left') == 1 and '\nstep 0 · 2 min left\n' in done.stderr
+    outputs = nbformat.read(tmp_path / 'out.ipynb', 4).cells[1].outputs
+    assert [o.data['text/plain'] for o in outputs] == ['step 2 · 2 min left']
 
 
 @pytest.fixture(scope='module')
