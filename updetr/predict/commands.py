@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 import torch
 from torchvision.io import write_png
 
-from ..core.checkpoint import read_weights, write_atomic, write_json
+from ..core.checkpoint import model_file, read_weights, write_atomic, write_json
 from ..core.fingerprint import set_rows
 from ..core.photos import BadPhoto, index_photos, printable, read_photo
 from ..core.report import versions
@@ -127,13 +127,13 @@ def progress_line(
     return show
 
 def open_model(
-    checkpoint: str | Path,    # file of a detector or a panoptic segmenter
+    checkpoint: str | Path,    # file, or run's folder, of a detector or a panoptic segmenter
     device: str = 'cpu',       # where it runs
     nms: float | None = None,  # for `Detector`
 ) -> Detector | PanopticSegmenter:  # the model
     "Return the model of a checkpoint. Raises what `from_checkpoint` raises."
-    try: task = read_weights(checkpoint)[1].get('task')
-    # a folder, or a published file: `Detector` knows better
+    try: task = read_weights(model_file(checkpoint, say=False))[1].get('task')
+    # a folder of a model hub, or a published file: `Detector` knows better
     except (ValueError, OSError): task = None
     if task != 'panoptic': return Detector.from_checkpoint(checkpoint, device, nms=nms)
     if nms: raise ValueError('segments do not overlap: --nms is for detectors')
@@ -227,7 +227,8 @@ def training_set(
 ):                           # labelled set, or None
     "Return what a detector was trained on: by its own word, else the part train of the same set."
     try:
-        cfg = stored_config(checkpoint, FinetuneConfig, read_weights(checkpoint)[1])
+        file = model_file(checkpoint, say=False)
+        cfg = stored_config(file, FinetuneConfig, read_weights(file)[1])
         if cfg.data and os.path.exists(cfg.data): return open_sets(cfg)[0]
     except (ValueError, OSError): pass
     if split in (None, 'train'): return None
@@ -434,7 +435,7 @@ def evaluate(
 # %% ../../nbs/59_commands.ipynb #c032
 def _parser(name, about):
     parser = argparse.ArgumentParser(f'python -m updetr {name}', description=about)
-    parser.add_argument('checkpoint', help="a run's checkpoint.pth, .safetensors, or published")
+    parser.add_argument('checkpoint', help="a run's folder or file, or a published file")
     return parser
 
 def _shared_options(parser, nms):
@@ -468,7 +469,7 @@ def evaluate_command(
 ) -> None:
     "Run `python -m updetr evaluate`."
     parser = _parser('evaluate', 'Report what a detector gets wrong on labelled photos.')
-    parser.add_argument('data', help='VOC, COCO or Roboflow folder, or a COCO file')
+    parser.add_argument('data', help='labelled photos: VOC, COCO, YOLO, LabelMe or CSV')
     parser.add_argument('--split', help='val, test, ...; not for a file')
     parser.add_argument('--year', help='of VOC; of COCO if there are several')
     parser.add_argument('--images', help='folder of the photos, if in none of the usual places')

@@ -15,22 +15,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
 from PIL import Image
+from pycocotools import mask
 
 from ..core.fingerprint import file_digest
 from ..core.pictures import plain_label, show_image
 from ..train.evaluate import CocoEvaluator
 
 # %% ../../nbs/58_errors.ipynb #c008
-def _overlaps(boxes, others, crowd=False):
+def _overlaps(boxes, others, crowd=None):
     "(n, m) IoU of boxes xyxy; with a crowd, the share of the box that lies in it"
-    left_top = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    right_bottom = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    both = (right_bottom - left_top).clip(0).prod(-1)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None]
-    other = (others[:, 2:] - others[:, :2]).prod(1)
-    union = np.where(crowd, area, area + other - both)
-    # nothing overlaps a box without area
-    return both / np.maximum(union, 1e-12)
+    shape = len(boxes), len(others)
+    if 0 in shape: return np.zeros(shape)
+    if crowd is None: crowd = np.zeros(len(others))
+    mine, theirs = [np.hstack([b[:, :2], b[:, 2:] - b[:, :2]]) for b in (boxes, others)]
+    return mask.iou(mine, theirs, crowd)
 
 def _take(overlap, crowd, iou):
     "The object that each answer takes, the best answer first; -1: none"
