@@ -31,4 +31,4 @@ def model_card(
     name: str,  # a key of `SHIPPED`
 ) -> str:       # Markdown
     "Return the card of weights that come with the package. Raises ValueError for other names."
-    return shipped(name).with_suffix('.md').read_text()
+    return shipped(name).with_suffix('.md').read_text(encoding='utf-8')
