@@ -5,10 +5,6 @@ import nbformat
 
 from conftest import ROOT
 
-# What came since the executed reports were made. papermill warns, and gives them all the same; the notebooks declare them when they are
-# made anew.
-UNDECLARED = {'flip', 'augment', 'mosaic', 'freeze', 'class_weights', 'focal'}
-
 
 def run_cells(notebook, monkeypatch, until=None, **parameters):
     """The names that the cells leave, up to and with the one that contains `until` (None: all); parameters are set where papermill does."""
