@@ -1,5 +1,6 @@
 "The same five photos and boxes, written in every layout that people have, are the same set; what is malformed is named."
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -11,10 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from conftest import ROOT
+from tools.cells import run_cells
 from updetr.core.fingerprint import mark_set, same_data
 from updetr.data.check import check_dataset, suggest
 from updetr.data.datasets import dataset_parts, open_dataset
+from updetr.predict.detector import Detector
 from updetr.tasks.finetune import finetune_config, open_sets
+from updetr.tasks.finetune_task import TASK
+from updetr.train.loop import Processes, train
 
 # what was drawn: photo -> its size (width, height) and its objects, by the photo's edges in pixels from 0
 PHOTOS = {'a': ((64, 48), [('cat', 8, 6, 40, 30), ('dog', 0, 0, 16, 48)]), 'b': ((48, 64), [('dog', 12, 16, 36, 48)]),
@@ -389,6 +395,26 @@ def test_what_is_suggested_is_printed(pictures, tmp_path):
     assert suggest(ds) == {'num_queries': 20, 'epochs': 100, 'minutes': 1}
     assert '-p num_queries 20 -p epochs 100 (about 1 min' in str(check_dataset(ds, queries=20))
     assert not check_dataset(ds).advice
+
+
+@pytest.mark.parametrize('make', [_csv_sides, PARTED['ultralytics']], ids=['csv', 'yolo'])
+def test_the_photos_decide_and_are_trained_on(make, pictures, tmp_path, monkeypatch, capsys):
+    "`auto` through the notebook, and an epoch of a small detector: it is measured on the photos to evaluate on."
+    (data := tmp_path / 'data').mkdir()
+    make(pictures, data)
+    tiny = dict(backbone='resnet18', weights='none', features='layer1', hidden_dim=16, nheads=2, dim_feedforward=16, dec_layers=1,
+                square=64, val_size=64, cached_views=1, batch_size=2, standardize=False, eval_every=1)
+    asked = dict(data=str(data), methods='detr', epochs='auto', num_queries='auto')
+    cfg = run_cells(ROOT / 'nbs/finetune.ipynb', monkeypatch, 'train_plan(cfg', **asked, **tiny)['cfg']
+    train_set, val_set = open_sets(cfg)
+    assert {k: getattr(cfg, k) for k in ('num_queries', 'epochs')}.items() < suggest(train_set).items()
+    said = f'auto: num_queries 20, epochs 100 for {len(train_set)} photos (about 1 min a run on one idle core)'
+    assert capsys.readouterr().out.splitlines()[0] == said
+    (run := tmp_path / 'run').mkdir()
+    cfg = dataclasses.replace(cfg, epochs=1)
+    state = train(TASK[1](cfg, run, Processes()), cfg, run, Processes())
+    assert state.step == len(train_set) // 2 and 0 <= state.evaluations[-1]['test_best_iou'] <= 1
+    assert Detector.from_checkpoint(run).classes == tuple(val_set.classes) == tuple(CLASSES)
 
 
 # ---- malformed files -------------------------------------------------------------------------------------------------

@@ -1766,6 +1766,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                   'updetr/tasks/finetune.py'),
                                        'updetr.tasks.finetune.checkpoint_sizes': ( 'finetune.html#checkpoint_sizes',
                                                                                    'updetr/tasks/finetune.py'),
+                                       'updetr.tasks.finetune.chosen_by_photos': ( 'finetune.html#chosen_by_photos',
+                                                                                   'updetr/tasks/finetune.py'),
                                        'updetr.tasks.finetune.class_counts': ('finetune.html#class_counts', 'updetr/tasks/finetune.py'),
                                        'updetr.tasks.finetune.collate_targets': ( 'finetune.html#collate_targets',
                                                                                   'updetr/tasks/finetune.py'),

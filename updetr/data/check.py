@@ -290,14 +290,15 @@ LOOKS = 20_000   # photos seen in a training of the small model, each as often a
 LOOKS_A_MINUTE = 5_000  # on one idle core, its evaluations among it
 
 def suggest(
-    ds,  # a detection set to train on, or a part of one
+    ds,               # a detection set to train on, or a part of one
+    epochs: int = 0,  # times that all photos are seen; 0: by their number
 ) -> dict:  # num_queries; epochs; minutes a run of the preset `demo` on one idle core
     "Return what suits a set where the model is small, measured on 130 to 640 photos."
     counts = object_counts(ds)
     most = 0 if counts is None or not len(counts) else int(counts.max())
     queries = max(20, 10 * math.ceil(most * 1.25 / 10))
-    epochs = 10 * round(LOOKS / max(len(ds), 1) / 10)
-    epochs = min(max(epochs, 20), 100)
+    fitting = 10 * round(LOOKS / max(len(ds), 1) / 10)
+    epochs = epochs or min(max(fitting, 20), 100)
     minutes = math.ceil(len(ds) * epochs / LOOKS_A_MINUTE)
     return {'num_queries': queries, 'epochs': epochs, 'minutes': minutes}
 

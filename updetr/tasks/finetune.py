@@ -6,8 +6,8 @@
 __all__ = ['BOX_METRICS', 'VOC', 'COCO', 'LONG', 'SMALL', 'FINETUNE_PRESETS', 'FINETUNE_DESCRIPTIONS', 'FREE', 'NO_DATA',
            'LabelledConfig', 'TransferConfig', 'FinetuneConfig', 'checkpoint_sizes', 'transfer_config',
            'finetune_config', 'Subset', 'divided', 'one_fold', 'draw_evenly', 'some_photos', 'class_counts',
-           'labelled_marks', 'open_sets', 'view_sizes', 'train_views', 'val_views', 'train_plan', 'collate_targets',
-           'batch_to_device', 'view_loader', 'val_items']
+           'labelled_marks', 'open_sets', 'chosen_by_photos', 'view_sizes', 'train_views', 'val_views', 'train_plan',
+           'collate_targets', 'batch_to_device', 'view_loader', 'val_items']
 
 # %% ../../nbs/42_finetune.ipynb #c002
 import dataclasses
@@ -27,6 +27,7 @@ from ..model.baselines import BASELINES
 from ..core.boxes import pad_images
 from ..core.checkpoint import model_file
 from ..core.config import DetectorConfig, SetLossConfig, TrainConfig, make_config
+from ..data.check import suggest
 from ..data.datasets import MISSING, DetectionSet, dataset_parts, open_dataset
 from ..core.fingerprint import SetRows, mark_set, set_rows
 from ..model.pretrained import Pretrained, open_pretrained
@@ -232,7 +233,11 @@ def finetune_config(
     preset: str = 'demo',  # a name in `FINETUNE_PRESETS`
     **changes,             # any field of `FinetuneConfig`; None leaves the preset's value
 ) -> FinetuneConfig:       # configuration of the run
-    "Return the configuration of a detector's run. Raises as `transfer_config` does."
+    """Return the configuration of a detector's run. `epochs` and `num_queries` may be 'auto'.
+
+    Raises as `transfer_config` does."""
+    if 'auto' in (changes.get('epochs'), changes.get('num_queries')):
+        changes |= chosen_by_photos(preset, changes)
     return transfer_config(preset, FinetuneConfig, FINETUNE_PRESETS, **changes)
 
 # %% ../../nbs/42_finetune.ipynb #c018
@@ -418,6 +423,28 @@ def open_sets(
         val, _ = opened(cfg.data_val or path, cfg.split_val, cfg.year_val,
                         classes or train.classes, cfg.images_val or cfg.images or None)
     return _training_part(train, cfg), val
+
+# %% ../../nbs/42_finetune.ipynb #q002
+def chosen_by_photos(
+    preset: str,       # a name in `FINETUNE_PRESETS`
+    changes: Mapping,  # field of `FinetuneConfig` -> value, or 'auto'
+) -> dict:             # field that was 'auto' -> number
+    "Return what suits the photos to train on, and say it in a line. Raises as `open_sets` does."
+    asked = [k for k in ('num_queries', 'epochs') if changes.get(k) == 'auto']
+    small = preset == 'demo'
+    if 'epochs' in asked and not small:
+        raise ValueError("epochs 'auto' was measured with the preset demo: "
+                         f'say how many for {preset}')
+    # the numbers are the same for all starts and all seeds
+    rest = {k: v for k, v in changes.items() if k not in (*asked, 'pretrain', 'seed')}
+    cfg = make_config(preset, FinetuneConfig, FINETUNE_PRESETS, **rest)
+    train_set, _ = open_sets(cfg)
+    best = suggest(train_set, 0 if 'epochs' in asked else cfg.epochs)
+    chosen = {k: best[k] for k in asked}
+    words = ', '.join(f'{k} {v}' for k, v in chosen.items())
+    time = f' (about {best["minutes"]} min a run on one idle core)' if small else ''
+    print(f'auto: {words} for {len(train_set):,} photos{time}')
+    return chosen
 
 # %% ../../nbs/42_finetune.ipynb #c025
 def view_sizes(
