@@ -9,7 +9,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from updetr.core.boxes import pad_images
-from updetr.model.baselines import BASELINES, Baseline, build_baseline
+from updetr.model.baselines import TORCHVISION, Baseline, build_baseline
 
 C, SIZES, PHOTOS = 3, [(64, 96), (96, 64)], [(128, 192), (48, 32)]
 BOXES = [[[8., 8, 40, 56], [50, 10, 90, 34]], [[4., 20, 60, 90]]]
@@ -64,7 +64,7 @@ def their_state(model): return {k.replace('backbone.cnn.body.', 'backbone.body.'
 
 
 each_pyramid = pytest.mark.parametrize('name', ['faster_rcnn_fpn', 'mask_rcnn', 'retinanet', 'fcos'])
-each = pytest.mark.parametrize('name', BASELINES)
+each = pytest.mark.parametrize('name', TORCHVISION)
 
 
 @each_pyramid

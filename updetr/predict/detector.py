@@ -10,6 +10,7 @@ __all__ = ['own_ids', 'Detections', 'shared_file', 'check_device', 'load_detecto
 import dataclasses
 import io
 import math
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from updetr.core.checkpoint import (
 from updetr.model.weights import (
     built, check_architecture, check_cnn, class_names, fill, plain_tensors, stored_config,
 )
-from ..core.config import model_options
+from ..core.config import is_place, model_options
 from ..data.datasets import class_color
 from ..model.detr import build_detr
 from ..train.evaluate import by_name, classes_by_name
@@ -126,9 +127,13 @@ def _own_detector(path, weights, args, told):
     names = class_names(path, args)
     options = model_options(cfg)
     weights = plain_tensors(path, weights)
+    if is_place(cfg.detector) and cfg.detector.split(':')[0] not in sys.modules:
+        # a file is data: it does not choose whose code runs
+        raise ValueError(f'{path} is of the model {cfg.detector}, which is not part of this kit: '
+                         f'import {cfg.detector.split(":")[0]} first')
     if cfg.detector == 'detr':
         check_architecture(path, weights, options, len(names), told)
-    else:
+    elif not is_place(cfg.detector):
         if not any(cfg.channels in v.shape for v in weights.values()):
             raise ValueError(f'{path} contradicts itself: its configuration says '
                              f'channels {cfg.channels}, its tensors do not')

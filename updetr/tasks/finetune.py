@@ -26,7 +26,8 @@ from ..data.augment import normalize
 from ..model.baselines import BASELINES
 from ..core.boxes import pad_images
 from ..core.checkpoint import model_file
-from ..core.config import DetectorConfig, SetLossConfig, TrainConfig, make_config
+from ..core.config import (DetectorConfig, SetLossConfig, TrainConfig, import_function,
+                                is_place, make_config)
 from ..data.check import suggest
 from ..data.datasets import MISSING, DetectionSet, dataset_parts, open_dataset
 from ..core.fingerprint import SetRows, mark_set, set_rows
@@ -145,7 +146,8 @@ class TransferConfig(TrainConfig, LabelledConfig, SetLossConfig, DetectorConfig)
 class FinetuneConfig(TransferConfig):
     "Everything that determines a fine-tuning run."
     task: str = 'finetune'  # which `updetr.train.loop` task reads it
-    detector: str = 'detr'  # detr, or one of torchvision's: see `updetr.model.baselines`
+    # detr, one of torchvision's (see `updetr.model.baselines`), or module:function
+    detector: str = 'detr'
     channels: int = 256  # of the feature levels of torchvision's detectors
     # weights of classes in the loss: balanced, or names with weights: cat=2, dog=0.5; '' = all 1
     class_weights: str = ''
@@ -154,8 +156,13 @@ class FinetuneConfig(TransferConfig):
     def problems(self):
         "Yield what is wrong between fields."
         yield from super().problems()
-        if self.detector not in ('detr', *BASELINES):
-            yield f'detector {self.detector!r} is unknown: detr or {", ".join(BASELINES)}'
+        if is_place(self.detector):
+            # your own is imported now, not when its turn comes
+            try: import_function(self.detector)
+            except ValueError as e: yield f'detector {e}'
+        elif self.detector not in ('detr', *BASELINES):
+            yield (f'detector {self.detector!r} is unknown: detr, {", ".join(BASELINES)}, '
+                   'or your own, module:function')
         own = ('pretrain', 'compile', 'gradient_checkpointing', 'cached_views', 'class_weights',
                'focal')
         if self.detector != 'detr' and any(getattr(self, k) for k in own):
