@@ -1067,6 +1067,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                   'updetr/model/baselines.py'),
                                         'updetr.model.baselines._check_settings': ( 'baselines.html#_check_settings',
                                                                                     'updetr/model/baselines.py'),
+                                        'updetr.model.baselines._check_sizes': ('baselines.html#_check_sizes', 'updetr/model/baselines.py'),
                                         'updetr.model.baselines._crops': ('baselines.html#_crops', 'updetr/model/baselines.py'),
                                         'updetr.model.baselines._cut_backbone': ( 'baselines.html#_cut_backbone',
                                                                                   'updetr/model/baselines.py'),

@@ -278,6 +278,15 @@ def _on_pyramid(name, num_classes, cnn, channels, anchor_sizes, settings):
     return Baseline(model, num_classes, cnn)
 
 # %% ../../nbs/27_baselines.ipynb #c029b
+def _check_sizes(name, num_classes, channels):
+    "ValueError for sizes that cannot be built"
+    if num_classes < 1:
+        raise ValueError(f'num_classes is {num_classes}: at least one class is needed '
+                         '(background is added by itself)')
+    if name == 'fcos' and channels % 32:
+        raise ValueError(f'channels {channels}: FCOS norms groups of 32, '
+                         'so it must be a multiple of 32')
+
 def build_baseline(
     name: str,  # one of `BASELINES`, or module:function that builds your own
     num_classes: int,  # C, without background
@@ -298,12 +307,7 @@ def build_baseline(
         return build(num_classes, backbone=backbone, weights=weights, features=features,
                      frozen=frozen, channels=channels, **settings)
     _check_settings(name, settings)
-    if num_classes < 1:
-        raise ValueError(f'num_classes is {num_classes}: at least one class is needed '
-                         '(background is added by itself)')
-    if name == 'fcos' and channels % 32:
-        raise ValueError(f'channels {channels}: FCOS norms groups of 32, '
-                         'so it must be a multiple of 32')
+    _check_sizes(name, num_classes, channels)
     features = _features(name, backbone, features)
     if name == 'faster_rcnn_c4':
         return _c4(num_classes, backbone, weights, frozen, anchor_sizes, settings)
