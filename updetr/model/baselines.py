@@ -224,6 +224,7 @@ def _check_settings(name, settings):
     if unknown:
         raise ValueError(f'{name} has no setting {unknown}; it has {sorted(numbers)}')
 
+# %% ../../nbs/27_baselines.ipynb #c026b
 def _features(name, backbone, features):
     "Return the layers to cut after. ValueError for a backbone that cannot do it"
     if name == 'faster_rcnn_c4':
