@@ -200,9 +200,9 @@ def test_a_checkpoint_is_where_a_run_starts_once(pretrained, labelled, tmp_path,
     assert logged(folder) == logged(undisturbed) and same(weights(folder), weights(undisturbed))
 
 
-def detected(folder, val_set):
-    """What the detector in a run's folder finds, photo by photo, as an evaluator."""
-    detector, evaluator = Detector.from_checkpoint(folder / 'checkpoint.pth'), CocoEvaluator(val_set.coco())
+def detected(file, val_set):
+    """What the detector in a file, or in a run's folder, finds photo by photo, as an evaluator."""
+    detector, evaluator = Detector.from_checkpoint(file), CocoEvaluator(val_set.coco())
     for sample in (val_set[i] for i in range(len(val_set))):
         found = detector.detect(sample['image'], 0.)
         evaluator.update([sample['image_id']], [{k: getattr(found, k) for k in ('scores', 'labels', 'boxes')}])
@@ -217,10 +217,21 @@ def test_the_detector_answers_as_the_run_measured(how, whole, labelled, tmp_path
     folder = whole if how == 'averaged' else make_run(tmp_path / 'run', labelled, **settings[how])
     if how != 'averaged': finish(folder)
     val_set = open_dataset(labelled, 'val')
-    last, numbers = measured(folder)[-1], measurement(detected(folder, val_set))
+    last, numbers = measured(folder)[-1], measurement(detected(folder / 'checkpoint.pth', val_set))
     assert {k: last[k] for k in numbers} == pytest.approx(numbers, abs=1e-3) and last['test_best_iou'] > 0
     if how == 'retinanet': assert last['step'] == 12 and {'train_classification', 'train_bbox_regression'} <= rows(folder)[0].keys()
     assert Detector.from_checkpoint(folder / 'checkpoint.pth').classes == ('noise',)
+
+
+def test_the_best_averaged_weights_opened_anew(whole, labelled):
+    """A run's folder gives its best weights: the averaged ones, which were measured, not those that were trained."""
+    best = load_checkpoint(whole / 'best.pth')
+    row, = [r for r in measured(whole) if r['step'] == best['best']['step']]
+    numbers = measurement(detected(whole, open_dataset(labelled, 'val')))
+    assert {k: row[k] for k in numbers} == pytest.approx(numbers, abs=1e-3) and numbers['test_AP'] == pytest.approx(best['best']['value'])
+    last = load_checkpoint(whole / 'checkpoint.pth')
+    assert row['step'] < last['step'] or same(best['model'], last['ema'])
+    assert not same(best['model'], last['model'])
 
 
 # ---- finetune.ipynb -------------------------------------------------------------------------------------------------
