@@ -76,10 +76,16 @@ def test_the_commands_page_says_what_the_error_says(monkeypatch):
 
 
 @pytest.mark.parametrize('changes, words', [
-    ({'eval_backend': 'hotcoco'}, r'pip install .updetr\[fast\]'), ({'eval_backend': 'pycoco'}, 'must be one of pycocotools, hotcoco'),
+    ({'eval_backend': 'hotcoco'}, r'pip install .updetr\[fast\]'),
+    ({'tensorboard': True}, r'pip install .updetr\[board\]'), ({'wandb': True}, r'pip install .updetr\[wandb\]'),
+    ({'eval_backend': 'pycoco'}, 'must be one of pycocotools, hotcoco'),
     ({'compile': True}, 'C.. compiler'), ({'num_workers': -1}, 'not be negative')])
 def test_what_cannot_work_here_is_refused_before_time_is_spent(monkeypatch, tmp_path, changes, words):
-    monkeypatch.setitem(sys.modules, 'hotcoco', None)
+    for name in ('hotcoco', 'tensorboard'): monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, 'path', [str(tmp_path)])  # where a run of wandb has left its folder
+    (tmp_path / 'wandb').mkdir()
     monkeypatch.setenv('PATH', str(tmp_path))
     monkeypatch.delenv('CXX', raising=False)
     with pytest.raises(ValueError, match=words): finetune_config('demo', **changes)
