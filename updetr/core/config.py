@@ -128,6 +128,7 @@ class TrainConfig:
     num_workers: int = 0           # decoding processes for each training process
     log_every: int = 10            # steps between log lines
     tensorboard: bool = False      # log lines for TensorBoard, too; needs updetr[board]
+    wandb: bool = False            # the same for Weights & Biases; needs updetr[wandb]
     save_every: int = 500          # steps between saves of the last state
     keep_every: int = 20           # epochs between checkpoints that are kept
     # steps in a row that may be skipped where loss or gradient is not finite; 0 = stop at the first
@@ -299,15 +300,22 @@ def _out_of_bounds(cfg):
             yield f'{f.name} {_shown(v)} must be a number of at most {most:,}'
 
 # %% ../../nbs/05_config.ipynb #c014m
+def _is_there(package):
+    "Return whether a package can be imported. A folder of that name in the working folder is none."
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
 def missing_here(
     cfg: TrainConfig,  # of any kind
 ):  # complaints
     "Yield what a run asks for that this machine does not have, before time is spent."
-    if getattr(cfg, 'eval_backend', '') == 'hotcoco' and not find_spec('hotcoco'):
+    if getattr(cfg, 'eval_backend', '') == 'hotcoco' and not _is_there('hotcoco'):
         yield ("eval_backend hotcoco is not installed: pip install 'updetr[fast]', "
                "or eval_backend pycocotools")
-    if cfg.tensorboard and not find_spec('tensorboard'):
+    if cfg.tensorboard and not _is_there('tensorboard'):
         yield "tensorboard is not installed: pip install 'updetr[board]', or tensorboard False"
+    if cfg.wandb and not _is_there('wandb'):
+        yield "wandb is not installed: pip install 'updetr[wandb]', or wandb False"
     compilers = os.environ.get('CXX', 'g++').split()[:1] + ['c++', 'clang++']
     if cfg.compile and not any(map(shutil.which, compilers)):
         yield 'compile needs a C++ compiler, and there is none (apt install g++), or compile False'
@@ -474,12 +482,13 @@ def loss_options(
 
 # %% ../../nbs/05_config.ipynb #c029
 NEUTRAL = ('num_workers', 'log_every', 'save_every', 'keep_every', 'max_skips', 'eval_every',
-           'eval_backend', 'tensorboard')
+           'eval_backend', 'tensorboard', 'wandb')
 # these came later: a file without them is one with these values
 LATER = {'ce_per_process': False, 'detach_recon': True, 'learn_positions': False,
          'images': '', 'images_val': '', 'exif': 'sizes', 'missing': 'refuse', 'val_share': .2,
          'flip': True, 'augment': '', 'mosaic': 0., 'freeze': '', 'class_weights': '', 'focal': 0.,
-         'best_metric': '', 'patience': 0, 'tensorboard': False}
+         'best_metric': '', 'patience': 0, 'tensorboard': False,
+         'wandb': False}
 
 def earlier_values(
     cfg: Mapping,  # a configuration's names and values
