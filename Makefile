@@ -49,7 +49,7 @@ pretrain: $(STAMP)
 
 test: $(STAMP)
 	@echo 'updetr: every notebook and every test; what needs a GPU, a browser or UPDETR_DATA is skipped where there is none'
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $$($(PY) -c 'import os; print(min(4, os.cpu_count() + 1))') $(ARGS)
 
 reports: $(STAMP)
 	$(RUN) -c 'from updetr.experiments.experiment_report import main; main()' --scale $(scale) --to $(REPORTS) $(ARGS)

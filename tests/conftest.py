@@ -57,16 +57,35 @@ def _lack(mark):
         if torch.cuda.device_count() < need: return f'needs {need} CUDA GPU(s), {torch.cuda.device_count()} found'
 
 
-# The notebooks that take longest, which begin before the others: one of them at the very end would keep all other cores waiting.
-LONG = ['74_run', '44_cnn_task', '20_backbone', '47_masks', '27_baselines', '29_pretrained', '43_finetune_task', '72_data',
-        '56_export', '73_step', '41_pretext', '40_pretrain_task', '52_segmenter']
+# What takes longest begins first, the longest in front: at the very end it would keep all other cores waiting.
+LONG = ['test_widget.py', 'test_launch.py', 'test_papermill.py', 'test_faults.py', 'test_panoptic_runs.py', 'test_logged.py',
+        'test_oneshot.py', 'test_task.py', 'test_finetune_runs.py', 'test_experiments.py', 'test_foreign_files.py', 'test_form.py',
+        'test_not_finite.py', 'test_resume.py', 'test_processes.py', 'test_handover.py', 'test_features.py', 'test_determinism.py',
+        'test_recipe.py', 'test_finetune.py', '74_run', 'labels_to_errors', 'test_workers.py', 'test_masks.py', 'test_hundred.py',
+        '20_backbone', '29_pretrained', '56_export', '27_baselines', '44_cnn_task', '47_masks', '49_panoptic_task']
+
+
+def unit(nodeid):
+    "What stays together in one process: a file of tests, which share what they prepare, or one notebook."
+    name = nodeid.split('::')[0].split('/')[-1]
+    return name if name != 'test_notebooks.py' else nodeid.split('[')[-1].split('/')[-1].rstrip(']')
+
+
+@pytest.hookimpl(optionalhook=True)  # xdist may not be there
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Units(LoadScopeScheduling):
+        def _split_scope(self, nodeid): return unit(nodeid)
+
+    config.option.loadscopereorder = False  # the order is ours
+    return Units(config, log)
 
 
 def pytest_collection_modifyitems(items):
-    first = {f'test_notebook[{name}]': i - len(LONG) for i, name in enumerate(LONG)}
-    items.sort(key=lambda item: first.get(item.name, 0))  # stable; xdist keeps it among what is not grouped
+    place = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(unit(item.nodeid), len(LONG)))  # stable
     for item in items:
-        if item.originalname != 'test_notebook': item.add_marker(pytest.mark.xdist_group(item.path.name))  # files share what they prepare
         for mark in ('data', 'cuda', 'multigpu'):
             if item.get_closest_marker(mark) and (why := _lack(mark)): item.add_marker(pytest.mark.skip(reason=why))
 
