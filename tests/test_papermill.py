@@ -66,7 +66,7 @@ def parameter_lines(notebook=NOTEBOOK):
 def test_every_hyper_parameter_can_be_given(notebook, kind):
     lines = parameter_lines(notebook)
     for f in dataclasses.fields(kind):
-        if f.name in {'task', 'data', 'seed', 'detector', 'pretrain'}: continue
+        if f.name in {'task', 'data', 'seed', 'detector', 'system', 'pretrain'}: continue
         assert re.match(rf"{f.type.__name__} = None  # .+ \((paper|default): ", lines[f.name]), f.name
         quoted = re.split(r' \((?:paper|default): ', lines[f.name])[-1][:-1]
         assert f.default == eval(quoted), f'{f.name}: the comment quotes another default'

@@ -24,7 +24,8 @@ from tools.pages import SILENT, definitions, shown, title, words_for_pictures  #
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAPTERS = {'0': 'Boxes, photos, files', '1': 'Patches and labelled photos', '2': 'The model', '3': 'Training', '4': 'The tasks',
-            '5': 'Trained models in use', '6': 'Every table and figure', '7': 'Measured against the published code'}
+            '5': 'Trained models in use', '6': 'Every table and figure', '7': 'Measured against the published code',
+            '8': "The other systems of the paper's tables"}
 FOLDERS = {'tutorials': 'Start here', 'guides': 'Guides', 'experiments': "The paper's tables and figures"}
 CSS = """
 .jp-InputPrompt, .jp-OutputPrompt, .celltoolbar { display: none !important }

@@ -488,7 +488,8 @@ LATER = {'ce_per_process': False, 'detach_recon': True, 'learn_positions': False
          'images': '', 'images_val': '', 'exif': 'sizes', 'missing': 'refuse', 'val_share': .2,
          'flip': True, 'augment': '', 'mosaic': 0., 'freeze': '', 'class_weights': '', 'focal': 0.,
          'best_metric': '', 'patience': 0, 'tensorboard': False,
-         'wandb': False}
+         'wandb': False,
+         'system': ''}
 
 def earlier_values(
     cfg: Mapping,  # a configuration's names and values
