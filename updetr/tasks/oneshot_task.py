@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASK', 'OneShotStep', 'SystemStep', 'picture_features', 'both_ways', 'picture_source', 'cached_pictures',
            'live_pictures', 'oneshot_sets', 'fit_picture_statistics', 'with_question', 'oneshot_batches', 'val_photos',
-           'other_rows', 'evaluate_oneshot', 'model_answer', 'system_answer', 'matching_answer', 'chance_answer',
+           'other_rows', 'evaluate_oneshot', 'model_answer', 'matching_answer', 'chance_answer', 'system_answer',
            'draw_oneshot', 'answer_one', 'OneShotTask', 'open_run']
 
 # %% ../../nbs/46_oneshot_task.ipynb #c002
@@ -296,16 +296,6 @@ def model_answer(
     answer.cnn = model.backbone[0]
     return answer
 
-def system_answer(
-    model: nn.Module,  # another system than DETR, in eval mode
-) -> Callable:         # for `evaluate_oneshot`
-    "Return a function that gives the own answers of a system."
-    @torch.no_grad()
-    def answer(feature, pictures, target):
-        return model.answer(feature, pictures, target)
-    answer.cnn = model.backbone[0]
-    return answer
-
 def matching_answer(
     model: nn.Module,  # model whose CNN is used, and whose channel statistics, if it has any
 ) -> Callable:         # for `evaluate_oneshot`
@@ -325,6 +315,17 @@ def chance_answer(
         image_id, size = int(target['image_id']), target['orig_size'].cpu()
         rngs = [np.random.default_rng((image_id, k)) for k in range(len(pictures))]
         return [random_answer(rng, size, num) for rng in rngs]
+    return answer
+
+# %% ../../nbs/46_oneshot_task.ipynb #sys2
+def system_answer(
+    model: nn.Module,  # another system than DETR, in eval mode
+) -> Callable:         # for `evaluate_oneshot`
+    "Return a function that gives the own answers of a system."
+    @torch.no_grad()
+    def answer(feature, pictures, target):
+        return model.answer(feature, pictures, target)
+    answer.cnn = model.backbone[0]
     return answer
 
 # %% ../../nbs/46_oneshot_task.ipynb #c018
