@@ -207,6 +207,7 @@ def correlate_channels(
 class ScoredRPN(RegionProposalNetwork):
     "torchvision's region proposal network, which remembers the scores of its proposals."
     def filter_proposals(self, *args):
+        "Return torchvision's boxes and scores of each photo."
         boxes, self.scores = super().filter_proposals(*args)
         return boxes, self.scores
 
