@@ -176,13 +176,14 @@ class SiamFC(Neighbour):
         return {'match': torch.stack(losses).mean()}
 
     def answer(self, feature, pictures, target, overlap=.5, most=100):
-        "Return for each of K queries what it agrees with: scores (n,), boxes (n,4) px of the photo."
+        "Return scores (n,) and boxes (n,4) px of the photo for each of K queries."
         photos = self.embed(feature).expand(len(pictures), -1, -1, -1)
         boxes, logits = self.windows(photos, self.embed(pictures))
         answers = []
         for said in logits:
             kept = nms(boxes, said, overlap)[:most]
-            answers.append({'scores': said[kept].sigmoid(), 'boxes': photo_boxes(boxes[kept], target)})
+            found = photo_boxes(boxes[kept], target)
+            answers.append({'scores': said[kept].sigmoid(), 'boxes': found})
         return answers
 
 def build_siamfc(
@@ -232,8 +233,8 @@ def view_list(
     targets: list[dict],  # `size` of each view (height, width), px
 ) -> ImageList:           # sizes of views as torchvision's parts want them; without pixels
     "Return what an RPN has to know of the views that maps were made of."
-    height, width = (side * stride for side in feature.shape[2:])
-    empty = feature.new_zeros(1).expand(len(feature), 3, height, width)
+    height, width = feature.shape[2:]
+    empty = feature.new_zeros(1).expand(len(feature), 3, height * stride, width * stride)
     return ImageList(empty, [tuple(target['size'].tolist()) for target in targets])
 
 # %% ../../nbs/80_siamese.ipynb #c030
@@ -260,7 +261,7 @@ class SiamRPN(Neighbour):
         return self.rpn(views, {'0': agreement}, truth)[1]
 
     def answer(self, feature, pictures, target):
-        "Return for each of K queries what it agrees with: scores (n,), boxes (n,4) px of the photo."
+        "Return scores (n,) and boxes (n,4) px of the photo for each of K queries."
         photos = self.embed(feature).expand(len(pictures), -1, -1, -1)
         agreement = self.agreement(photos, self.embed(pictures))
         views = view_list(agreement, self.stride, [target] * len(pictures))
