@@ -9,7 +9,7 @@ from updetr.data.transforms import SMALL_SIZES
 from updetr.model.detr import build_detr
 from updetr.model.losses import build_criterion
 from updetr.predict.detector import Detector, picture_batch
-from updetr.predict.export import export_program, from_huggingface, save_huggingface, to_huggingface
+from updetr.predict.export import export_program, from_huggingface, save_huggingface, to_huggingface, to_onnx
 from updetr.tasks.finetune_task import DetectStep
 
 SMALL = dict(hidden_dim=32, nheads=4, enc_layers=2, dec_layers=3, dim_feedforward=48, num_queries=7, pre_norm=False)
@@ -146,3 +146,20 @@ def test_any_number_of_photos_of_any_size():
     images = torch.randn(3, 3, 70, 110)
     with torch.no_grad(): torch.testing.assert_close(program(images)['pred_boxes'], model(images)['pred_boxes'], rtol=0, atol=1e-3)
     with pytest.raises(Exception, match='1600'): program(torch.zeros(1, 3, 64, 1632))
+
+
+def test_onnxruntime_answers_as_the_shipped_detector(tmp_path):
+    "EfficientNet-Lite0 pads as TensorFlow does, its norms are folded, its maps are standardised: photos of other numbers and sizes."
+    for name in ('onnx', 'onnxscript'): pytest.importorskip(name)
+    runtime = pytest.importorskip('onnxruntime')
+    detector = Detector.demo()
+    to_onnx(detector, tmp_path/'detector.onnx')
+    session = runtime.InferenceSession(tmp_path/'detector.onnx')
+    about = json.loads(session.get_modelmeta().custom_metadata_map['updetr'])
+    assert about['classes'] == list(detector.classes) and about['multiple_of'] == 16
+    for shape in ((1, 3, 256, 256), (3, 3, 96, 160)):
+        images = torch.randn(shape)
+        logits, boxes = session.run(['pred_logits', 'pred_boxes'], {'images': images.numpy()})
+        with torch.no_grad(): ours = detector.module.model(images)
+        torch.testing.assert_close(torch.as_tensor(boxes), ours['pred_boxes'], rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.as_tensor(logits), ours['pred_logits'], rtol=1e-3, atol=1e-3)
