@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'CHANGES', 'HINTS', 'SAME', 'upload_problem', 'read_upload', 'PhotoShelf', 'newest_runs', 'weights_at_hand',
-           'controls', 'arrange', 'strip_html', 'answer_text', 'LocalizeWidget', 'write_page', 'page_weights',
-           'localize']
+           'controls', 'arrange', 'strip_html', 'answer_text', 'LocalizeWidget', 'write_page', 'page_photo',
+           'page_weights', 'localize']
 
 # %% ../../nbs/55_widget.ipynb #c002
 import argparse
@@ -32,7 +32,7 @@ from updetr.predict.canvas import (
 )
 from ..train.launch import is_done, read_record
 from .localizer import Found, OpenPhoto, QueryPatchLocalizer
-from ..core.photos import BadPhoto, builtin_photos, read_photo, resize
+from ..core.photos import SUFFIXES, BadPhoto, builtin_photos, read_photo, resize
 from ..core.shipped import shipped
 
 # %% ../../nbs/55_widget.ipynb #c005
@@ -598,6 +598,15 @@ def write_page(
     write_json(path, {'nbformat': 4, 'nbformat_minor': 5, 'cells': [cell],
                       'metadata': {'kernelspec': kernel}})
 
+def page_photo(
+    photo: str,  # name of a built-in photo, or a file
+) -> str:        # the name, or the whole path: a page has a working folder of its own
+    "Return how a page names a photo. Raises ValueError for one that is not there or is broken."
+    shelf = PhotoShelf()
+    built_in = photo in shelf.images
+    shelf.find(photo)
+    return photo if built_in else str(Path(photo).resolve())
+
 def page_weights(
     checkpoint: str,  # file that can be asked with patches; '': the newest finished runs here
 ) -> dict:            # arguments of `write_page`
@@ -608,8 +617,8 @@ def page_weights(
         return {place: str(Path(checkpoint).resolve())}
     runs = {task: str(path.resolve()) for task, path in newest_runs('.').items()}
     if 'pretrain' not in runs:
-        print('no pre-trained weights in runs/: the transformer on the page has learnt nothing. '
-              'Name a checkpoint, or train one: make pretrain')
+        print('no finished pre-training in runs/: the page begins with the weights that come with '
+              'the package')
     return {'checkpoint': runs.get('pretrain', ''), 'oneshot': runs.get('oneshot', '')}
 
 # %% ../../nbs/55_widget.ipynb #f5500003
@@ -620,12 +629,17 @@ def _localize_words(words):
         description='Drag boxes on a photo in the browser and see where they are found; '
                     'the page can be opened on this machine only. Ends with Ctrl-C.')
     parser.add_argument('checkpoint', nargs='?', default='', help='file of a pre-training or a '
-                        'one-shot run, ours or published; default: the newest runs in runs/')
+                        'one-shot run, ours or published; default: the newest runs in runs/, else '
+                        'the weights that come with the package')
     parser.add_argument('photo', nargs='?', default='chelsea',
                         help='file, or name of a built-in photo; default: chelsea')
     parser.add_argument('--port', type=int, default=8866, help='of the page; default: 8866')
     parser.add_argument('--no-browser', action='store_true', help='only say the address')
-    return parser.parse_args(words)
+    told = parser.parse_args(words)
+    # a photo alone
+    if Path(told.checkpoint).suffix.lower() in SUFFIXES:
+        told.checkpoint, told.photo = '', told.checkpoint
+    return told
 
 def localize(
     words: list[str],  # words of the command line: checkpoint, photo, options
@@ -638,11 +652,9 @@ def localize(
         raise ImportError('the page is served by Voilà, which is not installed: '
                           'pip install "updetr[widget]"')
     # what cannot be used is said before a server starts
-    photo = told.photo
-    if PhotoShelf().find(photo) != photo: photo = str(Path(photo).resolve())
-    weights = page_weights(told.checkpoint)
+    photo, weights = page_photo(told.photo), page_weights(told.checkpoint)
     from voila.app import Voila
-    options = ['--Voila.ip=127.0.0.1', f'--port={told.port}']
+    options = ['--Voila.ip=127.0.0.1', f'--port={told.port}', '--show_tracebacks=True']
     if told.no_browser: options.append('--no-browser')
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder, 'localize.ipynb')
