@@ -1758,6 +1758,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'updetr.predict.widget.controls': ('widget.html#controls', 'updetr/predict/widget.py'),
                                        'updetr.predict.widget.localize': ('widget.html#localize', 'updetr/predict/widget.py'),
                                        'updetr.predict.widget.newest_runs': ('widget.html#newest_runs', 'updetr/predict/widget.py'),
+                                       'updetr.predict.widget.page_photo': ('widget.html#page_photo', 'updetr/predict/widget.py'),
                                        'updetr.predict.widget.page_weights': ('widget.html#page_weights', 'updetr/predict/widget.py'),
                                        'updetr.predict.widget.read_upload': ('widget.html#read_upload', 'updetr/predict/widget.py'),
                                        'updetr.predict.widget.strip_html': ('widget.html#strip_html', 'updetr/predict/widget.py'),
