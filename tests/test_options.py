@@ -1,5 +1,6 @@
 "Options of trainings on one's own photos: schedules, averages, frozen parts, weights of classes, changed views, in whole runs."
 import dataclasses
+import json
 import math
 import pickle
 
@@ -10,11 +11,14 @@ from torchvision.ops import box_convert, masks_to_boxes
 from updetr.core.config import LATER
 from updetr.data.scenes import Scenes
 from updetr.data.transforms import PIXELS, PLACES, Changes, DetectionViews, Sizes
+from updetr.predict.segmenter import PanopticSegmenter
 from updetr.tasks.finetune import class_counts, finetune_config
 from updetr.tasks.finetune_task import TASK as FINETUNE
 from updetr.tasks.oneshot import oneshot_config
 from updetr.tasks.oneshot_task import TASK as ONESHOT
 from updetr.tasks.panoptic import PanopticScenes
+from updetr.tasks.panoptic_task import TASK as PANOPTIC
+from updetr.tasks.panoptic_task import panoptic_config
 from updetr.train import loop
 from updetr.train.launch import read_log
 from updetr.train.loop import Processes, train
@@ -22,7 +26,10 @@ from updetr.train.loop import Processes, train
 TINY = dict(scenes=8, scenes_val=2, scene_size=64, val_size=64, square=64, backbone='resnet18', weights='none', features='layer2',
             hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=8, cached_views=0, batch_size=2, epochs=2, eval_every=0,
             log_every=1, dropout=.1, frozen_backbone=False, standardize=False)
-KINDS = {'finetune': (finetune_config, FINETUNE[1], {}), 'oneshot': (oneshot_config, ONESHOT[1], dict(query_size=32))}
+KINDS = {'finetune': (finetune_config, FINETUNE[1], {}), 'oneshot': (oneshot_config, ONESHOT[1], dict(query_size=32)),
+         'panoptic': (panoptic_config, PANOPTIC[1], dict(features='layer3', dec_layers=1))}
+MASKS = ('scenes scenes_val scene_size val_size square batch_size log_every epochs mosaic augment flip freeze best_metric patience '
+         'eval_every num_workers threshold').split()
 
 
 def make(kind, folder, **changes):
@@ -49,7 +56,7 @@ def after_each_step(monkeypatch):
     return kept
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', ['finetune', 'oneshot'])
 def test_all_options_in_one_run(kind, tmp_path, after_each_step):
     "Eight steps, two of them warm-up, then a cosine; averaged weights; a frozen encoder and layers of the CNN; views that are changed."
     task, cfg = make(kind, tmp_path / 'run', schedule='cosine', warmup=.25, ema=.8, weight_decay=.5, lr=1e-2, flip=False, mosaic=.5,
@@ -79,6 +86,35 @@ def test_all_options_in_one_run(kind, tmp_path, after_each_step):
     moved = {k for k in before if not torch.equal(before[k], after[k])}
     assert not [k for k in moved if k.startswith(still)] and all(torch.equal(before[k], ours[k]) for k in before if k.startswith(still))
     assert any(k.startswith('transformer.decoder.') for k in moved) and any(k.startswith('backbone.0.body.layer2.1.') for k in moved)
+
+
+def test_workers_draw_the_same_views(tmp_path):
+    "Live views, changed and put together, by two processes: the run to the last bit."
+    changed = dict(epochs=1, mosaic=.5, augment='turn, rotate, zoom_out, colour, grey, blur', frozen_backbone=True)
+    ends = []
+    for workers in (0, 2):
+        task, cfg = make('finetune', folder := tmp_path / str(workers), num_workers=workers, **changed)
+        ends.append(copied(train(task, cfg, folder, Processes()).model))
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+
+
+def test_both_stages_of_panoptic_take_the_same_options(tmp_path):
+    "As its notebook gives them; what one stage measures or trains is no error in the other."
+    given = dict(mosaic=.5, augment='rotate, colour', flip=False, freeze='transformer.encoder', best_metric='PQ', patience=1, eval_every=1,
+                 epochs=1, num_workers=0, threshold=.05)
+    task, cfg = make('panoptic', boxes := tmp_path / 'boxes', **given)
+    before = copied(task.model)
+    after = copied(train(task, cfg, boxes, Processes()).model)
+    assert all(torch.equal(v, after[k]) == ('encoder' in k) for k, v in before.items() if k.startswith('transformer.') and 'weight' in k)
+    cfg = panoptic_config('demo', 'masks', pretrain=str(boxes), **{k: v for k, v in (TINY | given).items() if k in MASKS})
+    (masks := tmp_path / 'masks').mkdir()
+    state = train(PANOPTIC[1](cfg, masks, Processes()), cfg, masks, Processes())
+    assert state.step == 4 and cfg.mosaic == .5 and cfg.freeze == ''
+    best = [json.loads((folder / 'evaluations.json').read_text())['best']['metric'] for folder in (boxes, masks)]
+    assert best == ['AP', 'PQ'] and PanopticSegmenter.from_checkpoint(masks).classes
+    for wrong, why in ((dict(focal=2.), 'unknown parameter: focal'), (dict(best_metric='AQ'), "best_metric 'AQ' is not measured"),
+                       (dict(classes='cat'), 'classes cannot be chosen')):
+        with pytest.raises(ValueError, match=why): panoptic_config('demo', **wrong)
 
 
 def test_a_frozen_cnn_stays(tmp_path):

@@ -598,6 +598,7 @@ def write_page(
     write_json(path, {'nbformat': 4, 'nbformat_minor': 5, 'cells': [cell],
                       'metadata': {'kernelspec': kernel}})
 
+# %% ../../nbs/55_widget.ipynb #f5500005
 def page_photo(
     photo: str,  # name of a built-in photo, or a file
 ) -> str:        # the name, or the whole path: a page has a working folder of its own

@@ -141,16 +141,22 @@ def check_start(
     if why: raise ValueError(f'stage {stage} cannot start from {path} ({kind}): it {why}')
 
 # %% ../../nbs/49_panoptic_task.ipynb #c010
+_ELSEWHERE = {'boxes': MASK_METRICS, 'masks': BOX_METRICS}  # what the other stage measures
+
 def panoptic_config(
     preset: str = 'demo',  # name in `PANOPTIC_PRESETS`
     stage: str = 'boxes',  # boxes or masks
     **changes,             # any field of `PanopticConfig`; None leaves the preset's value
 ) -> PanopticConfig:
-    """Return the configuration of one stage.
+    """Return the configuration of one stage; the same changes may be given for both.
     Raises ValueError or FileNotFoundError, also for a checkpoint of the wrong kind."""
     changes = {k: v for k, v in changes.items() if v is not None}
     presets = {name: stages.get(stage, {}) | {'stage': stage}
                for name, stages in PANOPTIC_PRESETS.items()}
+    # each stage is measured by its own numbers
+    if changes.get('best_metric') in _ELSEWHERE.get(stage, ()): del changes['best_metric']
+    # and the whole detector stays as it is in the second one
+    if stage == 'masks': changes.pop('freeze', None)
     path = os.path.expanduser(changes.get('pretrain', ''))
     # the folder of a run stands for its best weights
     if path: path = changes['pretrain'] = str(model_file(path))
