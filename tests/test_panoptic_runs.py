@@ -23,6 +23,7 @@ from updetr.core.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.core.config import make_config, model_options
 from updetr.model.detr import build_detr
 from updetr.model.updetr import build_updetr
+from updetr.predict.commands import evaluate_command, predict_command
 from updetr.predict.segmenter import PanopticSegmenter, segments_by_name
 from updetr.tasks.finetune import finetune_config
 from updetr.tasks.finetune_task import FinetuneTask
@@ -234,6 +235,28 @@ def test_a_whole_sets_files_judged_by_themselves_give_the_pq_of_the_log(masks, f
     assert [last[f'test_{k}'] for k in ('PQ', 'SQ', 'RQ')] == pytest.approx(mean, abs=.01)
     said = segmenter(val[0]['image']).to_dict(5)
     assert {s['category_id'] for s in said['segments_info']} <= {70, 90} and said['image_id'] == 5
+
+
+def test_the_command_line_draws_segments(masks, fields, tmp_path, capsys):
+    """`predict` with a run's folder: pictures, a PNG of segments and a row a segment, as the segmenter itself answers."""
+    predict_command([str(masks), str(fields / 'val'), '--out', str(tmp_path / 'found')])
+    assert 'pictures/, segments/, answers.csv' in capsys.readouterr().out
+    segmenter, found = PanopticSegmenter.from_checkpoint(masks), tmp_path / 'found'
+    entries = json.loads((found / 'results.json').read_text())['annotations']
+    lines = (found / 'answers.csv').read_text().splitlines()[1:]
+    assert [e['image_id'] for e in entries] == sorted(file.name for file in (fields / 'val').iterdir())
+    assert len(lines) == sum(len(e['segments_info']) for e in entries)
+    for entry in entries:
+        name = entry['image_id']
+        answer = segmenter(fields / 'val' / name)
+        red, green, blue = np.moveaxis(np.asarray(Image.open(found / 'segments' / entry['file_name'])).astype(int), 2, 0)
+        assert np.array_equal(red + 256 * green + 256**2 * blue, answer.ids)
+        assert [line.split(',')[:2] for line in lines if line.startswith(name)] == [[name, kind] for kind in answer.names]
+        assert Image.open(found / 'pictures' / name).size[0] >= 64
+    assert {line.split(',')[1] for line in lines} == {'sky', 'soil'}
+    for words, why in ((['--nms', '.5'], 'segments do not overlap'), (['--threshold', '2'], 'threshold')):
+        with pytest.raises(ValueError, match=why): predict_command([str(masks), str(fields / 'val'), *words, '--out', str(tmp_path / 'no')])
+    with pytest.raises(ValueError, match='segment'): evaluate_command([str(masks), str(fields), '--out', str(tmp_path / 'no')])
 
 
 # ---- where a stage starts -------------------------------------------------------------------------------------------

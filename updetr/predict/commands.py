@@ -194,6 +194,7 @@ def predict(
 
     Raises ValueError or OSError where there is nothing to be done."""
     if batch < 1: raise ValueError(f'batch {batch} must be at least 1')
+    if not 0 <= (threshold or 0) <= 1: raise ValueError(f'threshold {threshold} must lie in [0, 1]')
     out = Path(out)
     files, skipped = find_pictures(sources, out)
     model = open_model(checkpoint, device, nms)
@@ -455,8 +456,9 @@ def predict_command(
     _shared_options(parser, 'answers of one class that overlap more than this are one')
     given = parser.parse_args(words)
     did = predict(**vars(given))
+    segments = 'segments/, ' if Path(given.out, 'segments').is_dir() else ''
     print(f'{did["pictures"]:,} pictures, {did["answers"]:,} answers in {given.out}: pictures/, '
-          'answers.csv, results.json')
+          f'{segments}answers.csv, results.json')
     if did['skipped']:
         lines = Path(given.out, 'skipped.txt').read_text(encoding='utf-8').splitlines()
         reasons = Counter(line.split(': ')[1] for line in lines).most_common()
