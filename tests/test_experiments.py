@@ -14,7 +14,9 @@ import torch
 from conftest import ROOT
 from test_data_changes import annotations, coco, corrected, fewer
 from tools.cells import run_cells
-from updetr.experiments.experiment_report import plan_rows, plan_text, seen
+from tools.experiments import shared
+from updetr.experiments.experiment_report import (PARAMETERS, open_study, plan_rows, plan_text, seen, show_claims,
+                                                  study_command)
 from updetr.experiments.jobs import configure, job, job_chain, job_folder
 from updetr.experiments.runner import run_jobs
 from updetr.experiments.tables import BASES, EXPERIMENTS, Scale, experiment
@@ -101,32 +103,50 @@ def test_the_papers_plan_is_complete(name):
     assert 'GPU hours' in plan_text(e, [42], {}) and f'{len(rows)} trainings' in plan_text(e, [42], {})
 
 
-def test_every_experiment_has_its_notebook_and_all_have_one_cell_of_parameters():
+def test_every_experiment_has_its_page():
     assert [p.stem for p in NOTEBOOKS] == sorted(EXPERIMENTS)
-    cells = {next(c.source for c in nbformat.read(p, 4).cells if 'parameters' in c.metadata.get('tags', [])) for p in NOTEBOOKS}
-    assert len(cells) == 1, 'the notebooks take different parameters'
-    assert [line.split(':')[0] for line in cells.pop().splitlines()] and all(f"open_study('{p.stem}'" in p.read_text() for p in NOTEBOOKS)
 
 
-def test_toy_scale_has_seeds_for_every_claim():
-    for name in EXPERIMENTS:
-        e = experiment(name, Scale())
-        assert not {a for c in e.claims for a in (c.better, c.worse)} & set(e.single), name
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_page_has_what_all_pages_share(path):
+    "Commands, parameters and the call are written by the tool: the fifteen cannot drift. A page of parameters is one that it reads."
+    cells = {c.id: c.source for c in nbformat.read(path, 4).cells}
+    differ = {id for id, source in shared(path.stem).items() if cells.get(id) != source}
+    assert not differ, f'{path.name}: cells {sorted(differ)} are not as `python tests/tools/experiments.py` writes them'
+    space = {}
+    exec(cells['c003'], space)
+    own = {name: space[name] for name in PARAMETERS if name in space}
+    assert own == {name: PARAMETERS[name] for name in own} and {'scale', 'seeds', 'photos', 'gpus', 'plan_only', 'report'} <= own.keys()
+    assert ('private' in own) == any('private' in c for id, c in cells.items() if id not in shared(path.stem))
+    assert len([c for c in cells.values() if 'run_study(' in c]) == 1 and 'open_study' not in ''.join(cells.values())
+
+
+def test_a_parameter_of_another_page_is_taken_and_not_recorded_unless_it_is_given(tmp_path):
+    "One command line serves all pages."
+    given = dict(seeds=2, unseen='cow', cnns='swav', private=True, labelled='', gpus=0, report=str(tmp_path))
+    study = open_study('fig6_attention_mask', dict(given))
+    assert study.seeds == [42, 43] and study.given['unseen'] == 'cow'
+    line = study_command(study)
+    assert '-p seeds 2 ' in line and '-p unseen cow' in line and 'labelled' not in line and 'img_s' not in line
+
+
+def test_scales_have_the_same_kinds_of_jobs():
     assert set(BASES['toy']) == set(BASES['mini']) == set(BASES['paper']) - {'coco300'} | {'cnn'}
 
 
-def papermill(out, name, *words):
-    env = os.environ | {'CUDA_VISIBLE_DEVICES': '', 'JUPYTER_PREFER_ENV_PATH': '1', 'OMP_NUM_THREADS': '1'}
-    env.pop('MPLBACKEND', None)
-    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', ROOT / f'nbs/experiments/{name}.ipynb', out, *words]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+def test_toy_scale_is_small_and_claims_nothing(tmp_path):
+    "Every experiment at toy scale with its one seed: some twenty steps a training."
+    rows = {r['training']: r for id in EXPERIMENTS for r in plan_rows(experiment(id, Scale()).wanted([42]), {})}
+    assert len(rows) < 60 and sum(r['steps'] for r in rows.values()) < 2000
+    study = open_study('table1_voc', dict(gpus=0))
+    assert study.seeds == [42] and 'nothing is decided' in show_claims(study) and 'holds' not in show_claims(study)
 
 
 def test_plan_only_prints_the_papers_plan(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     notebook = ROOT / 'nbs/experiments/table6_frozen_recon.ipynb'
     wanted = dict(scale='paper', plan_only=True, seeds=1)
-    text = run_cells(notebook, monkeypatch, 'study.run(', **wanted)['study'].plan()
+    text = run_cells(notebook, monkeypatch, 'run_study(', **wanted)['study'].plan()
     assert '9 trainings' in text and 'frozen_backbone=False' in text and not list(tmp_path.iterdir())
 
 
@@ -137,7 +157,7 @@ def test_a_wrong_parameter_stops_at_once(parameters, message, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     notebook = ROOT / 'nbs/experiments/table1_voc.ipynb'
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        run_cells(notebook, monkeypatch, 'open_study(', **parameters)
+        run_cells(notebook, monkeypatch, 'run_study(', **parameters)
     assert not list(tmp_path.iterdir())
 
 

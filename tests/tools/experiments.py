@@ -1,0 +1,63 @@
+"""What the pages of nbs/experiments share, made from the package and the reports, and written into them.
+
+Run in the project: python tests/tools/experiments.py"""
+import json
+import pathlib
+
+import nbformat
+
+from updetr.experiments.experiment_report import needs_labels, page_parameters
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+SECTION = """## Plan, numbers, claims
+
+One call (notebook 66): the plan, the runs with their progress, mean and spread over seeds beside the paper's numbers, which were measured at another scale, and what became of the claims, decided seed by seed by a paired one-sided test at 95 %."""
+
+
+def took(report):
+    "How many trainings a kept report has, and their minutes; None: it is not kept."
+    path = ROOT / 'reports' / report / 'metrics.json'
+    if not path.exists(): return None
+    seconds = json.loads(path.read_text())['provenance']['train_seconds'].values()
+    return f'{len(seconds)} training{"s"[:len(seconds) != 1]}, {sum(seconds) / 60:.1f} minutes of one core'
+
+
+def links(report, id):
+    "The executed page of a report, or its numbers and pictures where that is not kept."
+    folder = ROOT / 'reports' / report
+    page, place = folder / f'{id}.ipynb', f'../../reports/{report}'
+    if page.exists(): return f'[executed]({place}/{id}.ipynb)'
+    pictures = ''.join(f', [picture]({place}/{p.name})' for p in sorted(folder.glob('*.png')))
+    return f'[numbers]({place}/metrics.json){pictures}'
+
+
+def how(id):
+    "The commands of a page, and what they took."
+    line = f'papermill nbs/experiments/{id}.ipynb runs/{id}.ipynb'
+    own = '-p photos FOLDER' + (' -p labelled FOLDER' if needs_labels(id, 'mini') else '')
+    speeds = '-p img_s 170' + (' -p finetune_img_s 35' if needs_labels(id, 'paper') else '')
+    lines = [f'{line}   # toy: it runs', f'{line} -p scale mini {own}   # your own photos',
+             f'{line} -p scale paper -p plan_only True {speeds}   # what the paper\'s would cost']
+    said = []
+    for scale, report in (('toy', id), ('mini (Animal-Pose)', f'{id}_mini')):
+        if words := took(report): said.append(f'- {scale}: {words}; {links(report, id)}')
+    commands = '\n'.join(lines)
+    return (f'```\n{commands}\n```\n\nWhat it took; trainings that pages share are made once, and an interrupted one goes on:\n\n'
+            + '\n'.join(said))
+
+
+def shared(id):
+    "What a page shares with the others: cell id -> source."
+    return {'c000b': how(id), 'c003': page_parameters(id), 'c004': SECTION, 'c005': f"#| slow\nstudy = run_study('{id}', globals())"}
+
+
+def main():
+    for path in sorted((ROOT / 'nbs/experiments').glob('*.ipynb')):
+        nb = nbformat.read(path, 4)
+        cells = {cell.id: cell for cell in nb.cells}
+        for id, source in shared(path.stem).items(): cells[id].source = source
+        nbformat.write(nb, path)
+
+
+if __name__ == '__main__': main()
