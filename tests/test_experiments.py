@@ -15,8 +15,7 @@ from conftest import ROOT
 from test_data_changes import annotations, coco, corrected, fewer
 from tools.cells import run_cells
 from tools.experiments import shared
-from updetr.experiments.experiment_report import (PARAMETERS, open_study, plan_rows, plan_text, seen, show_claims,
-                                                  study_command)
+from updetr.experiments.experiment_report import PARAMETERS, open_study, plan_rows, plan_text, seen, show_claims, study_command
 from updetr.experiments.jobs import configure, job, job_chain, job_folder
 from updetr.experiments.runner import run_jobs
 from updetr.experiments.tables import BASES, EXPERIMENTS, Scale, experiment

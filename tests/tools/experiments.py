@@ -12,7 +12,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 SECTION = """## Plan, numbers, claims
 
-One call (notebook 66): the plan, the runs with their progress, mean and spread over seeds beside the paper's numbers, which were measured at another scale, and what became of the claims, decided seed by seed by a paired one-sided test at 95 %."""
+One call (notebook 66): the plan, the runs with their progress, mean and spread over seeds beside the paper's numbers,
+which were measured at another scale, and what became of the claims, decided seed by seed by a paired one-sided test at 95 %."""
 
 
 def took(report):
