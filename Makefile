@@ -52,7 +52,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $$($(PY) -c 'import os; print(min(4, os.cpu_count() + 1))') $(ARGS)
 
 reports: $(STAMP)
-	$(RUN) -c 'from updetr.experiments.experiment_report import main; main()' --scale $(scale) --to $(REPORTS) $(ARGS)
+	$(RUN) -c 'from updetr.experiments.all_reports import main; main()' --scale $(scale) --to $(REPORTS) $(ARGS)
 
 readme: $(STAMP)
 	$(RUN) tests/tools/readme.py

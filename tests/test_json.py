@@ -93,7 +93,8 @@ def test_all_files_of_a_run_that_went_wrong(tmp_path):
 
 def test_whoever_writes_json_says_what_becomes_of_nan():
     """Every `json.dump(s)` of the package either cannot write NaN, or its text goes into no file."""
-    no_file = {'fingerprint.py', 'panoptic_task.py', 'jobs.py', 'config.py', 'scenes.py', 'experiment_report.py'}  # digests and comparisons
+    # digests and comparisons
+    no_file = {'fingerprint.py', 'panoptic_task.py', 'jobs.py', 'config.py', 'scenes.py', 'experiment_report.py', 'all_reports.py'}
     found = []
     for file in sorted((Path(__file__).parents[1] / 'updetr').rglob('*.py')):
         for node in ast.walk(ast.parse(file.read_text())):
