@@ -73,15 +73,15 @@ side = st.integers(17, 300)
 
 
 @quick
-@given(side, side, st.integers(1, 12), st.integers(0, 2**32), st.sampled_from(('uniform', 'range', 'mixed')))
+@given(side, side, st.integers(1, 12), st.integers(0, 2**32), st.sampled_from(('uniform', 'range', 'mixed', 'regions')))
 def test_patches_lie_in_the_photo(height, width, number, seed, law):
-    try: boxes = sample_boxes(np.random.default_rng(seed), height, width, number, law=law)
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed % 1000))
+    try: boxes = sample_boxes(np.random.default_rng(seed), height, width, number, law=law, photo=image)
     except ValueError as e:
         assert str(height) in str(e) or str(width) in str(e)
         return
     assert boxes.shape == (number, 4) and (boxes[:, :2] >= 0).all() and (boxes[:, 2:] > boxes[:, :2]).all()
     assert (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
-    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed % 1000))
     patches = crop_patches(image, boxes, 16)
     assert patches.shape == (number, 3, 16, 16) and patches.dtype == torch.uint8 and patches.max() <= image.max()
 

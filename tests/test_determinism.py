@@ -28,7 +28,7 @@ def photos(folder, data):
     return make_run(folder, **PRETRAIN | dict(views=0, data=str(data)))
 
 
-def views(folder, data): return make_run(folder, **PRETRAIN | dict(views=8))
+def views(folder, data): return make_run(folder, **PRETRAIN | dict(views=8, patch_law='regions'))
 
 
 def finetune(folder, data):

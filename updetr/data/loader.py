@@ -51,7 +51,7 @@ def make_sample(
     Raises ValueError for a photo too small for the law."""
     height, width = photo.shape[1:]
     # the order of the draws is part of the result: places, augmentation, masked queries
-    corners = sample_boxes(rng, height, width, task.num_patches, law=task.patch_law)
+    corners = sample_boxes(rng, height, width, task.num_patches, task.patch_law, photo=photo)
     factors = draw_factors(rng, task.num_patches)
     keep = rng.random(task.num_queries) >= task.mask_ratio
 
