@@ -166,8 +166,7 @@ def _check_law(law, height, width, num_patches, min_pixel, low, high, pixels,
     if law not in LAWS:
         raise ValueError(f'unknown patch law {law!r}: choose one of {", ".join(LAWS)}')
     if num_patches < 1 or min_pixel < 1:
-        raise ValueError('num_patches and min_pixel must be positive, '
-                         f'got {num_patches} and {min_pixel}')
+        raise ValueError(f'num_patches {num_patches} and min_pixel {min_pixel} must be positive')
     if min(height, width) <= 2 * min_pixel:
         raise ValueError(f'a photo of {width}x{height} px is too small for patches: '
                          f'both sides must exceed {2 * min_pixel} px')
