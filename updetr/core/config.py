@@ -87,7 +87,7 @@ class DataConfig:
     # share of the folder's photos kept for measuring (a val/ beside train/ is used as it is)
     heldout: float = 0.0
     patch_size: int = 128          # px, side of a squashed query patch
-    patch_law: str = 'uniform'     # uniform (the reference's), range, fixed, grid or mixed
+    patch_law: str = 'uniform'     # uniform (the reference's), range, fixed, grid, mixed, regions
     views: int = 0                 # 0 = whole photos; else that many fixed random views
     view_size: int = 256           # px, side of a view
     collage: float = 0.5           # share of views that are four crops side by side
@@ -338,7 +338,7 @@ def _wrong_types(cfg):
 
 CHOICES = {'schedule': ('step', 'cosine'),
            'position': ('sine', 'learned'),
-           'patch_law': ('uniform', 'range', 'fixed', 'grid', 'mixed'),
+           'patch_law': ('uniform', 'range', 'fixed', 'grid', 'mixed', 'regions'),
            'eval_backend': ('pycocotools', 'hotcoco')}
 POSITIVE = ('hidden_dim nheads enc_layers dec_layers dim_feedforward num_queries num_patches '
             'patch_size view_size lr epochs lr_drop batch_size accumulate clip_max_norm '
