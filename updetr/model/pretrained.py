@@ -321,6 +321,9 @@ def open_pretrained(
     Raises FileNotFoundError, or ValueError for anything but one consistent (UP-)DETR."""
     check_names(told, OPTIONS)
     weights, args = weights_and_options(path)
+    if args.get('system'):
+        raise ValueError(f'{path} is of the system {args["system"]!r}, not a DETR: '
+                         'updetr.tasks.oneshot_task.open_run opens the folder of its run')
     weights = _detector(path, plain_tensors(path, weights), detector_part)
     # three witnesses: tensors, stored arguments, the caller
     try:

@@ -1,0 +1,94 @@
+"""Other systems than DETR in the one-shot harness: the kit's four on live photos, and one of somebody's own."""
+import dataclasses
+
+import pytest
+import torch
+
+from test_oneshot import LIVE, TINY, make_run, make_task
+from test_resume import as_in_the_processes, finish  # noqa: F401 (a fixture: one thread here, too)
+from test_task import rows
+from updetr.core.config import LATER, cfg_changes
+from updetr.predict.detector import Detector
+from updetr.predict.oneshot_detector import OneShotDetector
+from updetr.tasks.oneshot import SYSTEMS, oneshot_config, oneshot_summary, oneshot_table, open_system
+from updetr.tasks.oneshot_task import evaluate_oneshot, open_run
+
+# where a cell of the photo agrees with the mean of the query's map, there is a box of two cells
+MINE = '''
+import torch
+from torch import nn
+from updetr.model.backbone import build_backbone
+
+class Cells(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        cnn = build_backbone(cfg.backbone, None, cfg.features.split(','), frozen=cfg.frozen_backbone)
+        self.backbone = nn.ModuleList([cnn])
+        self.scale = nn.Parameter(torch.ones(cnn.num_channels, 1, 1))
+
+    def agreement(self, feature, pictures):
+        return (feature * self.scale * pictures.mean((2, 3), keepdim=True)).mean(1)
+
+    def forward(self, feature, pictures, targets):
+        return {'mine': self.agreement(feature, pictures).square().mean()}
+
+    def answer(self, feature, pictures, target):
+        height, width = feature.shape[2:]
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing='ij')
+        cell = (target['orig_size'] / torch.tensor([height, width])).flip(0).repeat(2)
+        boxes = torch.stack([x - .5, y - .5, x + 1.5, y + 1.5], -1).flatten(0, 1) * cell
+        return [{'scores': s.flatten().sigmoid(), 'boxes': boxes} for s in self.agreement(feature, pictures)]
+
+def build(cfg): return Cells(cfg)
+'''
+
+
+def test_a_system_of_ones_own_is_trained_and_asked(tmp_path, monkeypatch):
+    (tmp_path / 'my_system.py').write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    finish(folder := make_run(tmp_path / 'run', system='my_system:build', ema=.5, epochs=2, eval_every=2))
+    task = open_run(folder)
+    assert sum('train_mine' in row for row in rows(folder)) == 4 and (task.model.scale != 1).all()
+    again = oneshot_summary(oneshot_table(evaluate_oneshot(task, task.answer(task.model))))
+    assert again == pytest.approx({k.removeprefix('test_'): v for k, v in rows(folder)[-1].items() if k.startswith('test_')}, abs=1e-3)
+    assert task.features[1].dim() == 5  # whole maps, plain and mirrored
+    with pytest.raises(ValueError, match='open it with OneShotDetector'): Detector.from_checkpoint(folder / 'checkpoint.pth')
+    with pytest.raises(ValueError, match="of the system 'my_system:build'"): OneShotDetector.from_checkpoint(folder / 'checkpoint.pth')
+    with pytest.raises(ValueError, match="system 'my_system:biuld' cannot be imported"): open_system('my_system:biuld')
+
+
+@pytest.mark.parametrize('system', SYSTEMS)
+def test_photos_as_they_are_train_the_cnn_too(system, tmp_path):
+    "Live views, the query's map by the CNN as it is now; every parameter learns, and answers lie in the photo."
+    task = make_task(tmp_path / 'run', system=system, **LIVE)
+    loss, losses = task.module.train()(next(task.batches(0, 1)))
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isclose(loss, sum(losses.values()))
+    assert not [n for n, p in task.model.named_parameters() if p.requires_grad and p.grad is None]
+    assert any(p.grad.abs().sum() > 0 for n, p in task.model.named_parameters() if 'backbone' in n and p.requires_grad)
+    evaluator = evaluate_oneshot(task, task.answer(task.model.eval()))
+    for said in (p for e in evaluator.rounds for p in e.predictions.values()):
+        assert len(said['boxes']) and said['boxes'].min() >= -.01 and said['boxes'].max() <= 64.01
+
+
+@pytest.mark.parametrize('system', SYSTEMS)
+def test_a_photo_twice_as_large_has_boxes_twice_as_large(system):
+    "The view is no multiple of the stride, and not square."
+    torch.manual_seed(0)
+    model = open_system(system)(oneshot_config('demo', **TINY, system=system)).eval()
+    channels = model.backbone[0].num_channels
+    feature, pictures = torch.randn(1, channels, 7, 9), torch.randn(2, channels, 4, 4)
+    size = torch.tensor([50, 70])
+    with torch.no_grad():
+        once = model.answer(feature, pictures, {'size': size, 'orig_size': size})
+        twice = model.answer(feature, pictures, {'size': size, 'orig_size': 2 * size})
+    for a, b in zip(once, twice, strict=True):
+        assert len(a['boxes']) and torch.allclose(a['boxes'] * 2, b['boxes']) and torch.equal(a['scores'], b['scores'])
+
+
+def test_runs_of_detr_keep_their_names():
+    "An older configuration is one without another system."
+    now = dataclasses.asdict(oneshot_config('demo'))
+    older = {k: v for k, v in now.items() if k != 'system'}
+    assert LATER['system'] == now['system'] == '' and not cfg_changes(older, now)
+    assert cfg_changes(older, now | {'system': 'coae'})
