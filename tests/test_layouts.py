@@ -17,6 +17,7 @@ from tools.cells import run_cells
 from updetr.core.fingerprint import mark_set, same_data
 from updetr.data.check import check_dataset, suggest
 from updetr.data.datasets import dataset_parts, open_dataset
+from updetr.predict.commands import evaluate
 from updetr.predict.detector import Detector
 from updetr.tasks.finetune import finetune_config, open_sets
 from updetr.tasks.finetune_task import TASK
@@ -415,6 +416,11 @@ def test_the_photos_decide_and_are_trained_on(make, pictures, tmp_path, monkeypa
     state = train(TASK[1](cfg, run, Processes()), cfg, run, Processes())
     assert state.step == len(train_set) // 2 and 0 <= state.evaluations[-1]['test_best_iou'] <= 1
     assert Detector.from_checkpoint(run).classes == tuple(val_set.classes) == tuple(CLASSES)
+    # the report is of the photos that were kept, also where the set has no parts and has moved
+    data.rename(tmp_path / 'moved')
+    m = evaluate(run, tmp_path / 'moved', tmp_path / 'errors', split='val')
+    assert m['AP']['AP'] == pytest.approx(state.evaluations[-1]['test_AP'], abs=1e-3)
+    assert {row['image_id'] for row in json.loads((tmp_path / 'errors/results.json').read_text())} == set(val_set.image_ids)
 
 
 # ---- malformed files -------------------------------------------------------------------------------------------------

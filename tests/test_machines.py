@@ -1,13 +1,20 @@
 "Machines that lack something: Unix (fcntl, resource, SIGUSR1, process groups), a compiler, a package."
 import dataclasses
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+try:
+    import tomllib
+except ImportError:
+    import tomli as tomllib  # comes with pytest
+
 import nbformat
 import pytest
 
+import updetr
 from updetr.core.config import check_config
 from updetr.core.signals import file_locks
 from updetr.tasks.finetune import finetune_config
@@ -73,6 +80,17 @@ def test_the_commands_page_says_what_the_error_says(monkeypatch):
     line, = [line for line in said if line.startswith('- **Windows and macOS**')]
     plain = line.replace('`', '')
     assert first in plain and second.split(' runs ')[0] in plain, (first, second)
+
+
+def test_the_cell_for_colab_installs_what_is_needed():
+    "All that the package depends on is named there, or comes with Colab and Kaggle."
+    theirs = set('torch torchvision pyyaml numpy scipy pillow matplotlib scikit-image scikit-learn ipywidgets jupyterlab'.split())
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
+    needed = {re.match('[a-z0-9-]+', need)[0] for need in project['dependencies']} - theirs
+    text = '\n'.join(c.source for c in nbformat.read(ROOT / 'nbs/guides/commands.ipynb', 4).cells)
+    installed = ' '.join(re.findall(r'^%pip install -q (.*)$', text, re.M)).split()
+    assert needed <= {word.split('==')[0] for word in installed} and f'updetr-{updetr.__version__}-py3-none-any.whl' in installed
+    assert [word for word in installed if '==' in word] == [need for need in project['dependencies'] if '==' in need]
 
 
 @pytest.mark.parametrize('changes, words', [

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['VIDEOS', 'is_video', 'find_pictures', 'video_frames', 'read_pictures', 'progress_line', 'open_model', 'predict',
-           'training_set', 'photo_findings', 'answers_of', 'without_duplicates', 'measure_errors', 'write_report',
-           'evaluate', 'predict_command', 'evaluate_command']
+           'run_config', 'evaluation_set', 'training_set', 'photo_findings', 'answers_of', 'without_duplicates',
+           'measure_errors', 'write_report', 'evaluate', 'predict_command', 'evaluate_command']
 
 # %% ../../nbs/59_commands.ipynb #c002
 import argparse
 import base64
 import csv
+import dataclasses
 import io
 import os
 import sys
@@ -28,7 +29,7 @@ from ..core.checkpoint import model_file, read_weights, write_atomic, write_json
 from ..core.fingerprint import set_rows
 from ..core.photos import BadPhoto, index_photos, printable, read_photo
 from ..core.report import versions
-from ..data.datasets import open_dataset
+from ..data.datasets import dataset_parts, open_dataset
 from ..model.weights import stored_config
 from .detector import Detections, Detector, coco_results, drop_duplicates
 from updetr.predict.errors import (
@@ -220,6 +221,31 @@ def predict(
     _save_lists(out, table, rows, isinstance(model, Detector), skipped)
     return {'pictures': done, 'answers': len(table), 'skipped': len(skipped)}
 
+# %% ../../nbs/59_commands.ipynb #c018a
+def run_config(
+    checkpoint: str | Path,  # file of a detector, or a run's folder
+) -> FinetuneConfig | None:  # None: the file has none
+    "Return the configuration of the run that left a detector."
+    file = model_file(checkpoint, say=False)
+    try: return stored_config(file, FinetuneConfig, read_weights(file)[1])
+    except (ValueError, OSError): return None
+
+def evaluation_set(
+    checkpoint: str | Path,  # file of a detector, or a run's folder
+    data: str | Path,        # data set
+    split: str | None,       # its part; val of a set without parts: what the run kept of it
+    year: str | None,        # of VOC, or of COCO
+    images: str | None,      # folder of the photos
+):                           # labelled set
+    "Return the photos to evaluate on. Raises what `open_dataset` raises."
+    parts, cfg = dataset_parts(data, images), run_config(checkpoint)
+    kept = split == 'val' and len(parts) < 2 and split not in parts
+    # photos to evaluate on that came from elsewhere were not kept
+    if not kept or cfg is None or cfg.data_val:
+        return open_dataset(data, split, year, images=images)
+    where = {'data': str(data), 'images': images or '', 'year': year or cfg.year, 'photos': 0}
+    return open_sets(dataclasses.replace(cfg, **where))[1]
+
 # %% ../../nbs/59_commands.ipynb #c019
 def training_set(
     checkpoint: str | Path,  # file of a detector
@@ -227,10 +253,9 @@ def training_set(
     split: str | None,       # its part
 ):                           # labelled set, or None
     "Return what a detector was trained on: by its own word, else the part train of the same set."
+    cfg = run_config(checkpoint)
     try:
-        file = model_file(checkpoint, say=False)
-        cfg = stored_config(file, FinetuneConfig, read_weights(file)[1])
-        if cfg.data and os.path.exists(cfg.data): return open_sets(cfg)[0]
+        if cfg and cfg.data and os.path.exists(cfg.data): return open_sets(cfg)[0]
     except (ValueError, OSError): pass
     if split in (None, 'train'): return None
     try: return open_dataset(data, 'train')
@@ -331,8 +356,9 @@ def _warnings(findings):
     lines = []
     if both:
         mine, theirs = map(printable, map(os.path.basename, both[0]))
+        way_out = '; --split val takes those that were kept' if findings.get('whole') else ''
         lines.append(f'{len(both):,} photos have been trained on, first {mine} (there {theirs}): '
-                     'the numbers below are too good.')
+                     f'the numbers below are too good{way_out}.')
     if not findings['trained']:
         lines.append('The photos that were trained on are not known here: whether some stand in '
                      'both parts was not looked for.')
@@ -424,9 +450,10 @@ def evaluate(
                          'nbs/panoptic.ipynb, here detectors are evaluated')
     if nms is not None and not 0 < nms < 1:
         raise ValueError(f'nms {nms} must be an IoU between 0 and 1, such as 0.5')
-    dataset = open_dataset(data, split, year, images=images)
-    print(dataset, file=sys.stderr)
+    dataset = evaluation_set(checkpoint, data, split, year, images)
+    print(getattr(dataset, 'note', '') or dataset, file=sys.stderr)
     findings = photo_findings(dataset, training_set(checkpoint, data, split))
+    findings['whole'] = split is None
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     evaluator = answers_of(detector, dataset, out / 'results.json', progress_line(len(dataset)))
@@ -472,7 +499,8 @@ def evaluate_command(
     "Run `python -m updetr evaluate`."
     parser = _parser('evaluate', 'Report what a detector gets wrong on labelled photos.')
     parser.add_argument('data', help='labelled photos: VOC, COCO, YOLO, LabelMe or CSV')
-    parser.add_argument('--split', help='val, test, ...; not for a file')
+    parser.add_argument('--split', help='val, test, ...; val of a set without '
+                        'parts: the photos that the run kept')
     parser.add_argument('--year', help='of VOC; of COCO if there are several')
     parser.add_argument('--images', help='folder of the photos, if in none of the usual places')
     _shared_options(parser, 'a second column: answers of one class that overlap more are one')
