@@ -34,7 +34,7 @@ export GIT_PAGER := cat
 help:
 	@echo 'make pretrain   pre-train on the built-in photos, report in $(REPORT)/   (ARGS="-p seed 1": parameters)'
 	@echo 'make test       every test                                              (ARGS="-k boxes": pytest options)'
-	@echo 'make reports    every table and figure, at scale=toy, mini or paper, in $(REPORTS)/ (ARGS="--only table1_voc -p seeds 1")'
+	@echo 'make reports    every table and figure, at scale=toy, small, mini or paper, in $(REPORTS)/ (ARGS="--only table1_voc -p seeds 1")'
 	@echo 'make readme     README.md from nbs/index.ipynb'
 	@echo 'make docs       every notebook and report as a site with search, in _docs/site/'
 	@echo 'make setup      only the set-up of $(VENV), which the others do by themselves'

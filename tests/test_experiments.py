@@ -130,7 +130,7 @@ def test_a_parameter_of_another_page_is_taken_and_not_recorded_unless_it_is_give
 
 
 def test_scales_have_the_same_kinds_of_jobs():
-    assert set(BASES['toy']) == set(BASES['mini']) == set(BASES['paper']) - {'coco300'} | {'cnn'}
+    assert set(BASES['toy']) == set(BASES['small']) == set(BASES['mini']) == set(BASES['paper']) - {'coco300'} | {'cnn'}
 
 
 def test_toy_scale_is_small_and_claims_nothing(tmp_path):
@@ -151,7 +151,7 @@ def test_plan_only_prints_the_papers_plan(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('parameters, message', [
     ({'scael': 'toy'}, 'did you mean scale?'), ({'scale': 'mini'}, '-p photos FOLDER'),
-    ({'scale': 'toy', 'photos': 'x'}, '-p scale mini')])
+    ({'scale': 'toy', 'photos': 'x'}, '-p scale small')])
 def test_a_wrong_parameter_stops_at_once(parameters, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     notebook = ROOT / 'nbs/experiments/table1_voc.ipynb'

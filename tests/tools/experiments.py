@@ -16,6 +16,10 @@ One call (notebook 66): the plan, the runs with their progress, mean and spread 
 which were measured at another scale, and what became of the claims, decided seed by seed by a paired one-sided test at 95 %."""
 
 
+# measured with the recipe of that time; goes when the scale is run anew
+EARLIER = 'mini, before it was made for one GPU (Animal-Pose)'
+
+
 def took(report):
     "How many trainings a kept report has, and their minutes; None: it is not kept."
     path = ROOT / 'reports' / report / 'metrics.json'
@@ -38,10 +42,11 @@ def how(id):
     line = f'papermill nbs/experiments/{id}.ipynb runs/{id}.ipynb'
     own = '-p photos FOLDER' + (' -p labelled FOLDER' if needs_labels(id, 'mini') else '')
     speeds = '-p img_s 170' + (' -p finetune_img_s 35' if needs_labels(id, 'paper') else '')
-    lines = [f'{line}   # toy: it runs', f'{line} -p scale mini {own}   # your own photos',
+    lines = [f'{line}   # toy: it runs', f'{line} -p scale small {own}   # your own photos, two CPU cores',
+             f'{line} -p scale mini {own}   # the same on one GPU',
              f'{line} -p scale paper -p plan_only True {speeds}   # what the paper\'s would cost']
     said = []
-    for scale, report in (('toy', id), ('mini (Animal-Pose)', f'{id}_mini')):
+    for scale, report in (('toy', id), (EARLIER, f'{id}_mini')):
         if words := took(report): said.append(f'- {scale}: {words}; {links(report, id)}')
     commands = '\n'.join(lines)
     return (f'```\n{commands}\n```\n\nWhat it took; trainings that pages share are made once, and an interrupted one goes on:\n\n'

@@ -228,7 +228,7 @@ def show_number(
 
 def show_rows(
     rows: list[dict],  # of `table_rows`
-    scale: str,        # toy, mini or paper
+    scale: str,        # toy, small, mini or paper
 ) -> str:              # markdown
     """Return the rows as a table.
 
@@ -380,11 +380,11 @@ def catch_up(
 REPORTS = 'runs/reports'  # of reports, unless somebody names another folder; git ignores it
 GROUPS = {  # title -> name -> usual value, in words
     'Scale and seeds': {
-        'scale': ('toy', 'toy, mini or paper'),
-        'seeds': (0, "runs of each arm; 0: the scale's own, 1 at toy, 3 at mini and paper"),
+        'scale': ('toy', 'toy, small, mini or paper'),
+        'seeds': (0, "runs of each arm; 0: the scale's own, 1 at toy, else 3"),
         'seed': (42, 'of the first run; the next ones have seed + 1, ...'),
     },
-    'Your data (mini and paper)': {
+    'Your data (all scales but toy)': {
         'photos': ('', 'folder of photos without labels'),
         'labelled': ('', 'VOC, COCO or Roboflow folder, or a COCO file'),
         'year': ('', "to train on: 2007, 2012 or 07+12 (VOC), 2017 (COCO); '': the only one"),
@@ -546,7 +546,7 @@ def open_study(
     if count < 1: raise ValueError(f'seeds {count} must be at least 1, or 0 for {SEEDS}')
     toy = scale.name == 'toy'
     if toy and (scale.photos or scale.labelled):
-        raise ValueError('scale toy has its own data: give -p scale mini with it')
+        raise ValueError('scale toy has its own data: give -p scale small with it')
     # a plan needs no data
     if not toy and not given['plan_only']: _check_data(id, scale)
     return Study(e, scale, list(range(first, first + count)), open_site(given['gpus']), given)

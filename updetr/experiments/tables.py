@@ -40,26 +40,57 @@ _TOY_BASES = {  # kind of job -> preset, changes to it
 }
 
 # %% ../../nbs/65_tables.ipynb #c005b
-_MINI_BASES = {
-    'pretrain': ('demo', dict(view_size=192, patch_size=48, views=3000, epochs=4,
-                              cached_patches=25)),
-    'short': ('demo', dict(view_size=192, patch_size=48, views=3000, epochs=2,
-                           cached_patches=25)),
-    'live': ('demo', dict(view_size=192, patch_size=48, views=3000, epochs=2, num_patches=10,
-                          cached_patches=0, cache_features=False)),
-    'voc': ('demo', dict(scenes=0, scenes_val=0, val_size=192, square=192, photos=1200,
-                         cached_views=2, epochs=10, eval_every=2)),
-    'voc300': ('demo', dict(scenes=0, scenes_val=0, val_size=192, square=192, photos=1200,
-                            cached_views=2, epochs=20, eval_every=2)),
-    'coco': ('demo', dict(scenes=0, scenes_val=0, val_size=192, square=192, photos=0,
-                          cached_views=2, epochs=10, eval_every=2)),
-    'oneshot': ('demo', dict(scenes=0, scenes_val=0, val_size=192, square=192, photos=1200,
-                             cached_views=2, epochs=16, eval_every=8)),
-    'boxes': ('demo', dict(scenes=0, scenes_val=0, val_size=192, square=192, photos=0,
-                           cached_views=2, epochs=10, eval_every=2)),
-    'masks': ('demo', dict(scenes=0, scenes_val=0, val_size=192, square=192, photos=0,
-                           cached_views=0, epochs=5, eval_every=2)),
+_SMALL_BASES = {
+    'pretrain': ('demo', dict(enc_layers=2, dim_feedforward=256, query_std=1., views=16_000,
+                              batch_size=8, epochs=8)),
+    'short': ('demo', dict(enc_layers=2, dim_feedforward=256, query_std=1., views=16_000,
+                           batch_size=8, epochs=2)),
+    'live': ('demo', dict(enc_layers=2, dim_feedforward=256, query_std=1., view_size=192,
+                          patch_size=48, views=3000, num_patches=10, cached_patches=0,
+                          cache_features=False, epochs=2)),
+    'voc': ('demo', dict(enc_layers=2, dim_feedforward=256, fresh_queries=False, scenes=0,
+                         scenes_val=0, photos=200, epochs=100, eval_every=20)),
+    'voc300': ('demo', dict(enc_layers=2, dim_feedforward=256, fresh_queries=False, scenes=0,
+                            scenes_val=0, photos=200, epochs=200, eval_every=40)),
+    'coco': ('demo', dict(enc_layers=2, dim_feedforward=256, fresh_queries=False, scenes=0,
+                          scenes_val=0, photos=600, epochs=60, eval_every=12)),
+    'oneshot': ('demo', dict(enc_layers=2, dim_feedforward=256, fresh_queries=False, scenes=0,
+                             scenes_val=0, photos=600, epochs=60, eval_every=30)),
+    'boxes': ('demo', dict(enc_layers=2, dim_feedforward=256, fresh_queries=False, scenes=0,
+                           scenes_val=0, photos=600, epochs=60, eval_every=30)),
+    'masks': ('demo', dict(enc_layers=2, dim_feedforward=256, fresh_queries=False, scenes=0,
+                           scenes_val=0, photos=600, cached_views=0, epochs=5, eval_every=5)),
     'cnn': ('demo', dict(scenes=0, scenes_val=0, epochs=10, eval_every=10)),
+}
+
+# %% ../../nbs/65_tables.ipynb #c005m
+_FEATURES = dict(features='blocks.4,blocks.5')  # stride 32: a hundred tokens of 320 px
+_NET = _FEATURES | dict(hidden_dim=256, nheads=8, enc_layers=3, dec_layers=3, dim_feedforward=1024,
+                        num_queries=20, pos_in_input=False)
+_PATCHES = _NET | dict(query_std=1., num_patches=10, eos_coef=.1, view_size=320, patch_size=96)
+_PHOTOS_320 = _NET | dict(fresh_queries=False, scenes=0, scenes_val=0, val_size=320, square=320,
+                          cached_views=12, dropout=.1)
+# DETR's schedule: one drop, at four fifths
+_SLOWER = dict(batch_size=64, lr=5e-4, clip_max_norm=.1, schedule='step')
+
+_MINI_BASES = {
+    'pretrain': ('demo', _PATCHES | dict(views=30_000, cached_patches=25, batch_size=256,
+                                         lr=1.5e-3, clip_max_norm=.1, epochs=17)),
+    'short': ('demo', _PATCHES | dict(views=30_000, cached_patches=25, batch_size=256,
+                                      lr=1.5e-3, clip_max_norm=.1, epochs=6)),
+    'live': ('demo', _PATCHES | dict(views=30_000, cached_patches=0, cache_features=False,
+                                     batch_size=256, lr=1.5e-3, clip_max_norm=.1, epochs=4)),
+    'voc': ('demo', _PHOTOS_320 | _SLOWER | dict(photos=1200, epochs=150, lr_drop=120,
+                                                 eval_every=15)),
+    'voc300': ('demo', _PHOTOS_320 | _SLOWER | dict(photos=1200, epochs=300, lr_drop=240,
+                                                    eval_every=30)),
+    'coco': ('demo', _PHOTOS_320 | _SLOWER | dict(photos=0, epochs=50, lr_drop=40, eval_every=5)),
+    'oneshot': ('demo', _PHOTOS_320 | _SLOWER | dict(photos=1200, epochs=150, lr_drop=120,
+                                                     eval_every=75)),
+    'boxes': ('demo', _PHOTOS_320 | _SLOWER | dict(photos=0, epochs=50, lr_drop=40, eval_every=25)),
+    'masks': ('demo', _PHOTOS_320 | _SLOWER | dict(photos=0, cached_views=0, epochs=15, lr_drop=12,
+                                                   eval_every=5)),
+    'cnn': ('demo', _FEATURES | dict(scenes=0, scenes_val=0, epochs=10, eval_every=10)),
 }
 
 # %% ../../nbs/65_tables.ipynb #c005p
@@ -76,14 +107,15 @@ _PAPER_BASES = {
     'boxes': ('coco', dict(epochs=300, lr_drop=200)),
     'masks': ('coco', {}),
 }
-BASES = {'toy': _TOY_BASES, 'mini': _MINI_BASES, 'paper': _PAPER_BASES}
+BASES = {'toy': _TOY_BASES, 'small': _SMALL_BASES, 'mini': _MINI_BASES, 'paper': _PAPER_BASES}
 DESCRIPTIONS = {
     'toy': 'built-in photos and scenes, some twenty steps each: it runs',
-    'mini': 'a few thousand photos of your own',
+    'small': 'your own photos, two hundred of them labelled; hours on two CPU cores',
+    'mini': 'a few thousand photos of your own, on one GPU',
     'paper': "the paper's data and schedules",
 }
 # runs of each arm, unless another number is asked for
-SEEDS = {'toy': 1, 'mini': 3, 'paper': 3}
+SEEDS = {'toy': 1, 'small': 3, 'mini': 3, 'paper': 3}
 
 # %% ../../nbs/65_tables.ipynb #c007
 _TASKS = {  # kind of job -> task, where their names differ
@@ -93,7 +125,7 @@ _TASKS = {  # kind of job -> task, where their names differ
 @dataclass(frozen=True)
 class Scale:
     "A scale with its data: where the base jobs of all experiments come from."
-    name: str = 'toy'  # toy, mini or paper
+    name: str = 'toy'  # toy, small, mini or paper
     photos: str = ''  # folder of photos without labels
     labelled: str = ''  # VOC, COCO or Roboflow folder, or a COCO file
     # further (field, value) pairs of the labelled set: split, year, ...
@@ -274,7 +306,7 @@ def table5_multiquery(
     scale: Scale,  # scale with its data
 ) -> Experiment:   # Table 5
     "Return pre-trainings that ask for one patch at a time, or for several."
-    numbers = (1, 10) if scale.name == 'paper' else (1, 10, 25)
+    numbers = {'paper': (1, 10), 'mini': (1, 5, 10)}.get(scale.name, (1, 10, 25))
     arms = {'DETR': scale.base('voc')}
     for m in numbers:
         start = scale.base('short', num_patches=m)
@@ -282,7 +314,7 @@ def table5_multiquery(
     one, ten = 'UP-DETR, M=1', 'UP-DETR, M=10'
     claims = (Claim('ten patches at a time are better than one', ten, one, 'AP50'),
               Claim('also one patch at a time is better than no pre-training', one, 'DETR', 'AP50'))
-    # the paper has no row for M = 25
+    # the paper has no row for M = 5 and M = 25
     rows = {n: n for n in arms if n in TABLES['table5'][1]}
     return Experiment('table5_multiquery', 'Table 5: M = 1 against M = 10', arms,
                       (*AP, 'early_AP50'), claims, 'table5', rows)
@@ -351,6 +383,19 @@ _PRETEXT_SINGLE = {  # arms that are shown only
     'features of block 3': dict(features='blocks.3'),
     'features of blocks 4 and 6': dict(features='blocks.4,blocks.6'),
 }
+_PRETEXT_MINI = {  # where ten patches have twenty queries
+    'free matching': dict(own_group=False),
+    'default initialisation': dict(matching_init=False),
+}
+_PRETEXT_MINI_SINGLE = {
+    'object queries alike': dict(query_std=.02),
+    "the paper's patches": dict(patch_law='uniform'),
+    'no collages': dict(collage=0.),
+    'keep mask 0': dict(mask_ratio=0.),
+    'query shuffle': dict(query_shuffle=True),
+    'M=20': dict(num_patches=20),
+    'features of block 4': dict(features='blocks.4'),
+}
 _PRETEXT_PAPER = {  # arms at the paper's scale
     'own group only': dict(own_group=True),
     'matching initialisation': dict(matching_init=True),
@@ -365,10 +410,12 @@ def ablations_pretext(
 ) -> Experiment:   # beyond the paper
     "Return one change at a time in pre-training, judged by the patches that are found."
     at_paper = scale.name == 'paper'
-    # the base of the paper's scale has other defaults, so other arms depart from it
-    changes = _PRETEXT_PAPER if at_paper else _PRETEXT | _PRETEXT_SINGLE
+    # the bases have other defaults, so other arms depart from them
+    changes, single = _PRETEXT, _PRETEXT_SINGLE
+    if at_paper: changes, single = _PRETEXT_PAPER, {}
+    if scale.name == 'mini': changes, single = _PRETEXT_MINI, _PRETEXT_MINI_SINGLE
     arms = {'base': scale.base('short')}
-    arms |= {n: scale.base('short', **change) for n, change in changes.items()}
+    arms |= {n: scale.base('short', **change) for n, change in (changes | single).items()}
     # features can be kept for fixed views only
     cached = dict(views=1_281_167, view_size=480) if at_paper else {}
     arms['small views'] = scale.base('live')
@@ -379,9 +426,8 @@ def ablations_pretext(
         start = 'starting as an appearance matcher is better than the default initialisation'
         claims = (Claim(own, 'base', 'free matching', _HELDOUT),
                   Claim(start, 'base', 'default initialisation', _HELDOUT))
-    single = () if at_paper else tuple(_PRETEXT_SINGLE)
     return Experiment('ablations_pretext', 'Beyond the paper: pre-training', arms,
-                      (*_FOUND, 'late_loss'), claims, single=single)
+                      (*_FOUND, 'late_loss'), claims, single=tuple(single))
 
 # %% ../../nbs/65_tables.ipynb #c020q
 def ablations_patches(
@@ -395,7 +441,10 @@ def ablations_patches(
         few, most = 'M=20, N=100', 'M=50, N=100'
     else:
         few, most = 'M=20, N=40', 'M=50, N=100'
-        changes = {few: dict(num_patches=20, num_queries=40), 'M=25, N=50': {},
+        middle = dict(num_patches=25, num_queries=50)
+        # at toy and small scale it is the base
+        if scale.name != 'mini': middle = {}
+        changes = {few: dict(num_patches=20, num_queries=40), 'M=25, N=50': middle,
                    most: dict(num_patches=50, num_queries=100, cached_patches=50)}
     arms = {n: scale.base('short', **change) for n, change in changes.items()}
     # one seed decides nothing
@@ -434,7 +483,7 @@ def ablations_cnn(
                 'not trained': scale.base('short', weights='none')}
     named = _other_cnns(scale)
     claims = ()
-    if scale.name == 'mini':
+    if scale.name in ('small', 'mini'):
         learnt = 'training a CNN without labels helps it to localise'
         claims = (Claim('labels help a CNN to localise', with_labels, without, _HELDOUT),
                   Claim(learnt, without, 'not trained', _HELDOUT))
@@ -466,6 +515,12 @@ def ablations_detr(
         arms[matching] = scale.base('voc', untrained)
         claims.append(Claim('pre-training is more than its initialisation', pretrained, matching,
                             'AP50'))
+    if scale.name == 'mini':
+        # the small-scale option that small and toy have from the start
+        too = dict(pos_in_input=True)
+        arms['DETR, positions in the input, too'] = scale.base('voc', **too)
+        started = scale.base('pretrain', **too)
+        arms['UP-DETR, positions in the input, too'] = scale.base('voc', started, **too)
     # of the other arms nothing is claimed
     asked = {a for c in claims for a in (c.better, c.worse)}
     single = () if scale.name == 'paper' else tuple(a for a in arms if a not in asked)
@@ -473,7 +528,7 @@ def ablations_detr(
                       (*AP, 'early_AP50', 'recall50'), tuple(claims), single=single)
 
 # %% ../../nbs/65_tables.ipynb #c022
-_PHOTOS = {'toy': 40, 'mini': 1200, 'paper': 16_551}  # labelled ones
+_PHOTOS = {'toy': 40, 'small': 200, 'mini': 1200, 'paper': 16_551}  # labelled ones
 
 def _fewer_photos(scale, percent):
     "Return changes to `voc`: a share of the photos, shown so often that the steps stay as many."
@@ -491,7 +546,7 @@ def label_fraction(
     scale: Scale,  # scale with its data
 ) -> Experiment:   # beyond the paper
     "Return the same number of steps on ever fewer labelled photos: where pre-training pays."
-    percents = (25, 100) if scale.name == 'toy' else (5, 10, 25, 100)
+    percents = (25, 100) if scale.name in ('toy', 'small') else (5, 10, 25, 100)
     start = scale.base('pretrain')
     arms, claims = {}, []
     for percent in percents:
