@@ -405,7 +405,7 @@ def test_the_photos_decide_and_are_trained_on(make, pictures, tmp_path, monkeypa
     make(pictures, data)
     tiny = dict(backbone='resnet18', weights='none', features='layer1', hidden_dim=16, nheads=2, dim_feedforward=16, dec_layers=1,
                 square=64, val_size=64, cached_views=1, batch_size=2, standardize=False, eval_every=1)
-    asked = dict(data=str(data), methods='detr', epochs='auto', num_queries='auto')
+    asked = dict(data=str(data), methods='detr', epochs='auto', num_queries='auto', classes='pet=cat+dog, cow')
     cfg = run_cells(ROOT / 'nbs/finetune.ipynb', monkeypatch, 'train_plan(cfg', **asked, **tiny)['cfg']
     train_set, val_set = open_sets(cfg)
     assert {k: getattr(cfg, k) for k in ('num_queries', 'epochs')}.items() < suggest(train_set).items()
@@ -415,11 +415,12 @@ def test_the_photos_decide_and_are_trained_on(make, pictures, tmp_path, monkeypa
     cfg = dataclasses.replace(cfg, epochs=1)
     state = train(TASK[1](cfg, run, Processes()), cfg, run, Processes())
     assert state.step == len(train_set) // 2 and 0 <= state.evaluations[-1]['test_best_iou'] <= 1
-    assert Detector.from_checkpoint(run).classes == tuple(val_set.classes) == tuple(CLASSES)
+    assert Detector.from_checkpoint(run).classes == tuple(val_set.classes) == ('pet', 'cow')
     # the report is of the photos that were kept, also where the set has no parts and has moved
     data.rename(tmp_path / 'moved')
     m = evaluate(run, tmp_path / 'moved', tmp_path / 'errors', split='val')
     assert m['AP']['AP'] == pytest.approx(state.evaluations[-1]['test_AP'], abs=1e-3)
+    assert [row['class'] for row in m['classes']] == ['pet', 'cow']
     assert {row['image_id'] for row in json.loads((tmp_path / 'errors/results.json').read_text())} == set(val_set.image_ids)
 
 

@@ -3,6 +3,10 @@ import dataclasses
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
+import time
 from importlib.util import find_spec
 
 import numpy as np
@@ -18,7 +22,7 @@ from updetr.predict.localizer import QueryPatchLocalizer
 from updetr.tasks.oneshot import build_oneshot, oneshot_config
 
 playwright = pytest.importorskip('playwright.sync_api', reason='the browser tests need playwright: pip install playwright')
-from tools.browser import CHROMIUM, FRONTS, PALE, PHONE, Hand, chromium, opened, prepare, run  # noqa: E402 (needs playwright)
+from tools.browser import CHROMIUM, FRONTS, PALE, PHONE, ROOT, Hand, chromium, opened, prepare, run  # noqa: E402 (needs playwright)
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='the browser tests need Chromium: apt install chromium fonts-dejavu, or name it by '
                                                      'the environment variable CHROMIUM')
@@ -461,3 +465,32 @@ def test_all_cells_can_be_run_again(lab, front, folder):
         run(lab, front, folder, load)
         assert lab.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
         Hand(lab, folder).box(120, 80, 260, 200)
+
+
+def test_the_page_without_jupyter(browser, tmp_path):
+    "`python -m updetr localize` with a photo of the working folder, and nothing else: a box is drawn, and found."
+    installed('voila')
+    Image.open(PATHS['coffee']).resize((300, 200)).save(tmp_path / 'mine.png')
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, '-m', 'updetr', 'localize', 'mine.png', '--no-browser', f'--port={port}']
+    env = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]), 'OMP_NUM_THREADS': '1'}
+    with open(tmp_path / 'out.log', 'w') as log:
+        server = subprocess.Popen(command, cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        while 'is running at' not in (tmp_path / 'out.log').read_text():
+            assert server.poll() is None, (tmp_path / 'out.log').read_text()
+            time.sleep(.2)
+        page = browser.new_page(viewport=dict(width=1300, height=1000))
+        page.goto(f'http://127.0.0.1:{port}/', timeout=120_000, wait_until='commit')
+        hand = Hand(page, tmp_path)
+        playwright.expect(hand.photo()).to_be_visible()
+        hand.drag(90, 20, 210, 100)
+        playwright.expect(page.get_by_text('90 – 210')).to_be_visible()  # the box in the photo's own pixels
+        playwright.expect(page.get_by_text(re.compile('found at'))).to_be_visible()
+        assert page.locator('select').first.input_value() == 'mine.png'
+        page.close()
+    finally:
+        server.terminate()
+        server.wait(20)

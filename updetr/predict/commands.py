@@ -237,12 +237,16 @@ def evaluation_set(
     year: str | None,        # of VOC, or of COCO
     images: str | None,      # folder of the photos
 ):                           # labelled set
-    "Return the photos to evaluate on. Raises what `open_dataset` raises."
+    """Return the photos to evaluate on, with the classes that a run was asked for.
+
+    Raises what `open_dataset` raises."""
     parts, cfg = dataset_parts(data, images), run_config(checkpoint)
     kept = split == 'val' and len(parts) < 2 and split not in parts
     # photos to evaluate on that came from elsewhere were not kept
     if not kept or cfg is None or cfg.data_val:
-        return open_dataset(data, split, year, images=images)
+        names = cfg.classes if cfg else ''
+        classes = [name.strip() for name in names.split(',') if name.strip()]
+        return open_dataset(data, split, year, classes or None, images=images)
     where = {'data': str(data), 'images': images or '', 'year': year or cfg.year, 'photos': 0}
     return open_sets(dataclasses.replace(cfg, **where))[1]
 
