@@ -61,7 +61,12 @@ def test_a_system_of_ones_own_is_trained_and_asked(tmp_path, monkeypatch):
 def test_photos_as_they_are_train_the_cnn_too(system, tmp_path):
     "Live views, the query's map by the CNN as it is now; every parameter learns, and answers lie in the photo."
     task = make_task(tmp_path / 'run', system=system, **LIVE)
-    loss, losses = task.module.train()(next(task.batches(0, 1)))
+    batch = next(task.batches(0, 1))
+    with torch.autocast('cpu', torch.bfloat16):  # as on a GPU; boxes and scores stay in single precision
+        half, _ = task.module.train()(batch)
+        said, = task.model.eval().answer(torch.randn(1, 128, 8, 8), torch.randn(1, 128, 4, 4), batch['targets'][0])
+    assert torch.isfinite(half) and {v.dtype for v in said.values()} == {torch.float32}
+    loss, losses = task.module.train()(batch)
     loss.backward()
     assert torch.isfinite(loss) and torch.isclose(loss, sum(losses.values()))
     assert not [n for n, p in task.model.named_parameters() if p.requires_grad and p.grad is None]

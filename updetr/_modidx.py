@@ -1372,6 +1372,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                     'updetr/neighbours/siamese.py'),
                                            'updetr.neighbours.siamese.ScoredRPN.filter_proposals': ( 'siamese.html#scoredrpn.filter_proposals',
                                                                                                      'updetr/neighbours/siamese.py'),
+                                           'updetr.neighbours.siamese.ScoredRPN.forward': ( 'siamese.html#scoredrpn.forward',
+                                                                                            'updetr/neighbours/siamese.py'),
                                            'updetr.neighbours.siamese.SiamFC': ('siamese.html#siamfc', 'updetr/neighbours/siamese.py'),
                                            'updetr.neighbours.siamese.SiamFC.__init__': ( 'siamese.html#siamfc.__init__',
                                                                                           'updetr/neighbours/siamese.py'),

@@ -159,15 +159,17 @@ class SiamFC(Neighbour):
     def windows(self, photos, queries):
         "Return all windows (n,4) xyxy px of the view, and how they agree with the queries (B,n)."
         height, width = photos.shape[2:]
-        boxes, logits = [], []
-        # every cell has length 1, so that agreement is the mean cosine
-        cells = compare_cells(F.normalize(photos, dim=1), F.normalize(queries, dim=1))
-        for shape in window_shapes(height, width):
-            added = window_filter(queries.shape[2], *shape).to(cells)
-            response = F.conv2d(cells, added).flatten(1)
-            logits.append(self.scale * response + self.offset)
-            boxes.append(window_boxes(height, width, shape, self.stride))
-        return torch.cat(boxes).to(photos), torch.cat(logits, 1)
+        boxes, agreements = [], []
+        # windows are ranked by small differences: single precision, also where the run is in half
+        with torch.autocast(photos.device.type, enabled=False):
+            # every cell has length 1, so that agreement is the mean cosine
+            cells = compare_cells(F.normalize(photos, dim=1), F.normalize(queries, dim=1))
+            for shape in window_shapes(height, width):
+                added = window_filter(queries.shape[2], *shape).to(cells)
+                agreements.append(F.conv2d(cells, added).flatten(1))
+                boxes.append(window_boxes(height, width, shape, self.stride))
+        agreement = torch.cat(agreements, 1)
+        return torch.cat(boxes).to(photos), self.scale * agreement + self.offset
 
     def forward(self, feature, pictures, targets):
         boxes, logits = self.windows(self.embed(feature), self.embed(pictures))
@@ -207,6 +209,11 @@ def correlate_channels(
 # %% ../../nbs/80_siamese.ipynb #c027
 class ScoredRPN(RegionProposalNetwork):
     "torchvision's region proposal network, which remembers the scores of its proposals."
+    def forward(self, images, features, targets=None):
+        # boxes stay in single precision, also where the run is in half
+        with torch.autocast(images.tensors.device.type, enabled=False):
+            return super().forward(images, features, targets)
+
     def filter_proposals(self, *args):
         "Return torchvision's boxes and scores of each photo."
         boxes, self.scores = super().filter_proposals(*args)
