@@ -319,7 +319,7 @@ def test_a_pretrained_transformer_arrives_in_stage_boxes(files, fields, tmp_path
 
 
 @pytest.mark.parametrize('changes, message', [
-    ({'stage': 'boxes', 'classes': 'cat'}, 'classes cannot be chosen'), ({'stage': 'both'}, "stage 'both' must be boxes or masks"),
+    ({'stage': 'boxes', 'classes': 'cat'}, 'classes cannot be chosen'), ({'stage': 'both'}, "stage 'both' is unknown"),
     ({'stage': 'masks'}, 'stage masks needs pretrain'), ({'stage': 'boxes', 'threshold': 1.5}, 'threshold'),
     ({'stage': 'boxes', 'map_gain': 0.}, 'map_gain must be positive'), ({'stage': 'boxes', 'mask_loss_coef': -1.}, 'not be negative')])
 def test_impossible_configurations(changes, message):
