@@ -186,9 +186,15 @@ DESCRIPTIONS = {
 # %% ../../nbs/05_config.ipynb #n27b
 # task -> short name -> what builds it
 NEIGHBOURS = {
-    'finetune': {},
+    'finetune': {
+        'doublehead': 'updetr.neighbours.heads:double_head',
+        'gridrcnn': 'updetr.neighbours.heads:grid_rcnn',
+    },
     'oneshot': {},
-    'panoptic': {},
+    'panoptic': {
+        'panopticfpn': 'updetr.neighbours.panoptic_fpn:panoptic_fpn',
+        'upsnet': 'updetr.neighbours.upsnet:upsnet',
+    },
 }
 
 def is_place(
