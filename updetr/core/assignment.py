@@ -45,9 +45,13 @@ def _assign_one(cost, counts, match, N, T, B, BLOCK: constexpr):
     "Solve problem number `program_id`: (N, T) of `cost`, of which `counts` says the objects."
     problem = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    real, start = lanes < N, BLOCK - 1
+    real = lanes < N
+    # where a newcomer waits: nobody's query
+    start = BLOCK - 1
     owner = tl.full((BLOCK,), -1, tl.int32)
-    u, v = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    # prices of the owners, and of the queries
+    u = tl.zeros((BLOCK,), tl.float64)
+    v = tl.zeros((BLOCK,), tl.float64)
     count = tl.load(counts + problem % B)
     for newcomer in range(count):
         owner = tl.where(lanes == start, newcomer, owner)
@@ -55,17 +59,24 @@ def _assign_one(cost, counts, match, N, T, B, BLOCK: constexpr):
         shortest = tl.full((BLOCK,), float('inf'), tl.float64)
         way = tl.full((BLOCK,), -1, tl.int32)
         seen = lanes < 0
-        here, who = start, newcomer
+        here = start
+        who = newcomer
         # Dijkstra: from query to query, until one is free
         while who >= 0:
             seen = seen | (lanes == here)
-            row = tl.load(cost + (problem * N + lanes) * T + who, mask=real, other=0.0)
-            reduced = row.to(tl.float64) - _lane(u, lanes, here) - v
-            better = real & (seen == 0) & (reduced < shortest)
+            unseen = real & (seen == 0)
+            # what each query costs this object, beyond the prices
+            place = (problem * N + lanes) * T + who
+            row = tl.load(cost + place, mask=real, other=0.0)
+            price = _lane(u, lanes, here)
+            reduced = row.to(tl.float64) - price - v
+            better = unseen & (reduced < shortest)
             shortest = tl.where(better, reduced, shortest)
             way = tl.where(better, here, way)
-            rest = tl.where(real & (seen == 0), shortest, float('inf'))
-            here, step = tl.argmin(rest, 0), tl.min(rest, 0)
+            # on to the nearest query that was not seen; all prices follow
+            rest = tl.where(unseen, shortest, float('inf'))
+            here = tl.argmin(rest, 0)
+            step = tl.min(rest, 0)
             u = tl.where(seen, u + step, u)
             v = tl.where(seen, v - step, v)
             shortest = tl.where(seen, shortest, shortest - step)
@@ -89,5 +100,7 @@ def assign_on_device(
     number = torch.tensor(counts, dtype=torch.int32, device=cost.device)
     # the next power of two with room for the waiting place
     block = 1 << N.bit_length()
-    _assign_one[(L * B,)](cost.float().contiguous(), number, match, N, T, B, block, num_warps=1)
+    table = cost.float().contiguous()
+    programs = _assign_one[(L * B,)]
+    programs(table, number, match, N, T, B, block, num_warps=1)
     return match

@@ -65,6 +65,10 @@ class View:
     before: tuple = None  # (height, width) before the crop, px; None: the whole photo is shown
     crop: tuple = None    # (top, left, height, width) of the crop, px
 
+def _whole_number(rng, low, high):
+    "Return a number from low to high, both included"
+    return int(rng.integers(low, high + 1))
+
 def draw_view(
     rng: np.random.Generator,   # the sample's own
     height: int,                # height of the photo, px
@@ -75,7 +79,8 @@ def draw_view(
     """Draw a view by the law of DETR's training transforms.
 
     The paper takes them over for fine-tuning (Section 4.1)."""
-    flip, whole = rng.random() < .5, rng.random() < .5
+    flip = rng.random() < .5
+    whole = rng.random() < .5
     before = crop = None
     if not whole:
         # resize the photo ...
@@ -83,9 +88,10 @@ def draw_view(
         height, width = before
         # ... and cut out a part of any size, at any place
         smallest, largest = sizes.crop
-        w = int(rng.integers(smallest, min(width, largest) + 1))
-        h = int(rng.integers(smallest, min(height, largest) + 1))
-        top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+        w = _whole_number(rng, smallest, min(width, largest))
+        h = _whole_number(rng, smallest, min(height, largest))
+        top = _whole_number(rng, 0, height - h)
+        left = _whole_number(rng, 0, width - w)
         crop = top, left, h, w
         height, width = h, w
     if size is None: size = int(rng.choice(sizes.short))
@@ -132,13 +138,15 @@ def resize_sample(
     size: tuple,   # (height, width), px
 ) -> dict:         # resized
     "Resize photo (antialiased), boxes, areas and masks (nearest pixel)."
-    old, (height, width) = sample['image'].shape[-2:], size
-    if tuple(old) == tuple(size): return sample
+    old = tuple(sample['image'].shape[-2:])
+    if old == tuple(size): return sample
+    height, width = size
     nearest = F.InterpolationMode.NEAREST_EXACT
     moved = _move(sample, lambda x: F.resize(x, [height, width], interpolation=nearest))
     # an area grows as the picture's does
-    area = sample['area'] * (height * width / (old[0] * old[1]))
-    return sample | moved | {'image': resize(sample['image'], height, width), 'area': area}
+    growth = height * width / (old[0] * old[1])
+    image = resize(sample['image'], height, width)
+    return sample | moved | {'image': image, 'area': sample['area'] * growth}
 
 def crop_sample(
     sample: dict,  # a detection sample
@@ -178,13 +186,15 @@ def as_target(
     That is boxes (k, 4) cxcywh in 0..1, labels, area, iscrowd, masks if known; image_id,
     orig_size, size."""
     height, width = seen['image'].shape[-2:]
+    corners = seen['boxes']
     # from pixels to fractions, from corners to centre and size
-    boxes = seen['boxes'] / seen['boxes'].new_tensor([width, height, width, height])
-    boxes = box_convert(boxes, 'xyxy', 'cxcywh')
+    sides = corners.new_tensor([width, height, width, height])
     target = {k: seen[k] for k in ('labels', 'area', 'iscrowd', 'masks') if k in seen}
-    target['boxes'] = boxes
-    numbers = {'image_id': seen['image_id'], 'orig_size': tuple(orig_size), 'size': (height, width)}
-    return seen['image'], target | {k: torch.tensor(v) for k, v in numbers.items()}
+    target['boxes'] = box_convert(corners / sides, 'xyxy', 'cxcywh')
+    target['image_id'] = torch.tensor(seen['image_id'])
+    target['orig_size'] = torch.tensor(tuple(orig_size))
+    target['size'] = torch.tensor((height, width))
+    return seen['image'], target
 
 # %% ../../nbs/18_transforms.ipynb #c032b
 # what is seen beside a photo: ImageNet's mean colour, which is 0 behind the normalisation
@@ -264,11 +274,27 @@ def move_sample(
 # %% ../../nbs/18_transforms.ipynb #c032i
 def _cover(rng, sample, height, width):
     "Return as much of a sample as fills height x width, its aspect kept, cut anywhere."
-    old = sample['image'].shape[-2:]
-    scale = max(height / old[0], width / old[1])
-    size = max(height, round(old[0] * scale)), max(width, round(old[1] * scale))
-    top, left = int(rng.integers(size[0] - height + 1)), int(rng.integers(size[1] - width + 1))
-    return crop_sample(resize_sample(sample, size), top, left, height, width)
+    old_height, old_width = sample['image'].shape[-2:]
+    scale = max(height / old_height, width / old_width)
+    # no rounding may leave it too small
+    tall = max(height, round(old_height * scale))
+    wide = max(width, round(old_width * scale))
+    top = _whole_number(rng, 0, tall - height)
+    left = _whole_number(rng, 0, wide - width)
+    larger = resize_sample(sample, (tall, wide))
+    return crop_sample(larger, top, left, height, width)
+
+def _meeting_point(rng, length):
+    "Return where two cells meet along a side: in its middle part, with a pixel for each at least"
+    where = round(length * rng.uniform(.3, .7))
+    return min(max(1, where), length - 1)
+
+def _place(sample, top, left, height, width):
+    "Return a sample on a canvas of height x width, black elsewhere"
+    h, w = sample['image'].shape[-2:]
+    margins = [left, top, width - left - w, height - top - h]
+    def put(x): return F.pad(x, margins)
+    return sample | _move(sample, put) | {'image': put(sample['image'])}
 
 def join_four(
     rng: np.random.Generator,  # draws where the cells meet, and what is cut off
@@ -276,19 +302,23 @@ def join_four(
 ) -> dict:                     # a detection sample of the first one's size and number
     "Return four samples side by side. Boxes without area are gone."
     height, width = samples[0]['image'].shape[-2:]
-    y = min(max(1, round(height * rng.uniform(.3, .7))), height - 1)
-    x = min(max(1, round(width * rng.uniform(.3, .7))), width - 1)
-    cells = [(0, 0, y, x), (0, x, y, width - x),
-             (y, 0, height - y, x), (y, x, height - y, width - x)]
+    y = _meeting_point(rng, height)
+    x = _meeting_point(rng, width)
+    # top, left, height, width
+    cells = [
+        (0, 0, y, x),
+        (0, x, y, width - x),
+        (y, 0, height - y, x),
+        (y, x, height - y, width - x),
+    ]
     parts = []
     for sample, (top, left, h, w) in zip(samples, cells):
         part = _cover(rng, sample, h, w)
-        # to its place on the whole, which is black elsewhere
-        margins = [left, top, width - left - w, height - top - h]
-        moved = _move(part, lambda x, margins=margins: F.pad(x, margins))
-        parts.append(part | moved | {'image': F.pad(part['image'], margins)})
+        parts.append(_place(part, top, left, height, width))
     joined = {k: torch.cat([part[k] for part in parts]) for k in _OF_BOXES if k in parts[0]}
-    return samples[0] | joined | {'image': sum(part['image'] for part in parts)}
+    # where one is, the others are black
+    image = sum(part['image'] for part in parts)
+    return samples[0] | joined | {'image': image}
 
 # %% ../../nbs/18_transforms.ipynb #c034
 _NO_OTHER = ('No other photo can take its place: the AP would be that of other photos. '

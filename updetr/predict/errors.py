@@ -22,13 +22,21 @@ from ..core.pictures import plain_label, show_image
 from ..train.evaluate import CocoEvaluator
 
 # %% ../../nbs/58_errors.ipynb #c008
+def _best_first(scores):
+    "The order of falling scores; equal ones stay as they stand"
+    return np.argsort(-scores, kind='stable')
+
+def _as_coco(boxes):
+    "Boxes xywh from xyxy"
+    corners, ends = boxes[:, :2], boxes[:, 2:]
+    return np.hstack([corners, ends - corners])
+
 def _overlaps(boxes, others, crowd=None):
     "(n, m) IoU of boxes xyxy; with a crowd, the share of the box that lies in it"
     shape = len(boxes), len(others)
     if 0 in shape: return np.zeros(shape)
     if crowd is None: crowd = np.zeros(len(others))
-    mine, theirs = [np.hstack([b[:, :2], b[:, 2:] - b[:, :2]]) for b in (boxes, others)]
-    return mask.iou(mine, theirs, crowd)
+    return mask.iou(_as_coco(boxes), _as_coco(others), crowd)
 
 def _take(overlap, crowd, iou):
     "The object that each answer takes, the best answer first; -1: none"
@@ -103,7 +111,7 @@ def _look(answer, labels, boxes, crowd, iou, most=100):
     rows, found = [np.zeros(0, int)], [np.zeros(0, int)]
     for k in np.unique(answer['labels']):
         mine = np.flatnonzero(answer['labels'] == k)
-        order = np.argsort(-answer['scores'][mine], kind='stable')
+        order = _best_first(answer['scores'][mine])
         mine = mine[order][:most]  # COCO's limit
         rows.append(mine)
         same = np.flatnonzero(labels == k)
@@ -123,18 +131,23 @@ def compare(
     "Return which answer found which object, by COCO's rule."
     things = {i: [] for i in evaluator.image_ids}
     for a in evaluator.coco['annotations']: things[a['image_id']].append(a)
-    answers, objects, start = [], [], 0
+    answers, objects = [], []
+    start = 0
     for place, i in enumerate(evaluator.image_ids):
-        answer, truth = evaluator.predictions[i], _objects(things[i])
+        answer = evaluator.predictions[i]
+        truth = _objects(things[i])
+        count = len(truth[0])
         rows, found = _look(answer, *truth, iou)
         # places among the objects of all photos
         found = np.where(found < 0, -1, found + start)
         columns = [answer[k][rows] for k in ('labels', 'scores', 'boxes')]
         answers.append([np.full(len(rows), place), *columns, found])
-        objects.append([np.full(len(truth[0]), place), *truth])
-        start += len(truth[0])
-    tables = [np.concatenate(column) for part in (answers, objects) for column in zip(*part)]
-    return Compared(evaluator.image_ids, list(evaluator.names.values()), *tables)
+        objects.append([np.full(count, place), *truth])
+        start += count
+    # a column each, of all photos
+    tables = [np.concatenate(column) for column in (*zip(*answers), *zip(*objects))]
+    classes = list(evaluator.names.values())
+    return Compared(evaluator.image_ids, classes, *tables)
 
 # %% ../../nbs/58_errors.ipynb #c013
 def average_precision(
@@ -156,7 +169,7 @@ def class_curve(
 ) -> tuple[np.ndarray, np.ndarray]:  # scores (k,) falling, right (k,) bool
     "Return the answers of a class in the order of their scores."
     mine = np.flatnonzero((c.label == label) & ~c.ignored)
-    order = mine[np.argsort(-c.score[mine], kind='stable')]
+    order = mine[_best_first(c.score[mine])]
     return c.score[order], c.right[order]
 
 # %% ../../nbs/58_errors.ipynb #c017
@@ -187,14 +200,22 @@ def best_threshold(
     "Return the smallest score at which the answers of a class are taken, so that F1 is best."
     score, right = class_curve(c, label)
     if not right.any(): return {}
-    hits, total, taken = right.cumsum(), c.objects(label), np.arange(1, len(right) + 1)
+    # with as many answers as come first
+    hits = right.cumsum()
+    taken = np.arange(1, len(right) + 1)
+    total = c.objects(label)
     f1 = 2 * hits / (taken + total)
     # of equal scores all are taken or none
     last = np.append(score[1:] < score[:-1], True)
     best = int(np.where(last, f1, -1).argmax())
-    below = score[best + 1] if best + 1 < len(score) else 0.
-    return {'threshold': float(score[best] + below) / 2, 'F1': float(f1[best]),
-            'precision': float(hits[best] / taken[best]), 'recall': float(hits[best] / total)}
+    # halfway to the first that is left out
+    below = np.append(score, 0)[best + 1]
+    return {
+        'threshold': float(score[best] + below) / 2,
+        'F1': float(f1[best]),
+        'precision': float(hits[best] / taken[best]),
+        'recall': float(hits[best] / total),
+    }
 
 # %% ../../nbs/58_errors.ipynb #c023
 def only(
@@ -236,15 +257,19 @@ class Errors:
 def _kinds(overlap, same, found, iou, background):
     "Kinds of wrong answers in a photo (n,), and the object each is near: of IoU, class, found (m,)"
     # a column for no object at all
-    pad = [(0, 0), (0, 1)]
-    own, other = np.pad(overlap * same, pad), np.pad(overlap * ~same, pad)
-    again = np.pad(overlap * same * found, pad)
-    poor = (own.max(1) >= background) & (own.max(1) < iou)
+    overlap = np.pad(overlap, [(0, 0), (0, 1)])
+    same = np.pad(same, [(0, 0), (0, 1)])
+    own, other = overlap * same, overlap * ~same
+    again = own * np.append(found, False)
+    best = own.max(1)
+    # in the order of `KINDS`
+    poor = (best >= background) & (best < iou)
     wrong_class = other.max(1) >= iou
-    tests = [poor, wrong_class, again.max(1) >= iou,
-             np.maximum(own, other).max(1) < background]
-    kind = np.select(tests, KINDS[:4], 'both')
-    return kind, np.select([poor, wrong_class], [own.argmax(1), other.argmax(1)], -1)
+    twice = again.max(1) >= iou
+    nothing = overlap.max(1) < background
+    kind = np.select([poor, wrong_class, twice, nothing], KINDS[:4], 'both')
+    near = np.select([poor, wrong_class], [own.argmax(1), other.argmax(1)], -1)
+    return kind, near
 
 # %% ../../nbs/58_errors.ipynb #c027
 def sort_errors(
@@ -253,9 +278,10 @@ def sort_errors(
     background: float = .1,  # below this IoU an answer is near nothing
 ) -> Errors:                 # kinds of errors
     "Return the kind of each error, by TIDE's rule."
-    kind, near = np.full(len(c.label), '', dtype='<U14'), np.full(len(c.label), -1)
-    missed = c.missed
-    wrong = c.wrong
+    n = len(c.label)
+    kind = np.full(n, '', dtype='<U14')
+    near = np.full(n, -1)
+    missed, wrong = c.missed, c.wrong
     for (a, b), (start, end) in zip(*c.spans()):
         # a photo's wrong answers and the objects that count
         mine = a + np.flatnonzero(wrong[a:b])
@@ -265,17 +291,19 @@ def sort_errors(
         kind[mine], which = _kinds(overlap, same, ~missed[there], iou, background)
         near[mine] = np.append(there, -1)[which]
     # of all that are near an object that nothing found, the best one would find it
-    first = np.zeros(len(kind), bool)
-    wants = np.flatnonzero((near >= 0) & np.append(missed, False)[near])
-    wants = wants[np.argsort(-c.score[wants], kind='stable')]
-    first[wants[np.unique(near[wants], return_index=True)[1]]] = True
+    first = np.zeros(n, bool)
+    wanted = np.append(missed, False)[near]
+    wants = np.flatnonzero((near >= 0) & wanted)
+    wants = wants[_best_first(c.score[wants])]
+    _, best = np.unique(near[wants], return_index=True)
+    first[wants[best]] = True
     missed[near[first]] = False
     return Errors(kind, near, first, missed)
 
 # %% ../../nbs/58_errors.ipynb #c030
 def _mean_ap(label, score, right, totals):
     "AP50 times 100, the mean over classes with objects"
-    order = np.argsort(-score, kind='stable')
+    order = _best_first(score)
     label, right = label[order], right[order]
     aps = [average_precision(right[label == k], n)[0] for k, n in enumerate(totals) if n]
     return 100 * float(np.mean(aps)) if aps else float('nan')
@@ -287,16 +315,19 @@ def would_win(
     "Return how much AP50 would rise if one kind of error were mended."
     totals = np.bincount(c.truth_label[~c.crowd], minlength=len(c.classes))
     counted = ~c.ignored
+    nearest = np.append(c.truth_label, 0)[e.near]
     start = _mean_ap(c.label[counted], c.score[counted], c.right[counted], totals)
     won = {}
     for kind in KINDS:
         mended = (e.kind == kind) & e.first
         # what is mended is right, and of the object's class; other errors of this kind go
-        label = np.where(mended, np.append(c.truth_label, 0)[e.near], c.label)
+        label = np.where(mended, nearest, c.label)
+        right = c.right | mended
         keep = counted & ((e.kind != kind) | mended)
-        missed = e.missed if kind == 'missed' else np.zeros_like(e.missed)
-        fewer = totals - np.bincount(c.truth_label[missed], minlength=len(totals))
-        ap = _mean_ap(label[keep], c.score[keep], (c.right | mended)[keep], fewer)
+        fewer = totals
+        if kind == 'missed':
+            fewer = totals - np.bincount(c.truth_label[e.missed], minlength=len(totals))
+        ap = _mean_ap(label[keep], c.score[keep], right[keep], fewer)
         won[kind] = max(ap - start, 0.)
     return won
 
@@ -308,16 +339,21 @@ def confusion(
     "Return how often an object of one class was called another."
     none = len(c.classes)
     table = np.zeros((none + 1, none + 1), int)
-    np.add.at(table, (c.truth_label[c.found[c.right]], c.label[c.right]), 1)
-    left, spans = c.missed, c.spans()[1]
+    objects = c.found[c.right]
+    np.add.at(table, (c.truth_label[objects], c.label[c.right]), 1)
+    # wrong answers, the best first: each takes an object of another class, or lies on background
+    left = c.missed
+    _, spans = c.spans()
     wrong = np.flatnonzero(c.wrong)
-    for i in wrong[np.argsort(-c.score[wrong], kind='stable')]:
+    for i in wrong[_best_first(c.score[wrong])]:
         start, end = spans[c.photo[i]]
         there = start + np.flatnonzero(left[start:end])
         overlap = _overlaps(c.box[[i]], c.truth_box[there])[0]
-        near = len(overlap) and overlap.max() >= iou
-        if near: left[there[overlap.argmax()]] = False
-        row = c.truth_label[there[overlap.argmax()]] if near else none
+        row = none
+        if len(overlap) and overlap.max() >= iou:
+            nearest = there[overlap.argmax()]
+            left[nearest] = False
+            row = c.truth_label[nearest]
         table[row, c.label[i]] += 1
     np.add.at(table[:, none], c.truth_label[left], 1)
     return table
@@ -332,11 +368,14 @@ def draw_confusion(
     side = min(2 + .42 * len(table), 14)
     fig, ax = plt.subplots(figsize=(side + .6, side), dpi=72)
     ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
-    for (i, j), n in np.ndenumerate(table if len(table) <= 32 else table[:0]):
-        ax.text(j, i, n or '', ha='center', va='center', fontsize=8,
-                color='w' if share[i, j] > .5 else 'k')
-    ax.set_xticks(range(len(table)), [*names, 'not found'], rotation=90, fontsize=8)
-    ax.set_yticks(range(len(table)), [*names, 'nothing there'], fontsize=8)
+    # numbers that nobody could read are left out
+    written = table if len(table) <= 32 else table[:0]
+    for (i, j), n in np.ndenumerate(written):
+        color = 'w' if share[i, j] > .5 else 'k'
+        ax.text(j, i, n or '', ha='center', va='center', fontsize=8, color=color)
+    places = range(len(table))
+    ax.set_xticks(places, [*names, 'not found'], rotation=90, fontsize=8)
+    ax.set_yticks(places, [*names, 'nothing there'], fontsize=8)
     ax.set(xlabel='answer', ylabel='truth')
     fig.tight_layout()
     return fig
@@ -350,10 +389,22 @@ def worst_photos(
     n = len(c.image_ids)
     errors = np.bincount(c.photo[c.wrong], minlength=n)
     errors += np.bincount(c.truth_photo[c.missed], minlength=n)
-    order = np.argsort(-errors, kind='stable')[:most]
+    order = _best_first(errors)[:most]
     return order[errors[order] > 0].tolist()
 
 RIGHT, WRONG, MISSED = '#1a9641', '#d7191c', '#e66101'
+
+def _draw_object(ax, box, name, found):
+    "Draw an object, dashed; one that was not found has its name below"
+    x1, y1, x2, y2 = box
+    color = RIGHT if found else MISSED
+    # pixel centres are whole numbers
+    corner = x1 - .5, y1 - .5
+    ax.add_patch(Rectangle(corner, x2 - x1, y2 - y1, fill=False, lw=1.8, ls='--', edgecolor=color))
+    if found: return
+    behind = dict(facecolor=color, edgecolor='none', pad=1)
+    ax.text(x1, y2, plain_label(name), color='w', fontsize=8, va='bottom', clip_on=True,
+            bbox=behind)
 
 def draw_errors(
     image,        # photo (3, H, W) uint8
@@ -364,20 +415,18 @@ def draw_errors(
 ):                # the axes
     "Draw a photo with its truth, dashed, and its answers, solid, and say what is wrong."
     mine = np.flatnonzero((c.photo == place) & ~c.ignored)
-    colors = [RIGHT if c.right[i] else WRONG for i in mine]
-    words = [f'{c.classes[c.label[i]]} {c.score[i]:.2f} {e.kind[i]}'.rstrip() for i in mine]
-    missed, there = c.missed, np.flatnonzero((c.truth_photo == place) & ~c.crowd)
-    wrong = sum(color == WRONG for color in colors)
-    title = f'{wrong} wrong, {missed[there].sum()} of {len(there)} not found'
+    there = np.flatnonzero((c.truth_photo == place) & ~c.crowd)
+    missed = c.missed
+    colors, words = [], []
+    for i in mine:
+        name = c.classes[c.label[i]]
+        colors.append(RIGHT if c.right[i] else WRONG)
+        words.append(f'{name} {c.score[i]:.2f} {e.kind[i]}'.rstrip())
+    title = f'{colors.count(WRONG)} wrong, {missed[there].sum()} of {len(there)} not found'
     ax = show_image(image, ax, c.box[mine], colors, words, title, width=1.8)
     for i in there:
-        x1, y1, x2, y2 = c.truth_box[i]
-        color = MISSED if missed[i] else RIGHT
-        ax.add_patch(Rectangle((x1 - .5, y1 - .5), x2 - x1, y2 - y1, fill=False, lw=1.8, ls='--',
-                               edgecolor=color))
-        if missed[i]: ax.text(x1, y2, plain_label(c.classes[c.truth_label[i]]), color='w',
-                              fontsize=8, va='bottom', clip_on=True,
-                              bbox=dict(facecolor=color, edgecolor='none', pad=1))
+        name = c.classes[c.truth_label[i]]
+        _draw_object(ax, c.truth_box[i], name, not missed[i])
     return ax
 
 # %% ../../nbs/58_errors.ipynb #c039
