@@ -66,7 +66,7 @@ LONG = ['test_widget.py', 'test_launch.py', 'test_papermill.py', 'test_faults.py
 
 
 def unit(nodeid):
-    "What stays together in one process: a file of tests, which share what they prepare, or one notebook."
+    "Return what stays together in one process: a file of tests, which share what they prepare, or one notebook."
     name = nodeid.split('::')[0].split('/')[-1]
     return name if name != 'test_notebooks.py' else nodeid.split('[')[-1].split('/')[-1].rstrip(']')
 
@@ -92,7 +92,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope='module', autouse=True)
 def little_memory():
-    "What a file's tests have left is given back to the system, else a process grows by gigabytes until its last test."
+    "Give back what a file's tests have left to the system, else a process grows by gigabytes until its last test."
     yield
     give_back_memory()
 

@@ -222,7 +222,7 @@ def test_a_score_is_called_a_score():
 # ---- spread: one definition, in the log, in finetune's last table and in the guide -----------------------------------
 
 def slow_spread(coco, predictions):
-    """How far the centre of each query's box moves from photo to photo, as a share of the photo's sides; the mean of all."""
+    """Return how far the centre of each query's box moves from photo to photo, as a share of the photo's sides; the mean of all."""
     sides, moved = {p['id']: (p['width'], p['height']) for p in coco['images']}, []
     for query in range(len(next(iter(predictions.values()))['boxes'])):
         for axis in (0, 1):

@@ -80,7 +80,7 @@ def folder(root, *names):
 
 
 def test_the_sound_sets_are_sound(tmp_path):
-    "What the bad sets are made of has nothing to complain about."
+    "In the good sets that the bad ones are made of there is nothing to complain about."
     for part in ('coco', 'voc'): (tmp_path / part).mkdir()
     for ds in (open_dataset(coco(tmp_path / 'coco'), 'train'), open_dataset(voc(tmp_path / 'voc'), 'trainval')):
         report = check_dataset(ds, decode=True)
@@ -692,7 +692,7 @@ def test_any_value_anywhere_in_a_panoptic_file(data, tmp_path):
 @MANY
 @given(data=st.data())
 def test_any_outline_is_taken_or_named(data, tmp_path):
-    "What is not refused can be given to pycocotools."
+    "Whatever is not refused can be given to pycocotools."
     root = panoptic(tmp_path)
     ds, whole = open_panoptic(root), json.loads((root / 'instances.json').read_text())
     path = data.draw(st.sampled_from([p for p in places(whole) if p[:1] == ('annotations',) and len(p) > 1]))

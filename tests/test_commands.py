@@ -9,7 +9,7 @@ from conftest import ROOT
 
 
 def run(monkeypatch, *words):
-    "What `python -m updetr` does with some words, in this process; its names."
+    "Do what `python -m updetr` does with some words, in this process; its names."
     monkeypatch.setattr(sys, 'argv', ['updetr', *words])
     return runpy.run_path(str(ROOT/'updetr'/'__main__.py'))
 

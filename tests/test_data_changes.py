@@ -120,7 +120,7 @@ def marks_now(folder):
 
 
 def test_the_same_command_with_other_data_is_not_finished(copy):
-    """What a notebook does: a finished run is found finished only with the data that it was trained and measured on."""
+    """As a notebook does: a finished run is found finished only with the data that it was trained and measured on."""
     cfg, data = marks_now(copy/'runs/run')
     assert launch(copy/'runs/run', cfg, data=data).how == 'finished'
     annotations(copy/'data', corrected, 'val')

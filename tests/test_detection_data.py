@@ -144,7 +144,7 @@ def test_ap_is_that_of_pycocotools_on_the_original_file(seed, tmp_path):
 
 
 def test_boxes_only_for_evaluation_teach_and_ask_nothing():
-    "What is empty inside its photo is in the truth, but is no target, is not drawn for, and is not asked with."
+    "A box that is empty inside its photo is in the truth, but is no target, is not drawn for, and is not asked with."
     data, _ = awkward_file(0)
     ds = DetectionSet(coco_table(data, '.', 'truth.json'))
     empty = [a for a in ds.coco()['annotations'] if a['empty']]

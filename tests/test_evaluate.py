@@ -74,7 +74,7 @@ def test_prints_nothing_and_changes_nothing(case, capfd):
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 def part_of(case, rank, world, images=None):
-    "What process `rank` evaluates: the last image is shown to all, as a sampler does that fills up."
+    "Return what process `rank` evaluates: the last image is shown to all, as a sampler does that fills up."
     coco, predictions = case
     order = list(predictions)[:images]
     mine = order[rank::world] + order[-1:]

@@ -38,7 +38,7 @@ TINY = CNN | dict(weights='none', scenes=0, scenes_val=0, square=32, cached_view
 
 @pytest.fixture
 def computed(monkeypatch):
-    """How often the CNN is asked for the features of a photo or of some views."""
+    """Count how often the CNN is asked for the features of a photo or of some views."""
     count = Counter()
 
     def counting(module, name):

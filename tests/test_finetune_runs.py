@@ -201,7 +201,7 @@ def test_a_checkpoint_is_where_a_run_starts_once(pretrained, labelled, tmp_path,
 
 
 def detected(file, val_set):
-    """What the detector in a file, or in a run's folder, finds photo by photo, as an evaluator."""
+    """Return what the detector in a file, or in a run's folder, finds photo by photo, as an evaluator."""
     detector, evaluator = Detector.from_checkpoint(file), CocoEvaluator(val_set.coco())
     for sample in (val_set[i] for i in range(len(val_set))):
         found = detector.detect(sample['image'], 0.)

@@ -171,7 +171,7 @@ def test_imports_are_alone_in_their_cells(path):
 
 @pytest.mark.parametrize('path', sorted((ROOT/'updetr').rglob('*.py')), ids=lambda p: p.stem)
 def test_modules_share_public_names_only(path):
-    "What another module needs has a name and a docstring for its reader; `_name` is a module's own."
+    "A thing that another module needs has a name and a docstring for its reader; `_name` is a module's own."
     imports = [s for s in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(s, ast.ImportFrom) and s.level]
     private = [f'{s.module}.{a.name}' for s in imports for a in s.names if a.name.startswith('_')]
     assert not private, f'{path.name} imports private names: {private}'
@@ -187,7 +187,7 @@ def test_package_does_not_import_tools(path):
 
 
 def test_training_imports_no_tools():
-    "What training processes import brings in neither notebook tools nor matplotlib, however indirectly; a detector, no notebook tools."
+    "Importing what training processes need brings in neither notebook tools nor matplotlib, by any way; a detector, no notebook tools."
     main = ast.parse((ROOT/'updetr'/'__main__.py').read_text(encoding='utf-8'))
     modules = {p.stem: f'updetr.{dotted(p)}' for p in sorted((ROOT/'updetr').rglob('*.py'))}
     tasks = [name for stem, name in modules.items() if stem.endswith('_task')]

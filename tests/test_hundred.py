@@ -74,7 +74,7 @@ def close(a, b): return torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max(
 
 
 def differences(text, training=True, m=M, padded=True):
-    "What differs from the kit on a random batch: outputs, the loss, gradients."
+    "Return what differs from the kit on a random batch: outputs, the loss, gradients."
     module = load(text)
     mine, kit = (model.train(training) for model in small_models(module))
     photos, patches, keep = torch.randn(2, 3, 96, 128), torch.randn(2, m, 3, 32, 32), torch.rand(2, m * N // M) > .3

@@ -37,7 +37,7 @@ MAKE = {'finetune': partial(finetune_config, **LABELLED | dict(features='layer2'
 
 @pytest.fixture(autouse=True)
 def quick_compiler_and_half_precision(monkeypatch):
-    """What `compile` gives is only traced here, and `amp`, which is the GPU's, counts on a CPU, too."""
+    """The model that `compile` gives is only traced here, and `amp`, which is the GPU's, counts on a CPU, too."""
     monkeypatch.setattr(Backbone, 'compile', partialmethod(Backbone.compile, backend='eager'))
     step = loop.train_step
     def with_amp(module, batches, state, factor, amp, processes):
@@ -47,7 +47,7 @@ def quick_compiler_and_half_precision(monkeypatch):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What every CNN saw without gradients: the mean square of its maps."""
+    """Return what every CNN saw without gradients: the mean square of its maps."""
     numbers, plain = [], Backbone.maps
 
     def maps(self, x):

@@ -67,7 +67,7 @@ def same(a, b): return len(tensors(a)) == len(tensors(b)) > 0 and all(map(torch.
 
 @pytest.fixture(scope='module')
 def wanted(tmp_path_factory):
-    """What is left of twelve steps without steps 5 and 6."""
+    """Return what is left of twelve steps without steps 5 and 6."""
     return by_hand(make_task(tmp_path_factory.mktemp('by_hand'), **LIVE))({5, 6})
 
 

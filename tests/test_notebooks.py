@@ -22,7 +22,7 @@ from updetr.tasks.finetune import Subset
 
 @contextlib.contextmanager
 def untouched():
-    "What a notebook sets for the whole process is as before afterwards: all notebooks share this one."
+    "All that a notebook sets for the whole process is as before afterwards: all notebooks share this one."
     env, cwd, path, hooks = dict(os.environ), os.getcwd(), list(sys.path), (sys.displayhook, sys.excepthook)
     main = sys.modules['__main__']  # which processes that are started ask for
     answers = dict(set_rows.registry)  # a notebook registers its own functions, whose names are gone when it has ended

@@ -154,7 +154,7 @@ def test_the_defaults_are_what_runs_did_before():
 
 
 def test_masks_follow_and_a_copy_in_another_process_draws_the_same():
-    "What is left of a thing's mask lies in its box. (Which may be larger: what a cell cuts off is not always at the thing's sides.)"
+    "All that is left of a thing's mask lies in its box. (Which may be larger: what a cell cuts off is not always at the thing's sides.)"
     every = Changes(augment=', '.join([*PLACES, *PIXELS]), mosaic=.5)
     views = DetectionViews(PanopticScenes(Scenes(4, 96), masks=True), sizes=Sizes().scaled(96), changes=every)
     copy = pickle.loads(pickle.dumps(views))

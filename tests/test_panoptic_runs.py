@@ -169,7 +169,7 @@ def shown_by_one_of(rank, world, folder):
 
 
 def shown(folder, processes):
-    """What a run folder's task measures with the weights of its checkpoint."""
+    """Return what a run folder's task measures with the weights of its checkpoint."""
     task = PanopticTask(PanopticConfig(**json.loads((folder / 'cfg.json').read_text())), folder, processes)
     task.model.load_state_dict(weights(folder))
     return evaluate_panoptic(task, task.model).summary()

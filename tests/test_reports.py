@@ -13,7 +13,7 @@ EXECUTED = [p for p in sorted((ROOT / 'reports').glob('*/*.ipynb')) if p.name in
 
 
 def code(path):
-    "What each code cell does; comments do nothing. Without the parameters: those of the notebook, and those that papermill was given."
+    "Return what each code cell does; comments do nothing. Left out: the parameters, of the notebook and of papermill."
     return [ast.unparse(ast.parse(c.source)) for c in nbformat.read(path, 4).cells if c.cell_type == 'code' and not tags(c)]
 
 

@@ -42,7 +42,7 @@ def hostile_report():
 
 
 class Running(HTMLParser):
-    "What of a page would run `alert`."
+    "Return what of a page would run `alert`."
     def __init__(self, text):
         super().__init__()
         self.found, self.script = [], False

@@ -454,7 +454,7 @@ def test_a_kernel_that_works_or_is_gone_is_seen(hand, lab, front, folder):
 
 
 def faded(hand):
-    "Whether the answers on the photo are those of a kernel that is gone."
+    "Return whether the answers on the photo are those of a kernel that is gone."
     labels = hand.photo().locator('.labels')
     return hand.page.locator('.updetr-old').count() and float(labels.evaluate('e => getComputedStyle(e).opacity')) < .5
 

@@ -163,7 +163,7 @@ def opened(browser, front, folder, home, device=None):
 
 
 class Hand:
-    "What a person does, in the photo's pixels, and what the kernel then knows."
+    "Do what a person does, in the photo's pixels, and what the kernel then knows."
     def __init__(self, page, folder): self.page, self.folder = page, folder
 
     def python(self, code):

@@ -1,4 +1,4 @@
-"""What the pages of nbs/experiments share, made from the package and the reports, and written into them.
+"""The parts that the pages of nbs/experiments share: made from the package and the reports, and written into them.
 
 Run in the project: python tests/tools/experiments.py"""
 import json
@@ -21,7 +21,7 @@ EARLIER = 'mini, before it was made for one GPU (Animal-Pose)'
 
 
 def took(report):
-    "How many trainings a kept report has, and their minutes; None: it is not kept."
+    "Return how many trainings a kept report has, and their minutes; None: it is not kept."
     path = ROOT / 'reports' / report / 'metrics.json'
     if not path.exists(): return None
     seconds = json.loads(path.read_text())['provenance']['train_seconds'].values()
@@ -54,7 +54,7 @@ def how(id):
 
 
 def shared(id):
-    "What a page shares with the others: cell id -> source."
+    "Return what a page shares with the others: cell id -> source."
     return {'c000b': how(id), 'c003': page_parameters(id), 'c004': SECTION, 'c005': f"#| slow\nstudy = run_study('{id}', globals())"}
 
 

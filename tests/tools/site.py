@@ -182,7 +182,7 @@ def tame_search(site):
 
 
 def description(page):
-    "What a page is about, as search engines and previews show it: its lede, or else the beginning of its text."
+    "Return what a page is about, as search engines and previews show it: its lede, or else the beginning of its text."
     body = page.partition('<article')[2]
     said = re.search(r'<blockquote>\s*<p>(.*?)</p>', body, re.S) or re.search(r'<p>((?!\s*<(?:img|em)).*?)</p>', body, re.S)
     text = ' '.join(re.sub(r'<[^>]*>', '', said[1]).split()) if said else ''
@@ -204,7 +204,7 @@ def finish(page, base='.'):
 
 
 class Links(HTMLParser):
-    "What a page links to, the places it has, and its pictures without words."
+    "The links of a page, the places it has, and its pictures without words."
     def __init__(self, text):
         super().__init__()
         self.links, self.places, self.unnamed = [], set(), []
