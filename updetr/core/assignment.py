@@ -30,6 +30,12 @@ def _lane(values, lanes, k):
     return tl.sum(tl.where(lanes == k, values, 0), 0)
 
 @_program_of
+def _beyond_prices(cost, place, real, u, v):
+    "Return what each query costs an object beyond the prices, read from `place` of `cost`."
+    row = tl.load(cost + place, mask=real, other=0.0)
+    return row.to(tl.float64) - u - v
+
+@_program_of
 def _move_on(owner, u, way, lanes, here, start):
     "Along the way back everybody moves on by one; return owners and their prices."
     while here != start:
@@ -45,9 +51,7 @@ def _assign_one(cost, counts, match, N, T, B, BLOCK: constexpr):
     "Solve problem number `program_id`: (N, T) of `cost`, of which `counts` says the objects."
     problem = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    real = lanes < N
-    # where a newcomer waits: nobody's query
-    start = BLOCK - 1
+    real, start = lanes < N, BLOCK - 1
     owner = tl.full((BLOCK,), -1, tl.int32)
     # prices of the owners, and of the queries
     u = tl.zeros((BLOCK,), tl.float64)
@@ -59,17 +63,13 @@ def _assign_one(cost, counts, match, N, T, B, BLOCK: constexpr):
         shortest = tl.full((BLOCK,), float('inf'), tl.float64)
         way = tl.full((BLOCK,), -1, tl.int32)
         seen = lanes < 0
-        here = start
-        who = newcomer
+        here, who = start, newcomer
         # Dijkstra: from query to query, until one is free
         while who >= 0:
             seen = seen | (lanes == here)
             unseen = real & (seen == 0)
-            # what each query costs this object, beyond the prices
             place = (problem * N + lanes) * T + who
-            row = tl.load(cost + place, mask=real, other=0.0)
-            price = _lane(u, lanes, here)
-            reduced = row.to(tl.float64) - price - v
+            reduced = _beyond_prices(cost, place, real, _lane(u, lanes, here), v)
             better = unseen & (reduced < shortest)
             shortest = tl.where(better, reduced, shortest)
             way = tl.where(better, here, way)
