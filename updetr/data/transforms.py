@@ -296,6 +296,7 @@ def _place(sample, top, left, height, width):
     def put(x): return F.pad(x, margins)
     return sample | _move(sample, put) | {'image': put(sample['image'])}
 
+# %% ../../nbs/18_transforms.ipynb #c032join
 def join_four(
     rng: np.random.Generator,  # draws where the cells meet, and what is cut off
     samples: list[dict],       # four detection samples

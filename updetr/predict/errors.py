@@ -392,6 +392,7 @@ def worst_photos(
     order = _best_first(errors)[:most]
     return order[errors[order] > 0].tolist()
 
+# %% ../../nbs/58_errors.ipynb #c036draw
 RIGHT, WRONG, MISSED = '#1a9641', '#d7191c', '#e66101'
 
 def _draw_object(ax, box, name, found):
