@@ -24,7 +24,7 @@ from updetr.predict.export import to_huggingface
 from updetr.predict.oneshot_detector import Matches, OneShotDetector
 from updetr.tasks.finetune import Subset, finetune_config
 from updetr.tasks.finetune_task import evaluate, measurement
-from updetr.tasks.oneshot import ask, build_oneshot
+from updetr.tasks.oneshot import build_oneshot, predict_pictures
 from updetr.train.evaluate import CocoEvaluator
 from updetr.train.launch import read_log
 from updetr.train.loop import Processes, train
@@ -136,7 +136,7 @@ def test_one_shot_answers_end_at_the_photo_and_fit_the_sets_file(noise, monkeypa
     torch.manual_seed(0)
     model, data, said = build_oneshot(backbone='resnet18', **small), open_dataset(noise, 'val'), []
     with torch.no_grad(): model.bbox_embed.layers[-1].bias.copy_(torch.tensor([-1., 1, 3, 3]))  # large, beyond the left and lower edge
-    monkeypatch.setattr('updetr.predict.oneshot_detector.ask', lambda *args: said.append(ask(*args)) or said[-1])
+    monkeypatch.setattr('updetr.predict.oneshot_detector.ask', lambda *args: said.append(predict_pictures(*args)) or said[-1])
     sample = data[1]
     found = OneShotDetector(model, Sizes().scaled(64))(sample['image'], sample['image'], sample['boxes'][0].tolist(), threshold=0.)
     answer = said[0][0]

@@ -11,7 +11,7 @@ from conftest import NOTEBOOKS
 from test_logged import MAKE, check, seen  # noqa: F401 (a fixture)
 from test_task import SMALL, VIEWS, make_task, save_photos, small_photos, train_small  # noqa: F401 (a fixture)
 from updetr.bench.run import TINY, detection_batch
-from updetr.bench.step import Ours
+from updetr.bench.step import OurStep
 from updetr.core.config import make_config, model_options
 from updetr.data.loader import photo_loader, to_device
 from updetr.model.detr import build_detr
@@ -93,7 +93,7 @@ def test_fine_tuning_in_half_precision(compiled):
     options = {k: v for k, v in model_options(cfg).items() if k in DETECTOR}
     model, curves = build_detr(20, **options, frozen_backbone=False), []
     for device, amp in (('cpu', False), (DEVICE, DEVICE.type == 'cuda')):
-        way, batch = Ours(copy.deepcopy(model), build_criterion(model), cfg, device, amp), detection_batch(96, 2, device)
+        way, batch = OurStep(copy.deepcopy(model), build_criterion(model), cfg, device, amp), detection_batch(96, 2, device)
         if compiled and device == DEVICE: way.model.backbone[0].compile()
         curves.append([way.detect(*batch).item() for _ in range(3)])
     assert np.allclose(*curves, rtol=.03), curves

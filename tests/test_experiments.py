@@ -15,7 +15,7 @@ from conftest import ROOT
 from test_data_changes import annotations, coco, corrected, fewer
 from tools.cells import run_cells
 from tools.experiments import shared
-from updetr.experiments.experiment_report import PARAMETERS, open_study, plan_rows, plan_text, seen, show_claims, study_command
+from updetr.experiments.experiment_report import PARAMETERS, data_summary, open_study, plan_rows, plan_text, show_claims, study_command
 from updetr.experiments.jobs import configure, job, job_chain, job_folder
 from updetr.experiments.runner import run_jobs
 from updetr.experiments.tables import BASES, EXPERIMENTS, Scale, experiment
@@ -215,7 +215,7 @@ def test_a_result_of_other_data_is_not_used(tmp_path):
     def run(): return run_jobs([(tiny, 1)], tmp_path / 'runs', workers=1, show=lines.append)
 
     assert run() == run() and not [line for line in lines if 'fingerprint' in line]
-    seen_before = seen(configure(tiny, 1))
+    seen_before = data_summary(configure(tiny, 1))
     annotations(data, corrected, 'val')
     with pytest.raises(ValueError, match=r'to evaluate on: 1 photo with other boxes or flags \(1.png\)') as e: run()
     assert folder.name in str(e.value) and 'move these folders away' in str(e.value)
@@ -232,7 +232,7 @@ def test_a_result_of_other_data_is_not_used(tmp_path):
 
     # the plan counts what is there, however often it is made
     annotations(data, fewer)
-    assert (seen_before.n_train, seen(configure(tiny, 1)).n_train) == (4, 3)
+    assert (seen_before.n_train, data_summary(configure(tiny, 1)).n_train) == (4, 3)
     with pytest.raises(ValueError, match='1 photo fewer'): run()
     folder.rename(tmp_path / 'old')
     run()

@@ -48,9 +48,10 @@ from ..tasks.pretrain_task import PretrainStep, PretrainTask, encode_ahead
 from .reference import as_reference
 from ..core.report import provenance, save_figure, save_metrics, smooth
 from ..predict.runs import module_line
-from .step import (Clock, Counter, Ours, Theirs, batch_sizes, build_way, ceilings,
-                          count_detection, imagenet_like, noise_batch, noise_batches, on_device,
-                          peak_gib, real_share)
+from updetr.bench.step import (
+    Clock, Counter, OurStep, ReferenceStep, batch_sizes, build_step, ceilings, count_detection,
+    imagenet_like, noise_batch, noise_batches, on_device, peak_gib, real_share,
+)
 from ..train.loop import Processes
 from ..train.progress import watch
 
@@ -129,9 +130,9 @@ def bench_step(
     shrink: int = 1,                     # divisor of all sides, for a trial
 ) -> dict:                               # step, phases, ceilings
     "Measure the pre-training step, whole and in pieces, both ways."
-    kinds = (Ours, Theirs)
+    kinds = (OurStep, ReferenceStep)
     n = max(rounds + 1, steps)
-    ways = {kind.name: build_way(kind, cfg, device) for kind in kinds}
+    ways = {kind.name: build_step(kind, cfg, device) for kind in kinds}
     batches = {k.name: noise_batches(k, cfg, batch_size, n, device, shrink) for k in kinds}
     if torch.device(device).type == 'cuda':
         # every shape once: recorded, kernels chosen
@@ -163,7 +164,7 @@ def bench_memory(
     context = get_context('forkserver')
     context.set_forkserver_preload(['updetr.bench.step'])  # imported once
     rows = []
-    for kind, n in itertools.product((Ours, Theirs), batch_sizes):
+    for kind, n in itertools.product((OurStep, ReferenceStep), batch_sizes):
         with ProcessPoolExecutor(1, context) as fresh:
             gib = fresh.submit(peak_gib, kind, cfg, n, device, shrink).result()
         rows.append({'way': kind.name, 'batch_size': n, 'gib': gib})
@@ -229,8 +230,8 @@ def counted_as_on_gpu(
     # with dropout, attention takes another way on a CPU
     model, criterion = _detector_and_criterion(dataclasses.replace(cfg, dropout=0.))
     # the reference's way copies the model, ours uses it up
-    theirs = Theirs(model, criterion, cfg)
-    ours = Ours(model, criterion, cfg, amp=True)
+    theirs = ReferenceStep(model, criterion, cfg)
+    ours = OurStep(model, criterion, cfg, amp=True)
     # all photos are padded to the largest
     height, width = np.max(detection_shapes(size, batch_size), 0).tolist()
     shape = (batch_size, height, width)
@@ -258,11 +259,11 @@ def bench_finetune(
     model, criterion = _detector_and_criterion(cfg)
     amp = _amp(cfg, device)
     # ours is made last: the others copy the model
-    ways = {'reference': Theirs(model, criterion, cfg, device)}
+    ways = {'reference': ReferenceStep(model, criterion, cfg, device)}
     if compiled:
-        ways['compiled'] = Ours(copy.deepcopy(model), criterion, cfg, device, amp)
+        ways['compiled'] = OurStep(copy.deepcopy(model), criterion, cfg, device, amp)
         ways['compiled'].model.backbone[0].compile()
-    ways['ours'] = Ours(model, criterion, cfg, device, amp)
+    ways['ours'] = OurStep(model, criterion, cfg, device, amp)
 
     # whole steps
     batch = detection_batch(size, batch_size, device)
@@ -321,7 +322,7 @@ def grow(
     device: torch.device | str,  # where it runs
 ) -> dict[str, float]:           # ms, gflop
     "Measure the time and arithmetic of one kind of step."
-    way = build_way(Ours, cfg, device)
+    way = build_step(OurStep, cfg, device)
     batch = on_device(noise_batch(cfg, [size] * batch_size), device)
     seconds = in_turn({'ours': lambda r: way.step(batch)}, rounds, device)
     counter = Counter()
@@ -453,7 +454,7 @@ def bench_cached(
     """Measure steps from pixels against steps from a feature bank.
 
     On a GPU also launched_img_s: cached, without graphs."""
-    way = build_way(Ours, cfg, device)
+    way = build_step(OurStep, cfg, device)
     photos = noise_batch(cfg, [(side, side)] * batch_size)
     with torch.no_grad():
         feature = way.model.backbone[0](torch.zeros(1, 3, side, side, device=device))
@@ -482,7 +483,7 @@ def bench_cached(
 
 # %% ../../nbs/74_run.ipynb #d43e0002
 def pace(
-    way: Ours,    # of a pre-training step
+    way: OurStep,    # of a pre-training step
     batches,      # of the loader, of one batch size
     passed: int,  # steps before the clock starts, at least 1
 ) -> float:       # steps a second
@@ -506,7 +507,7 @@ def bench_end_to_end(
     workers: int = 0,                    # processes that read photos
 ) -> dict:                               # batch_size, steps, workers, img_s, synthetic_img_s, ratio
     "Measure steps fed by a loader against the same steps from memory."
-    way = build_way(Ours, cfg, device)
+    way = build_step(OurStep, cfg, device)
     # what may be prefetched when the clock starts
     passed = 1 + 4 * workers
     total = steps + passed
@@ -575,7 +576,7 @@ def bench_curves(
 ) -> dict:                                      # steps, seeds, curves (way -> losses a seed), ...
     """Train the reference's way and ours on the same batches; return their loss curves.
 
-    Ours runs in fp32 and in bf16, on a GPU with recorded graphs."""
+    OurStep runs in fp32 and in bf16, on a GPU with recorded graphs."""
     curves = {'reference': []}
     for kind in kinds: curves[f'ours, {kind}'] = []
     for seed in seeds:
@@ -586,9 +587,9 @@ def bench_curves(
             task.begin(resumed=False)
             model, criterion = task.model, task.module.criterion
             # the same weights for all
-            ways = [Theirs(model, criterion, cfg, device)]
+            ways = [ReferenceStep(model, criterion, cfg, device)]
             for kind in kinds:
-                ways.append(Ours(copy.deepcopy(model), criterion, cfg, device, kind == 'bf16'))
+                ways.append(OurStep(copy.deepcopy(model), criterion, cfg, device, kind == 'bf16'))
             batches = list(photo_loader(task.dataset, task.plan(0, steps)))
             prepare = ways[1].prepare
             for curve, way in zip(curves.values(), ways):

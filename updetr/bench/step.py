@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMULAS', 'ASPECTS', 'plain', 'Clock', 'ByteCounter', 'Counter', 'ceilings', 'imagenet_like', 'batch_sizes',
-           'real_share', 'noise_batch', 'as_floats', 'on_device', 'Way', 'detections', 'Ours', 'Theirs', 'build_way',
-           'noise_batches', 'peak_gib', 'count_detection']
+           'real_share', 'noise_batch', 'as_floats', 'on_device', 'DetectorStep', 'detections', 'OurStep',
+           'ReferenceStep', 'build_step', 'noise_batches', 'peak_gib', 'count_detection']
 
 # %% ../../nbs/73_step.ipynb #c002
 import re
@@ -245,7 +245,7 @@ def on_device(
     return batch | moved
 
 # %% ../../nbs/73_step.ipynb #c018
-class Way:
+class DetectorStep:
     "A training step in pieces."
     def __init__(
         self,
@@ -301,7 +301,7 @@ class Way:
 
 # %% ../../nbs/73_step.ipynb #d42b0005
 def detections(
-    way: Way,                 # of a detector
+    way: DetectorStep,        # of a detector
     images: Tensor,           # (B, 3, H, W), normalised
     mask: Tensor | None,      # (B, H, W), True = padding
     piece: Callable = plain,  # what is done with a piece
@@ -313,7 +313,7 @@ def detections(
         return piece('transformer', lambda: model.forward_features(feature, mask))
 
 # %% ../../nbs/73_step.ipynb #c020
-class Ours(Way):
+class OurStep(DetectorStep):
     "A training step in our way, in pieces; and several as the training loop does them."
     name = 'ours'
 
@@ -364,7 +364,7 @@ class Ours(Way):
         return loss.detach().clone()
 
 # %% ../../nbs/73_step.ipynb #c022
-class Theirs(Way):
+class ReferenceStep(DetectorStep):
     "A training step in the reference's way, in pieces."
     name = 'reference'
 
@@ -409,25 +409,25 @@ class Theirs(Way):
         for batch in batches: yield self.step(batch)
 
 # %% ../../nbs/73_step.ipynb #69ec891a
-def build_way(
-    kind: type[Way],             # `Ours` or `Theirs`
+def build_step(
+    kind: type[DetectorStep],    # `OurStep` or `ReferenceStep`
     cfg: PretrainConfig,         # model and step
     device: torch.device | str,  # where it runs
-) -> Way:
+) -> DetectorStep:
     """Return a pre-training step; both kinds start with the same weights.
 
-    Ours has its CNN compiled if the configuration says so."""
+    OurStep has its CNN compiled if the configuration says so."""
     torch.manual_seed(cfg.seed)
     model = build_updetr(**model_options(cfg))
     criterion = build_criterion(model, **loss_options(cfg))
-    if kind is Theirs: return Theirs(model, criterion, cfg, device)
+    if kind is ReferenceStep: return ReferenceStep(model, criterion, cfg, device)
     if cfg.compile: model.backbone[0].compile()
     amp = cfg.amp and torch.device(device).type == 'cuda'
-    return Ours(model, criterion, cfg, device, amp)
+    return OurStep(model, criterion, cfg, device, amp)
 
 # %% ../../nbs/73_step.ipynb #fe4cb6ef
 def noise_batches(
-    kind: type[Way],                     # `Ours` or `Theirs`: batches are padded its way
+    kind: type[DetectorStep],            # `OurStep` or `ReferenceStep`: batches are padded its way
     cfg: PretrainConfig,                 # of the step
     batch_size: int,                     # photos a batch
     n: int,                              # number of batches
@@ -437,15 +437,15 @@ def noise_batches(
     "Return batches of noise in ImageNet's sizes."
     photos = imagenet_like(max(2048, 2 * n * batch_size))
     batches = []
-    for i, sizes in enumerate(batch_sizes(photos, batch_size, kind is Ours)[:n]):
+    for i, sizes in enumerate(batch_sizes(photos, batch_size, kind is OurStep)[:n]):
         batch = noise_batch(cfg, [(h // shrink, w // shrink) for h, w in sizes], i)
-        if kind is Theirs: batch = as_floats(batch)
+        if kind is ReferenceStep: batch = as_floats(batch)
         batches.append(on_device(batch, device))
     return batches
 
 # %% ../../nbs/73_step.ipynb #d42f0003
 def peak_gib(
-    kind: type[Way],             # `Ours` or `Theirs`
+    kind: type[DetectorStep],    # `OurStep` or `ReferenceStep`
     cfg: PretrainConfig,         # of the step
     batch_size: int,             # photos a batch
     device: torch.device | str,  # where it runs
@@ -455,7 +455,7 @@ def peak_gib(
 
     To be asked in a process of its own."""
     try:
-        way = build_way(kind, cfg, device)
+        way = build_step(kind, cfg, device)
         list(way.run(noise_batches(kind, cfg, batch_size, 2, device, shrink)))
     except torch.OutOfMemoryError:
         return None
@@ -468,7 +468,7 @@ def peak_gib(
 
 # %% ../../nbs/73_step.ipynb #d42b0002
 def count_detection(
-    way: Way,                     # on the CPU; not to be used any more afterwards
+    way: DetectorStep,            # on the CPU; not to be used any more afterwards
     shape: tuple[int, int, int],  # number of photos, height, width (px) of the batch
 ) -> Counter:                     # of CNN, transformer, backward
     "Count a fine-tuning step without computing it."

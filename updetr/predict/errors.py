@@ -358,6 +358,7 @@ def confusion(
     np.add.at(table[:, none], c.truth_label[left], 1)
     return table
 
+# %% ../../nbs/58_errors.ipynb #c033draw
 def draw_confusion(
     table: np.ndarray,  # of `confusion`
     classes: list,      # C names

@@ -19,7 +19,7 @@ from ..model.weights import built, stored_config
 from .detector import Detections, check_device, picture_batch
 from ..tasks.finetune import view_sizes
 from ..model.pretrained import Pretrained, hand_over, open_pretrained
-from ..tasks.oneshot import OneShotConfig, ask, build_oneshot, with_query
+from ..tasks.oneshot import OneShotConfig, predict_pictures, build_oneshot, with_query
 from ..core.photos import PRETRAIN_MAX, PRETRAIN_SIZES, as_image
 from ..core.shipped import shipped
 from ..data.queries import query_picture
@@ -146,7 +146,7 @@ class OneShotDetector:
         query = prepare_images(self.cnn, asked)
         picture = self.model.encode_patches(query[None, None])[0]  # (1,C)
         orig_size = torch.tensor(image.shape[1:], device=self.device)
-        answer = ask(self.model, feature, picture, orig_size)[0]
+        answer = predict_pictures(self.model, feature, picture, orig_size)[0]
         boxes, scores = answer['boxes'].cpu(), answer['scores'].cpu()
         # highest scores first; of answers for one place only the highest
         order = [k for k in nms(boxes, scores, overlap).tolist() if scores[k] >= threshold]

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SYSTEMS', 'ONESHOT_PRESETS', 'ONESHOT_DESCRIPTIONS', 'build_oneshot', 'known_system', 'open_system', 'OneShotConfig',
            'oneshot_config', 'OneShotViews', 'OneShotEvaluator', 'round_table', 'oneshot_table', 'oneshot_summary',
-           'oneshot_answers', 'ask', 'windows', 'window_means', 'match_features', 'random_answer', 'with_query']
+           'oneshot_answers', 'predict_pictures', 'windows', 'window_means', 'match_features', 'random_answer',
+           'with_query']
 
 # %% ../../nbs/45_oneshot.ipynb #c002
 import math
@@ -275,7 +276,7 @@ def oneshot_answers(
     return [{'scores': s, 'boxes': b} for s, b in zip(scores, boxes * scale)]
 
 @torch.no_grad()
-def ask(
+def predict_pictures(
     model: UPDETR,                        # model of `build_oneshot`, in eval mode
     feature: Tensor,                      # CNN's feature of one photo (1,C,h,w)
     pictures: Tensor,                     # pooled features of query pictures (K,C)

@@ -29,9 +29,10 @@ from updetr.tasks.finetune import (
 )
 from .finetune_task import LabelledRun, open_bank, skips_noted
 from ..model.losses import build_criterion
-from .oneshot import (OneShotConfig, OneShotEvaluator, OneShotViews, ask, build_oneshot,
-                            match_features, oneshot_summary, oneshot_table, open_system,
-                            random_answer, with_query)
+from updetr.tasks.oneshot import (
+    OneShotConfig, OneShotEvaluator, OneShotViews, build_oneshot, match_features, oneshot_summary,
+    oneshot_table, open_system, predict_pictures, random_answer, with_query,
+)
 from ..data.queries import Asker, QueryPool, answer_to, training_photos, unseen_classes
 from ..data.scenes import Scenes
 from ..train.loop import Processes
@@ -289,7 +290,7 @@ def model_answer(
 ) -> Callable:            # for `evaluate_oneshot`
     "Return a function that gives a model's own answers."
     def answer(feature, pictures, target):
-        answers = ask(model, feature, pictures, target['orig_size'])
+        answers = predict_pictures(model, feature, pictures, target['orig_size'])
         if overlap == 1: return answers
         kept = [nms(a['boxes'], a['scores'], overlap) for a in answers]
         return [{k: v[rows] for k, v in a.items()} for a, rows in zip(answers, kept)]
