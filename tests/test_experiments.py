@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from test_data_changes import annotations, coco, corrected, fewer
 from tools.cells import run_cells
-from tools.experiments import shared
+from tools.experiments import TEXT, shared
 from updetr.experiments.experiment_report import PARAMETERS, data_summary, open_study, plan_rows, plan_text, show_claims, study_command
 from updetr.experiments.jobs import configure, job, job_chain, job_folder
 from updetr.experiments.runner import run_jobs
@@ -112,6 +112,8 @@ def test_a_page_has_what_all_pages_share(path):
     cells = {c.id: c.source for c in nbformat.read(path, 4).cells}
     differ = {id for id, source in shared(path.stem).items() if cells.get(id) != source}
     assert not differ, f'{path.name}: cells {sorted(differ)} are not as `python tests/tools/experiments.py` writes them'
+    executed = {c.id: c.source for c in nbformat.read(ROOT / 'reports' / path.stem / path.name, 4).cells}
+    assert all(executed[id] == cells[id] for id in TEXT), 'the executed page says something else: the same tool writes it'
     space = {}
     exec(cells['c003'], space)
     own = {name: space[name] for name in PARAMETERS if name in space}

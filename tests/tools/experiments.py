@@ -9,6 +9,7 @@ import nbformat
 from updetr.experiments.experiment_report import needs_labels, page_parameters
 
 ROOT = pathlib.Path(__file__).parents[2]
+TEXT = ('c000b', 'c004')  # markdown cells of `shared`
 
 SECTION = """## Plan, numbers, claims
 
@@ -58,12 +59,21 @@ def shared(id):
     return {'c000b': how(id), 'c003': page_parameters(id), 'c004': SECTION, 'c005': f"#| slow\nstudy = run_study('{id}', globals())"}
 
 
+def write(path, sources):
+    "Put sources into the cells of a notebook, by their ids."
+    nb = nbformat.read(path, 4)
+    cells = {cell.id: cell for cell in nb.cells}
+    for id, source in sources.items(): cells[id].source = source
+    nbformat.write(nb, path)
+
+
 def main():
     for path in sorted((ROOT / 'nbs/experiments').glob('*.ipynb')):
-        nb = nbformat.read(path, 4)
-        cells = {cell.id: cell for cell in nb.cells}
-        for id, source in shared(path.stem).items(): cells[id].source = source
-        nbformat.write(nb, path)
+        id = path.stem
+        write(path, shared(id))
+        # an executed page keeps its code; what it says of others may have become old
+        executed = ROOT / 'reports' / id / path.name
+        if executed.exists(): write(executed, {name: shared(id)[name] for name in TEXT})
 
 
 if __name__ == '__main__': main()
