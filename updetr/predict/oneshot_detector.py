@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from ..core.checkpoint import model_file
 from ..model.weights import built, stored_config
-from .detector import Detections, check_device, picture_batch
+from .detector import Detections, check_device, drop_duplicates, picture_batch
 from ..tasks.finetune import view_sizes
 from ..model.pretrained import Pretrained, hand_over, open_pretrained
 from ..tasks.oneshot import OneShotConfig, predict_pictures, build_oneshot, with_query
@@ -135,21 +135,64 @@ class OneShotDetector:
             return [self.detect(as_image(photo), asked, threshold, overlap) for photo in photos]
         return self.detect(as_image(photos), asked, threshold, overlap)
 
-
+    @torch.no_grad()
+    def _features(self, queries):
+        "Return what the CNN makes of query pictures (m,3,s,s) uint8: (m,C)."
+        return self.model.encode_patches(prepare_images(self.cnn, queries)[None])[0]
 
     @torch.no_grad()
+    def _answers(self, image, features):
+        "Return boxes (m,N,4) xyxy px and scores (m,N) of all object queries to m questions (m,C)."
+        batch = picture_batch(image, self.cnn, self.sizes, self.square)
+        feature = self.cnn(batch['images'])  # (1,C,h,w)
+        orig_size = torch.tensor(image.shape[1:], device=self.device)
+        answers = predict_pictures(self.model, feature, features, orig_size)
+        return [torch.stack([a[k] for a in answers]).cpu() for k in ('boxes', 'scores')]
+
     def detect(self, image, asked, threshold=.5, overlap=1.):
         "Return the matches of one query (3,s,s) uint8 in one photo (3,H,W) uint8."
         # photo and query go through the same CNN
-        batch = picture_batch(image, self.cnn, self.sizes, self.square)
-        feature = self.cnn(batch['images'])  # (1,C,h,w)
-        query = prepare_images(self.cnn, asked)
-        picture = self.model.encode_patches(query[None, None])[0]  # (1,C)
-        orig_size = torch.tensor(image.shape[1:], device=self.device)
-        answer = predict_pictures(self.model, feature, picture, orig_size)[0]
-        boxes, scores = answer['boxes'].cpu(), answer['scores'].cpu()
+        boxes, scores = [x[0] for x in self._answers(image, self._features(asked[None]))]
         # highest scores first; of answers for one place only the highest
         order = [k for k in nms(boxes, scores, overlap).tolist() if scores[k] >= threshold]
         boxes = clip_boxes_to_image(boxes, image.shape[1:])
         labels = torch.zeros(len(order), dtype=torch.long)
         return Matches(image, boxes[order], labels, scores[order], ('match',), asked)
+
+    def few_shot(self, photos, classes, threshold=.5, overlap=.5, join='mean'):
+        """Return `Detections` of several classes, {'cup': [picture, (picture, box), ...], ...};
+        a list of photos gives a list. `join`: 'mean', each class is one question, with the mean
+        feature of its pictures; 'max', each picture is one, and the best answer to a place stays.
+        Raises ValueError for a class without pictures."""
+        several = isinstance(photos, (list, tuple))
+        images = [as_image(photo) for photo in (photos if several else [photos])]
+        questions = self._questions(classes, join)
+        found = [self._find(image, *questions, tuple(classes), threshold, overlap)
+                 for image in images]
+        return found if several else found[0]
+
+    def _questions(self, classes, join):
+        "Return a feature for each question (m,C), and its class (m,)."
+        if join not in ('mean', 'max'): raise ValueError(f"join {join!r} must be 'mean' or 'max'")
+        if not classes: raise ValueError('no class is given: {name: [picture, ...]}')
+        features, labels = [], []
+        for label, (name, pictures) in enumerate(classes.items()):
+            if not isinstance(pictures, (list, tuple)) or not pictures:
+                raise ValueError(f'class {name!r} needs a list of one picture or more')
+            pairs = [p if isinstance(p, tuple) else (p, None) for p in pictures]
+            queries = torch.stack([self.query(*pair) for pair in pairs])
+            own = self._features(queries)  # (k,C)
+            if join == 'mean': own = own.mean(0, keepdim=True)
+            features.append(own)
+            labels += [label] * len(own)
+        return torch.cat(features), torch.tensor(labels)
+
+    def _find(self, image, features, labels, names, threshold, overlap):
+        "Return the answers to all questions about one photo, the highest score first."
+        boxes, scores = self._answers(image, features)  # (m,N,4), (m,N)
+        labels = labels[:, None].expand(scores.shape).flatten()
+        boxes, scores = boxes.flatten(0, 1), scores.flatten()
+        kept = drop_duplicates(boxes, labels, scores, overlap)
+        kept = kept[scores[kept] >= threshold]
+        boxes = clip_boxes_to_image(boxes[kept], image.shape[1:])
+        return Detections(image, boxes, labels[kept], scores[kept], names)
