@@ -54,7 +54,7 @@ def take_environment(environment):
 
 
 def child(folder, fault, rank, world, port, environment):
-    """What the process does: `updetr.train.loop.run`, as `python -m updetr` does, struck by a fault if there is one."""
+    """Do what the process does: `updetr.train.loop.run`, as `python -m updetr` does, struck by a fault if there is one."""
     take_environment(environment | {'RANK': str(rank), 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)})
     os.environ['CUDA_VISIBLE_DEVICES'] = ''
     torch.set_num_threads(1)
@@ -113,7 +113,7 @@ class Trainer:
     def said(self): return ''.join((self.folder / f'out{r}.txt').read_text() for r in range(len(self.processes)))
 
     def orphans(self, seconds=60):
-        """How many descendants outlive the trainer; data-loading children look for their parent every few seconds."""
+        """Count the descendants that outlive the trainer; data-loading children look for their parent every few seconds."""
         end = time.monotonic() + seconds
         while (left := [p for p in self.seen if lives(p)]) and time.monotonic() < end: time.sleep(.1)
         for p in left: p.kill()
