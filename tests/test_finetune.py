@@ -113,7 +113,7 @@ def test_evaluation_can_be_switched_off_and_on(tmp_path):
     with pytest.raises(ValueError, match='lr: 0.001 -> 0.5'): finish(folder)
 
 
-@pytest.mark.parametrize('name', ['retinanet', 'faster_rcnn_fpn'])
+@pytest.mark.parametrize('name', ['retinanet', 'faster_rcnn_fpn', 'gridrcnn', 'doublehead'])
 def test_a_detector_of_torchvision_in_the_same_harness(name, tmp_path):
     changes = dict(detector=name, standardize=False, epochs=1, eval_every=1, frozen_backbone=False)
     folder = finish(make_run(tmp_path / 'run', **changes))
