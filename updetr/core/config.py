@@ -190,7 +190,12 @@ NEIGHBOURS = {
         'doublehead': 'updetr.neighbours.heads:double_head',
         'gridrcnn': 'updetr.neighbours.heads:grid_rcnn',
     },
-    'oneshot': {},
+    'oneshot': {
+        'siamfc': 'updetr.neighbours.siamese:build_siamfc',
+        'siamrpn': 'updetr.neighbours.siamese:build_siamrpn',
+        'coae': 'updetr.neighbours.coae:build_coae',
+        'compnet': 'updetr.neighbours.compnet:build_compnet',
+    },
     'panoptic': {
         'panopticfpn': 'updetr.neighbours.panoptic_fpn:panoptic_fpn',
         'upsnet': 'updetr.neighbours.upsnet:upsnet',
