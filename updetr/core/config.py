@@ -202,6 +202,7 @@ NEIGHBOURS = {
     },
 }
 
+# %% ../../nbs/05_config.ipynb #n27bf
 def is_place(
     name: str,  # any text
 ) -> bool:      # True for module:function

@@ -106,7 +106,8 @@ class OneShotConfig(TransferConfig):
             yield 'query_augment needs live views (cached_views 0): cached pictures are fixed'
         if not self.system: return
         if not known_system(self.system):
-            yield not_known('system', self.system, list(NEIGHBOURS['oneshot'])) + ', or module:function'
+            known = list(NEIGHBOURS['oneshot'])
+            yield not_known('system', self.system, known) + ', or module:function'
         own = ('pretrain', 'matching_init', 'mask_ratio', 'binary', 'gradient_checkpointing')
         if any(getattr(self, k) for k in own):
             yield f'{", ".join(own[:-1])} and {own[-1]} are for DETR, not for {self.system}'
