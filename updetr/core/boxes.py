@@ -11,7 +11,8 @@ import torch
 # %% ../../nbs/00_boxes.ipynb #c008
 def _area(boxes):
     "Return the areas of boxes (..., 4) xyxy, 0 where the corners have changed places."
-    w, h = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).unbind(-1)
+    sides = boxes[..., 2:] - boxes[..., :2]
+    w, h = sides.clamp(min=0).unbind(-1)
     return w * h
 
 def _areas(a, b):
@@ -27,8 +28,10 @@ def _areas(a, b):
     return w * h, covered
 
 def _share(part, whole):
-    # the inner `where` keeps the slope finite where the whole is 0
-    return torch.where(whole > 0, part / whole.where(whole > 0, 1), 0)
+    there = whole > 0
+    # divided by 1 where the whole is 0, so that the slope stays finite
+    divisor = whole.where(there, 1)
+    return torch.where(there, part / divisor, 0)
 
 def paired_iou(
     a: torch.Tensor,  # boxes (..., 4) xyxy, any unit

@@ -31,15 +31,18 @@ def _uniform_boxes(rng, height, width, n, min_pixel, **_):
 # %% ../../nbs/10_patches.ipynb #c013
 def _place(rng, height, width, h, w):
     "Return boxes of heights `h` and widths `w` anywhere in the photo, borders included."
-    w, h = w.astype(int), h.astype(int)
+    w = w.astype(int)
+    h = h.astype(int)
     x = rng.integers(0, width - w, endpoint=True)
     y = rng.integers(0, height - h, endpoint=True)
     return np.stack([x, y, x + w, y + h], 1)
 
 def _range_boxes(rng, height, width, n, min_pixel, low, high, **_):
+    w = rng.uniform(low, high, n) * width
+    h = rng.uniform(low, high, n) * height
     # whole pixels, none below the smallest side
-    w = np.rint(rng.uniform(low, high, n) * width).clip(min_pixel, width)
-    h = np.rint(rng.uniform(low, high, n) * height).clip(min_pixel, height)
+    w = np.rint(w).clip(min_pixel, width)
+    h = np.rint(h).clip(min_pixel, height)
     return _place(rng, height, width, h, w)
 
 def _fixed_boxes(rng, height, width, n, pixels, **_):
@@ -51,13 +54,17 @@ def _fixed_boxes(rng, height, width, n, pixels, **_):
 # %% ../../nbs/10_patches.ipynb #c014
 def _grid_boxes(rng, height, width, n, **_):
     # about square cells, at least as many as patches
-    columns = min(n, max(1, round(math.sqrt(n * width / height))))
+    columns = round(math.sqrt(n * width / height))
+    columns = min(n, max(1, columns))
     rows = math.ceil(n / columns)
     xs = np.linspace(0, width, columns + 1).astype(int)
     ys = np.linspace(0, height, rows + 1).astype(int)
     # n different cells
-    row, column = np.divmod(rng.permutation(rows * columns)[:n], columns)
-    return np.stack([xs[column], ys[row], xs[column + 1], ys[row + 1]], 1)
+    chosen = rng.permutation(rows * columns)[:n]
+    row, column = np.divmod(chosen, columns)
+    left, right = xs[column], xs[column + 1]
+    top, bottom = ys[row], ys[row + 1]
+    return np.stack([left, top, right, bottom], 1)
 
 def _mixed_boxes(rng, height, width, n, **settings):
     half = n // 2
@@ -97,15 +104,16 @@ def _describe(small, segments):
     beside = np.stack([segments[:, :-1], segments[:, 1:]]).reshape(2, -1)
     above = np.stack([segments[:-1], segments[1:]]).reshape(2, -1)
     pairs = np.sort(np.concatenate([beside, above], 1), 0)
-    pairs = np.unique(pairs[:, pairs[0] < pairs[1]], axis=1)
-    return area, boxes, counts / (3 * area[:, None]), pairs.T.tolist()
+    different = pairs[0] < pairs[1]
+    pairs = np.unique(pairs[:, different], axis=1)
+    colours = counts / (3 * area[:, None])
+    return area, boxes, colours, pairs.T.tolist()
 
 # %% ../../nbs/10_patches.ipynb #p4r07
 def _around(one, other):
     "Return the box around two boxes, xyxy."
-    low = [min(pair) for pair in zip(one[:2], other[:2])]
-    high = [max(pair) for pair in zip(one[2:], other[2:])]
-    return (*low, *high)
+    left, top, right, bottom = zip(one, other)
+    return min(left), min(top), max(right), max(bottom)
 
 def _merge(area, boxes, colours, pairs):
     "Return the boxes of all regions that ever were (r, 4), xyxy: segments first, the photo last."
@@ -115,7 +123,8 @@ def _merge(area, boxes, colours, pairs):
     def likeness(i, j):
         x1, y1, x2, y2 = _around(boxes[i], boxes[j])
         shared = np.minimum(colours[i], colours[j]).sum()
-        return shared - (x2 - x1) * (y2 - y1) / photo
+        box = (x2 - x1) * (y2 - y1) / photo  # share of the photo
+        return shared - box
 
     alike = {(i, j): likeness(i, j) for i, j in pairs}
     while alike:
@@ -145,14 +154,19 @@ def region_boxes(
     scale = np.tile(sides / segments.shape[::-1], 2)
     boxes = np.rint(boxes * scale).astype(np.int64)
     lengths = boxes[:, 2:] - boxes[:, :2]
-    return boxes[(lengths >= min_pixel).all(1) & (lengths < sides).any(1)]
+    large_enough = (lengths >= min_pixel).all(1)
+    not_all = (lengths < sides).any(1)
+    return boxes[large_enough & not_all]
 
 def _region_boxes(rng, height, width, n, min_pixel, photo, **_):
     boxes = region_boxes(photo, min_pixel)
     place = np.arange(1, len(boxes) + 1)
-    boxes = boxes[np.argsort(place * rng.random(len(boxes)))]
+    order = np.argsort(place * rng.random(len(boxes)))
+    boxes = boxes[order]
     # of those that are nearly the same, the first
-    kept = nms(torch.from_numpy(boxes).float(), torch.from_numpy(-place).float(), .8)
+    corners = torch.from_numpy(boxes).float()
+    earlier = torch.from_numpy(-place).float()
+    kept = nms(corners, earlier, .8)
     boxes = boxes[kept.numpy()][:n]
     rest = _uniform_boxes(rng, height, width, n - len(boxes), min_pixel)
     return rng.permutation(np.concatenate([boxes, rest]))

@@ -78,7 +78,7 @@ def draw_view(
 ) -> View:                      # for `apply_view`
     """Draw a view by the law of DETR's training transforms.
 
-    The paper takes them over for fine-tuning (Section 4.1)."""
+    The paper takes them over (Section 4, fine-tuning setup)."""
     flip = rng.random() < .5
     whole = rng.random() < .5
     before = crop = None

@@ -108,9 +108,9 @@ def loss_feature(
     "Return the squared distance of L2-normalised features (Eq. 2)."
     if detach: target = target.detach()
     # only directions are compared, not lengths
-    p = F.normalize(features.float(), dim=-1)            # (L, B, T, C)
-    p_hat = F.normalize(target.float(), dim=-1)          # (B, T, C)
-    distance = (p - p_hat).square().sum(-1)              # (L, B, T)
+    p_hat = F.normalize(features.float(), dim=-1)        # (L, B, T, C)
+    p = F.normalize(target.float(), dim=-1)              # (B, T, C)
+    distance = (p_hat - p).square().sum(-1)              # (L, B, T)
     return (distance * real).sum((1, 2)) / num_boxes
 
 # %% ../../nbs/26_losses.ipynb #c015
