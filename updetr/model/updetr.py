@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from .detr import DETR, MLP, Standardize, as_batch, build_parts
 
-# %% ../../nbs/24_updetr.ipynb #grc002
-#| export
-
 # %% ../../nbs/24_updetr.ipynb #grc005
 def group_of(
     num_queries: int,  # N

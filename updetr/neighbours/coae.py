@@ -34,15 +34,20 @@ class CoAttention(nn.Module):
 
     def added(self, here, there):
         "Return what the cells of `here` (B,C,h,w) find in `there` (B,C,a,b), to be added to them."
-        ask, key, value = self.ask(here), self.key(there), self.value(there)
+        ask = self.ask(here).flatten(2)       # (B,C/2,hw)
+        key = self.key(there).flatten(2)      # (B,C/2,ab)
+        value = self.value(there).flatten(2)  # (B,C/2,ab)
         # how each cell here agrees with each cell there: no softmax, but a mean
-        weights = ask.flatten(2).transpose(1, 2) @ key.flatten(2) / key[0, 0].numel()
-        found = weights @ value.flatten(2).transpose(1, 2)  # (B,hw,C/2)
-        return self.back(found.transpose(1, 2).unflatten(2, here.shape[2:]))
+        weights = ask.transpose(1, 2) @ key / key.shape[2]  # (B,hw,ab)
+        found = weights @ value.transpose(1, 2)             # (B,hw,C/2)
+        found = found.transpose(1, 2).unflatten(2, here.shape[2:])
+        return self.back(found)
 
     def forward(self, photos, queries):
         "Return both maps, each with what it finds in the other."
-        return photos + self.added(photos, queries), queries + self.added(queries, photos)
+        to_photos = self.added(photos, queries)
+        to_queries = self.added(queries, photos)
+        return photos + to_photos, queries + to_queries
 
 # %% ../../nbs/81_coae.ipynb #c010
 class CoExcitation(nn.Module):
@@ -73,11 +78,16 @@ def ranking_loss(
     low: float = .3,   # margin of wrong ones, and of like pairs
 ) -> Tensor:           # a number
     "Return CoAE's margin ranking: means over proposals and over pairs."
-    alone = torch.where(right, (high - scores).relu(), (scores - low).relu()).mean()
+    too_low = (high - scores).relu()
+    too_high = (scores - low).relu()
+    alone = torch.where(right, too_low, too_high).mean()
     if len(scores) < 2: return alone
     i, j = torch.triu_indices(len(scores), len(scores), 1, device=scores.device)
     apart = (scores[i] - scores[j]).abs()
-    pairs = torch.where(right[i] == right[j], (apart - low).relu(), (high - apart).relu())
+    alike = right[i] == right[j]
+    too_far = (apart - low).relu()
+    too_near = (high - apart).relu()
+    pairs = torch.where(alike, too_far, too_near)
     return alone + pairs.mean()
 
 # %% ../../nbs/81_coae.ipynb #c016
@@ -173,7 +183,8 @@ class CoAE(PairRCNN):
 
     def compare(self, rois, queries):
         "Return logits of the means side by side, and vectors of the proposals alone."
-        both = torch.cat([rois.mean((2, 3)), queries.mean((2, 3))], 1)
+        means = [x.mean((2, 3)) for x in (rois, queries)]
+        both = torch.cat(means, 1)
         return self.metric(both), self.shape(rois)
 
     def extra_losses(self, logits, labels, counts):

@@ -103,10 +103,15 @@ def window_shapes(
     longest: float = 3,  # largest ratio of the sides
 ) -> list[tuple[int, int]]:  # (rows, columns)
     "Return the shapes of windows that a query is stretched to."
-    rows = {max(1, round(height * 2 ** (-k / 2))) for k in range(steps)}
-    columns = {max(1, round(width * 2 ** (-k / 2))) for k in range(steps)}
-    pairs = [(a, b) for a in sorted(rows) for b in sorted(columns)]
-    return [(a, b) for a, b in pairs if max(a, b) <= longest * min(a, b)]
+    shares = [2 ** (-k / 2) for k in range(steps)]
+    # some lengths are the same in cells
+    rows = sorted({max(1, round(height * share)) for share in shares})
+    columns = sorted({max(1, round(width * share)) for share in shares})
+    shapes = []
+    for a in rows:
+        for b in columns:
+            if max(a, b) <= longest * min(a, b): shapes.append((a, b))
+    return shapes
 
 def window_boxes(
     height: int,             # of the map, cells
@@ -127,8 +132,10 @@ def balanced_loss(
     labels: Tensor,  # (n,): 1 right, 0 wrong, -1 does not count
 ) -> Tensor:         # a number
     "Return the logistic loss in which right and wrong weigh the same; one of them alone all."
-    right, wrong = logits[labels == 1], logits[labels == 0]
-    losses = [F.softplus(-right).mean()] if len(right) else []
+    right = logits[labels == 1]
+    wrong = logits[labels == 0]
+    losses = []
+    if len(right): losses.append(F.softplus(-right).mean())
     if len(wrong): losses.append(F.softplus(wrong).mean())
     return sum(losses) / len(losses)
 
@@ -241,8 +248,11 @@ def view_list(
 ) -> ImageList:           # sizes of views as torchvision's parts want them; without pixels
     "Return what an RPN has to know of the views that maps were made of."
     height, width = feature.shape[2:]
-    empty = feature.new_zeros(1).expand(len(feature), 3, height * stride, width * stride)
-    return ImageList(empty, [tuple(target['size'].tolist()) for target in targets])
+    pixels = height * stride, width * stride
+    # of no memory: torchvision's parts read the shape alone
+    empty = feature.new_zeros(1).expand(len(feature), 3, *pixels)
+    sizes = [tuple(target['size'].tolist()) for target in targets]
+    return ImageList(empty, sizes)
 
 # %% ../../nbs/80_siamese.ipynb #c030
 class SiamRPN(Neighbour):

@@ -65,21 +65,24 @@ class UPSNet(PanopticFPN):
         sizes = [tuple(map(int, t['size'])) for t in batch['targets']]
         boxes, kept = [], []
         for target, (height, width) in zip(batch['targets'], sizes):
-            keep = torch.rand(len(target['labels']), device=target['labels'].device)
-            kept.append(keep >= self.held_back)
-            scale = target['boxes'].new_tensor([width, height, width, height])
-            true = box_convert(target['boxes'], 'cxcywh', 'xyxy') * scale
-            boxes.append(true[kept[-1]])
+            labels, true = target['labels'], target['boxes']
+            keep = torch.rand(len(labels), device=labels.device) >= self.held_back
+            scale = true.new_tensor([width, height, width, height])
+            true = box_convert(true, 'cxcywh', 'xyxy') * scale
+            kept.append(keep)
+            boxes.append(true[keep])
         kinds = [t['labels'][k] for t, k in zip(batch['targets'], kept)]
         masks = self._mask_logits(levels, boxes, torch.cat(kinds), sizes)
+        masks = masks.split([len(b) for b in boxes])
         losses = []
-        parts = zip(semantic, masks.split([len(b) for b in boxes]), boxes, kinds, kept,
-                    batch['targets'])
+        parts = zip(semantic, masks, boxes, kinds, kept, batch['targets'])
         for logits, mask, box, kind, keep, target in parts:
             owners = panoptic_logits(logits, mask, box / self.stride, kind, len(self.stuff))
             truth = self.owners(target, keep, logits.shape[-2:])
-            losses.append(F.cross_entropy(owners[None], truth[None], ignore_index=IGNORE,
-                                          reduction='sum') / (truth != IGNORE).sum().clamp(min=1))
+            loss = F.cross_entropy(owners[None], truth[None], ignore_index=IGNORE, reduction='sum')
+            # the mean over the pixels that count
+            counted = (truth != IGNORE).sum().clamp(min=1)
+            losses.append(loss / counted)
         return sum(losses) / len(losses)
 
     def owners(self, target, keep, size):
@@ -89,10 +92,12 @@ class UPSNet(PanopticFPN):
         unknown = stuff + int(keep.sum())
         truth = torch.full([n * self.stride for n in size], IGNORE, device=keep.device)
         for label, mask in zip(target['stuff_labels'].tolist(), target['stuff_masks']):
-            truth[:mask.shape[0], :mask.shape[1]][mask] = self.place[label]
+            height, width = mask.shape
+            truth[:height, :width][mask] = self.place[label]
         for i, mask in enumerate(target['masks']):
             owner = int(number[i]) if keep[i] else unknown
-            truth[:mask.shape[0], :mask.shape[1]][mask] = owner
+            height, width = mask.shape
+            truth[:height, :width][mask] = owner
         return truth[middle::self.stride, middle::self.stride]
 
     def forward(self, batch):
@@ -116,7 +121,9 @@ class UPSNet(PanopticFPN):
         boxes, scores, kinds, masks = [found[k][sure] for k in names]
         # one thing said twice, under whatever names, is one
         once = nms(boxes, scores, .5)
-        boxes, scores, kinds = boxes[once], scores[once], kinds[once] - 1
+        boxes = boxes[once]
+        scores = scores[once]
+        kinds = kinds[once] - 1
         logits = masks[once, 0].float().logit(1e-4)
         stuff = len(self.stuff)
         owners = panoptic_logits(semantic, logits, boxes / self.stride, kinds, stuff)
@@ -127,15 +134,18 @@ class UPSNet(PanopticFPN):
         nobody[:stuff] = area[:stuff] < .01 * winner.numel()
         nobody[-1] = True
         owner = torch.where(nobody[winner], -1, winner)
-        labels = kinds.new_tensor([*self.stuff, *[self.things[k] for k in kinds.tolist()]])
+        things = [self.things[k] for k in kinds.tolist()]
+        labels = kinds.new_tensor([*self.stuff, *things])
         scores = torch.cat((scores.new_ones(stuff), scores))
         return as_segments(owner, labels, scores, torch.arange(len(labels)), self.isthing)
 
     @torch.no_grad()
     def segments(self, batch, threshold=.5):
         "Return ids (H, W) and segments of each photo, at its original size."
-        crops = [image[:, :int(t['size'][0]), :int(t['size'][1])]
-                 for image, t in zip(batch['images'], batch['targets'], strict=True)]
+        crops = []
+        for image, target in zip(batch['images'], batch['targets'], strict=True):
+            height, width = target['size'].tolist()
+            crops.append(image[:, :height, :width])
         with eval_mode(self):
             # boxes and masks of 28 x 28 as the detector sees them, not yet in the photo
             found = self.detector.model(crops)
