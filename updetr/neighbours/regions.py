@@ -27,6 +27,12 @@ def proposal_recall(
         rng = np.random.default_rng((seed, i))
         height, width = scene.image.shape[1:]
         boxes = sample_boxes(rng, height, width, counts[-1], law, photo=scene.image)
-        overlap = box_iou(scene.whole, boxes.float())  # (things, boxes)
-        for n in counts: fits[n] += (overlap[:, :n].amax(1) > iou).tolist()
-    return {n: float(np.mean(found)) for n, found in fits.items()}
+        # which box fits which thing (things, boxes)
+        fit = box_iou(scene.whole, boxes.float()) > iou
+        for n in counts:
+            fitted = fit[:, :n].any(1)
+            fits[n].extend(fitted.tolist())
+    recall = {}
+    for n, found in fits.items():
+        recall[n] = float(np.mean(found))
+    return recall

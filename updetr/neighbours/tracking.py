@@ -40,6 +40,36 @@ def _path(rng, count):
     sides = rng.uniform(.3, .4) * (1 + .25 * np.sin(math.pi * t))
     return centres, sides
 
+def _thing_and_ground(rng, size):
+    "Return a cut-out, and a photo (a square of `size` px) which it was not cut out of."
+    # a class, then one of it: there are many coins
+    label = rng.integers(len(CLASSES))
+    kind = [thing for thing in cutouts() if thing.label == label]
+    thing = kind[rng.integers(len(kind))]
+    others = [photo for photo in builtin_photos() if photo.name != thing.photo]
+    photo = others[rng.integers(len(others))]
+    ground = Image.open(photo.path).convert('RGB')
+    return thing.levels[0], ground.resize((size, size))
+
+def _put_twin(ground, thing, side, start):
+    "Paste a thing of `side` px into the corner that is not near `start` (2,), shares of the frame."
+    small = thing.copy()
+    small.thumbnail([side, side])
+    corner = [0 if v > .5 else ground.width - length for v, length in zip(start, small.size)]
+    ground.paste(small, corner, small)
+
+def _put(ground, thing, centre, side):
+    "Return the ground with a thing of `side` px, and the box of its solid pixels."
+    scale = side / max(thing.size)
+    width, height = [max(1, round(length * scale)) for length in thing.size]
+    piece = thing.resize((width, height))
+    left, top = round(centre[0] - width / 2), round(centre[1] - height / 2)
+    frame = ground.copy()
+    frame.paste(piece, (left, top), piece)
+    solid = piece.getchannel('A').point(lambda alpha: 255 * (alpha >= 128))
+    x1, y1, x2, y2 = solid.getbbox()
+    return frame, [left + x1, top + y1, left + x2, top + y2]
+
 def moving_scene(
     seed: int = 0,     # another seed, another thing, photo and path
     count: int = 16,   # frames T
@@ -48,30 +78,14 @@ def moving_scene(
 ) -> Clip:
     "Return a thing that moves over a photo which it was not cut out of."
     rng = np.random.default_rng((seed, 87))
-    # a class, then one of it: there are many coins
-    label = rng.integers(len(CLASSES))
-    kind = [thing for thing in cutouts() if thing.label == label]
-    thing = kind[rng.integers(len(kind))]
-    others = [p for p in builtin_photos() if p.name != thing.photo]
-    ground = Image.open(others[rng.integers(len(others))].path).convert('RGB').resize((size, size))
-    frames, boxes, whole = [], [], thing.levels[0]
+    thing, ground = _thing_and_ground(rng, size)
     centres, sides = _path(rng, count)
-    if twin:
-        small = whole.copy()
-        small.thumbnail([round(sides[0] * size)] * 2)
-        # the corner that the thing does not start in
-        corner = [0 if v > .5 else size - s for v, s in zip(centres[0], small.size)]
-        ground.paste(small, corner, small)
-    for (x, y), side in zip(centres, sides):
-        scale = side * size / max(whole.size)
-        piece = whole.resize([max(1, round(v * scale)) for v in whole.size])
-        # its upper left corner, and its solid pixels
-        left, top = round(x * size - piece.width / 2), round(y * size - piece.height / 2)
-        x1, y1, x2, y2 = piece.getchannel('A').point(lambda a: 255 * (a >= 128)).getbbox()
-        frame = ground.copy()
-        frame.paste(piece, (left, top), piece)
+    if twin: _put_twin(ground, thing, round(sides[0] * size), centres[0])
+    frames, boxes = [], []
+    for centre, side in zip(centres, sides):
+        frame, box = _put(ground, thing, centre * size, side * size)
         frames.append(torch.from_numpy(np.array(frame)).permute(2, 0, 1))
-        boxes.append([left + x1, top + y1, left + x2, top + y2])
+        boxes.append(box)
     return Clip(torch.stack(frames), torch.tensor(boxes).float())
 
 # %% ../../nbs/87_tracking.ipynb #c010
@@ -145,16 +159,20 @@ def write_gif(
 ):
     "Write an animated picture of some tracks."
     film = []
+    height, width = frames[0].shape[1:]
+    scale = side / max(height, width)
+    rows, columns = round(height * scale), round(width * scale)
     for t, frame in enumerate(frames):
-        height, width = frame.shape[1:]
-        scale = side / max(height, width)
-        small = resize(frame, round(height * scale), round(width * scale))
+        small = resize(frame, rows, columns)
         image = Image.fromarray(small.permute(1, 2, 0).numpy())
         # the palette of the first frame: what stands still is stored once
         if film: image = image.quantize(palette=film[0], dither=0)
         else: image = image.quantize(48, dither=0)
+        pen = ImageDraw.Draw(image)
         for colour, boxes in tracks.items():
-            ImageDraw.Draw(image).rectangle((boxes[t] * scale).tolist(), outline=colour, width=2)
+            corners = boxes[t] * scale
+            pen.rectangle(corners.tolist(), outline=colour, width=2)
         film.append(image)
-    write_atomic(file, lambda path: film[0].save(
-        path, format='GIF', save_all=True, append_images=film[1:], duration=pause, loop=0))
+    # without an end
+    shown = dict(format='GIF', save_all=True, append_images=film[1:], duration=pause, loop=0)
+    write_atomic(file, lambda path: film[0].save(path, **shown))
