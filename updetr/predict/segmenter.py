@@ -155,6 +155,9 @@ def load_segmenter(
     if 'mask_head.lay1.bias' not in weights or 'bbox_attention.q_linear.bias' not in weights:
         owner = foreign_weights(weights)
         if owner: raise ValueError(f'{path} has the names of {owner}')
+        if args.get('stage', 'boxes') != 'boxes':
+            raise ValueError(f'{path} is of {args["stage"]}, which is no DETR: its PQ is in the '
+                             'log of its run, and its segments are in the preview')
         raise ValueError(f'{path} has no mask head: train one on it with papermill '
                          'nbs/panoptic.ipynb, stage masks')
     # ours or a published one
