@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from updetr.core.checkpoint import save_checkpoint
 from updetr.core.config import make_config, model_options
+from updetr.core.shipped import shipped
 from updetr.data.transforms import whole_view
 from updetr.model.backbone import cnn_numbers
 from updetr.model.detr import build_detr
@@ -293,3 +295,20 @@ def test_a_device_that_is_not_there_is_named_before_the_file_is_read(device):
     for maker in (Detector, OneShotDetector, PanopticSegmenter, QueryPatchLocalizer):
         with pytest.raises(ValueError, match='device'): maker.from_checkpoint('nowhere.pth', device=device)
     assert check_device('cpu') == torch.device('cpu')
+
+
+def test_a_file_does_not_choose_whose_code_runs(tmp_path, monkeypatch):
+    "A detector whose configuration names somebody's module, which lies beside it: refused by name, and not imported."
+    (tmp_path / 'somebodys.py').write_text('raise SystemExit("it ran")')
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = shipped('detector')
+    with safe_open(mine, 'pt') as f: config = json.loads(f.metadata()['config'])
+    assert config['detector'] == 'detr'
+    told = {'config': json.dumps(config | {'detector': 'somebodys:build'})}
+    save_file(load_file(mine), tmp_path / 'a.safetensors', told)
+    with pytest.raises(ValueError, match='somebodys:build, which is not part of this kit: import somebodys first'):
+        Detector.from_checkpoint(tmp_path / 'a.safetensors')
+    assert 'somebodys' not in sys.modules
+    # a system of one stage has no mask head, and needs none
+    save_file(load_file(mine), tmp_path / 'b.safetensors', {'config': json.dumps(config | {'task': 'panoptic', 'stage': 'upsnet'})})
+    with pytest.raises(ValueError, match='is of upsnet, which is no DETR'): PanopticSegmenter.from_checkpoint(tmp_path / 'b.safetensors')

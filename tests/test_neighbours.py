@@ -1,5 +1,6 @@
 """Other systems than DETR in the one-shot harness: the kit's four on live photos, and one of somebody's own."""
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -7,10 +8,10 @@ import torch
 from test_oneshot import LIVE, TINY, make_run, make_task
 from test_resume import as_in_the_processes, finish  # noqa: F401 (a fixture: one thread here, too)
 from test_task import rows
-from updetr.core.config import LATER, NEIGHBOURS, cfg_changes
+from updetr.core.config import LATER, NEIGHBOURS, cfg_changes, find_builder
 from updetr.predict.detector import Detector
 from updetr.predict.oneshot_detector import OneShotDetector
-from updetr.tasks.oneshot import oneshot_config, oneshot_summary, oneshot_table, open_system
+from updetr.tasks.oneshot import oneshot_config, oneshot_summary, oneshot_table
 from updetr.tasks.oneshot_task import evaluate_oneshot, open_run
 
 # where a cell of the photo agrees with the mean of the query's map, there is a box of two cells
@@ -54,7 +55,11 @@ def test_a_system_of_ones_own_is_trained_and_asked(tmp_path, monkeypatch):
     assert task.features[1].dim() == 5  # whole maps, plain and mirrored
     with pytest.raises(ValueError, match='open it with OneShotDetector'): Detector.from_checkpoint(folder / 'checkpoint.pth')
     with pytest.raises(ValueError, match="of the system 'my_system:build'"): OneShotDetector.from_checkpoint(folder / 'checkpoint.pth')
-    with pytest.raises(ValueError, match='my_system:biuld cannot be imported'): open_system('my_system:biuld')
+    with pytest.raises(ValueError, match='my_system:biuld cannot be imported'): find_builder('oneshot', 'my_system:biuld')
+    # opened elsewhere: a run's file does not choose whose code runs
+    monkeypatch.delitem(sys.modules, 'my_system')
+    with pytest.raises(ValueError, match='import my_system first'): open_run(folder)
+    assert 'my_system' not in sys.modules
 
 
 @pytest.mark.parametrize('system', NEIGHBOURS['oneshot'])
@@ -80,7 +85,7 @@ def test_photos_as_they_are_train_the_cnn_too(system, tmp_path):
 def test_a_photo_twice_as_large_has_boxes_twice_as_large(system):
     "The view is no multiple of the stride, and not square."
     torch.manual_seed(0)
-    model = open_system(system)(oneshot_config('demo', **TINY, system=system)).eval()
+    model = find_builder('oneshot', system)(oneshot_config('demo', **TINY, system=system)).eval()
     channels = model.backbone[0].num_channels
     feature, pictures = torch.randn(1, channels, 7, 9), torch.randn(2, channels, 4, 4)
     size = torch.tensor([50, 70])

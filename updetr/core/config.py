@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PRESETS', 'DESCRIPTIONS', 'NEIGHBOURS', 'MOST', 'LARGEST_INT', 'LARGEST_FLOAT', 'LONGEST_TEXT', 'CHOICES', 'POSITIVE',
            'SHARES', 'COUNTS', 'TREE', 'NEUTRAL', 'LATER', 'DetectorConfig', 'ModelConfig', 'SetLossConfig',
-           'LossConfig', 'DataConfig', 'multiple', 'TrainConfig', 'PretrainConfig', 'is_place', 'import_function',
-           'find_builder', 'check_names', 'not_known', 'make_config', 'missing_here', 'check_config', 'plain_variables',
-           'check_parameters', 'find_data', 'check_devices', 'model_options', 'loss_options', 'earlier_values',
-           'cfg_changes']
+           'LossConfig', 'DataConfig', 'multiple', 'TrainConfig', 'PretrainConfig', 'not_known', 'is_place',
+           'import_function', 'find_builder', 'require_imported', 'check_names', 'make_config', 'missing_here',
+           'check_config', 'plain_variables', 'check_parameters', 'find_data', 'check_devices', 'model_options',
+           'loss_options', 'earlier_values', 'cfg_changes']
 
 # %% ../../nbs/05_config.ipynb #c002
 import dataclasses
@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -191,10 +192,10 @@ NEIGHBOURS = {
         'gridrcnn': 'updetr.neighbours.heads:grid_rcnn',
     },
     'oneshot': {
-        'siamfc': 'updetr.neighbours.siamese:build_siamfc',
-        'siamrpn': 'updetr.neighbours.siamese:build_siamrpn',
-        'coae': 'updetr.neighbours.coae:build_coae',
-        'compnet': 'updetr.neighbours.compnet:build_compnet',
+        'siamfc': 'updetr.neighbours.siamese:SiamFC',
+        'siamrpn': 'updetr.neighbours.siamese:SiamRPN',
+        'coae': 'updetr.neighbours.coae:CoAE',
+        'compnet': 'updetr.neighbours.compnet:CompNet',
     },
     'panoptic': {
         'panopticfpn': 'updetr.neighbours.panoptic_fpn:panoptic_fpn',
@@ -203,6 +204,17 @@ NEIGHBOURS = {
 }
 
 # %% ../../nbs/05_config.ipynb #n27bf
+def not_known(
+    what: str,         # that was named wrongly, e.g. 'class'
+    name: str,         # that was given
+    known: list[str],  # names that there are
+    shown: list[str] | None = None,  # those that are worth listing; None: all
+) -> str:  # a complaint
+    "Say that there is no such name, which is the nearest, and which there are."
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f' (did you mean {close[0]}?)' if close else ''
+    return f'{what} {name!r} is unknown{hint}: there are {", ".join(shown or known)}'
+
 def is_place(
     name: str,  # any text
 ) -> bool:      # True for module:function
@@ -226,8 +238,19 @@ def find_builder(
     "Return what builds a model. Raises ValueError for a name that is neither."
     place = NEIGHBOURS[task].get(name, name)
     if is_place(place): return import_function(place)
-    known = ', '.join(NEIGHBOURS[task])
-    raise ValueError(f'model {name!r} is unknown: choose {known}, or your own, module:function')
+    known = not_known('model', name, list(NEIGHBOURS[task]))
+    raise ValueError(f'{known}, or your own, module:function')
+
+# %% ../../nbs/05_config.ipynb #n27e
+def require_imported(
+    place: str,  # name of a model, as a file says it
+    path: str,   # the file
+) -> None:
+    "Raises ValueError for a model of a module that nobody has imported: a file is data."
+    module = place.partition(':')[0]
+    if is_place(place) and module not in sys.modules:
+        raise ValueError(f'{path} is of the model {place}, which is not part of this kit: '
+                         f'import {module} first')
 
 # %% ../../nbs/05_config.ipynb #c013
 def _typed(name: str, value, kind: type):
@@ -254,17 +277,6 @@ def check_names(
         hints.append(f'{name} (did you mean {close[0]}?)' if close else name)
     if not hints: return
     raise ValueError(f'unknown parameter: {"; ".join(hints)}. Known: {", ".join(known)}')
-
-def not_known(
-    what: str,         # that was named wrongly, e.g. 'class'
-    name: str,         # that was given
-    known: list[str],  # names that there are
-    shown: list[str] | None = None,  # those that are worth listing; None: all
-) -> str:  # a complaint
-    "Say that there is no such name, which is the nearest, and which there are."
-    close = difflib.get_close_matches(name, known, 1)
-    hint = f' (did you mean {close[0]}?)' if close else ''
-    return f'{what} {name!r} is unknown{hint}: there are {", ".join(shown or known)}'
 
 # %% ../../nbs/05_config.ipynb #c013b
 def make_config(

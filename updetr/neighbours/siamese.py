@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Neighbour', 'view_boxes', 'photo_boxes', 'correlate', 'compare_cells', 'window_filter', 'window_shapes',
-           'window_boxes', 'balanced_loss', 'overlap_labels', 'SiamFC', 'build_siamfc', 'correlate_channels',
-           'ScoredRPN', 'build_rpn', 'view_list', 'SiamRPN', 'build_siamrpn', 'best_overlaps']
+           'window_boxes', 'balanced_loss', 'overlap_labels', 'SiamFC', 'correlate_channels', 'ScoredRPN', 'build_rpn',
+           'view_list', 'SiamRPN', 'best_overlaps']
 
 # %% ../../nbs/80_siamese.ipynb #c002
 import torch
@@ -195,12 +195,6 @@ class SiamFC(Neighbour):
             answers.append({'scores': said[kept].sigmoid(), 'boxes': found})
         return answers
 
-def build_siamfc(
-    cfg: OneShotConfig,  # configuration of the run
-) -> SiamFC:             # in training mode
-    "Return a SiamFC-like detector."
-    return SiamFC(cfg)
-
 # %% ../../nbs/80_siamese.ipynb #c024
 def correlate_channels(
     photos: Tensor,   # (B,C,h,w)
@@ -285,12 +279,6 @@ class SiamRPN(Neighbour):
         boxes, _ = self.rpn(views, {'0': agreement})
         return [{'scores': s, 'boxes': photo_boxes(b, target)}
                 for s, b in zip(self.rpn.scores, boxes)]
-
-def build_siamrpn(
-    cfg: OneShotConfig,  # configuration of the run
-) -> SiamRPN:            # in training mode
-    "Return a SiamRPN-like detector."
-    return SiamRPN(cfg)
 
 # %% ../../nbs/80_siamese.ipynb #c032
 @torch.no_grad()

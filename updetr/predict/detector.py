@@ -10,7 +10,6 @@ __all__ = ['own_ids', 'Detections', 'shared_file', 'check_device', 'load_detecto
 import dataclasses
 import io
 import math
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from updetr.core.checkpoint import (
 from updetr.model.weights import (
     built, check_architecture, check_cnn, class_names, fill, plain_tensors, stored_config,
 )
-from ..core.config import is_place, model_options
+from ..core.config import is_place, model_options, require_imported
 from ..data.datasets import class_color
 from ..model.detr import build_detr
 from ..train.evaluate import by_name, classes_by_name
@@ -127,10 +126,7 @@ def _own_detector(path, weights, args, told):
     names = class_names(path, args)
     options = model_options(cfg)
     weights = plain_tensors(path, weights)
-    if is_place(cfg.detector) and cfg.detector.split(':')[0] not in sys.modules:
-        # a file is data: it does not choose whose code runs
-        raise ValueError(f'{path} is of the model {cfg.detector}, which is not part of this kit: '
-                         f'import {cfg.detector.split(":")[0]} first')
+    require_imported(cfg.detector, path)
     if cfg.detector == 'detr':
         check_architecture(path, weights, options, len(names), told)
     elif not is_place(cfg.detector):

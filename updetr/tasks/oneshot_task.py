@@ -21,7 +21,7 @@ from torchvision.ops import nms
 from torchvision.utils import draw_bounding_boxes
 
 from ..core.checkpoint import read_weights
-from ..core.config import loss_options, model_options
+from ..core.config import find_builder, loss_options, model_options, require_imported
 from ..model.detr import as_batch
 from ..train.features import Source, cnn_key, set_key
 from updetr.tasks.finetune import (
@@ -31,7 +31,7 @@ from .finetune_task import LabelledRun, open_bank, skips_noted
 from ..model.losses import build_criterion
 from updetr.tasks.oneshot import (
     OneShotConfig, OneShotEvaluator, OneShotViews, build_oneshot, match_features, oneshot_summary,
-    oneshot_table, open_system, predict_pictures, random_answer, with_query,
+    oneshot_table, predict_pictures, random_answer, with_query,
 )
 from ..data.queries import Asker, QueryPool, answer_to, training_photos, unseen_classes
 from ..data.scenes import Scenes
@@ -418,7 +418,7 @@ class OneShotTask(LabelledRun):
     def build(self):
         "Return the model of the configuration with its losses."
         cfg = self.cfg
-        if cfg.system: return SystemStep(open_system(cfg.system)(cfg))
+        if cfg.system: return SystemStep(find_builder('oneshot', cfg.system)(cfg))
         more = {k: getattr(cfg, k) for k in ('binary', 'mask_ratio', 'matching_init')}
         model = build_oneshot(**model_options(cfg), **more)
         for part in (model.transformer.encoder, model.transformer.decoder):
@@ -464,7 +464,9 @@ def open_run(
     device: str = 'cpu',  # device where it is asked
 ) -> OneShotTask:         # begun, with the run's weights, in eval mode
     "Open photos, pools and model of a run. Raises FileNotFoundError or ValueError."
-    weights, args = read_weights(Path(run_dir) / 'checkpoint.pth')
+    path = Path(run_dir) / 'checkpoint.pth'
+    weights, args = read_weights(path)
+    require_imported(args.get('system', ''), path)
     fields = {f.name for f in dataclasses.fields(OneShotConfig)}
     cfg = OneShotConfig(**{k: v for k, v in args.items() if k in fields})
     task = OneShotTask(cfg, run_dir, Processes(device=torch.device(device)))
