@@ -64,33 +64,63 @@ _SMALL_BASES = {
 }
 
 # %% ../../nbs/65_tables.ipynb #c005m
-_FEATURES = dict(features='blocks.4,blocks.5')  # stride 32: a hundred tokens of 320 px
-_NET = _FEATURES | dict(hidden_dim=256, nheads=8, enc_layers=3, dec_layers=3, dim_feedforward=1024,
-                        num_queries=20, pos_in_input=False)
-_PATCHES = _NET | dict(query_std=1., num_patches=10, eos_coef=.1, view_size=320, patch_size=96)
-_PHOTOS_320 = _NET | dict(fresh_queries=False, scenes=0, scenes_val=0, val_size=320, square=320,
-                          cached_views=12, dropout=.1)
-# DETR's schedule: one drop, at four fifths
-_SLOWER = dict(batch_size=64, lr=5e-4, clip_max_norm=.1, schedule='step')
-
 _MINI_BASES = {
-    'pretrain': ('demo', _PATCHES | dict(views=30_000, cached_patches=25, batch_size=256,
-                                         lr=1.5e-3, clip_max_norm=.1, epochs=17)),
-    'short': ('demo', _PATCHES | dict(views=30_000, cached_patches=25, batch_size=256,
-                                      lr=1.5e-3, clip_max_norm=.1, epochs=6)),
-    'live': ('demo', _PATCHES | dict(views=30_000, cached_patches=0, cache_features=False,
-                                     batch_size=256, lr=1.5e-3, clip_max_norm=.1, epochs=4)),
-    'voc': ('demo', _PHOTOS_320 | _SLOWER | dict(photos=1200, epochs=150, lr_drop=120,
-                                                 eval_every=15)),
-    'voc300': ('demo', _PHOTOS_320 | _SLOWER | dict(photos=1200, epochs=300, lr_drop=240,
-                                                    eval_every=30)),
-    'coco': ('demo', _PHOTOS_320 | _SLOWER | dict(photos=0, epochs=50, lr_drop=40, eval_every=5)),
-    'oneshot': ('demo', _PHOTOS_320 | _SLOWER | dict(photos=1200, epochs=150, lr_drop=120,
-                                                     eval_every=75)),
-    'boxes': ('demo', _PHOTOS_320 | _SLOWER | dict(photos=0, epochs=50, lr_drop=40, eval_every=25)),
-    'masks': ('demo', _PHOTOS_320 | _SLOWER | dict(photos=0, cached_views=0, epochs=15, lr_drop=12,
-                                                   eval_every=5)),
-    'cnn': ('demo', _FEATURES | dict(scenes=0, scenes_val=0, epochs=10, eval_every=10)),
+    'pretrain': ('demo', dict(features='blocks.4,blocks.5', hidden_dim=256, nheads=8, enc_layers=3,
+                              dec_layers=3, dim_feedforward=1024, num_queries=20,
+                              pos_in_input=False, query_std=1., num_patches=10, eos_coef=.1,
+                              view_size=320, patch_size=96, views=30_000, cached_patches=25,
+                              batch_size=256, lr=1.5e-3, clip_max_norm=.1, epochs=17)),
+    'short': ('demo', dict(features='blocks.4,blocks.5', hidden_dim=256, nheads=8, enc_layers=3,
+                           dec_layers=3, dim_feedforward=1024, num_queries=20, pos_in_input=False,
+                           query_std=1., num_patches=10, eos_coef=.1, view_size=320, patch_size=96,
+                           views=30_000, cached_patches=25, batch_size=256, lr=1.5e-3,
+                           clip_max_norm=.1, epochs=6)),
+    'live': ('demo', dict(features='blocks.4,blocks.5', hidden_dim=256, nheads=8, enc_layers=3,
+                          dec_layers=3, dim_feedforward=1024, num_queries=20, pos_in_input=False,
+                          query_std=1., num_patches=10, eos_coef=.1, view_size=320, patch_size=96,
+                          views=30_000, cached_patches=0, cache_features=False, batch_size=256,
+                          lr=1.5e-3, clip_max_norm=.1, epochs=4)),
+    'cnn': ('demo', dict(features='blocks.4,blocks.5', scenes=0, scenes_val=0, epochs=10,
+                         eval_every=10)),
+}
+
+# %% ../../nbs/65_tables.ipynb #c005n
+# schedules with one drop, at four fifths, as DETR has them
+_MINI_BASES |= {
+    'voc': ('demo', dict(features='blocks.4,blocks.5', hidden_dim=256, nheads=8, enc_layers=3,
+                         dec_layers=3, dim_feedforward=1024, num_queries=20, pos_in_input=False,
+                         fresh_queries=False, scenes=0, scenes_val=0, val_size=320, square=320,
+                         photos=1200, cached_views=12, dropout=.1, batch_size=64, lr=5e-4,
+                         clip_max_norm=.1, schedule='step', epochs=150, lr_drop=120,
+                         eval_every=15)),
+    'voc300': ('demo', dict(features='blocks.4,blocks.5', hidden_dim=256, nheads=8, enc_layers=3,
+                            dec_layers=3, dim_feedforward=1024, num_queries=20, pos_in_input=False,
+                            fresh_queries=False, scenes=0, scenes_val=0, val_size=320, square=320,
+                            photos=1200, cached_views=12, dropout=.1, batch_size=64, lr=5e-4,
+                            clip_max_norm=.1, schedule='step', epochs=300, lr_drop=240,
+                            eval_every=30)),
+    'coco': ('demo', dict(features='blocks.4,blocks.5', hidden_dim=256, nheads=8, enc_layers=3,
+                          dec_layers=3, dim_feedforward=1024, num_queries=20, pos_in_input=False,
+                          fresh_queries=False, scenes=0, scenes_val=0, val_size=320, square=320,
+                          photos=0, cached_views=12, dropout=.1, batch_size=64, lr=5e-4,
+                          clip_max_norm=.1, schedule='step', epochs=50, lr_drop=40, eval_every=5)),
+    'oneshot': ('demo', dict(features='blocks.4,blocks.5', hidden_dim=256, nheads=8, enc_layers=3,
+                             dec_layers=3, dim_feedforward=1024, num_queries=20, pos_in_input=False,
+                             fresh_queries=False, scenes=0, scenes_val=0, val_size=320, square=320,
+                             photos=1200, cached_views=12, dropout=.1, batch_size=64, lr=5e-4,
+                             clip_max_norm=.1, schedule='step', epochs=150, lr_drop=120,
+                             eval_every=75)),
+    'boxes': ('demo', dict(features='blocks.4,blocks.5', hidden_dim=256, nheads=8, enc_layers=3,
+                           dec_layers=3, dim_feedforward=1024, num_queries=20, pos_in_input=False,
+                           fresh_queries=False, scenes=0, scenes_val=0, val_size=320, square=320,
+                           photos=0, cached_views=12, dropout=.1, batch_size=64, lr=5e-4,
+                           clip_max_norm=.1, schedule='step', epochs=50, lr_drop=40,
+                           eval_every=25)),
+    'masks': ('demo', dict(features='blocks.4,blocks.5', hidden_dim=256, nheads=8, enc_layers=3,
+                           dec_layers=3, dim_feedforward=1024, num_queries=20, pos_in_input=False,
+                           fresh_queries=False, scenes=0, scenes_val=0, val_size=320, square=320,
+                           photos=0, cached_views=0, dropout=.1, batch_size=64, lr=5e-4,
+                           clip_max_norm=.1, schedule='step', epochs=15, lr_drop=12, eval_every=5)),
 }
 
 # %% ../../nbs/65_tables.ipynb #c005p
