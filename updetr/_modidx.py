@@ -586,6 +586,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'updetr.data.loader._tensors': ('loader.html#_tensors', 'updetr/data/loader.py'),
                                     'updetr.data.loader.as_targets': ('loader.html#as_targets', 'updetr/data/loader.py'),
                                     'updetr.data.loader.bank_home': ('loader.html#bank_home', 'updetr/data/loader.py'),
+                                    'updetr.data.loader.by_aspect': ('loader.html#by_aspect', 'updetr/data/loader.py'),
                                     'updetr.data.loader.collate': ('loader.html#collate', 'updetr/data/loader.py'),
                                     'updetr.data.loader.crop_sample': ('loader.html#crop_sample', 'updetr/data/loader.py'),
                                     'updetr.data.loader.data_loader': ('loader.html#data_loader', 'updetr/data/loader.py'),

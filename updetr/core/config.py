@@ -92,6 +92,8 @@ class DataConfig:
     views: int = 0                 # 0 = whole photos; else that many fixed random views
     view_size: int = 256           # px, side of a view
     collage: float = 0.5           # share of views that are four crops side by side
+    # live photos: batches sorted by aspect together; 16 pads a quarter as much; 1 = as drawn
+    sort_aspects: int = 1
     cache_features: bool = False   # compute the frozen CNN's features of all views once
     cached_patches: int = 0        # patches kept for each view; 0 = num_patches
 
@@ -366,7 +368,7 @@ CHOICES = {'schedule': ('step', 'cosine'),
            'eval_backend': ('pycocotools', 'hotcoco')}
 POSITIVE = ('hidden_dim nheads enc_layers dec_layers dim_feedforward num_queries num_patches '
             'patch_size view_size lr epochs lr_drop batch_size accumulate clip_max_norm '
-            'log_every save_every channels query_std').split()
+            'log_every save_every channels query_std sort_aspects').split()
 SHARES = 'dropout mask_ratio heldout warmup ema'.split()
 COUNTS = ('weight_decay lr_backbone eos_coef views cached_patches num_workers keep_every '
           'max_skips seed focal').split()
@@ -512,7 +514,7 @@ LATER = {'ce_per_process': False, 'detach_recon': True, 'learn_positions': False
          'images': '', 'images_val': '', 'exif': 'sizes', 'missing': 'refuse', 'val_share': .2,
          'flip': True, 'augment': '', 'mosaic': 0., 'freeze': '', 'class_weights': '', 'focal': 0.,
          'best_metric': '', 'patience': 0, 'tensorboard': False,
-         'wandb': False,
+         'wandb': False, 'sort_aspects': 1,
          'system': ''}
 
 def earlier_values(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WHOLE_PIXELS', 'PatchTask', 'make_sample', 'crop_sample', 'read_or_less', 'read_or_next', 'SelfDet', 'random_crop',
-           'random_view', 'Views', 'epoch_batches', 'BatchPlan', 'collate', 'to_device', 'as_targets', 'data_loader',
-           'photo_loader', 'bank_home', 'send', 'take_rows']
+           'random_view', 'Views', 'by_aspect', 'epoch_batches', 'BatchPlan', 'collate', 'to_device', 'as_targets',
+           'data_loader', 'photo_loader', 'bank_home', 'send', 'take_rows']
 
 # %% ../../nbs/12_loader.ipynb #c002
 import math
@@ -218,12 +218,23 @@ class Views(Dataset):
         return sample | {'index': index, 'skipped': skipped}
 
 # %% ../../nbs/12_loader.ipynb #c016
+def by_aspect(
+    numbers: np.ndarray,  # (n,) photos in the order in which they were drawn
+    sizes: np.ndarray,    # (all photos, 2) height and width, px
+    pool: int,            # photos that are sorted together
+) -> np.ndarray:  # (n,) the same numbers
+    "Return photos pool by pool, each from tall to wide; equal ones stay in their order."
+    wide = sizes[numbers, 1] / sizes[numbers, 0]
+    pools = np.arange(len(numbers)) // pool
+    return numbers[np.lexsort((wide, pools))]
+
 def epoch_batches(
     sizes: np.ndarray,  # (n, 2) height and width of the photos, px
     batch_size: int,    # global: of all processes together
     seed: int,          # of the whole training
     epoch: int,         # from 0
     short_sides: tuple[int, ...] = PRETRAIN_SIZES,  # px, one is drawn a batch
+    sort_aspects: int = 1,  # batches whose photos are sorted by aspect together; 1: none
 ) -> list[tuple[int, np.ndarray]]:  # (short side, photo numbers) of each step
     "Return the global batches of one epoch: grouped by orientation, shuffled, only complete ones."
     rng = np.random.default_rng((seed, epoch))
@@ -236,7 +247,9 @@ def epoch_batches(
     whole, left = [], []
     for group in groups:
         cut = len(group) - len(group) % batch_size
-        whole.append(group[:cut])
+        kept = group[:cut]
+        if sort_aspects > 1: kept = by_aspect(kept, sizes, sort_aspects * batch_size)
+        whole.append(kept)
         left.append(group[cut:])
     rest = np.concatenate(left)
     rest = rest[:len(rest) - len(rest) % batch_size]
@@ -260,6 +273,7 @@ class BatchPlan:
         rank: int = 0,        # number of this process
         world: int = 1,       # number of processes
         accumulate: int = 1,  # micro-batches a step
+        sort_aspects: int = 1,  # as in `epoch_batches`
     ):
         pieces = world * accumulate
         if len(sizes) < batch_size:
@@ -277,12 +291,14 @@ class BatchPlan:
         self.rank = rank
         self.world = world
         self.accumulate = accumulate
+        self.sort_aspects = sort_aspects
         self.steps_per_epoch = len(sizes) // batch_size
 
     def __len__(self): return (self.total_steps - self.start_step) * self.accumulate
 
     def _batches_of(self, epoch):
-        return epoch_batches(self.sizes, self.batch_size, self.seed, epoch, self.short_sides)
+        return epoch_batches(self.sizes, self.batch_size, self.seed, epoch, self.short_sides,
+                             self.sort_aspects)
 
     def __iter__(self):
         planned = None  # the epoch whose batches are at hand

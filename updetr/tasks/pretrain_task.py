@@ -420,7 +420,7 @@ class PretrainTask:
         "Return what this process sees. Raises ValueError for a batch size that does not fit."
         cfg, processes = self.cfg, self.processes
         return BatchPlan(self.sizes, cfg.batch_size, total, cfg.seed, self.sides, start,
-                         processes.rank, processes.world, cfg.accumulate)
+                         processes.rank, processes.world, cfg.accumulate, cfg.sort_aspects)
 
     def begin(self, resumed: bool) -> None:
         "Open the feature bank, and take the channel statistics unless they came with a checkpoint."
