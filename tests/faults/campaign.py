@@ -270,7 +270,7 @@ SHORT = [
     Fault('photos vanish before a resume', TERM, 0, between=hide_photos, refusal=('no folder',), mend=show_photos, **LIVE),
     Fault('a photo is replaced before a resume', TERM, 0, between=replace_photo, refusal=('another content',), mend=put_back, **LIVE),
     Fault('a worker raises', None, 1, ('bad sector', 'DataLoader worker'), early=worker_raises, **LIVE),
-    Fault('a worker is killed', kill_workers, 1, ('DataLoader worker', 'killed by signal'), **LIVE),
+    Fault('a worker is killed', kill_workers, 1, ('a worker of the data loader died',), **LIVE),
     Fault('loss not finite', nan_loss, 1, ('loss_bbox', 'not finite in step 8, photos [', 'Its batch is in')),
     Fault('out of GPU memory (simulated)', no_memory, 1, ('out of GPU memory in step 8', 'batch_size 4', 'accumulate=2')),
     Fault('two trainers in one folder', hold, 0, meanwhile=second_trainer),
