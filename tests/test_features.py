@@ -51,8 +51,8 @@ def computed(monkeypatch):
 
     import updetr.tasks.finetune_task
     import updetr.tasks.oneshot_task
-    counting(features, 'bank_chunk')
-    counting(updetr.tasks.finetune_task, 'photo_features')
+    counting(features, 'encode_views')
+    counting(updetr.tasks.finetune_task, 'image_features')
     counting(updetr.tasks.oneshot_task, 'picture_features')
     return count
 
@@ -138,19 +138,19 @@ def test_damaged_files_of_pre_training(tmp_path, photos, name, computed, capfd):
     for damage, word in damages.items():
         path.write_bytes(damage)
         computed.clear()
-        assert all(torch.equal(whole[k], v) for k, v in parts().items()) and path.read_bytes() == data and computed['bank_chunk'] == 3
+        assert all(torch.equal(whole[k], v) for k, v in parts().items()) and path.read_bytes() == data and computed['encode_views'] == 3
         said = capfd.readouterr().out
         assert name in said and word in said and said.count('made anew') == 1
     computed.clear()
     parts()
-    assert computed['bank_chunk'] == 1  # whole: only the first view is looked at
+    assert computed['encode_views'] == 1  # whole: only the first view is looked at
 
 
 def test_what_does_not_change_features_shares_them(tmp_path, photos, computed):
     pretrained_parts(tmp_path / 'a', data=photos, num_patches=2, cached_patches=2)
     computed.clear()
     pretrained_parts(tmp_path / 'b', data=photos, num_patches=1, cached_patches=2, num_queries=8, mask_ratio=.5, lr=1., hidden_dim=32)
-    assert computed['bank_chunk'] == 1 and len(kept(tmp_path)) == 1
+    assert computed['encode_views'] == 1 and len(kept(tmp_path)) == 1
     for change in (dict(seed=7), dict(view_size=48), dict(views=6), dict(patch_size=16), dict(patch_law='fixed'), dict(collage=0.)):
         pretrained_parts(tmp_path / 'c', data=photos, num_patches=2, **change)
     assert len(kept(tmp_path)) == 7
@@ -194,7 +194,7 @@ def test_corrected_annotations_are_trained_and_measured_on(tmp_path, computed):
         for target, i in zip(boxes(after, part), range(3), strict=True): assert torch.equal(target['boxes'], live[0, i][1]['boxes'])
     computed.clear()
     labelled(tmp_path / 'c', **save_set(tmp_path / 'data'))
-    assert computed['photo_features'] == 2 and len(kept(tmp_path)) == 4
+    assert computed['image_features'] == 2 and len(kept(tmp_path)) == 4
 
 
 @pytest.mark.parametrize('change', [dict(n=4), dict(n=2), dict(start=9), dict(classes=('dog', 'cat'))],
@@ -225,7 +225,7 @@ def test_a_set_that_moved_is_the_same_set(tmp_path, computed):
     one = labelled(tmp_path / 'a', **save_set(tmp_path / 'data'))
     computed.clear()
     two = labelled(tmp_path / 'b', **save_set(tmp_path / 'elsewhere' / 'data'))
-    assert computed['photo_features'] == 2 and torch.equal(one.cached[0].feature, two.cached[0].feature)
+    assert computed['image_features'] == 2 and torch.equal(one.cached[0].feature, two.cached[0].feature)
 
 
 def test_query_pictures_follow_the_boxes(tmp_path, computed):

@@ -7,7 +7,7 @@ __all__ = ['BOX_METRICS', 'VOC', 'COCO', 'LONG', 'SMALL', 'FINETUNE_PRESETS', 'F
            'LabelledConfig', 'TransferConfig', 'FinetuneConfig', 'checkpoint_sizes', 'transfer_config',
            'finetune_config', 'Subset', 'divided', 'one_fold', 'draw_evenly', 'some_photos', 'class_counts',
            'labelled_marks', 'open_sets', 'chosen_by_photos', 'view_sizes', 'train_views', 'val_views', 'train_plan',
-           'collate_targets', 'batch_to_device', 'view_loader', 'val_items']
+           'collate_targets', 'targets_to_device', 'batch_to_device', 'view_loader', 'val_items']
 
 # %% ../../nbs/42_finetune.ipynb #c002
 import dataclasses
@@ -32,7 +32,7 @@ from ..data.check import suggest
 from ..data.datasets import MISSING, DetectionSet, dataset_parts, open_dataset
 from ..core.fingerprint import SetRows, mark_set, set_rows
 from ..model.pretrained import Pretrained, open_pretrained
-from ..data.loader import BatchPlan, data_loader
+from ..data.loader import BatchPlan, data_loader, send
 from ..train.resume import file_marks
 from ..data.photo_files import EXIF
 from ..data.scenes import Scenes
@@ -504,6 +504,25 @@ def collate_targets(
     padded, mask = pad_images(images)
     return {'images': padded, 'mask': mask, 'targets': targets}
 
+def _in_one_copy(tensors, device):
+    "Return tensors of one type on the device"
+    flat = send(torch.cat([v.reshape(-1) for v in tensors]), device)
+    pieces = flat.split([v.numel() for v in tensors])
+    return [piece.view(v.shape) for piece, v in zip(pieces, tensors)]
+
+def targets_to_device(
+    targets: list[dict],   # of each photo: tensors by name, and whatever else
+    device: torch.device,  # where they go
+) -> list[dict]:           # the same; `image_id`, which only the host reads, stays
+    "Return the targets of a batch on the device, all of one name in one copy."
+    moved = [dict(target) for target in targets]
+    for name in dict.fromkeys(name for target in targets for name in target):
+        places = [i for i, target in enumerate(targets) if isinstance(target.get(name), Tensor)]
+        values = [targets[i][name] for i in places]
+        if name == 'image_id' or not values or values[0].device.type == device.type: continue
+        for i, value in zip(places, _in_one_copy(values, device)): moved[i][name] = value
+    return moved
+
 def batch_to_device(
     batch: dict,  # batch from `collate_targets`, or with `feature` instead of `images`
     device: torch.device | str,  # where the model is
@@ -512,7 +531,7 @@ def batch_to_device(
 ) -> dict:        # images (B, 3, H, W) float, normalised, padding zero; the rest moved
     "Return a batch that was moved and normalised."
     def move(x): return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
-    targets = [{k: move(v) for k, v in t.items()} for t in batch['targets']]
+    targets = targets_to_device(batch['targets'], torch.device(device))
     batch = {k: move(v) for k, v in batch.items()} | {'targets': targets}
     # stored features are behind the CNN and its normalisation
     if 'images' not in batch: return batch
@@ -526,9 +545,10 @@ def view_loader(
     views: DetectionViews,  # random views, or those for evaluation
     items,                  # a `BatchPlan`, or lists of (epoch, index)
     num_workers: int = 0,   # processes that decode; 0 = this one
+    stay: bool = False,     # they live on when all is read, for the next time
 ) -> DataLoader:            # loader of CPU batches
     "Return a loader that draws nothing from the training's generator."
-    return data_loader(views, items, collate_targets, num_workers)
+    return data_loader(views, items, collate_targets, num_workers, stay=stay)
 
 def val_items(
     sizes,               # heights and widths (n, 2) of the photos, px

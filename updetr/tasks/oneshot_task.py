@@ -25,9 +25,9 @@ from ..core.config import find_builder, loss_options, model_options, require_imp
 from ..model.detr import as_batch
 from ..train.features import Source, cnn_key, set_key
 from updetr.tasks.finetune import (
-    Subset, batch_to_device, open_sets, some_photos, train_plan, val_items, view_loader,
+    Subset, batch_to_device, open_sets, some_photos, train_plan, view_loader,
 )
-from .finetune_task import LabelledRun, open_bank, skips_noted
+from .finetune_task import LabelledRun, open_bank, skips_noted, val_batches
 from ..model.losses import build_criterion
 from updetr.tasks.oneshot import (
     OneShotConfig, OneShotEvaluator, OneShotViews, build_oneshot, match_features, oneshot_summary,
@@ -233,11 +233,7 @@ def val_photos(
     cnn: nn.Module,     # CNN that looks: the task's, or an averaged copy
 ) -> Iterator[dict]:    # batches of one photo, on the task's device
     "Yield this process's share of the photos to evaluate on."
-    items = val_items(task.val_set.sizes, 1, task.processes.rank, task.processes.world)
-    if task.cached: batches = map(task.cached[1].batch, items)
-    else: batches = view_loader(task.val_views, items, task.cfg.num_workers)
-    for batch in batches:
-        batch = batch_to_device(batch, task.processes.device, task.cnn.mean, task.cnn.std)
+    for batch in val_batches(task, 1):
         with torch.no_grad():
             yield batch if 'feature' in batch else batch | {'feature': cnn(batch['images'])}
 
