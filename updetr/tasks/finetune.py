@@ -504,6 +504,7 @@ def collate_targets(
     padded, mask = pad_images(images)
     return {'images': padded, 'mask': mask, 'targets': targets}
 
+# %% ../../nbs/42_finetune.ipynb #c026t
 def _in_one_copy(tensors, device):
     "Return tensors of one type on the device"
     flat = send(torch.cat([v.reshape(-1) for v in tensors]), device)

@@ -25,9 +25,9 @@ from ..core.checkpoint import write_atomic
 from ..core.config import loss_options, model_options
 from ..data.datasets import draw_sample
 from ..model.detr import Standardize, build_detr
-from ..data.loader import bank_home, data_loader, take_rows
+from ..data.loader import bank_home, data_loader, filling, take_rows
 from ..train.evaluate import CocoEvaluator, diagnose, on_host, postprocess
-from ..train.features import Source, Stored, cnn_key, filling, open_features, set_key
+from ..train.features import Source, Stored, cnn_key, open_features, set_key
 from .finetune import (FinetuneConfig, TransferConfig, batch_to_device, class_counts,
                              collate_targets, labelled_marks, open_sets, train_plan, train_views,
                              val_items, val_views, view_loader)

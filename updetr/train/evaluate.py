@@ -49,11 +49,12 @@ def on_host(
     "Return the predictions of a batch, brought to the CPU by one copy."
     if not predictions: return []
     counts = [len(p['scores']) for p in predictions]
-    scores, labels, boxes = (torch.cat([p[k] for p in predictions])
-                             for k in ('scores', 'labels', 'boxes'))
     # labels are whole numbers far below 2**24: exact in float32
-    table = torch.cat((scores.float()[:, None], labels.float()[:, None], boxes.float()), 1)
-    rows = table.cpu().split(counts)
+    columns = []
+    for name in ('scores', 'labels', 'boxes'):
+        column = torch.cat([p[name] for p in predictions]).float()
+        columns.append(column.view(len(column), -1))
+    rows = torch.cat(columns, 1).cpu().split(counts)
     return [{'scores': r[:, 0], 'labels': r[:, 1].long(), 'boxes': r[:, 2:]} for r in rows]
 
 # %% ../../nbs/36_evaluate.ipynb #c012
