@@ -146,7 +146,8 @@ class TrainConfig:
 class PretrainConfig(TrainConfig, DataConfig, LossConfig, ModelConfig):
     "Everything that determines a pre-training run."
     cuda_graphs: bool = False      # on GPU, play what follows the CNN as CUDA graphs
-    crop_on_gpu: bool = False      # on GPU, cut live photos and views there; workers only decode
+    # on GPU, cut photos and views there; workers decode, for small sets of views only once
+    crop_on_gpu: bool = False
     task: str = 'pretrain'         # which `updetr.train.loop` task reads it
 
     def problems(self):

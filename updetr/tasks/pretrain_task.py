@@ -25,10 +25,10 @@ from torchvision.utils import draw_bounding_boxes
 
 from ..core.checkpoint import write_atomic
 from ..core.config import PretrainConfig, find_data, loss_options, model_options
-from ..train.features import FeatureBank, bank_chunk, open_features, view_source
+from ..train.features import FeatureBank, bank_chunk, fed_batches, open_features, view_source
 from ..core.fingerprint import mark_photos
 from ..train.graphs import GraphedStep, stream_for
-from ..data.loader import (BatchPlan, PatchTask, SelfDet, Views, photo_loader, read_or_next,
+from ..data.loader import (BatchPlan, PatchTask, SelfDet, Views, read_or_next,
                            to_device)
 from ..model.losses import (build_criterion, match_patches, matched_losses,
                                   patch_predictions)
@@ -245,7 +245,7 @@ def open_bank(
     device = processes.device
     # more patches may be stored than a step asks for
     dataset = build_dataset(cfg, photos, cfg.cached_patches or cfg.num_patches)
-    source = view_source(model, dataset, cfg.view_size, device)
+    source = view_source(model, dataset, cfg.view_size, device, cfg.num_workers, cfg.crop_on_gpu)
     progress = progress_writer(run_dir, processes, "the frozen CNN's features")
     stored = open_features(run_dir.parent / 'banks', source, processes, progress)
     if processes.rank == 0: note_skipped(run_dir, stored.skipped, set())
@@ -376,8 +376,8 @@ def live_batches(
     cfg, device = task.cfg, task.processes.device
     backbone = task.model.backbone[0]
     folder, known = HeldFolder(task.run_dir), set()  # it may be renamed meanwhile
-    whole = cfg.crop_on_gpu and device.type == 'cuda'
-    for batch in photo_loader(task.dataset, task.plan(start, total), cfg.num_workers, whole):
+    plan = task.plan(start, total)
+    for batch in fed_batches(task.dataset, plan, cfg.num_workers, device, cfg.crop_on_gpu):
         note_skipped(folder.now(), batch['skipped'], known)
         yield to_device(batch, device, backbone.mean, backbone.std)
 
