@@ -18,6 +18,7 @@ from torchvision.ops import box_convert, generalized_box_iou
 from ..model.backbone import Backbone, join_features
 from ..model.losses import SetCriterion, average_over_processes
 from ..model.transformer import MultiheadAttention, Transformer
+from ..model.updetr import group_mask
 
 # %% ../../nbs/70_reference.ipynb #c005
 class UnfoldedCNN(nn.Module):
@@ -87,12 +88,14 @@ class ReferenceTransformer(nn.Module):
         memory = self.encoder(_tokens_first(src), _tokens_first(pos), _real_tokens(mask))
         return memory.transpose(0, 1)                                        # (B, S, d)
 
-    def decode(self, memory, pos, query_pos, mask=None, tgt_mask=None, maps=None):
+    def decode(self, memory, pos, query_pos, mask=None, groups=1, maps=None):
         "As `Transformer.decode`."
         memory, pos = _tokens_first(memory), _tokens_first(pos)
         query_pos = _tokens_first(query_pos)
         tgt = torch.zeros_like(query_pos)
-        layers = self.decoder(tgt, memory, pos, query_pos, _real_tokens(mask), tgt_mask)
+        # groups are kept apart by a mask
+        apart = group_mask(len(tgt), groups).to(tgt.device) if groups > 1 else None
+        layers = self.decoder(tgt, memory, pos, query_pos, _real_tokens(mask), apart)
         return layers.transpose(1, 2)                                        # (L, B, N, d)
 
 # %% ../../nbs/70_reference.ipynb #c009

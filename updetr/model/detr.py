@@ -134,10 +134,10 @@ class DETR(nn.Module):
         if self.pos_in_input: src = src + pos
         return self.transformer.encode(src, pos, mask), pos, mask
 
-    def decode(self, encoded, queries, tgt_mask=None, maps=None):
+    def decode(self, encoded, queries, groups=1, maps=None):
         "Return decoder states (layers, B, n, d) of object queries (B, n, d); photos of `encode`."
         memory, pos, mask = encoded
-        return self.transformer.decode(memory, pos, queries, mask, tgt_mask, maps)
+        return self.transformer.decode(memory, pos, queries, mask, groups, maps)
 
     def heads(self, hs):
         "Return stacked predictions of decoder states (layers, B, n, d); boxes always in fp32."

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..data.loader import send
+
 # %% ../../nbs/21_position.ipynb #c005
 class PositionEmbeddingSine(nn.Module):
     """Sine encoding of each token's place (DETR's, no parameters).
@@ -83,13 +85,18 @@ class PositionEmbeddingLearned(nn.Module):
         return table.expand(B, -1, -1, -1)
 
 # %% ../../nbs/21_position.ipynb #c017
+def _nearest(pixels, tokens, device):
+    "Return the number of the pixel that stands for each token of a row."
+    numbers = torch.arange(pixels, dtype=torch.float32, device=device)
+    return F.interpolate(numbers[None, None], size=tokens)[0, 0].long()
+
 def shrink_mask(
     mask: Tensor,           # padding (B, H, W) bool
     size: tuple[int, int],  # (h, w) of the feature map
 ) -> Tensor:                # padding (B, h, w) bool
     "Return the padding mask at the feature map's size (nearest pixel, as DETR)."
-    small = F.interpolate(mask[:, None].float(), size=tuple(size))  # (B, 1, h, w)
-    return small[:, 0].bool()
+    rows, columns = [_nearest(n, m, mask.device) for n, m in zip(mask.shape[1:], size)]
+    return mask[:, rows][:, :, columns]
 
 class Joiner(nn.Sequential):
     "`backbone.0` (the CNN) and `backbone.1` (the position encoding)."
@@ -99,8 +106,19 @@ class Joiner(nn.Sequential):
         mask: Tensor | None = None,  # padding (B, H, W) bool, True = padding
     ) -> tuple:                      # feature (B, C, h, w), mask (B, h, w) bool or None
         feature = self[0](images)
-        if mask is not None: mask = shrink_mask(mask, feature.shape[-2:])
+        if mask is not None: mask = shrink_mask(mask, feature.shape[-2:]).to(feature.device)
         return feature, mask
+
+    def look(
+        self,
+        images: Tensor,       # photos (B, 3, H, W)
+        mask: Tensor | None,  # padding (B, H, W) bool, on the host; None: nothing is padded
+    ) -> tuple:               # feature (B, C, h, w), mask (B, h, w) bool or None
+        "Return the same as `forward`, but no mask where not one token is padding."
+        feature = self[0](images)
+        if mask is None: return feature, None
+        small = shrink_mask(mask, feature.shape[-2:])
+        return feature, send(small, feature.device) if small.any() else None
 
     def encode(
         self,

@@ -46,9 +46,12 @@ class MultiheadAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def _heads(self, x, weight, bias):
-        x = F.linear(x, weight, bias)                           # (B, tokens, d)
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+    def _project(self, x, first, last):
+        "Return projections number `first` to `last` - 1 of tokens, each (B, heads, tokens, d_k)."
+        rows = slice(first * x.shape[-1], last * x.shape[-1])
+        x = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+        heads = x.unflatten(-1, (last - first, self.num_heads, -1))
+        return heads.permute(2, 0, 3, 1, 4).unbind()
 
     def forward(
         self,
@@ -58,12 +61,10 @@ class MultiheadAttention(nn.Module):
         mask=None,  # bool, (Q, K) or (B, 1 or heads, 1 or Q, K), True = may look
         need_weights=False,  # also return the attention map (B, heads, Q, K), without dropout
     ):
-        # project, and cut into heads
-        w_q, w_k, w_v = self.in_proj_weight.chunk(3)
-        b_q, b_k, b_v = self.in_proj_bias.chunk(3)
-        q = self._heads(query, w_q, b_q)                        # (B, heads, Q, d_k)
-        k = self._heads(key, w_k, b_k)                          # (B, heads, K, d_k)
-        v = self._heads(value, w_v, b_v)                        # (B, heads, K, d_k)
+        # project, and cut into heads; what is one tensor is one product
+        if query is key: q, k = self._project(query, 0, 2)      # (B, heads, Q, d_k) each
+        else: (q,), (k,) = self._project(query, 0, 1), self._project(key, 1, 2)
+        v, = self._project(value, 2, 3)                         # (B, heads, K, d_k)
         # every query takes what it looks at; the map is stored only on request
         weights = None
         if need_weights:
@@ -122,7 +123,9 @@ class TransformerEncoderLayer(_Layer):
         mask=None,  # bool (B, 1, 1, S), True = real token
     ):
         # every token looks at every other one
-        def look(x): return self.self_attn(x + pos, x + pos, x, mask)[0]
+        def look(x):
+            place = x + pos
+            return self.self_attn(place, place, x, mask)[0]
         src = self.sublayer(src, self.norm1, look)
         # then each token thinks for itself
         return self.sublayer(src, self.norm2, self.feed_forward)
@@ -136,19 +139,24 @@ class TransformerDecoderLayer(_Layer):
         self,
         tgt,        # what the queries know so far (B, N, d)
         memory,     # what the encoder made of the photo (B, S, d)
-        pos,        # positions of the photo's tokens (B or 1, S, d)
+        key,        # the same with the positions of its tokens (B, S, d)
         query_pos,  # the object queries (B, N, d)
         mask=None,      # bool (B, 1, 1, S), True = real token
         tgt_mask=None,  # bool (N, N), True = may look
         maps=None,      # a list that collects the cross-attention map (B, heads, N, S)
+        groups=1,       # equal groups of queries that do not see each other
     ):
         # the queries look at each other: who takes which object?
-        def look(x): return self.self_attn(x + query_pos, x + query_pos, x, tgt_mask)[0]
+        def look(x):
+            # groups that do not see each other are rows of the batch
+            place = (x + query_pos).unflatten(1, (groups, -1)).flatten(0, 1)  # (B*M, N/M, d)
+            value = x.unflatten(1, (groups, -1)).flatten(0, 1)
+            return self.self_attn(place, place, value, tgt_mask)[0].reshape(x.shape)
         tgt = self.sublayer(tgt, self.norm1, look)
 
         # each looks at the photo: where is it?
         def search(x):
-            found, weights = self.multihead_attn(x + query_pos, memory + pos, memory, mask,
+            found, weights = self.multihead_attn(x + query_pos, key, memory, mask,
                                                  need_weights=maps is not None)
             if maps is not None: maps.append(weights)
             return found
@@ -190,10 +198,12 @@ class TransformerDecoder(nn.Module):
         self.layers, self.norm = nn.ModuleList(layers), norm
         self.gradient_checkpointing = False
 
-    def forward(self, tgt, *args):
+    def forward(self, tgt, memory, pos, *args):
         outputs = []
+        # all layers look the photo up by the same keys
+        key = memory + pos                                      # (B, S, d)
         for layer in self.layers:
-            tgt = _run(layer, tgt, *args, save_memory=self.gradient_checkpointing)
+            tgt = _run(layer, tgt, memory, key, *args, save_memory=self.gradient_checkpointing)
             # the next layer goes on from `tgt`, the heads read the normed one
             outputs.append(self.norm(tgt))
         return torch.stack(outputs)
@@ -228,11 +238,11 @@ class Transformer(nn.Module):
         "Return what the encoder makes of the photo (B, S, d); object queries play no part in it."
         return self.encoder(src, pos, self._real(mask))
 
-    def decode(self, memory, pos, query_pos, mask=None, tgt_mask=None, maps=None):
+    def decode(self, memory, pos, query_pos, mask=None, groups=1, maps=None):
         "Return the object queries (B, N, d) after every decoder layer: (layers, B, N, d)."
         # the queries know nothing at first
         tgt = torch.zeros_like(query_pos)
-        return self.decoder(tgt, memory, pos, query_pos, self._real(mask), tgt_mask, maps)
+        return self.decoder(tgt, memory, pos, query_pos, self._real(mask), None, maps, groups)
 
     def _real(self, mask):
         # padding (B, S) to what may be looked at, for all heads and queries: (B, 1, 1, S)
@@ -244,9 +254,9 @@ class Transformer(nn.Module):
         pos,        # their positions (B or 1, S, d)
         query_pos,  # the object queries (B, N, d)
         mask=None,      # bool (B, S), True = padding
-        tgt_mask=None,  # bool (N, N), True = may look
+        groups=1,       # equal groups of queries that do not see each other
         maps=None,      # a list that collects cross-attention maps, (B, heads, N, S) a layer
     ):
         "Return the queries after every layer (layers, B, N, d) and the encoder's tokens (B, S, d)."
         memory = self.encode(src, pos, mask)
-        return self.decode(memory, pos, query_pos, mask, tgt_mask, maps), memory
+        return self.decode(memory, pos, query_pos, mask, groups, maps), memory

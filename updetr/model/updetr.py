@@ -67,9 +67,7 @@ class UPDETR(DETR):
         d, C = transformer.d_model, backbone[0].num_channels
         self.num_patches, self.mask_ratio = num_patches, mask_ratio
         self.query_shuffle, self.masked = query_shuffle, attention_mask
-        # the groups do not see each other
-        mask = group_mask(num_queries, num_patches)
-        self.register_buffer('group_mask', mask, persistent=False)
+        group_of(num_queries, num_patches)  # refuses what cannot be grouped
         # a patch becomes part of an object query; a decoder state becomes a patch again
         self.patch2query = nn.Linear(C, d)
         self.feature_align = MLP(d, d, C, 2) if feature_recon else None
@@ -99,10 +97,11 @@ class UPDETR(DETR):
         # new: the object queries ask for patches, each group for its own
         patch_feature = self.patch_norm(patch_feature)
         queries = self.queries(patch_feature, keep)       # (B, n, d)
-        tgt_mask = self.attention_mask(patch_feature.shape[1])
         # the photo is encoded once, whatever it is asked for
         encoded = self.encode(feature, mask)
-        return self.decode(encoded, queries, tgt_mask, maps), patch_feature
+        # new: groups of queries do not see each other
+        groups = self.groups(patch_feature.shape[1])
+        return self.decode(encoded, queries, groups, maps), patch_feature
 
     def encode_patches(self, patches):
         "Return a vector a patch: pixels (B, m, 3, h, w) to (B, m, C)."
@@ -126,12 +125,9 @@ class UPDETR(DETR):
         order = order[torch.arange(n, device=device) % N]
         return group_queries(self.query_embed.weight[order], patch, keep)
 
-    def attention_mask(self, m):
-        "Return who may look at whom among m patches' queries, (n, n) bool; None: all at all."
-        n = m * (self.num_queries // self.num_patches)
-        if m == 1 or not self.masked: return None
-        if n <= self.num_queries: return self.group_mask[:n, :n]
-        return group_mask(n, m).to(self.group_mask.device)
+    def groups(self, m):
+        "Return in how many groups the queries of m patches look at each other (Eq. 3)."
+        return m if self.masked else 1
 
     def heads(self, hs):
         "Return the predictions of DETR's two heads and the reconstructed patch feature."
@@ -161,7 +157,7 @@ def build_updetr(
     **parts,                       # features, dilation, hidden_dim, ... of `build_parts`
 ) -> UPDETR:  # in training mode
     "Return a UP-DETR for pre-training. Raises ValueError (sizes) or FileNotFoundError (weights)."
-    group_mask(num_queries, num_patches)  # refuses what cannot be grouped, before all the work
+    group_of(num_queries, num_patches)  # refuses what cannot be grouped, before all the work
     if not 0 <= mask_ratio < 1: raise ValueError(f'mask_ratio {mask_ratio} is not in [0, 1)')
     if not query_std > 0:
         raise ValueError(f'query_std {query_std} must be above 0: '

@@ -25,7 +25,7 @@ from ..core.checkpoint import model_file
 from ..data.augment import BLUR_RADIUS, augment, draw_factors
 from ..core.config import make_config, model_options
 from .detector import Detections, check_device, picture_batch
-from ..model.updetr import group_mask, group_of
+from ..model.updetr import group_of
 from ..model.pretrained import open_pretrained
 from ..tasks.oneshot import OneShotConfig
 from .oneshot_detector import oneshot_of, photo_sizes
@@ -69,7 +69,6 @@ def load_localizer(
     else: kind, groups = 'one-shot', 1
     # one group of object queries for each patch
     model.num_patches = groups
-    model.group_mask = group_mask(model.num_queries, groups)
     return model, cfg, kind
 
 # %% ../../nbs/53_localizer.ipynb #c009
@@ -375,9 +374,9 @@ class QueryPatchLocalizer:
         model, kept = self.model, [] if maps else None
         # patches to queries
         patch = model.patch_norm(self.features(pictures, self.mark())[None])  # (1, m, C)
-        queries, mask = model.queries(patch), model.attention_mask(len(pictures))
+        queries, groups = model.queries(patch), model.groups(len(pictures))
         # only the last decoder layer goes through the heads
-        states = model.decode(encoded, queries, mask, kept)
+        states = model.decode(encoded, queries, groups, kept)
         heads = model.heads(states[-1:])
         scores = heads['pred_logits'][-1, 0].cpu().softmax(-1)[:, -2]
         boxes = box_convert(heads['pred_boxes'][-1, 0].cpu(), 'cxcywh', 'xyxy')
