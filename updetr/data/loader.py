@@ -482,10 +482,9 @@ def to_device(
     std: tuple,                  # of the backbone, (3,)
 ) -> dict:  # images (B, 3, H, W), patches (B, M, 3, s, s) float; mask, boxes, keep, index
     """Move a batch, cut it if that is still to be done, augment its patches and normalise it.
-    Its index stays on the CPU."""
+    Its index and its mask stay on the CPU, the latter until the CNN has made tokens."""
     def move(x): return None if x is None else x.to(device, non_blocking=True)
 
-    mask = move(batch['mask'])
     boxes, keep = move(batch['boxes']), move(batch['keep'])
     # the pixels, cut by the worker or here
     if 'photos' in batch: images, patches = _crop_batch(batch, move)
@@ -493,12 +492,12 @@ def to_device(
     # photos: padding is zero after they are normalised
     images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     images = normalize(images, mean, std)
-    if mask is not None: images.masked_fill_(mask[:, None], 0)
+    if batch['mask'] is not None: images.masked_fill_(move(batch['mask'])[:, None], 0)
     # patches: each with its own augmentation, drawn beforehand
     changed = augment(patches.flatten(0, 1), batch['factors'].flatten(0, 1))
     patches = normalize(changed, mean, std).unflatten(0, patches.shape[:2])
-    return {'images': images, 'mask': mask, 'patches': patches, 'boxes': boxes, 'keep': keep,
-            'index': batch['index']}
+    return {'images': images, 'mask': batch['mask'], 'patches': patches, 'boxes': boxes,
+            'keep': keep, 'index': batch['index']}
 
 # %% ../../nbs/12_loader.ipynb #8abeb21b
 def as_targets(

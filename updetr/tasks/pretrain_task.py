@@ -188,7 +188,7 @@ def encode(
     "Return a batch with the CNN's features of its photos and patches, unless it has them already."
     if 'feature' in batch: return batch
     encoded = {k: v for k, v in batch.items() if k not in ('images', 'patches')}
-    encoded['feature'], encoded['mask'] = model.backbone(batch['images'], batch['mask'])
+    encoded['feature'], encoded['mask'] = model.backbone.look(batch['images'], batch['mask'])
     encoded['patch_feature'] = model.encode_patches(batch['patches'])
     return encoded
 
