@@ -40,8 +40,8 @@ def quick_compiler_and_half_precision(monkeypatch):
     """The model that `compile` gives is only traced here, and `amp`, which is the GPU's, counts on a CPU, too."""
     monkeypatch.setattr(Backbone, 'compile', partialmethod(Backbone.compile, backend='eager'))
     step = loop.train_step
-    def with_amp(module, batches, state, factor, amp, processes):
-        return step(module, batches, state, factor, state.cfg.amp, processes)
+    def with_amp(module, batches, state, factor, amp, *more):
+        return step(module, batches, state, factor, state.cfg.amp, *more)
     monkeypatch.setattr(loop, 'train_step', with_amp)
 
 

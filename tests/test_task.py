@@ -336,6 +336,15 @@ def test_gradients_have_the_precision_of_their_operation():
     assert torch.equal(module.head.weight.grad, want)
 
 
+def test_out_of_memory_is_told_with_sizes_and_the_way_out():
+    class TooLarge(torch.nn.Linear):
+        def forward(self, x): raise torch.OutOfMemoryError('CUDA out of memory')
+    module = TooLarge(4, 1)
+    said = r'step 1, with batch \(8, 4\) \(batch_size 4, accumulate 1\)\. accumulate=2 halves'
+    with pytest.raises(torch.OutOfMemoryError, match=said):
+        train_step(module, iter([torch.zeros(8, 4)]), TrainState(module, make_config(batch_size=4)), 1.)
+
+
 def test_compile_is_handed_to_the_cnn(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr('updetr.model.backbone.Backbone.compile', lambda cnn: compiled.append(cnn))

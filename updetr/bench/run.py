@@ -39,12 +39,12 @@ from ..core.checkpoint import read_json
 from ..core.config import PretrainConfig, make_config, model_options
 from ..model.detr import build_detr
 from ..train.features import FeatureBank, Stored
-from ..train.graphs import GraphedStep
+from ..train.graphs import record_graph
 from ..train.launch import launch, read_log
 from ..data.loader import BatchPlan, PatchTask, SelfDet, photo_loader
 from ..model.losses import build_criterion
 from ..core.photos import read_photo, resize_shape
-from ..tasks.pretrain_task import PretrainStep, PretrainTask, encode_ahead
+from ..tasks.pretrain_task import PretrainTask, encode_ahead
 from .reference import as_reference
 from ..core.report import provenance, save_figure, save_metrics, smooth
 from ..predict.runs import module_line
@@ -461,17 +461,18 @@ def bench_cached(
     bank = noise_bank(cfg, tuple(feature.shape[1:]), 2 * batch_size, device)
 
     # recorded on a GPU, and launched for comparison
-    kinds = {'ours': PretrainStep}
-    if torch.device(device).type == 'cuda': kinds = {'ours': GraphedStep, 'launched': PretrainStep}
+    kinds = {'ours': None}
+    if torch.device(device).type == 'cuda': kinds = {'ours': record_graph, 'launched': None}
 
-    def cached(module, r):
+    def cached(record, r):
+        follow = way.follower(record)
         plan = [[(r * steps + s, i, side) for i in range(batch_size)] for s in range(steps)]
         for ready in encode_ahead(way.model, map(bank.batch, plan), way.amp):
-            way.follow(ready, module)
+            follow(ready)
 
     def live(r): return list(way.run([photos] * steps))
 
-    contenders = {k: partial(cached, kind(way.model, way.criterion)) for k, kind in kinds.items()}
+    contenders = {name: partial(cached, record) for name, record in kinds.items()}
     seconds = in_turn(contenders | {'reference': live}, rounds, device)
     speeds = compared(seconds, batch_size * steps)
     result = {'batch_size': batch_size, 'bank_on': bank.parts['feature'].device.type}

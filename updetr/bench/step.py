@@ -11,6 +11,7 @@ __all__ = ['FORMULAS', 'ASPECTS', 'plain', 'Clock', 'ByteCounter', 'Counter', 'c
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from torchvision.ops import box_convert
 from ..data.augment import draw_factors
 from ..core.boxes import pad_images
 from ..core.config import PretrainConfig, loss_options, model_options
-from ..train.graphs import GraphedStep
+from ..train.graphs import RecordedStep, record_graph
 from ..data.loader import as_targets, collate, epoch_batches, to_device
 from ..model.losses import (SetCriterion, build_criterion, match_patches, matched_losses,
                                   name_layers, patch_predictions, stack_layers)
@@ -34,7 +35,7 @@ from ..data.patches import sample_boxes
 from ..core.photos import PRETRAIN_MAX, PRETRAIN_SIZES, resize_shape
 from ..tasks.pretrain_task import PretrainStep, encode_ahead
 from .reference import as_reference, reference_criterion
-from ..train.loop import build_optimizer
+from ..train.loop import TrainState, build_optimizer, clipped_gradients, train_step
 from ..model.updetr import build_updetr
 
 # %% ../../nbs/73_step.ipynb #c005
@@ -317,7 +318,9 @@ class OurStep(DetectorStep):
     "A training step in our way, in pieces; and several as the training loop does them."
     name = 'ours'
 
-    def _new_optimizer(self): return build_optimizer(self.model, self.cfg)
+    def _new_optimizer(self):
+        self.followers = {}
+        return build_optimizer(self.model, self.cfg)
 
     def prepare(self, batch):
         "Return a batch of the loader, on the device and ready for the CNN."
@@ -347,21 +350,27 @@ class OurStep(DetectorStep):
     def run(self, batches):
         """Pre-train on several batches as the training loop does; yield the losses.
 
-        Encoded one ahead; on a GPU with `cuda_graphs`."""
-        if not hasattr(self, 'module'):
-            kind = GraphedStep if self.device.type == 'cuda' else PretrainStep
-            self.module = kind(self.model, self.criterion)
+        Encoded one ahead; on a GPU each step is played as one recording."""
+        follow = self.follower(record_graph if self.device.type == 'cuda' else None)
         ready_ones = encode_ahead(self.model, map(self.prepare, batches), self.amp)
-        for ready in ready_ones: yield self.follow(ready, self.module)
+        for ready in ready_ones: yield follow(ready)
 
-    def follow(self, ready, module):
-        "Do what follows the CNN, by a `PretrainStep` or a `GraphedStep`; return the loss."
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            loss, _ = module(ready)
-        loss.backward()
-        self.update()
-        # a recording writes to the same place again
-        return loss.detach().clone()
+    def follower(self, record=None):
+        """Return the loop's step behind the CNN: an encoded batch to its loss.
+
+        It is recorded by `record`, or launched, and kept for the next time."""
+        if record in self.followers: return self.followers[record]
+        module = PretrainStep(self.model, self.criterion)
+        state = TrainState(self.model, self.cfg)
+        state.optimizer = self.optimizer
+        gradients = partial(clipped_gradients, module, state, self.amp)
+        recorded = RecordedStep(gradients, state, record) if record else None
+
+        def follow(ready):
+            _, values = train_step(module, iter([ready]), state, 1., self.amp, recorded=recorded)
+            return values[0]
+        self.followers[record] = follow
+        return follow
 
 # %% ../../nbs/73_step.ipynb #c022
 class ReferenceStep(DetectorStep):

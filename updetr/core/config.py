@@ -145,7 +145,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class PretrainConfig(TrainConfig, DataConfig, LossConfig, ModelConfig):
     "Everything that determines a pre-training run."
-    cuda_graphs: bool = False      # on GPU, play what follows the CNN as CUDA graphs
+    cuda_graphs: bool = True       # on one GPU, play each step as one recording where it can be
     # on GPU, cut photos and views there; workers decode, for small sets of views only once
     crop_on_gpu: bool = False
     task: str = 'pretrain'         # which `updetr.train.loop` task reads it
@@ -159,11 +159,6 @@ class PretrainConfig(TrainConfig, DataConfig, LossConfig, ModelConfig):
         if self.cache_features and not (self.frozen_backbone and self.views):
             yield ('cache_features needs frozen_backbone=True and views > 0: '
                    'features of a fixed set of views by a fixed CNN')
-        # a graph is one fixed sequence of kernels
-        varying = self.accumulate > 1 or self.gradient_checkpointing or self.query_shuffle
-        if self.cuda_graphs and (varying or not self.frozen_backbone):
-            yield ('cuda_graphs needs accumulate 1, gradient_checkpointing False, '
-                   'query_shuffle False and frozen_backbone True')
         if 0 < self.cached_patches < self.num_patches:
             yield (f'cached_patches {self.cached_patches} must be 0 or at least '
                    f'num_patches {self.num_patches}')
@@ -509,7 +504,7 @@ def loss_options(
 
 # %% ../../nbs/05_config.ipynb #c029
 NEUTRAL = ('num_workers', 'log_every', 'save_every', 'keep_every', 'max_skips', 'eval_every',
-           'eval_backend', 'tensorboard', 'wandb')
+           'eval_backend', 'tensorboard', 'wandb', 'cuda_graphs')
 # these came later: a file without them is one with these values
 LATER = {'ce_per_process': False, 'detach_recon': True, 'learn_positions': False,
          'images': '', 'images_val': '', 'exif': 'sizes', 'missing': 'refuse', 'val_share': .2,

@@ -113,6 +113,8 @@ def job_key(
     # the start is in by its own hash, not by the place of its checkpoint
     left_out = (*NEUTRAL, *later, 'pretrain')
     content = {name: value for name, value in fields.items() if name not in left_out}
+    # runs were named before steps were recorded
+    if 'cuda_graphs' in fields: content['cuda_graphs'] = False
     content['start'] = job_key(job.start, seed) if job.start else ''
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

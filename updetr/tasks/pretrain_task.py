@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PREVIEW_BOXES', 'PREVIEW_COLORS', 'TASK', 'is_heldout', 'choose', 'builtin_index', 'find_photos', 'photo_lists',
-           'pretrain_marks', 'build_dataset', 'photo_sizes', 'encode', 'PretrainStep', 'note_skipped', 'open_bank',
-           'fit_statistics', 'preview_photo', 'preview_answer', 'draw_preview', 'encode_ahead', 'live_batches',
-           'PretrainTask']
+           'pretrain_marks', 'build_dataset', 'photo_sizes', 'encode', 'PretrainStep', 'why_launched',
+           'choose_recorder', 'note_skipped', 'open_bank', 'fit_statistics', 'preview_photo', 'preview_answer',
+           'draw_preview', 'encode_ahead', 'live_batches', 'PretrainTask']
 
 # %% ../../nbs/40_pretrain_task.ipynb #c002
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from ..core.checkpoint import write_atomic
 from ..core.config import PretrainConfig, find_data, loss_options, model_options
 from ..train.features import FeatureBank, bank_chunk, fed_batches, open_features, view_source
 from ..core.fingerprint import mark_photos
-from ..train.graphs import GraphedStep, stream_for
+from ..train.graphs import record_graph, stream_for
 from ..data.loader import (BatchPlan, PatchTask, SelfDet, Views, read_or_next,
                            to_device)
 from ..model.losses import (build_criterion, match_patches, matched_losses,
@@ -215,6 +215,35 @@ class PretrainStep(nn.Module):
         # Eq. 1 and 2 for the matched pairs
         losses, total = matched_losses(self.model, self.criterion, *predictions, matches, boxes)
         return total, losses
+
+# %% ../../nbs/40_pretrain_task.ipynb #40c00002
+def why_launched(
+    cfg: PretrainConfig,   # of the run
+    processes: Processes,  # by which it is trained
+) -> str:                  # '' where steps can be recorded
+    "Return why the steps of a run are launched kernel by kernel."
+    reasons = {
+        'cuda_graphs is False': not cfg.cuda_graphs,
+        'there is no GPU': processes.device.type != 'cuda',
+        'several processes average their gradients': processes.world > 1,
+        'the CNN is trained, too (frozen_backbone False)': not cfg.frozen_backbone,
+        f'accumulate is {cfg.accumulate}': cfg.accumulate > 1,
+        'gradient_checkpointing computes parts of it again': cfg.gradient_checkpointing,
+        'query_shuffle draws an order for every batch': cfg.query_shuffle,
+        'max_skips makes the host ask after every step': cfg.max_skips > 0}
+    return next((reason for reason, holds in reasons.items() if holds), '')
+
+def choose_recorder(
+    cfg: PretrainConfig,   # of the run
+    processes: Processes,  # by which it is trained
+) -> Callable | None:      # what records steps; None: they are launched
+    "Return how the steps of a run are recorded; on a GPU the first process says why they are not."
+    why = why_launched(cfg, processes)
+    if not why: return record_graph
+    asked = cfg.cuda_graphs and processes.device.type == 'cuda'
+    if asked and processes.rank == 0:
+        print(f'steps are launched, not recorded: {why}', flush=True)
+    return None
 
 # %% ../../nbs/40_pretrain_task.ipynb #c012
 def note_skipped(
@@ -412,9 +441,9 @@ class PretrainTask:
         self.model = build_updetr(**model_options(cfg)).to(device)
         for part in self.model.transformer.children():
             part.gradient_checkpointing = cfg.gradient_checkpointing
-        step = GraphedStep if cfg.cuda_graphs and device.type == 'cuda' else PretrainStep
         criterion = build_criterion(self.model, **loss_options(cfg))
-        self.module = step(self.model, criterion.to(device))
+        self.module = PretrainStep(self.model, criterion.to(device))
+        self.record = choose_recorder(cfg, processes)
 
     def plan(self, start: int, total: int) -> BatchPlan:
         "Return what this process sees. Raises ValueError for a batch size that does not fit."

@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from ..core.checkpoint import json_text, write_json
-from ..core.config import cfg_changes
+from ..core.config import NEUTRAL, cfg_changes
 from .resume import check_data, refuse_changes
 from ..core.signals import file_locks
 
@@ -252,7 +252,7 @@ def prepare(
     file = run/'cfg.json'
     old = _read_json(file) or cfg
     refuse_changes(run, old, cfg, may_change)
-    changed = cfg_changes(old, cfg)
+    changed = cfg_changes(old, cfg, NEUTRAL)
     if not _goes_on(run):
         # more epochs than it had: its end is no end any more
         if changed: (run/'done.json').unlink(missing_ok=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['lr_factor', 'build_optimizer', 'Processes', 'join_processes', 'TrainState', 'image_ids', 'memory_advice', 'first_bad',
-           'train_step', 'overfit_one_batch', 'peak_memory_mb', 'RunLog', 'not_finite', 'skip_step', 'progress_writer',
-           'train', 'find_task', 'only_trainer', 'run', 'main']
+           'clipped_gradients', 'train_step', 'overfit_one_batch', 'peak_memory_mb', 'RunLog', 'not_finite',
+           'skip_step', 'progress_writer', 'train', 'find_task', 'only_trainer', 'run', 'main']
 
 # %% ../../nbs/33_loop.ipynb #c002
 import argparse
@@ -16,6 +16,7 @@ import os
 import socket
 import time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -31,6 +32,7 @@ from updetr.core.checkpoint import (
     gather_rng, json_text, read_json, save_checkpoint, set_rng_state, write_json,
 )
 from ..core.config import TrainConfig, check_config
+from .graphs import RecordedStep
 from .resume import (SAVED, HeldFolder, keep_data, last_logged, last_saved, put_away,
                            refuse_changes, refuse_data, saved_marks, short_marks)
 from ..core.signals import StopFlag, file_locks
@@ -210,10 +212,8 @@ def image_ids(
 ) -> list[int]:  # numbers of its photos or views; empty if the batch does not tell
     "Return which photos are in a batch."
     named = dict(_entries(batch))
-    if 'index' in named:
-        ids = named['index']
-    else:
-        ids = [t['image_id'] for t in named.get('targets', ()) if 'image_id' in t]
+    ids = named.get('index')
+    if ids is None: ids = [t['image_id'] for t in named.get('targets', ()) if 'image_id' in t]
     return [int(i) for i in ids]
 
 def _shared(module, batches):
@@ -253,8 +253,14 @@ def first_bad(
     terms = [names[i] for i, is_bad in zip(kept, bad[step].tolist()) if is_bad]
     return len(window) - 1 - step, terms
 
-def _backward(module, micros, state, amp):
-    "Add up the gradients of a step's micro-batches; the names and means of the logged numbers"
+def clipped_gradients(
+    module: nn.Module,  # batch -> (loss, dictionary of numbers); maybe in DDP
+    state,              # `TrainState` whose weights get the gradients
+    amp: bool,          # bf16 autocast
+    *micros,            # micro-batches of a step, on the device
+) -> tuple[list[str], Tensor]:  # names and means of loss, what a batch logs, and grad_norm
+    "Make the gradients of a step, clipped. Nothing here waits for the device."
+    state.optimizer.zero_grad(set_to_none=True)
     device = next(state.model.parameters()).device.type
     n, logged = len(micros), 0.
     for micro, batch in enumerate(micros):
@@ -272,7 +278,10 @@ def _backward(module, micros, state, amp):
         # the numbers stay on the device, where nothing waits for them
         numbers = torch.stack([v.detach().float() for v in values.values()])
         logged = logged + numbers / n
-    return list(values), logged
+    # clip the norm of all gradients together
+    params = [p for group in state.optimizer.param_groups for p in group['params']]
+    norm = nn.utils.clip_grad_norm_(params, state.cfg.clip_max_norm)
+    return [*values, 'grad_norm'], torch.cat((logged, norm.detach().float()[None]))
 
 # %% ../../nbs/33_loop.ipynb #c015
 def train_step(
@@ -282,6 +291,7 @@ def train_step(
     factor: float,                       # of the learning rates, 0..1
     amp: bool = False,                   # bf16 autocast
     processes: Processes | None = None,  # all of them do this step; None: there is one
+    recorded: RecordedStep | None = None,  # does it on the device; None: it is launched
 ) -> tuple[list[str], Tensor]:           # names of the logged numbers, their values on the device
     """Update the weights with one global batch.
 
@@ -290,17 +300,14 @@ def train_step(
     optimizer, cfg = state.optimizer, state.cfg
     for group in optimizer.param_groups:
         group['lr'] = group['initial_lr'] * factor
-    optimizer.zero_grad(set_to_none=True)
-
-    # forward and backward
     micros = [next(batches) for _ in range(cfg.accumulate)]
-    names, logged = _backward(module, micros, state, amp)
+    if recorded:
+        names, logged = recorded(*micros)
+        state.step, state.skips = state.step + 1, 0
+        return names, logged
 
-    # clip the norm of all gradients together
-    params = [p for group in optimizer.param_groups for p in group['params']]
-    norm = nn.utils.clip_grad_norm_(params, cfg.clip_max_norm)
-    names.append('grad_norm')
-    logged = torch.cat((logged, norm.detach().float()[None]))
+    # forward, backward and clipping
+    names, logged = clipped_gradients(module, state, amp, *micros)
 
     # where one process has a bad number none updates, else their weights would part
     bad = False
@@ -584,13 +591,16 @@ def _loop(task, module, state, log, total, stop):
     log.start = time.perf_counter()
     begun = log.start - state.seconds
     amp = cfg.amp and processes.device.type == 'cuda'
+    recorder = getattr(task, 'record', None)
+    gradients = partial(clipped_gradients, module, state, amp)
+    recorded = RecordedStep(gradients, state, recorder) if recorder else None
     # a run that was stopped while it measured measures first
     stopping = _due(task, state, total) and not _measure(task, state, log, stop)
     while state.step < total and not stopping and not _over(task, state):
         # the folder may have been renamed
         task.run_dir = log.path.parent
         factor = lr_factor(state.step, total, per_epoch, cfg)
-        names, values = train_step(module, batches, state, factor, amp, processes)
+        names, values = train_step(module, batches, state, factor, amp, processes, recorded)
         if state.skips: skip_step(task, state, log, names, values)
         else: log.add(names, values)
         state.seconds = time.perf_counter() - begun
