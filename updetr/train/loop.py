@@ -253,6 +253,7 @@ def first_bad(
     terms = [names[i] for i, is_bad in zip(kept, bad[step].tolist()) if is_bad]
     return len(window) - 1 - step, terms
 
+# %% ../../nbs/33_loop.ipynb #33c00001
 def clipped_gradients(
     module: nn.Module,  # batch -> (loss, dictionary of numbers); maybe in DDP
     state,              # `TrainState` whose weights get the gradients
