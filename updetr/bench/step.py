@@ -333,7 +333,7 @@ class OurStep(DetectorStep):
 
     def match(self, outputs, targets):
         "Match all layers at once."
-        # of pre-training: the training loop's own halves
+        # of pre-training: the training loop's own parts
         if isinstance(outputs, tuple): return match_patches(self.criterion, outputs, targets[1])
         # of a detector: kept for the losses
         self.stacked = stack_layers(outputs)
