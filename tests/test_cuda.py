@@ -16,14 +16,17 @@ from updetr.bench.run import TINY, detection_batch
 from updetr.bench.step import OurStep, build_step, noise_batch
 from updetr.core.checkpoint import load_checkpoint
 from updetr.core.config import make_config, model_options
-from updetr.data.loader import photo_loader, to_device
+from updetr.data.loader import PatchTask, Views, photo_loader, to_device
 from updetr.model.detr import build_detr
 from updetr.model.losses import build_criterion
 from updetr.model.matcher import assign
+from updetr.tasks.finetune import batch_to_device, finetune_config, train_plan
+from updetr.tasks.finetune_task import FinetuneTask, evaluate
 from updetr.tasks.pretrain_task import encode
+from updetr.train.features import keep_views
 from updetr.train.graphs import RecordedStep, launch_each, record_graph
 from updetr.train.launch import launch, read_log
-from updetr.train.loop import TrainState, clipped_gradients, train
+from updetr.train.loop import Processes, TrainState, clipped_gradients, train
 from updetr.train.progress import watch
 
 pytestmark = pytest.mark.cuda
@@ -148,11 +151,70 @@ def test_the_benchmark_times_the_same_step_recorded_and_launched():
     assert np.allclose(*curves, rtol=.01) and curves[0][3] < curves[0][0], curves
 
 
-def test_photos_are_cut_on_the_gpu_as_by_the_workers(tmp_path):
+@pytest.mark.parametrize('views', [{}, VIEWS, VIEWS | dict(cache_features=True)], ids=['photos', 'views', 'bank'])
+def test_photos_are_cut_on_the_gpu_as_by_the_workers(tmp_path, views):
+    "Whole photos that travel; views whose photos live there; and the bank that is filled by them."
     save_photos(tmp_path / 'photos', 8, size=(160, 120))
-    live = dict(data=str(tmp_path / 'photos'), amp=False, num_workers=2)
-    curves = [losses(tmp_path / str(here), crop_on_gpu=here, **live) for here in (False, True)]
-    assert len(curves[0]) == 4 and np.allclose(*curves, rtol=.03), curves
+    live = views | dict(data=str(tmp_path / 'photos'), amp=False, num_workers=2)
+    curves = [losses(tmp_path / str(here) / 'run', crop_on_gpu=here, **live) for here in (False, True)]
+    assert len(curves[0]) == (3 if views else 4) and np.allclose(*curves, rtol=.03), curves
+
+
+def test_views_are_cut_where_their_photos_live(tmp_path):
+    "Draws are equal, pixels up to rounding; no photo travels."
+    paths = [str(p) for p in sorted(save_photos(tmp_path / 'photos', 5, size=(90, 60)).iterdir())]
+    views, items = Views(paths, PatchTask(4, 8, 32), 12), [[(0, i, 64) for i in range(8)], [(1, i, 64) for i in range(4, 12)]]
+    here = list(keep_views(views, DEVICE, 2).batches(items, 2))
+    assert all(b['photos'].device.type == DEVICE.type and 'crops' in b for b in here)
+    for cut, there in zip(photo_loader(views, items), here, strict=True):
+        for batch in (cut, there): batch['factors'] = torch.tensor([1., 1, 1, 0, 0, 1, 2, 3, 0, 0]).expand(8, 4, 10)
+        a, b = (to_device(batch, DEVICE, (0.,) * 3, (1 / 255,) * 3) for batch in (cut, there))
+        assert all(torch.equal(a[k], b[k]) for k in ('boxes', 'keep', 'index'))
+        assert all((a[k] - b[k]).abs().max() < 3.1 and (a[k] - b[k]).abs().mean() < .5 for k in ('images', 'patches'))
+
+
+LABELLED = dict(backbone='resnet18', weights='none', features='layer2', hidden_dim=32, nheads=4, dim_feedforward=32, enc_layers=1,
+                dec_layers=2, num_queries=8, scenes=12, scenes_val=6, scene_size=64, val_size=64, square=64, batch_size=4, epochs=1,
+                dropout=0., frozen_backbone=True, cached_views=2, log_every=1)
+
+
+def labelled_task(folder, device, **changes):
+    folder.mkdir(parents=True)
+    task = FinetuneTask(finetune_config('demo', **LABELLED | changes), folder, Processes(device=torch.device(device)))
+    task.begin(resumed=False)
+    return task
+
+
+def test_stored_views_of_fine_tuning_are_the_cpus(tmp_path):
+    "Filled by all cores in large batches, kept on the GPU, targets in few copies: the same batches up to rounding, and nothing waits."
+    here, there = (labelled_task(tmp_path / name / 'run', device, amp=False) for name, device in (('cpu', 'cpu'), ('there', DEVICE)))
+    assert there.cached[0].feature.device.type == DEVICE.type
+    for a, b in zip(here.batches(0, 3), there.batches(0, 3), strict=True):
+        assert (a['feature'] - b['feature'].cpu()).abs().max() < .02 * a['feature'].abs().max()
+        for one, other in zip(a['targets'], b['targets'], strict=True):
+            assert one.keys() == other.keys() and all(torch.equal(v, other[k].cpu()) for k, v in one.items())
+            assert other['image_id'].device.type == 'cpu' and other['boxes'].device.type == DEVICE.type
+    mode = torch.cuda.set_sync_debug_mode if DEVICE.type == 'cuda' else lambda mode: None
+    plan = train_plan(there.cfg, there.train_set, 0, 3)
+    try:
+        for i, items in enumerate(plan):
+            if i: mode('error')
+            batch_to_device(there.cached[0].batch(items), DEVICE, there.cnn.mean, there.cnn.std)
+    finally: mode('default')
+
+
+@pytest.mark.parametrize('cached', [0, 2])
+def test_an_evaluation_in_half_precision_finds_the_same(tmp_path, cached):
+    "And one copy a batch brings it back"
+    found = []
+    for amp in (False, True):
+        task = labelled_task(tmp_path / str(amp) / 'run', DEVICE, amp=amp, cached_views=cached, num_workers=2)
+        found.append([evaluate(task, task.model).predictions for _ in range(2)])  # the second time with the workers of the first
+    for first, second in found:
+        assert all(np.array_equal(p['boxes'], second[i]['boxes']) for i, p in first.items())
+    for i, plain in found[0][0].items():
+        half = found[1][0][i]
+        assert np.abs(plain['boxes'] - half['boxes']).max() < 64 * .03 and np.abs(plain['scores'] - half['scores']).max() < .03
 
 
 @pytest.mark.parametrize('shape', [(2, 4, 100, 10), (6, 8, 300, 40), (1, 3, 5, 5), (1, 2, 4, 7)], ids=str)

@@ -11,8 +11,10 @@ from updetr.core.checkpoint import load_checkpoint, read_weights, write_json
 from updetr.core.config import make_config
 from updetr.model.backbone import Backbone, build_backbone
 from updetr.model.weights import load_updetr
+from updetr.tasks import finetune_task
 from updetr.tasks.cnn_task import CNN_PRESETS, CNNConfig
 from updetr.tasks.finetune import finetune_config
+from updetr.tasks.finetune_task import DetectStep
 from updetr.tasks.oneshot import oneshot_config
 from updetr.tasks.panoptic_task import panoptic_config
 from updetr.tasks.pretrain_task import draw_preview, preview_photo
@@ -43,6 +45,7 @@ def quick_compiler_and_half_precision(monkeypatch):
     def with_amp(module, batches, state, factor, amp, *more):
         return step(module, batches, state, factor, state.cfg.amp, *more)
     monkeypatch.setattr(loop, 'train_step', with_amp)
+    monkeypatch.setattr(finetune_task, 'in_half_precision', lambda task: task.cfg.amp and isinstance(task.module, DetectStep))
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ from ..core.report import provenance, save_figure, save_metrics, smooth
 from ..predict.runs import module_line
 from updetr.bench.step import (
     Clock, Counter, OurStep, ReferenceStep, batch_sizes, build_step, ceilings, count_detection,
-    imagenet_like, noise_batch, noise_batches, on_device, peak_gib, real_share,
+    imagenet_like, noise_batch, noise_batches, on_device, peak_gib, ratio_lines, real_share,
 )
 from ..train.loop import Processes
 from ..train.progress import watch
@@ -506,29 +506,40 @@ def bench_end_to_end(
     rounds: int = 3,                     # number of rounds that count
     device: torch.device | str = 'cpu',  # where the step runs
     workers: int = 0,                    # processes that read photos
-) -> dict:                               # batch_size, steps, workers, img_s, synthetic_img_s, ratio
-    "Measure steps fed by a loader against the same steps from memory."
+    distinct: int = 32,                  # batches that come again and again
+) -> dict:  # batch_size, steps, workers, img_s, whole_img_s, synthetic_img_s, ratio, ratio_whole
+    """Measure steps fed by a loader against the same steps from memory.
+
+    Workers cut photos and patches, or (`whole`) leave that to the device."""
     way = build_step(OurStep, cfg, device)
     # what may be prefetched when the clock starts
     passed = 1 + 4 * workers
     total = steps + passed
-    repeats = batch_size * total // len(paths) + 1
-    paths = (paths * repeats)[:batch_size * total]
+    n = batch_size * min(distinct, total)
+    paths = (paths * (n // len(paths) + 1))[:n]
     task = PatchTask(cfg.num_patches, cfg.num_queries, cfg.patch_size, mask_ratio=cfg.mask_ratio)
     dataset = SelfDet(paths, task, cfg.seed)
     sizes = {p: read_photo(p).shape[1:] for p in set(paths)}
-    plan = BatchPlan(np.array([sizes[p] for p in paths]), batch_size, total, cfg.seed)
-    in_memory = list(photo_loader(dataset, plan, workers))
+    sides = np.array([sizes[p] for p in paths])
+    # few enough to be kept in memory
+    items = list(BatchPlan(sides, batch_size, n // batch_size, cfg.seed))
+    in_memory = list(photo_loader(dataset, items, workers))
 
-    fed, synthetic = [], []  # photos a second
-    for _ in range(rounds + 1):
-        synthetic.append(batch_size * pace(way, in_memory, passed))
-        fed.append(batch_size * pace(way, photo_loader(dataset, plan, workers), passed))
+    def fed(whole):
+        plan = list(itertools.islice(itertools.cycle(items), total))
+        return batch_size * pace(way, photo_loader(dataset, plan, workers, whole), passed)
+
+    def synthetic():
+        batches = itertools.islice(itertools.cycle(in_memory), steps + 1)
+        return batch_size * pace(way, batches, 1)
+
     # the first round chooses kernels and makes recordings
-    fed, synthetic = fed[1:], synthetic[1:]
-    return {'batch_size': batch_size, 'steps': steps, 'workers': workers,
-            'img_s': statistics.median(fed), 'synthetic_img_s': statistics.median(synthetic),
-            'ratio': statistics.median(a / b for a, b in zip(fed, synthetic))}
+    rounds = [(synthetic(), fed(False), fed(True)) for _ in range(rounds + 1)][1:]
+    memory, cut, whole = map(statistics.median, zip(*rounds))
+    return {'batch_size': batch_size, 'steps': steps, 'workers': workers, 'img_s': cut,
+            'whole_img_s': whole, 'synthetic_img_s': memory,
+            'ratio': statistics.median(c / m for m, c, _ in rounds),
+            'ratio_whole': statistics.median(w / m for m, _, w in rounds)}
 
 # %% ../../nbs/74_run.ipynb #c027
 def curve_gap(
@@ -629,15 +640,19 @@ _SMALL_GROWTH = {'batch_size': (1, 2), 'short side': (64, 96), 'num_queries': (1
 _TINY_SIZE = dict(
     cfg=TINY, shrink=4, batch=2, rounds=1, steps_a_round=1, compiled=False, memory=(2,),
     detect=96, detect_batch=2, counted=(96, 2), infer=(1, 2), growth=_SMALL_GROWTH,
-    steps=10, seeds=(42, 43), processes=(1,), photos=8,
+    steps=10, seeds=(42, 43), processes=(1,), photos=8, small=(TINY, 2),
     loader=dict(repeats=1, workers=0), fed=dict(steps=2, rounds=1, workers=1),
     evaluation=dict(images=60, detections=20, classes=10))
+
+# a small network behind a frozen CNN, whose features are kept
+_LITE = dict(weights='none', backbone='tf_efficientnet_lite0', features='blocks.4,blocks.5',
+             enc_layers=3, dec_layers=3, dim_feedforward=1024)
 
 # the paper's sizes, on any machine
 _LARGE = dict(
     cfg=dict(weights='none'), shrink=1, detect=800, counted=(800, 16), steps=500,
     seeds=(42, 43, 44), photos=32, processes=(1,), compiled=False, growth=GROWTH,
-    loader=dict(workers=2), evaluation=dict(images=5000, detections=100))
+    small=(_LITE, 8), loader=dict(workers=2), evaluation=dict(images=5000, detections=100))
 
 # %% ../../nbs/74_run.ipynb #d43f0005
 SIZES = {
@@ -645,10 +660,12 @@ SIZES = {
     'cpu': _LARGE | dict(
         batch=4, rounds=3, steps_a_round=1, memory=(4,), detect_batch=2, infer=(1, 4),
         processes=(1, 2), fed=dict(steps=2, rounds=2, workers=0)),
+    # two calls of nine minutes
     'gpu': _LARGE | dict(
         batch=64, rounds=8, steps_a_round=8, memory=(64, 256), detect_batch=16, infer=(1, 16),
         compiled=True, growth=GROWTH | {'batch_size': (32, 64, 128, 256)},
-        fed=dict(steps=128, rounds=1, workers=os.cpu_count()))}
+        small=(_LITE, 256), steps=200, evaluation=dict(images=1000, detections=100),
+        fed=dict(steps=96, rounds=1, workers=os.cpu_count()))}
 
 # %% ../../nbs/74_run.ipynb #d43e0004
 def _named(name, f, *args): return {name: f(*args)}
@@ -689,6 +706,8 @@ def bench_parts(
     add('finetune', bench_finetune, cfg, detect, s['detect_batch'], rounds, device, s['counted'],
         compiled)
     add('cached', bench_cached, cfg, max(s['memory']), rounds, device, side, steps)
+    lite, many = s['small']
+    add('small', bench_cached, make_config('paper', **lite), many, rounds, device, side, steps)
     add('end_to_end', _with_photos, fed, photos)
     add('memory', bench_memory, cfg, s['memory'], device, shrink)
     add('inference', bench_inference, cfg, detect, s['infer'], compiled, rounds, device)
@@ -738,6 +757,7 @@ def run_bench(
     threads: int = 0,        # number of torch's threads; 0 = as it is
     show: Callable = print,  # called with a line
     command: str = '',       # command that is recorded; '' = the module's own
+    minutes: float = 0.,     # no part is begun that would not end by then; 0 = no limit
 ) -> dict:                   # metrics.json
     """Measure what is not there yet, and write it part by part.
 
@@ -749,11 +769,16 @@ def run_bench(
     file = Path(out) / 'metrics.json'
     metrics = _begun(file, size, device)
     own = module_line('updetr.bench', size=size, out=str(out), parts=parts, again=again)
+    start, longest = time.time(), 0.
     for name in names:
         if name in metrics['seconds'] and not again:
             show(f'{name}: in {file} already; --again measures it anew')
             continue
         begun = time.time()
+        # a part may take as long as the longest did
+        if minutes and begun - start + longest > 60 * minutes:
+            show(f'{name}: left for the next call')
+            continue
         metrics |= known[name]()
         metrics['seconds'] |= {name: round(time.time() - begun, 1)}
         # written after each part, with the commit that it was measured at
@@ -762,6 +787,7 @@ def run_bench(
         metrics['provenance'] = about
         metrics['commits'] = metrics.get('commits', {}) | {name: about['commit']}
         save_metrics(out, metrics)
+        longest = max(longest, metrics['seconds'][name])
         show(f'{name}: {metrics["seconds"][name]} s')
         _let_go(device)
     return read_json(file)
@@ -778,9 +804,11 @@ def main() -> None:
     add('--out', default='runs/benchmark', help='folder for metrics.json and pictures')
     add('--parts', default='', help=names)
     add('--again', action='store_true', help='measure also what is there already')
+    add('--minutes', default=0., type=float, help='begin no part that would not end by then')
     args = parser.parse_args()
-    metrics = run_bench(args.size, args.out, args.parts, args.again)
+    metrics = run_bench(args.size, args.out, args.parts, args.again, minutes=args.minutes)
     save_pictures(metrics, args.out)
+    print(*ratio_lines(metrics), sep='\n')
 
 # %% ../../nbs/74_run.ipynb #c037
 def phases_figure(
