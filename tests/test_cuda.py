@@ -187,7 +187,7 @@ def labelled_task(folder, device, **changes):
 
 def test_stored_views_of_fine_tuning_are_the_cpus(tmp_path):
     "Filled by all cores in large batches, kept on the GPU, targets in few copies: the same batches up to rounding, and nothing waits."
-    here, there = (labelled_task(tmp_path / name / 'run', device, amp=False) for name, device in (('cpu', 'cpu'), ('there', DEVICE)))
+    here, there = (labelled_task(tmp_path / name / 'run', device, amp=False) for name, device in (('here', 'cpu'), ('there', DEVICE)))
     assert there.cached[0].feature.device.type == DEVICE.type
     for a, b in zip(here.batches(0, 3), there.batches(0, 3), strict=True):
         assert (a['feature'] - b['feature'].cpu()).abs().max() < .02 * a['feature'].abs().max()
