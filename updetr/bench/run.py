@@ -508,9 +508,7 @@ def bench_end_to_end(
     workers: int = 0,                    # processes that read photos
     distinct: int = 32,                  # batches that come again and again
 ) -> dict:  # batch_size, steps, workers, img_s, whole_img_s, synthetic_img_s, ratio, ratio_whole
-    """Measure steps fed by a loader against the same steps from memory.
-
-    Workers cut photos and patches, or (`whole`) leave that to the device."""
+    "Measure steps fed by workers that cut photos, or leave it to the device, and from memory."
     way = build_step(OurStep, cfg, device)
     # what may be prefetched when the clock starts
     passed = 1 + 4 * workers
@@ -759,9 +757,7 @@ def run_bench(
     command: str = '',       # command that is recorded; '' = the module's own
     minutes: float = 0.,     # no part is begun that would not end by then; 0 = no limit
 ) -> dict:                   # metrics.json
-    """Measure what is not there yet, and write it part by part.
-
-    Raises ValueError for an unknown size or part."""
+    "Measure what is not there yet, part by part. Raises ValueError for an unknown size or part."
     device = _device_of(size)
     known = bench_parts(size, device)
     names = _chosen(parts, known)

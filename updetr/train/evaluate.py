@@ -86,6 +86,7 @@ def _greedy(ious, limits, aside, things):
             if not things[which]['iscrowd']: taken.add(which)
     return hit, ignored
 
+# %% ../../nbs/36_evaluate.ipynb #q002b
 def _curves(hit, ignored, scores, count, recalls):
     """Return precision (T, R) and score (T, R) at R recalls, and the recall (T,) at the end
 
@@ -105,7 +106,7 @@ def _curves(hit, ignored, scores, count, recalls):
 
 # %% ../../nbs/36_evaluate.ipynb #q003
 class ClassEval(COCOeval):
-    "pycocotools' COCOeval with the same tables in less time: `evaluate`, `accumulate`, `summarize`."
+    "pycocotools' COCOeval, class by class: the same tables in less time."
     def evaluate(self):
         "Match the detections of every class."
         p = self.params
