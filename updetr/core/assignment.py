@@ -33,6 +33,8 @@ def _lane(values, lanes, k):
 def _beyond_prices(cost, place, real, u, v):
     "Return what each query costs an object beyond the prices, read from `place` of `cost`."
     row = tl.load(cost + place, mask=real, other=0.0)
+    # what is not finite is the last choice
+    row = tl.where(tl.abs(row) < float('inf'), row, 1e6)
     return row.to(tl.float64) - u - v
 
 @_program_of
@@ -51,13 +53,19 @@ def _assign_one(cost, counts, match, N, T, B, BLOCK: constexpr):
     "Solve problem number `program_id`: (N, T) of `cost`, of which `counts` says the objects."
     problem = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    real, start = lanes < N, BLOCK - 1
+    start = BLOCK - 1
+    count = tl.load(counts + problem % B)
+    # objects find their query; where they are more than the queries, these find their object
+    crowded = count > N
+    newcomers = tl.minimum(count, N)
+    real = lanes < tl.where(crowded, count, N)
+    # how far apart two lanes and two newcomers are in the table
+    across, down = tl.where(crowded, 1, T), tl.where(crowded, T, 1)
     owner = tl.full((BLOCK,), -1, tl.int32)
     # prices of the owners, and of the queries
     u = tl.zeros((BLOCK,), tl.float64)
     v = tl.zeros((BLOCK,), tl.float64)
-    count = tl.load(counts + problem % B)
-    for newcomer in range(count):
+    for newcomer in range(newcomers):
         owner = tl.where(lanes == start, newcomer, owner)
         u = tl.where(lanes == start, 0.0, u)
         shortest = tl.full((BLOCK,), float('inf'), tl.float64)
@@ -68,7 +76,7 @@ def _assign_one(cost, counts, match, N, T, B, BLOCK: constexpr):
         while who >= 0:
             seen = seen | (lanes == here)
             unseen = real & (seen == 0)
-            place = (problem * N + lanes) * T + who
+            place = problem * N * T + lanes * across + who * down
             reduced = _beyond_prices(cost, place, real, _lane(u, lanes, here), v)
             better = unseen & (reduced < shortest)
             shortest = tl.where(better, reduced, shortest)
@@ -84,23 +92,23 @@ def _assign_one(cost, counts, match, N, T, B, BLOCK: constexpr):
         owner, u = _move_on(owner, u, way, lanes, here, start)
     # the waiting place is nobody's query
     owner = tl.where(real, owner, -1)
-    tl.store(match + problem * T + owner, lanes.to(tl.int64), mask=owner >= 0)
+    thing, query = tl.where(crowded, lanes, owner), tl.where(crowded, owner, lanes)
+    tl.store(match + problem * T + thing, query.to(tl.int64), mask=owner >= 0)
 
 # %% ../../nbs/09_assignment.ipynb #c013
 def assign_on_device(
-    cost: Tensor,       # (L, B, N, T) finite, on a GPU; L decoder layers, B photos
-    counts: list[int],  # real objects of each photo, at most N
+    cost: Tensor,    # (L, B, N, T) on a GPU; L decoder layers, B photos
+    counts: Tensor,  # (B,) int32 beside it: real objects of each photo
 ) -> Tensor:  # (L, B, T) int: the query of each object, -1 where there is none
     """Return the cheapest one-to-one assignment for every layer and photo.
 
-    Nothing waits for the GPU. Raises ValueError for more objects than queries."""
+    What is not finite is the last choice. Nothing waits for the GPU."""
     L, B, N, T = cost.shape
-    if max(counts) > N: raise ValueError(f'{max(counts)} objects, but only {N} queries')
     match = torch.full((L, B, T), -1, device=cost.device)
-    number = torch.tensor(counts, dtype=torch.int32, device=cost.device)
+    if not T: return match
     # the next power of two with room for the waiting place
-    block = 1 << N.bit_length()
+    block = 1 << max(N, T).bit_length()
     table = cost.float().contiguous()
     programs = _assign_one[(L * B,)]
-    programs(table, number, match, N, T, B, block, num_warps=1)
+    programs(table, counts, match, N, T, B, block, num_warps=1)
     return match
