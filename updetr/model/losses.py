@@ -268,6 +268,10 @@ class SetCriterion(nn.Module):
         "Return the number to minimise: the weighted sum of what `forward` returned."
         return sum(losses[k] * w for k, w in self.weight_dict.items() if k in losses)
 
+    def total_of_layers(self, losses):
+        "Return the same of what `losses` returned, all layers at once."
+        return sum(losses[k].sum() * w for k, w in self.weights.items() if k in losses)
+
 # %% ../../nbs/26_losses.ipynb #c018
 def name_layers(
     values: dict[str, Tensor],  # () or (L,) each, the last layer last
@@ -386,5 +390,4 @@ def matched_losses(
     if model.feature_align is not None: recon = model.feature_align(pick(hs, matched))
     losses = criterion.losses(_named(predictions), (labels, boxes, counts), matched, gt_feature,
                               number, recon)
-    losses = name_layers(losses)
-    return losses, criterion.total(losses)
+    return name_layers(losses), criterion.total_of_layers(losses)

@@ -39,6 +39,7 @@ class MultiheadAttention(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f'width {embed_dim} is not a multiple of {num_heads} heads')
         self.num_heads, self.dropout = num_heads, dropout
+        self.head_size = embed_dim // num_heads  # d_k
         # the projections of query, key and value, one below the other
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
@@ -46,12 +47,9 @@ class MultiheadAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def _project(self, x, first, last):
-        "Return projections number `first` to `last` - 1 of tokens, each (B, heads, tokens, d_k)."
-        rows = slice(first * x.shape[-1], last * x.shape[-1])
-        x = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
-        heads = x.unflatten(-1, (last - first, self.num_heads, -1))
-        return heads.permute(2, 0, 3, 1, 4).unbind()
+    def _heads(self, x, weight, bias):
+        x = F.linear(x, weight, bias)                           # (B, tokens, d or 2 d)
+        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
     def forward(
         self,
@@ -62,9 +60,14 @@ class MultiheadAttention(nn.Module):
         need_weights=False,  # also return the attention map (B, heads, Q, K), without dropout
     ):
         # project, and cut into heads; what is one tensor is one product
-        if query is key: q, k = self._project(query, 0, 2)      # (B, heads, Q, d_k) each
-        else: (q,), (k,) = self._project(query, 0, 1), self._project(key, 1, 2)
-        v, = self._project(value, 2, 3)                         # (B, heads, K, d_k)
+        d, one = query.shape[-1], query is key
+        parts = (2 * d, d) if one else (d, d, d)
+        weights = self.in_proj_weight.split(parts)
+        biases = self.in_proj_bias.split(parts)
+        v = self._heads(value, weights[-1], biases[-1])         # (B, heads, K, d_k)
+        q = self._heads(query, weights[0], biases[0])           # (B, heads, Q, d_k)
+        if one: q, k = q.chunk(2, 1)
+        else: k = self._heads(key, weights[1], biases[1])       # (B, heads, K, d_k)
         # every query takes what it looks at; the map is stored only on request
         weights = None
         if need_weights:
