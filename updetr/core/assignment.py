@@ -47,24 +47,28 @@ def _move_on(owner, u, way, lanes, here, start):
         here = before
     return owner, u
 
+# %% ../../nbs/09_assignment.ipynb #c010t
+@_program_of
+def _turned(count, N, T):
+    "Return whether a photo is crowded, newcomers, lanes; how far apart lanes and newcomers are."
+    # objects find their query; where they are more than the queries, these find their object
+    crowded = count > N
+    newcomers, width = tl.minimum(count, N), tl.where(crowded, count, N)
+    across, down = tl.where(crowded, 1, T), tl.where(crowded, T, 1)
+    return crowded, newcomers, width, across, down
+
 # %% ../../nbs/09_assignment.ipynb #c011
 @_program_of
 def _assign_one(cost, counts, match, N, T, B, BLOCK: constexpr):
     "Solve problem number `program_id`: (N, T) of `cost`, of which `counts` says the objects."
     problem = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK)
-    start = BLOCK - 1
+    lanes, start = tl.arange(0, BLOCK), BLOCK - 1
     count = tl.load(counts + problem % B)
-    # objects find their query; where they are more than the queries, these find their object
-    crowded = count > N
-    newcomers = tl.minimum(count, N)
-    real = lanes < tl.where(crowded, count, N)
-    # how far apart two lanes and two newcomers are in the table
-    across, down = tl.where(crowded, 1, T), tl.where(crowded, T, 1)
+    crowded, newcomers, width, across, down = _turned(count, N, T)
+    real = lanes < width
     owner = tl.full((BLOCK,), -1, tl.int32)
     # prices of the owners, and of the queries
-    u = tl.zeros((BLOCK,), tl.float64)
-    v = tl.zeros((BLOCK,), tl.float64)
+    u, v = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     for newcomer in range(newcomers):
         owner = tl.where(lanes == start, newcomer, owner)
         u = tl.where(lanes == start, 0.0, u)

@@ -58,6 +58,7 @@ def giou_table(
     union = sides_a[0] * sides_a[1] + sides_b[0] * sides_b[1] - both
     return both / union + union / hull - 1
 
+# %% ../../nbs/25_matcher.ipynb #c008m
 def match_cost(
     logits: Tensor,      # (..., B, N, K)
     pred_boxes: Tensor,  # (..., B, N, 4) cxcywh in 0..1
@@ -120,6 +121,7 @@ def _counts_on(device, counts):
         return torch.full((len(counts),), counts[0], dtype=torch.int32, device=device)
     return send(torch.tensor(counts, dtype=torch.int32), device)
 
+# %% ../../nbs/25_matcher.ipynb #c012c
 def assign(
     cost: Tensor,       # (L, B, N, T) on any device
     counts: list[int],  # real targets of each photo
