@@ -12,7 +12,7 @@ import torch
 from conftest import NOTEBOOKS
 from test_logged import MAKE, check, seen  # noqa: F401 (a fixture)
 from test_task import SMALL, VIEWS, make_task, rows, save_photos, small_photos, train_small  # noqa: F401 (a fixture)
-from updetr.bench.run import TINY, detection_batch
+from updetr.bench.run import TINY, bench_inference, detection_batch
 from updetr.bench.step import OurStep, build_step, noise_batch
 from updetr.core.checkpoint import load_checkpoint
 from updetr.core.config import make_config, model_options
@@ -201,6 +201,12 @@ def test_stored_views_of_fine_tuning_are_the_cpus(tmp_path):
             if i: mode('error')
             batch_to_device(there.cached[0].batch(items), DEVICE, there.cnn.mean, there.cnn.std)
     finally: mode('default')
+
+
+def test_a_recorded_detector_is_among_the_ways_to_answer():
+    cfg = make_config('paper', **TINY)
+    ways = {row['way'] for row in bench_inference(cfg, 96, (1, 2), rounds=1, device=DEVICE)}
+    assert ways == {'reference', 'ours'} | ({'ours, recorded'} if DEVICE.type == 'cuda' else set())
 
 
 @pytest.mark.parametrize('cached', [0, 2])

@@ -274,3 +274,18 @@ def test_a_small_run_ends_in_a_report(tmp_path, monkeypatch):
     assert '-p scenes 8' in metrics['provenance']['command'] and 'small scale' in metrics['provenance']['scale']
     assert metrics['detection']['detr']['AP50']['mean'] == pytest.approx(measured(run)[-1]['test_AP50'], abs=.1)  # cached in half precision
     assert Detector.from_checkpoint(run / 'detector.safetensors').classes == Detector.from_checkpoint(run / 'checkpoint.pth').classes
+
+
+def test_workers_of_the_evaluation_live_as_long_as_the_run(labelled, tmp_path):
+    """They begin with the first one, and what they bring is what this process reads."""
+    found, workers = [], []
+    for name, num_workers in (('alone', 0), ('helped', 1)):
+        torch.manual_seed(0)
+        task = make_task(make_run(tmp_path / name, labelled, num_workers=num_workers))
+        task.begin(resumed=False)
+        assert task.val_loader is None
+        for _ in range(2):
+            found.append(evaluate(task, task.model).predictions)
+            if num_workers: workers.append([w.pid for w in task.val_loader._iterator._workers])
+    assert workers[0] == workers[1] and len(workers[0]) == 1
+    assert all(np.array_equal(p[k], other[i][k]) for other in found[1:] for i, p in found[0].items() for k in p)

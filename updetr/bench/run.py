@@ -51,6 +51,7 @@ from ..predict.runs import module_line
 from updetr.bench.step import (
     Clock, Counter, OurStep, ReferenceStep, batch_sizes, build_step, ceilings, count_detection,
     imagenet_like, noise_batch, noise_batches, on_device, peak_gib, ratio_lines, real_share,
+    recorded,
 )
 from ..train.loop import Processes
 from ..train.progress import watch
@@ -308,6 +309,8 @@ def bench_inference(
     for n in batch_sizes:
         images, mask, _ = detection_batch(size, n, device)
         contenders = {k: lambda r, k=k, batch=(images, mask): answer(k, batch) for k in models}
+        played = recorded(partial(answer, 'ours', (images, mask)), device)
+        if played: contenders['ours, recorded'] = played
         for k, seconds in in_turn(contenders, rounds, device).items():
             s = statistics.median(seconds)
             rows.append({'way': k, 'size': size, 'batch_size': n, 'ms': 1000 * s, 'img_s': n / s})

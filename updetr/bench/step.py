@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FORMULAS', 'ASPECTS', 'plain', 'Clock', 'ByteCounter', 'Counter', 'ceilings', 'floors', 'ratio_lines',
            'imagenet_like', 'batch_sizes', 'real_share', 'noise_batch', 'as_floats', 'on_device', 'DetectorStep',
-           'detections', 'OurStep', 'ReferenceStep', 'build_step', 'noise_batches', 'peak_gib', 'count_detection']
+           'detections', 'recorded', 'OurStep', 'ReferenceStep', 'build_step', 'noise_batches', 'peak_gib',
+           'count_detection']
 
 # %% ../../nbs/73_step.ipynb #c002
 import re
@@ -26,7 +27,7 @@ from torchvision.ops import box_convert
 from ..data.augment import draw_factors
 from ..core.boxes import pad_images
 from ..core.config import PretrainConfig, loss_options, model_options
-from ..train.graphs import RecordedStep, record_graph
+from ..train.graphs import HostNeeded, RecordedStep, record_graph
 from ..data.loader import as_targets, collate, epoch_batches, to_device
 from ..model.losses import (SetCriterion, build_criterion, match_patches, matched_losses,
                                   name_layers, patch_predictions, stack_layers)
@@ -344,6 +345,17 @@ def detections(
     with torch.autocast(way.device.type, torch.bfloat16, enabled=way.amp):
         feature, mask = piece('CNN, photos', lambda: model.backbone(images, mask))
         return piece('transformer', lambda: model.forward_features(feature, mask))
+
+# %% ../../nbs/73_step.ipynb #d42b0006
+def recorded(
+    call: Callable,              # without arguments, always with the same tensors
+    device: torch.device | str,  # where it runs
+) -> Callable | None:            # function of a round; None: no GPU, or it waits for the host
+    "Return a call as a CUDA graph: a small batch is launched faster than kernel by kernel."
+    if torch.device(device).type != 'cuda': return None
+    try: play = record_graph(call)
+    except HostNeeded: return None
+    return lambda r: play()
 
 # %% ../../nbs/73_step.ipynb #c020
 class OurStep(DetectorStep):

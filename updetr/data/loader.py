@@ -611,7 +611,7 @@ def safe_workers(
 ) -> int:  # at most as many
     "Return how many workers have room for their batches in half of the shared memory."
     _, room = _shared_memory()
-    return min(num_workers, room.free // (2 * AHEAD * nbytes))
+    return min(num_workers, room.free // (2 * AHEAD * max(1, nbytes)))
 
 CHUNK = 2**25  # bytes of pixels that a GPU gets at a time
 
@@ -629,7 +629,7 @@ def filling(
     workers = num_workers or cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     # many at a time, but some for every process
     share = math.ceil(num / (2 * max(1, workers)))
-    chunk = max(1, min(CHUNK // nbytes, share))
+    chunk = max(1, min(CHUNK // max(1, nbytes), share))
     return chunk, safe_workers(workers, chunk * nbytes)
 
 # %% ../../nbs/12_loader.ipynb #c025
