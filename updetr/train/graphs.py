@@ -52,11 +52,12 @@ def record_graph(
     "Return a step as a CUDA graph. Raises HostNeeded for one that waits for the host."
     stream, here = stream_for('record', torch.cuda.current_device()), torch.cuda.current_stream()
     stream.wait_stream(here)
-    with torch.cuda.stream(stream):
-        # what is made at a first time
-        for _ in range(2): step()
-        _rehearse(step)
-    here.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            # what is made at a first time
+            for _ in range(2): step()
+            _rehearse(step)
+    finally: here.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     ours = dict(pool=pool, stream=stream, capture_error_mode='thread_local')
     with torch.cuda.graph(graph, **ours): result = step()
