@@ -20,6 +20,8 @@ from updetr.data.loader import PatchTask, Views, photo_loader, to_device
 from updetr.model.detr import build_detr
 from updetr.model.losses import build_criterion
 from updetr.model.matcher import assign
+from updetr.model.transformer import Transformer
+from updetr.model.updetr import group_mask
 from updetr.tasks.finetune import batch_to_device, finetune_config, train_plan
 from updetr.tasks.finetune_task import FinetuneTask, evaluate
 from updetr.tasks.pretrain_task import encode
@@ -223,14 +225,22 @@ def test_an_evaluation_in_half_precision_finds_the_same(tmp_path, cached):
         assert np.abs(plain['boxes'] - half['boxes']).max() < 64 * .03 and np.abs(plain['scores'] - half['scores']).max() < .03
 
 
-@pytest.mark.parametrize('shape', [(2, 4, 100, 10), (6, 8, 300, 40), (1, 3, 5, 5), (1, 2, 4, 7)], ids=str)
+@pytest.mark.parametrize('shape', [(2, 4, 100, 10), (6, 8, 300, 40), (1, 3, 5, 5), (1, 2, 4, 7), (1, 2, 3, 0)], ids=str)
 def test_the_gpu_matches_as_cheaply_as_scipy(shape):
-    "The last shape has more objects than queries: that is scipy's, here too"
+    "One shape has more objects than queries, one has none. What is no number is the last choice, and nobody waits for the GPU."
     torch.manual_seed(0)
     L, B, N, T = shape
     counts = torch.randint(0, T + 1, (B,)).tolist()[:-1] + [T]
-    for cost in (torch.randn(shape), torch.randn(shape).round(), torch.full(shape, 1e6)):
-        ours, theirs = assign(cost.to(DEVICE), counts).cpu(), assign(cost, counts)
+    broken = torch.randn(shape).where(torch.rand(shape) < .8, torch.nan)
+    for cost in (torch.randn(shape), torch.randn(shape).round(), torch.full(shape, 1e6), broken):
+        given, cost = cost.to(DEVICE), cost.nan_to_num(1e6)
+        # the first call makes the program
+        ours = assign(given.nan_to_num(1e6), counts)
+        if DEVICE.type == 'cuda':
+            torch.cuda.set_sync_debug_mode('error')
+            try: ours = assign(given, counts)
+            finally: torch.cuda.set_sync_debug_mode('default')
+        ours, theirs = ours.cpu(), assign(cost, counts)
         assert torch.equal((ours >= 0).sum(2), (theirs >= 0).sum(2))
         totals = [(cost.gather(2, m.clamp(min=0)[:, :, None])[:, :, 0] * (m >= 0)).sum(2) for m in (ours, theirs)]
         assert torch.allclose(*totals, rtol=1e-5)
@@ -287,3 +297,21 @@ def test_a_run_logs_what_its_checkpoint_gives(way, tmp_path, seen):  # noqa: F81
     "The fused optimizer of a GPU does not count what it does to a weight either."
     name, changes = way
     check(MAKE[name](**changes), tmp_path / 'run', seen, DEVICE, rel=.01 if 'compile' in changes else 1e-3)
+
+
+@pytest.mark.parametrize('amp', [False, True])
+def test_groups_are_the_mask_on_a_gpu(amp):
+    "Rows of the batch and flash attention, or one group and a mask: the same states and gradients."
+    torch.manual_seed(0)
+    transformer = Transformer(64, 4, 1, 3, 64, dropout=0.).to(DEVICE)
+    src, pos, queries = torch.randn(2, 30, 64).to(DEVICE), torch.randn(1, 30, 64).to(DEVICE), torch.randn(2, 20, 64).to(DEVICE)
+    mask, found = group_mask(20, 5).to(DEVICE), []
+    for groups in (5, 1):
+        if groups == 1:
+            for layer in transformer.decoder.layers: layer.self_attn.register_forward_pre_hook(lambda module, args: (*args[:3], mask))
+        transformer.zero_grad()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=amp): states, _ = transformer(src, pos, queries, groups=groups)
+        states.float().square().mean().backward()
+        found.append((states.float(), torch.cat([p.grad.flatten() for p in transformer.parameters()])))
+    rtol = .05 if amp else 1e-3
+    for ours, theirs in zip(*found): assert (ours - theirs).abs().max() <= rtol * theirs.abs().max()

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['stack_layers', 'pick', 'process_count', 'average_over_processes', 'loss_labels', 'loss_boxes', 'loss_feature',
            'watch_predictions', 'count_amounts', 'SetCriterion', 'name_layers', 'build_criterion', 'balanced_weights',
-           'read_class_weights', 'patch_predictions', 'match_patches', 'matched_losses']
+           'read_class_weights', 'patch_predictions', 'match_patches', 'matched_losses', 'CountCalls']
 
 # %% ../../nbs/26_losses.ipynb #c002
+from collections import Counter
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_convert
 
 from ..core.boxes import paired_giou, paired_iou
@@ -391,3 +393,20 @@ def matched_losses(
     losses = criterion.losses(_named(predictions), (labels, boxes, counts), matched, gt_feature,
                               number, recon)
     return name_layers(losses), criterion.total_of_layers(losses)
+
+# %% ../../nbs/26_losses.ipynb #a7e10009
+_MEMORY = {'empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided', '_unsafe_view'}
+
+class CountCalls(TorchDispatchMode):
+    "Within it, `counts` says how often PyTorch was asked for each operation that computes."
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        # what it returns is its argument in another shape?
+        shared = [r.alias_info for r in operation._schema.returns if r.alias_info]
+        name = operation.overloadpacket.__name__
+        only_looks = any(not alias.is_write for alias in shared) or name in _MEMORY
+        if not only_looks: self.counts[name] += 1
+        return operation(*args, **kwargs or {})

@@ -1,0 +1,120 @@
+"What follows the CNN in a pre-training step never asks the device, or it could not be recorded; attention has a mask only over padding."
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from updetr.data.loader import to_device
+from updetr.model import matcher
+from updetr.model.losses import build_criterion, match_patches, matched_losses, patch_predictions
+from updetr.model.updetr import build_updetr
+from updetr.tasks.pretrain_task import encode
+
+SIZES = dict(hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=32, num_queries=20, num_patches=5)
+ASKING = {'_local_scalar_dense', 'is_nonzero', 'item', 'equal', 'nonzero', 'masked_select', 'unique', '_unique2', 'bincount', 'lift_fresh'}
+
+
+class AskNothing(TorchDispatchMode):
+    "Within it, what needs an answer of the device is an error, and so is a way to it or back."
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = operation.overloadpacket.__name__
+        assert name not in ASKING, name
+        if name in ('index', 'index_put', 'index_put_'):
+            assert not any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]), 'chosen by a mask'
+        assert name != 'repeat_interleave' or 'output_size' in kwargs or len(args) != 1
+        out = operation(*args, **kwargs)
+        if name == '_to_copy': assert out.device == args[0].device, f'from {args[0].device} to {out.device}'
+        return out
+
+
+def on_device(cost, counts):
+    "In the place of the GPU's program: some query for each patch."
+    assert counts.device == cost.device and cost.dtype == torch.float32
+    return cost.argmin(2)
+
+
+def step(device, backward, own_group=False, padded=True, amp=False, **options):
+    "Run what follows the CNN, inside `AskNothing`."
+    with torch.device(device):
+        model = build_updetr('resnet18', **SIZES | options)
+        criterion = build_criterion(model, own_group=own_group)
+        feature, patch_feature = torch.randn(3, 512, 4, 5), torch.rand(3, 5, 512)
+        keep, boxes = torch.rand(3, 20) > .1, torch.rand(3, 5, 4) * .4 + .3
+        mask = torch.zeros(3, 4, 5, dtype=torch.bool) if padded else None
+        with AskNothing(), torch.autocast('cpu', torch.bfloat16, enabled=amp):
+            predictions = patch_predictions(model, feature, patch_feature, keep, mask)
+            if backward: match = torch.arange(5, device=device).expand(2, 3, -1) * 4  # scipy is no part of a step on a GPU
+            else: match = match_patches(criterion, predictions, boxes)
+            losses, total = matched_losses(model, criterion, *predictions, match, boxes)
+            if backward: total.backward()
+    return losses, total, model
+
+
+@pytest.mark.parametrize('options', [dict(amp=True), dict(own_group=True, padded=False), dict(query_shuffle=True, attention_mask=False)],
+                         ids=str)
+def test_no_step_on_a_gpu_asks_it(options):
+    "Forward, cost, assignment and losses on a GPU that is not there, whose numbers nobody can know; then a backward pass on the CPU."
+    with FakeTensorMode(), patch.object(matcher, '_gpu_program', lambda: on_device):
+        losses, total, model = step('cuda', backward=False, **options)
+        assert total.device.type == 'cuda' and all(v.device.type == 'cuda' for v in losses.values())
+    losses, total, model = step('cpu', backward=True, **options)
+    assert total.isfinite() and model.class_embed.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('ask', [lambda x: x.sum().item(), lambda x: bool((x > 0).any()), lambda x: x[x > 0], lambda x: (x > 0).nonzero(),
+                                 lambda x: torch.tensor([1, 2], device=x.device)], ids=range(5))
+def test_who_asks_is_caught(ask):
+    with pytest.raises(AssertionError), AskNothing(): ask(torch.ones(3))
+
+
+def test_costs_that_are_no_number_are_the_last_choice_and_are_seen_in_the_loss():
+    "As on a GPU: nothing is raised by the matching, by the loss or its gradient it shows."
+    torch.manual_seed(0)
+    model = build_updetr('resnet18', **SIZES, dropout=0.)
+    criterion = build_criterion(model)
+    boxes = torch.rand(3, 5, 4) * .4 + .3
+    for where in ('feature', 'patch_feature', 'boxes'):
+        batch = {'feature': torch.randn(3, 512, 4, 5), 'patch_feature': torch.rand(3, 5, 512), 'boxes': boxes.clone()}
+        batch[where][1] = torch.nan
+        predictions = patch_predictions(model, batch['feature'], batch['patch_feature'], torch.ones(3, 20, dtype=torch.bool))
+        criterion.matcher.strict = True
+        with pytest.raises(FloatingPointError, match='image 1 of the batch'): match_patches(criterion, predictions, batch['boxes'])
+        criterion.matcher.strict = False
+        match = match_patches(criterion, predictions, batch['boxes'])
+        assert (match >= 0).all()
+        losses, total = matched_losses(model, criterion, *predictions, match, batch['boxes'])
+        assert not total.isfinite(), where
+
+
+def masks_of_attention(model, sizes):
+    "The masks that attention gets in a step on photos of these sizes; how many queries look at each other at once."
+    sides = torch.tensor(sizes)
+    height, width = sides.amax(0).tolist()
+    mask = (torch.arange(height) >= sides[:, :1])[:, :, None] | (torch.arange(width) >= sides[:, 1:])[:, None]
+    batch = dict(images=torch.zeros(len(sizes), 3, height, width, dtype=torch.uint8), mask=mask if mask.any() else None,
+                 patches=torch.zeros(len(sizes), 5, 3, 32, 32, dtype=torch.uint8), boxes=torch.rand(len(sizes), 5, 4), index=torch.arange(2),
+                 keep=torch.ones(2, 20, dtype=torch.bool), factors=torch.tensor([1., 1, 1, 0, 0, 1, 2, 3, 0, 0]).expand(2, 5, 10))
+    seen, attention = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, **more):
+        seen.append((attn_mask, q.shape[2], k.shape[2]))
+        return attention(q, k, v, attn_mask=attn_mask, **more)
+    ready = encode(model, to_device(batch, 'cpu', (.5,) * 3, (.5,) * 3))
+    with patch.object(F, 'scaled_dot_product_attention', spy):
+        patch_predictions(model, *[ready[k] for k in ('feature', 'patch_feature', 'keep', 'mask')])
+    return seen
+
+
+def test_attention_has_a_mask_only_where_a_token_is_padding():
+    model = build_updetr('resnet18', **SIZES)
+    for sizes in ([(64, 96)] * 2, [(64, 96), (64, 95)], [(63, 96), (64, 95)]):
+        seen = masks_of_attention(model, sizes)
+        assert all(mask is None for mask, _, _ in seen)
+        # tokens in the encoder, groups of four and all tokens in both decoder layers
+        assert [(q, k) for _, q, k in seen] == [(6, 6), (4, 4), (20, 6), (4, 4), (20, 6)]
+    masks = [mask for mask, _, _ in masks_of_attention(model, [(64, 96), (64, 60)])]
+    assert [mask is None for mask in masks] == [False, True, False, True, False]
