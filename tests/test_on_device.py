@@ -96,8 +96,8 @@ def masks_of_attention(model, sizes):
     height, width = sides.amax(0).tolist()
     mask = (torch.arange(height) >= sides[:, :1])[:, :, None] | (torch.arange(width) >= sides[:, 1:])[:, None]
     batch = dict(images=torch.zeros(len(sizes), 3, height, width, dtype=torch.uint8), mask=mask if mask.any() else None,
-                 patches=torch.zeros(len(sizes), 5, 3, 32, 32, dtype=torch.uint8), boxes=torch.rand(len(sizes), 5, 4), index=torch.arange(2),
-                 keep=torch.ones(2, 20, dtype=torch.bool), factors=torch.tensor([1., 1, 1, 0, 0, 1, 2, 3, 0, 0]).expand(2, 5, 10))
+                 patches=torch.zeros(2, 5, 3, 32, 32, dtype=torch.uint8), boxes=torch.rand(2, 5, 4), index=torch.arange(2),
+                 keep=torch.ones(2, 20, dtype=torch.bool), factors=torch.tensor([1., 1, 1, 0, 0, 1, 2, 3, 0, 0]).repeat(2, 5, 1))
     seen, attention = [], F.scaled_dot_product_attention
 
     def spy(q, k, v, attn_mask=None, **more):
