@@ -4,6 +4,7 @@ import shutil
 import nbformat
 
 from conftest import ROOT
+from updetr.train import loop
 
 
 def run_cells(notebook, monkeypatch, until=None, **parameters):
@@ -21,7 +22,11 @@ def run_cells(notebook, monkeypatch, until=None, **parameters):
 
 
 def run_report(notebook, folder, monkeypatch, **parameters):
-    "The whole notebook in a folder of its own (a copy of settings.ini makes it the root), on the CPU, without data by the way."
+    """The whole notebook in a folder of its own (a copy of settings.ini makes it the root), on the CPU, without data by the way.
+
+    What it launches is trained in this process as well: a new one would import everything again."""
+    def start(run, command, env): loop.run(run / 'cfg.json')
+    monkeypatch.setattr('updetr.train.launch._start', start)
     shutil.copy(ROOT / 'settings.ini', folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
