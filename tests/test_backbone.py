@@ -113,25 +113,73 @@ def test_a_compiler_of_the_whole_gets_the_network_as_it_is(cnn, x, frozen):
 
 
 @pytest.mark.parametrize('frozen', [False, True])
-def test_compiled_by_itself_it_gives_the_same_for_all_sizes(cnn, x, frozen):
+def test_compiled_by_itself_it_gives_the_same_for_all_sizes(cnn, x, frozen, monkeypatch):
+    "A size is compiled when training shows it again, no more than two of them are here, and an evaluation asks for none."
+    monkeypatch.setattr('updetr.model.backbone.MOST_SIZES', 2)
     graphs = []
 
     def note(graph, inputs):
         graphs.append(graph)
         return graph
-    torch._dynamo.reset()  # else what an earlier test compiled too often is left as it is
     cnn.frozen = frozen
     cnn.compile(backend=note)
-    other = [torch.randn(2, 3, *size, dtype=torch.double) for size in ((64, 96), (81, 99))]
-    for photos in (x, x[:1], torch.cat((x, x)), *other):
+
+    def agrees(photos, compiled):
         torch.testing.assert_close(cnn(photos), plain(cnn)(photos).detach() if frozen else plain(cnn)(photos))
-    assert 1 <= len(graphs) <= 4, 'a compilation for every size'
+        assert len(graphs) == compiled
+    sizes = [x, torch.randn(1, 3, 33, 64, dtype=torch.double), x[:1]]
+    for photos in sizes: agrees(photos, 0)
+    cnn.eval()
+    for photos in sizes: agrees(photos, 0)
+    cnn.train()
+    for photos, compiled in zip(sizes, (1, 2, 2)): agrees(photos, compiled)
+    for photos in sizes: agrees(photos, 2)
     if not frozen: torch.testing.assert_close(gradients(cnn, cnn, x), gradients(plain(cnn), cnn, x))
-    twin = copy.deepcopy(cnn)
+    with torch.no_grad():
+        cnn.eval()(x)
+        assert len(graphs) == 2, 'without gradients it would be compiled anew'
+    twin = copy.deepcopy(cnn.train())
     with torch.no_grad():
         for p in cnn.parameters(): p.mul_(1.1)
     for one in (cnn, twin): torch.testing.assert_close(one(x), plain(one)(x).detach() if frozen else plain(one)(x))
     assert not torch.allclose(cnn(x), twin(x))
+
+
+def fused_step(cnn, x):
+    "Train, by an optimizer that changes the weights behind their counters."
+    params = [p for p in cnn.parameters() if p.requires_grad]
+    versions = [p._version for p in params]
+    optimizer = torch.optim.AdamW(params, 1e-2, fused=True)
+    cnn.train()(x).square().mean().backward()
+    optimizer.step()
+    assert versions == [p._version for p in params], 'fused optimizers count again: the text of notebook 20 is out of date'
+
+
+def scale_data(cnn, x):
+    for p in cnn.parameters(): p.data.mul_(.9)
+
+
+def replace_twice(cnn, x):
+    for p in cnn.parameters():
+        p.data = p.data * .9
+        p.data = p.data * .9
+
+
+@pytest.mark.parametrize('frozen, change', [(False, fused_step), (False, scale_data), (False, replace_twice), (True, scale_data),
+                                            (True, replace_twice)])
+def test_an_evaluation_sees_what_no_counter_counts(frozen, change):
+    x = torch.randn(1, 3, 64, 64)
+    cnn = Backbone('resnet18', ['layer3'], frozen=frozen).eval()
+    with torch.no_grad():
+        def ask(): return cnn(x), cnn.folded()(x)['layer3']
+        with torch.autocast('cpu', torch.bfloat16): half, _ = ask()
+        before = ask()
+        with torch.enable_grad(): change(cnn, x)
+        cnn.eval()
+        with torch.autocast('cpu', torch.bfloat16): assert not torch.equal(half, ask()[0])
+        after, want = ask(), plain(cnn)(x)
+        assert torch.equal(cnn(x), cnn(x)) and not any(torch.allclose(a, b) for a, b in zip(before, after))
+        torch.testing.assert_close(after[0], want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
 def test_half_precision_is_autocasts(cnn, x):

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 from functools import partial
+from time import perf_counter
 
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ from updetr.bench.run import TINY, bench_inference, detection_batch
 from updetr.bench.step import OurStep, build_step, noise_batch
 from updetr.core.checkpoint import load_checkpoint
 from updetr.core.config import make_config, model_options
+from updetr.data import augment
 from updetr.data.loader import PatchTask, Views, photo_loader, to_device
+from updetr.model import backbone
+from updetr.model.backbone import NORMS, Backbone, join_features
 from updetr.model.detr import build_detr
 from updetr.model.losses import build_criterion
 from updetr.model.matcher import assign
@@ -259,6 +263,54 @@ def test_nothing_ahead_of_the_step_waits_for_the_gpu(tmp_path):
             with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
                 assert encode(task.model, to_device(batch, DEVICE, cnn.mean, cnn.std))['feature'].device.type == DEVICE.type
     finally: mode('default')
+
+
+@torch.no_grad()
+def milliseconds(run, photos, repeats=10):
+    photos = photos.contiguous(memory_format=torch.channels_last)
+    for _ in range(3): run(photos)
+    torch.cuda.synchronize()
+    start = perf_counter()
+    for _ in range(repeats): run(photos)
+    torch.cuda.synchronize()
+    return (perf_counter() - start) / repeats * 1000
+
+
+def relative_error(got, want): return ((got - want).abs().max() / want.abs().max()).item()
+
+
+@pytest.fixture
+def no_tf32(monkeypatch): monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+
+
+@pytest.mark.parametrize('name, features, dilation', [
+    ('resnet50', ['layer2', 'layer4'], False), ('resnet50', None, True), ('resnet18', None, False), ('regnetx_002', None, False),
+    ('tf_efficientnet_lite0', ['blocks.4'], False)])
+def test_joined_calls_of_cudnn_give_the_same_maps(name, features, dilation, no_tf32):
+    "In fp32 to rounding, in bf16 as near as in pieces; none refused for networks without groups."
+    torch.manual_seed(0)
+    cnn, photos = Backbone(name, features, dilation).to(DEVICE), torch.randn(2, 3, 96, 160, device=DEVICE)
+    for m in cnn.modules():
+        if isinstance(m, NORMS): m.running_mean.normal_(0, .1), m.running_var.uniform_(.5, 1.5)
+    with torch.no_grad(): want = join_features(cnn.body(photos))
+    assert relative_error(cnn(photos), want) < 1e-4
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        joined, fold = cnn(photos), cnn._folds(cnn.body)
+        with torch.no_grad(): pieces = join_features(fold.folded(photos.contiguous(memory_format=torch.channels_last)))
+        times = [milliseconds(way, photos) for way in (fold.folded, fold.run)]
+    print(f'{name}: {times[0]:.2f} ms in pieces, {times[1]:.2f} joined')
+    assert relative_error(joined, want) < 2 * relative_error(pieces, want) + 1e-3
+    assert DEVICE.type == 'cpu' or fold.run is not fold.folded
+    if 'resnet' in name: assert not [key for key in backbone._refused if key[1] == torch.bfloat16]
+
+
+def test_one_pass_of_augmentation_is_the_same():
+    patches = torch.randint(0, 256, (96, 3, 64, 64), dtype=torch.uint8)
+    factors = augment.draw_factors(np.random.default_rng(0), 96)
+    want = augment.augment(patches, factors)
+    changed = [augment.augment(patches.to(DEVICE), factors) for _ in range(3)]
+    assert all((c.cpu() - want).abs().max() < .01 for c in changed)
+    assert DEVICE.type == 'cpu' or augment._compiled_pass().run is not None, 'no compiler: see the warning'
 
 
 @pytest.mark.parametrize('compiled', [False, True])

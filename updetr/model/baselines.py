@@ -160,11 +160,7 @@ class _Pyramid(nn.Module):
 
     def maps(self, x):
         "Return {'0': map of the first cut, ...}; no gradients through a frozen CNN"
-        if self.cnn.frozen:
-            x = x.contiguous(memory_format=torch.channels_last)
-            with torch.no_grad(): maps = self.cnn.folded()(x)
-        else:
-            maps = self.cnn.body(x)
+        maps = self.cnn.maps(x) if self.cnn.frozen else self.cnn.body(x)
         if isinstance(maps, dict): maps = maps.values()
         return {str(i): m for i, m in enumerate(maps)}
 
