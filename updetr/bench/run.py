@@ -268,8 +268,7 @@ def bench_finetune(
 
     # whole steps
     batch = detection_batch(size, batch_size, device)
-    # what comes again is compiled
-    if compiled: ways['compiled'].detect(*batch)
+    if compiled: ways['compiled'].detect(*batch)  # what comes again is compiled
     limits = ceilings(device, torch.bfloat16 if amp else torch.float32)
     whole = {k: lambda r, way=way: way.detect(*batch) for k, way in ways.items()}
     seconds = in_turn(whole, rounds, device)
@@ -299,7 +298,6 @@ def bench_inference(
     models = {'reference': as_reference(model), 'ours': model}
     if compiled:
         models['ours, compiled'] = copy.deepcopy(model)
-        # it compiles what comes again in training mode, in which it does the same
         models['ours, compiled'].backbone[0].train().compile()
 
     def answer(name, batch):
@@ -311,7 +309,6 @@ def bench_inference(
     rows = []
     for n in batch_sizes:
         images, mask, _ = detection_batch(size, n, device)
-        if compiled: answer('ours, compiled', (images, mask))
         contenders = {k: lambda r, k=k, batch=(images, mask): answer(k, batch) for k in models}
         played = recorded(partial(answer, 'ours', (images, mask)), device)
         if played: contenders['ours, recorded'] = played
