@@ -1180,6 +1180,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'updetr.model.detr.MLP': ('detr.html#mlp', 'updetr/model/detr.py'),
                                    'updetr.model.detr.MLP.__init__': ('detr.html#mlp.__init__', 'updetr/model/detr.py'),
                                    'updetr.model.detr.MLP.forward': ('detr.html#mlp.forward', 'updetr/model/detr.py'),
+                                   'updetr.model.detr.MLP.hidden': ('detr.html#mlp.hidden', 'updetr/model/detr.py'),
                                    'updetr.model.detr.Standardize': ('detr.html#standardize', 'updetr/model/detr.py'),
                                    'updetr.model.detr.Standardize.__init__': ('detr.html#standardize.__init__', 'updetr/model/detr.py'),
                                    'updetr.model.detr.Standardize.fit': ('detr.html#standardize.fit', 'updetr/model/detr.py'),

@@ -29,9 +29,12 @@ class MLP(nn.Module):
         sizes = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
 
-    def forward(self, x):
+    def hidden(self, x):
+        "Return what the last layer reads."
         for layer in self.layers[:-1]: x = F.relu(layer(x))
-        return self.layers[-1](x)
+        return x
+
+    def forward(self, x): return self.layers[-1](self.hidden(x))
 
 # %% ../../nbs/23_detr.ipynb #c006
 class Standardize(nn.Module):
@@ -142,8 +145,11 @@ class DETR(nn.Module):
     def heads(self, hs):
         "Return stacked predictions of decoder states (layers, B, n, d); boxes always in fp32."
         logits = self.class_embed(hs)                         # (layers, B, n, C+1)
+        # only what reads the four numbers off, and the numbers themselves, must be precise
+        hidden = self.bbox_embed.hidden(hs)                   # (layers, B, n, d)
+        read_off = self.bbox_embed.layers[-1]
         with torch.autocast(hs.device.type, enabled=False):
-            boxes = self.bbox_embed(hs.float()).sigmoid()     # (layers, B, n, 4)
+            boxes = read_off(hidden.float()).sigmoid()        # (layers, B, n, 4)
         return {'pred_logits': logits, 'pred_boxes': boxes}
 
     def by_layer(self, outputs):
