@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tokenize
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -36,6 +37,7 @@ each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 each_numbered = pytest.mark.parametrize('path', NUMBERED, ids=lambda p: p.stem)
 
 
+@cache
 def code_cells(path): return [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
 def exported(cell): return re.search(r'^#\|\s*exports?i?\b', cell.source, re.M)
 def no_directives(source): return re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
@@ -47,6 +49,7 @@ def statements(source):
     return ast.parse(re.sub(r'^(\s*)[%!?].*$', r'\1pass', source, flags=re.M)).body if not source.startswith('%%') else []
 
 
+@cache
 def module_of(path):
     "The module that the notebook at `path` exports, or None."
     m = re.search(r'^#\|\s*default_exp\s+(\S+)', '\n'.join(c.source for c in code_cells(path)), re.M)
