@@ -54,7 +54,7 @@ def on_host(
     columns = []
     for name in ('scores', 'labels', 'boxes'):
         column = torch.cat([p[name] for p in predictions]).float()
-        columns.append(column.view(len(column), -1))
+        columns.append(column if column.dim() == 2 else column[:, None])
     rows = torch.cat(columns, 1).cpu().split(counts)
     return [{'scores': r[:, 0], 'labels': r[:, 1].long(), 'boxes': r[:, 2:]} for r in rows]
 
