@@ -759,7 +759,7 @@ def run_bench(
     threads: int = 0,        # number of torch's threads; 0 = as it is
     show: Callable = print,  # called with a line
     command: str = '',       # command that is recorded; '' = the module's own
-    minutes: float = 0.,     # no part is begun that would not end by then; 0 = no limit
+    minutes: float = 0.,     # no second part is begun that would not end by then; 0 = no limit
 ) -> dict:                   # metrics.json
     "Measure what is not there yet, part by part. Raises ValueError for an unknown size or part."
     device = _device_of(size)
@@ -775,8 +775,8 @@ def run_bench(
             show(f'{name}: in {file} already; --again measures it anew')
             continue
         begun = time.time()
-        # a part may take as long as the longest did
-        if minutes and begun - start + longest > 60 * minutes:
+        # a part may take as long as the longest did; the first one is begun whatever the limit
+        if longest and minutes and begun - start + longest > 60 * minutes:
             show(f'{name}: left for the next call')
             continue
         metrics |= known[name]()
