@@ -15,6 +15,7 @@ from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import (FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign,
@@ -272,6 +273,10 @@ def _on_pyramid(name, num_classes, cnn, channels, anchor_sizes, settings):
     if name == 'mask_rcnn': pools['mask_roi_pool'] = MultiScaleRoIAlign(levels.levels, 14, 2)
     model = _CLASSES[name](levels, num_classes + 1, rpn_anchor_generator=anchors,
                            **pools, **settings)
+    if name == 'mask_rcnn':
+        # as wide as the levels: 256 for all would cost narrow ones more than the rest does
+        model.roi_heads.mask_head = MaskRCNNHeads(channels, (channels,) * 4, 1)
+        model.roi_heads.mask_predictor = MaskRCNNPredictor(channels, channels, num_classes + 1)
     return Baseline(model, num_classes, cnn)
 
 # %% ../../nbs/27_baselines.ipynb #c029b

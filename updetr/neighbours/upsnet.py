@@ -13,7 +13,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_convert, nms
 
 from ..model.backbone import eval_mode
-from .panoptic_fpn import IGNORE, PanopticFPN, build_parts
+from .panoptic_fpn import IGNORE, PanopticFPN, build_parts, only_sure
 from ..tasks.panoptic import as_segments
 
 # %% ../../nbs/85_upsnet.ipynb #c006
@@ -146,7 +146,7 @@ class UPSNet(PanopticFPN):
         for image, target in zip(batch['images'], batch['targets'], strict=True):
             height, width = target['size'].tolist()
             crops.append(image[:, :height, :width])
-        with eval_mode(self):
+        with eval_mode(self), only_sure(self.detector.model, threshold):
             # boxes and masks of 28 x 28 as the detector sees them, not yet in the photo
             found = self.detector.model(crops)
             semantic = self.semantic_logits()
