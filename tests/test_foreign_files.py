@@ -309,6 +309,14 @@ def test_a_file_does_not_choose_whose_code_runs(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='somebodys:build, which is not part of this kit: import somebodys first'):
         Detector.from_checkpoint(tmp_path / 'a.safetensors')
     assert 'somebodys' not in sys.modules
-    # a system of one stage has no mask head, and needs none
-    save_file(load_file(mine), tmp_path / 'b.safetensors', {'config': json.dumps(config | {'task': 'panoptic', 'stage': 'upsnet'})})
-    with pytest.raises(ValueError, match='is of upsnet, which is no DETR'): PanopticSegmenter.from_checkpoint(tmp_path / 'b.safetensors')
+    # nor do files of the other harnesses
+    for name, more, opener in (('b', {'task': 'panoptic', 'stage': 'somebodys:build', 'isthing': [True] * 5}, PanopticSegmenter),
+                               ('c', {'task': 'oneshot', 'system': 'somebodys:build'}, OneShotDetector)):
+        save_file(load_file(mine), tmp_path / f'{name}.safetensors', {'config': json.dumps(config | more)})
+        with pytest.raises(ValueError, match='somebodys:build, which is not part of this kit: import somebodys first'):
+            opener.from_checkpoint(tmp_path / f'{name}.safetensors')
+    assert 'somebodys' not in sys.modules
+    # a detector that calls itself a system of one stage
+    told = {'config': json.dumps(config | {'task': 'panoptic', 'stage': 'upsnet', 'isthing': [True, False, True, True, True]})}
+    save_file(load_file(mine), tmp_path / 'd.safetensors', told)
+    with pytest.raises(ValueError, match='d.safetensors'): PanopticSegmenter.from_checkpoint(tmp_path / 'd.safetensors')

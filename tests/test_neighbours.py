@@ -9,6 +9,7 @@ from test_oneshot import LIVE, TINY, make_run, make_task
 from test_resume import as_in_the_processes, finish  # noqa: F401 (a fixture: one thread here, too)
 from test_task import rows
 from updetr.core.config import LATER, NEIGHBOURS, cfg_changes, find_builder
+from updetr.model.backbone import prepare_images
 from updetr.predict.detector import Detector
 from updetr.predict.oneshot_detector import OneShotDetector
 from updetr.tasks.oneshot import oneshot_config, oneshot_summary, oneshot_table
@@ -54,11 +55,20 @@ def test_a_system_of_ones_own_is_trained_and_asked(tmp_path, monkeypatch):
     assert again == pytest.approx({k.removeprefix('test_'): v for k, v in rows(folder)[-1].items() if k.startswith('test_')}, abs=1e-3)
     assert task.features[1].dim() == 5  # whole maps, plain and mirrored
     with pytest.raises(ValueError, match='open it with OneShotDetector'): Detector.from_checkpoint(folder / 'checkpoint.pth')
-    with pytest.raises(ValueError, match="of the system 'my_system:build'"): OneShotDetector.from_checkpoint(folder / 'checkpoint.pth')
+    # outside of the run it answers the test's question as in the test
+    sample, opened = task.val_set[0], OneShotDetector.from_checkpoint(folder / 'checkpoint.pth')
+    image, target = task.val_views.look(sample, 0, 0)
+    picture = task.pools[1].picture(0)
+    photo, asked = [opened.cnn(prepare_images(opened.cnn, x[None])) for x in (image, picture)]
+    want, = task.model.answer(photo, asked, {k: target[k] for k in ('size', 'orig_size')})
+    found = opened.detect(sample['image'], picture, threshold=0)
+    torch.testing.assert_close(found.scores, want['scores'].sort(descending=True).values)
+    assert len(found) > 10
     with pytest.raises(ValueError, match='my_system:biuld cannot be imported'): find_builder('oneshot', 'my_system:biuld')
     # opened elsewhere: a run's file does not choose whose code runs
     monkeypatch.delitem(sys.modules, 'my_system')
-    with pytest.raises(ValueError, match='import my_system first'): open_run(folder)
+    for open_it in (open_run, OneShotDetector.from_checkpoint):
+        with pytest.raises(ValueError, match='import my_system first'): open_it(folder)
     assert 'my_system' not in sys.modules
 
 

@@ -10,22 +10,23 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image, nms
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from ..core.checkpoint import model_file
-from ..model.weights import built, stored_config
+from ..core.checkpoint import model_file, read_weights
+from ..core.config import NEIGHBOURS, find_builder, model_options, require_imported
+from ..model.weights import built, check_cnn, fill, plain_tensors, stored_config
 from .detector import Detections, check_device, drop_duplicates, picture_batch
 from ..tasks.finetune import view_sizes
 from ..model.pretrained import Pretrained, hand_over, open_pretrained
-from ..tasks.oneshot import OneShotConfig, predict_pictures, build_oneshot, with_query
+from ..tasks.oneshot import OneShotConfig, build_oneshot, with_query
+from ..tasks.oneshot_task import model_answer, picture_features, system_answer
 from ..core.photos import PRETRAIN_MAX, PRETRAIN_SIZES, as_image
 from ..core.shipped import shipped
 from ..data.queries import query_picture
 from ..data.transforms import Sizes
 from ..model.updetr import UPDETR
-from ..model.backbone import prepare_images
 
 # %% ../../nbs/51_oneshot_detector.ipynb #c005
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -69,13 +70,34 @@ def oneshot_of(
     hand_over(model, pretrained)
     return model.eval(), cfg
 
+# %% ../../nbs/51_oneshot_detector.ipynb #sys1
+def _system(path, weights, args):
+    "Return the model of a file of another system, and its configuration. Nothing is fetched."
+    cfg = stored_config(path, OneShotConfig, args)
+    require_imported(cfg.system, path)
+    weights = plain_tensors(path, weights)
+    # all of ours bring the CNN's channels to as many as the configuration says
+    widths = {n for v in weights.values() for n in v.shape}
+    if cfg.system in NEIGHBOURS['oneshot'] and cfg.hidden_dim not in widths:
+        raise ValueError(f'{path} contradicts itself: its configuration says '
+                         f'hidden_dim {cfg.hidden_dim}, its tensors do not')
+    check_cnn(path, weights, cfg.backbone, model_options(cfg)['features'], cfg.dilation)
+    build = find_builder('oneshot', cfg.system)
+    model = built(path, build, dataclasses.replace(cfg, weights='none'))
+    fill(path, model, weights)
+    return model.eval(), cfg
+
 def load_oneshot(
     path: str | Path,  # checkpoint.pth or .safetensors, of a one-shot run or any pre-training
     **told,            # options of `build_detr` that a published file does not tell: dilation
-) -> tuple[UPDETR, OneShotConfig]:  # model in eval mode; sizes as in its evaluation
-    """Rebuild a model that is asked with pictures.
+) -> tuple[nn.Module, OneShotConfig]:  # model in eval mode; sizes as in its evaluation
+    """Rebuild a model that is asked with pictures: an `UPDETR`, or another system.
     Raises FileNotFoundError, or ValueError for a file without patch2query."""
-    return oneshot_of(open_pretrained(model_file(path), **told))
+    path = model_file(path)
+    try: weights, args = read_weights(path)
+    except ValueError: args = {}  # no file of this kit
+    if args.get('task') == 'oneshot' and args.get('system'): return _system(path, weights, args)
+    return oneshot_of(open_pretrained(path, **told))
 
 def photo_sizes(
     cfg: OneShotConfig,  # configuration of `load_oneshot`
@@ -92,7 +114,7 @@ class OneShotDetector:
     `detector(photo, query)` or `detector([photo, ...], query)` gives `Matches`."""
     def __init__(
         self,
-        model: UPDETR,                # model of `build_oneshot`
+        model: nn.Module,             # model of `build_oneshot`, or another system
         sizes: Sizes,                 # sizes of photos as in its evaluation, px
         square: int = 0,              # side of photos squashed to squares, px; 0 keeps the aspect
         query_size: int = 128,        # side of a query picture, px
@@ -102,6 +124,9 @@ class OneShotDetector:
         self.model = model.to(device).eval()
         self.cnn = model.backbone[0]
         self.device = device
+        # DETR is asked with the mean of a picture's map, the others with the whole map
+        self.pooled = isinstance(model, UPDETR)
+        self.ask = model_answer(model) if self.pooled else system_answer(model)
         self.sizes, self.square = sizes, square
         self.query_size, self.query_shape = query_size, query_shape
 
@@ -135,24 +160,24 @@ class OneShotDetector:
             return [self.detect(as_image(photo), asked, threshold, overlap) for photo in photos]
         return self.detect(as_image(photos), asked, threshold, overlap)
 
-    @torch.no_grad()
     def _features(self, queries):
-        "Return what the CNN makes of query pictures (m,3,s,s) uint8: (m,C)."
-        return self.model.encode_patches(prepare_images(self.cnn, queries)[None])[0]
+        "Return what the CNN makes of query pictures (m,3,s,s) uint8: (m,C), or (m,C,h,w)."
+        return picture_features(self.cnn, queries, pooled=self.pooled).to(self.device)
 
     @torch.no_grad()
     def _answers(self, image, features):
-        "Return boxes (m,N,4) xyxy px and scores (m,N) of all object queries to m questions (m,C)."
+        "Return a dict for each of m questions: boxes (k,4) xyxy px, scores (k,)."
         batch = picture_batch(image, self.cnn, self.sizes, self.square)
         feature = self.cnn(batch['images'])  # (1,C,h,w)
-        orig_size = torch.tensor(image.shape[1:], device=self.device)
-        answers = predict_pictures(self.model, feature, features, orig_size)
-        return [torch.stack([a[k] for a in answers]).cpu() for k in ('boxes', 'scores')]
+        target = {k: v.to(self.device) for k, v in batch['targets'][0].items()}
+        found = self.ask(feature, features, target)
+        return [{k: v.cpu() for k, v in answer.items()} for answer in found]
 
     def detect(self, image, asked, threshold=.5, overlap=1.):
         "Return the matches of one query (3,s,s) uint8 in one photo (3,H,W) uint8."
         # photo and query go through the same CNN
-        boxes, scores = [x[0] for x in self._answers(image, self._features(asked[None]))]
+        found, = self._answers(image, self._features(asked[None]))
+        boxes, scores = found['boxes'], found['scores']
         # highest scores first; of answers for one place only the highest
         order = [k for k in nms(boxes, scores, overlap).tolist() if scores[k] >= threshold]
         boxes = clip_boxes_to_image(boxes, image.shape[1:])
@@ -172,7 +197,7 @@ class OneShotDetector:
         return found if several else found[0]
 
     def _questions(self, classes, join):
-        "Return a feature for each question (m,C), and its class (m,)."
+        "Return a feature for each question, (m,C) or (m,C,h,w), and its class (m,)."
         if join not in ('mean', 'max'): raise ValueError(f"join {join!r} must be 'mean' or 'max'")
         if not classes: raise ValueError('no class is given: {name: [picture, ...]}')
         features, labels = [], []
@@ -181,7 +206,7 @@ class OneShotDetector:
                 raise ValueError(f'class {name!r} needs a list of one picture or more')
             pairs = [p if isinstance(p, tuple) else (p, None) for p in pictures]
             queries = torch.stack([self.query(*pair) for pair in pairs])
-            own = self._features(queries)  # (k,C)
+            own = self._features(queries)
             if join == 'mean': own = own.mean(0, keepdim=True)
             features.append(own)
             labels += [label] * len(own)
@@ -189,9 +214,9 @@ class OneShotDetector:
 
     def _find(self, image, features, labels, names, threshold, overlap):
         "Return the answers to all questions about one photo, the highest score first."
-        boxes, scores = self._answers(image, features)  # (m,N,4), (m,N)
-        labels = labels[:, None].expand(scores.shape).flatten()
-        boxes, scores = boxes.flatten(0, 1), scores.flatten()
+        found = self._answers(image, features)
+        labels = labels.repeat_interleave(torch.tensor([len(a['scores']) for a in found]))
+        boxes, scores = [torch.cat([a[k] for a in found]) for k in ('boxes', 'scores')]
         kept = drop_duplicates(boxes, labels, scores, overlap)
         kept = kept[scores[kept] >= threshold]
         boxes = clip_boxes_to_image(boxes[kept], image.shape[1:])

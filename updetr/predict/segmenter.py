@@ -18,21 +18,21 @@ import numpy as np
 import torch
 from PIL import ImageDraw, ImageFont
 from scipy.ndimage import distance_transform_edt
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from ..core.checkpoint import model_file, read_weights
 from updetr.model.weights import (
-    built, check_architecture, class_names, fill, plain_tensors, stored_config,
+    built, check_architecture, check_cnn, class_names, fill, plain_tensors, stored_config,
 )
-from ..core.config import model_options
+from ..core.config import NEIGHBOURS, model_options, require_imported
 from .detector import check_device, own_ids, picture_batch
 from ..model.detr import build_detr
 from ..tasks.finetune import view_sizes
 from ..model.pretrained import foreign_weights, load_official, open_pretrained
 from ..tasks.masks import DETRsegm
 from ..tasks.panoptic import draw_segments, instance_masks, panoptic_segments
-from ..tasks.panoptic_task import PanopticConfig, build_panoptic
+from ..tasks.panoptic_task import STAGES, PanopticConfig, build_panoptic
 from ..core.photos import as_image
 from ..data.transforms import DETR_SIZES, Sizes
 
@@ -104,11 +104,8 @@ class Segments:
 # %% ../../nbs/52_segmenter.ipynb #c009
 COCO_THINGS, COCO_IDS = 90, 200  # the largest category id of a thing in COCO, and of all
 
-def _own_segmenter(path, weights, args, told):
-    """Return model without weights, configuration and classes of a file of this kit.
-
-    Nothing is built before it is checked.
-    """
+def _known(path, args):
+    "Return configuration and classes of a file of this kit."
     cfg, names = stored_config(path, PanopticConfig, args), class_names(path, args)
     # each class is a thing or not, or nobody knows
     isthing = args.get('isthing')
@@ -116,12 +113,36 @@ def _own_segmenter(path, weights, args, told):
     if not listed or len(isthing) != len(names):
         raise ValueError(f'{path} does not say of each of its {len(names)} classes '
                          'whether it is a thing (isthing)')
+    known = {'classes': names, 'isthing': list(isthing), 'category_ids': args.get('category_ids')}
+    return cfg, known
+
+def _own_segmenter(path, weights, args, told):
+    """Return model without weights, configuration and classes of a file of this kit.
+
+    Nothing is built before it is checked.
+    """
+    cfg, known = _known(path, args)
+    num = len(known['classes'])
     # the detector has the shapes that the configuration says
     detector = {k.removeprefix('detr.'): v for k, v in weights.items() if k.startswith('detr.')}
-    check_architecture(path, detector, model_options(cfg), len(names), told)
+    check_architecture(path, detector, model_options(cfg), num, told)
     whole = dataclasses.replace(cfg, weights='none', stage='masks')
-    model = built(path, build_panoptic, whole, len(names)).model
-    known = {'classes': names, 'isthing': list(isthing), 'category_ids': args.get('category_ids')}
+    model = built(path, build_panoptic, whole, num).model
+    return model, cfg, known
+
+def _one_stage(path, weights, args, told):
+    "Return the same for a file of a system of one stage, which is no DETR."
+    cfg, known = _known(path, args)
+    require_imported(cfg.stage, path)
+    # all levels of ours are as wide as the configuration says
+    widths = {n for v in weights.values() for n in v.shape}
+    if cfg.stage in NEIGHBOURS['panoptic'] and cfg.hidden_dim not in widths:
+        raise ValueError(f'{path} contradicts itself: its configuration says '
+                         f'hidden_dim {cfg.hidden_dim}, its tensors do not')
+    check_cnn(path, weights, cfg.backbone, model_options(cfg)['features'])
+    # the file's own weights follow: none need to be fetched
+    whole = dataclasses.replace(cfg, weights='none')
+    model = built(path, build_panoptic, whole, len(known['classes']), known['isthing'])
     return model, cfg, known
 
 def _published(path, weights, args, told):
@@ -137,11 +158,19 @@ def _published(path, weights, args, told):
     return model, None, {'classes': None, 'isthing': isthing, 'category_ids': list(range(num))}
 
 # %% ../../nbs/52_segmenter.ipynb #d3600001
+def _check_masks(path, weights):
+    "ValueError for a file without DETR's mask head"
+    if 'mask_head.lay1.bias' in weights and 'bbox_attention.q_linear.bias' in weights: return
+    owner = foreign_weights(weights)
+    if owner: raise ValueError(f'{path} has the names of {owner}')
+    raise ValueError(f'{path} has no mask head: train one on it with papermill '
+                     'nbs/panoptic.ipynb, stage masks')
+
 def load_segmenter(
-    path: str | Path,  # file of stage masks (.pth, .safetensors), or a published panoptic DETR
+    path: str | Path,  # .pth or .safetensors of stage masks, of a system of one stage, or published
     per_head: bool | None = None,  # softmax of the attention maps; None: by the file's origin
     **told,  # options of `build_detr` that a published file does not tell: dilation
-) -> tuple[DETRsegm, PanopticConfig | None, dict]:  # model, configuration, what its classes are
+) -> tuple[nn.Module, PanopticConfig | None, dict]:  # model, configuration, what its classes are
     """Return a segmenter rebuilt from its file, in eval mode.
 
     Raises FileNotFoundError, or ValueError for a file without masks.
@@ -151,20 +180,15 @@ def load_segmenter(
     except ValueError: weights, args = load_official(path)
     weights = plain_tensors(path, weights)
     weights = {k: v for k, v in weights.items() if not k.endswith('.num_batches_tracked')}
-    # is there a mask head?
-    if 'mask_head.lay1.bias' not in weights or 'bbox_attention.q_linear.bias' not in weights:
-        owner = foreign_weights(weights)
-        if owner: raise ValueError(f'{path} has the names of {owner}')
-        if args.get('stage', 'boxes') != 'boxes':
-            raise ValueError(f'{path} is of {args["stage"]}, which is no DETR: its PQ is in the '
-                             'log of its run, and its segments are in the preview')
-        raise ValueError(f'{path} has no mask head: train one on it with papermill '
-                         'nbs/panoptic.ipynb, stage masks')
     # ours or a published one
-    rebuild = _own_segmenter if args.get('task') == 'panoptic' else _published
+    if args.get('task') == 'panoptic' and args.get('stage', 'boxes') not in STAGES:
+        rebuild = _one_stage
+    else:
+        _check_masks(path, weights)
+        rebuild = _own_segmenter if args.get('task') == 'panoptic' else _published
     model, cfg, known = rebuild(path, weights, args, told)
     fill(path, model, weights)
-    if per_head is not None: model.bbox_attention.per_head = per_head
+    if per_head is not None and rebuild is not _one_stage: model.bbox_attention.per_head = per_head
     return model.eval(), cfg, known
 
 # %% ../../nbs/52_segmenter.ipynb #c011
@@ -172,7 +196,7 @@ class PanopticSegmenter:
     "A segmenter for pictures: `segmenter(picture)` or a list of them gives `Segments`."
     def __init__(
         self,
-        model: DETRsegm,            # trained segmenter
+        model: nn.Module,           # trained `DETRsegm`, or a system with `segments`
         classes: Sequence[str],     # names of its classes
         isthing: Sequence[bool],    # whether each class is a thing
         sizes: Sizes = DETR_SIZES,  # sizes of pictures as in its evaluation, px
@@ -183,19 +207,21 @@ class PanopticSegmenter:
         self.model, self.threshold = model.eval(), threshold
         self.classes, self.isthing = tuple(classes), list(isthing)
         self.category_ids = None if category_ids is None else tuple(category_ids)
-        cnn = model.detr.backbone[0]
+        # a system of one stage has `segments`, and says itself how it wants pictures
+        self.is_detr = not hasattr(model, 'segments')
+        cnn = model.detr.backbone[0] if self.is_detr else model
         self.prepare = partial(picture_batch, cnn=cnn, sizes=sizes, square=square)
 
     @classmethod
     def from_checkpoint(cls, path, device='cpu', classes=None, per_head=None, **told):
-        """Return one from a file of stage masks or a published panoptic DETR.
+        """Return one from a file of stage masks or of a system of one stage, or a published DETR.
 
         `classes` names them where the file does not. `told` are options that a published file
         does not tell: dilation=True for a DC5 model.
         """
         device = check_device(device)
         model, cfg, known = load_segmenter(path, per_head, **told)
-        num = model.detr.num_classes
+        num = len(known['isthing'])
         names = classes or known['classes']
         if names and len(names) != num:
             raise ValueError(f'{path} has {num} classes, but {len(names)} names were given')
@@ -215,6 +241,12 @@ class PanopticSegmenter:
         image = as_image(pictures)
         limit = self.threshold if threshold is None else threshold
         batch = self.prepare(image)
+        if not self.is_detr:
+            ids, info = self.model.segments(batch, limit)[0]
+            # no queries, so no attention of theirs
+            attention = torch.zeros(len(info), 0, 1, 1)
+            return Segments(image, ids, info, self.classes, attention,
+                            category_ids=self.category_ids)
         # once through the model, then segments out of its masks
         with torch.no_grad(): looked = self.model.look(batch['images'])
         ids, info = panoptic_segments(self.model, batch, self.isthing, limit, looked)[0]
@@ -229,7 +261,9 @@ class PanopticSegmenter:
         """Return one mask for each query that says a thing, without threshold; for AP.
 
         Scores, labels, boxes xyxy px, masks (k, H, W) bool.
+        Raises ValueError for a system of one stage, which has no queries.
         """
+        if not self.is_detr: raise ValueError('a system of one stage has no queries to ask')
         return instance_masks(self.model, self.prepare(as_image(picture)), self.isthing)[0]
 
 # %% ../../nbs/52_segmenter.ipynb #c015b
