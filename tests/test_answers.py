@@ -136,7 +136,7 @@ def test_one_shot_answers_end_at_the_photo_and_fit_the_sets_file(noise, monkeypa
     torch.manual_seed(0)
     model, data, said = build_oneshot(backbone='resnet18', **small), open_dataset(noise, 'val'), []
     with torch.no_grad(): model.bbox_embed.layers[-1].bias.copy_(torch.tensor([-1., 1, 3, 3]))  # large, beyond the left and lower edge
-    monkeypatch.setattr('updetr.predict.oneshot_detector.predict_pictures', lambda *args: said.append(predict_pictures(*args)) or said[-1])
+    monkeypatch.setattr('updetr.tasks.oneshot_task.predict_pictures', lambda *args: said.append(predict_pictures(*args)) or said[-1])
     sample = data[1]
     found = OneShotDetector(model, Sizes().scaled(64))(sample['image'], sample['image'], sample['boxes'][0].tolist(), threshold=0.)
     answer = said[0][0]

@@ -130,6 +130,7 @@ def _own_segmenter(path, weights, args, told):
     model = built(path, build_panoptic, whole, num).model
     return model, cfg, known
 
+# %% ../../nbs/52_segmenter.ipynb #c009s
 def _one_stage(path, weights, args, told):
     "Return the same for a file of a system of one stage, which is no DETR."
     cfg, known = _known(path, args)
@@ -145,6 +146,7 @@ def _one_stage(path, weights, args, told):
     model = built(path, build_panoptic, whole, len(known['classes']), known['isthing'])
     return model, cfg, known
 
+# %% ../../nbs/52_segmenter.ipynb #c009p
 def _published(path, weights, args, told):
     "Return the same for a published file, whose labels are COCO's ids."
     # the mask head is as wide as the model and its heads together
