@@ -6,8 +6,8 @@
 __all__ = ['PRETRAINING', 'GROWTH', 'TINY', 'SIZES', 'in_turn', 'compared', 'phase_rows', 'bench_step', 'bench_memory',
            'detection_shapes', 'detection_batch', 'counted_as_on_gpu', 'bench_finetune', 'bench_inference', 'grow',
            'bench_growth', 'bench_processes', 'growth_figure', 'noise_bank', 'bench_cached', 'pace', 'bench_end_to_end',
-           'curve_gap', 'curves_figure', 'bench_curves', 'imagenet_hours', 'bench_parts', 'run_bench', 'main',
-           'phases_figure', 'save_pictures']
+           'curve_gap', 'curves_figure', 'bench_curves', 'bench_parts', 'run_bench', 'main', 'phases_figure',
+           'save_pictures']
 
 # %% ../../nbs/74_run.ipynb #c002
 import argparse
@@ -50,9 +50,11 @@ from ..core.report import provenance, save_figure, save_metrics, smooth
 from ..predict.runs import module_line
 from updetr.bench.step import (
     Clock, Counter, OurStep, ReferenceStep, batch_sizes, build_step, ceilings, count_detection,
-    imagenet_like, noise_batch, noise_batches, on_device, peak_gib, ratio_lines, real_share,
-    recorded,
+    imagenet_estimate, imagenet_like, noise_batch, noise_batches, on_device, peak_gib, ratio_lines,
+    real_share, recorded,
 )
+# the notebook of the benchmark looks for it here
+from .step import imagenet_hours  # noqa: F401
 from ..train.loop import Processes
 from ..train.progress import watch
 
@@ -613,24 +615,6 @@ def bench_curves(
                 curve.append([loss.item() for loss in way.run(batches)])
     return {'steps': steps, 'seeds': list(seeds), 'curves': curves} | curve_gap(curves)
 
-# %% ../../nbs/74_run.ipynb #c030
-def imagenet_hours(
-    img_s: float,                        # photos a second on one GPU
-    loader_img_s: float = 0.,            # photos a second on one core; 0 = unknown
-    gpus: tuple[int, ...] = (1, 8, 64),  # numbers of GPUs of the same kind
-    epochs: int = 60,                    # the paper's
-    kept: float = .9,                    # share of a GPU's speed that is left beside others, 0..1
-) -> list[dict]:                         # gpus, img_s, hours, loader_cores_a_gpu
-    "Return the time of the paper's pre-training on 1,281,167 photos."
-    rows = []
-    for n in gpus:
-        speed = img_s * n
-        if n > 1: speed *= kept
-        row = {'gpus': n, 'img_s': speed, 'hours': epochs * 1_281_167 / speed / 3600}
-        if loader_img_s: row['loader_cores_a_gpu'] = speed / n / loader_img_s
-        rows.append(row)
-    return rows
-
 # %% ../../nbs/74_run.ipynb #c034
 TINY = dict(weights='none', backbone='resnet18', hidden_dim=32, nheads=4, enc_layers=1,
             dec_layers=2, dim_feedforward=32, num_queries=10, num_patches=5, patch_size=32)
@@ -665,7 +649,7 @@ SIZES = {
     # two calls of nine minutes
     'gpu': _LARGE | dict(
         batch=64, rounds=8, steps_a_round=8, memory=(64, 256), detect_batch=16, infer=(1, 16),
-        compiled=True, growth=GROWTH | {'batch_size': (32, 64, 128, 256)},
+        compiled=True, growth=GROWTH | {'batch_size': (4, 32, 64, 128, 256)},
         small=(_LITE, 256), steps=200, evaluation=dict(images=1000, detections=100),
         fed=dict(steps=96, rounds=1, workers=os.cpu_count()))}
 
@@ -750,6 +734,11 @@ def _begun(file, size, device):
     about = {'id': 'benchmark', 'size': size, 'device': _device_name(device), 'seconds': {}}
     return about | metrics
 
+def _hours(metrics, device):
+    # nobody pre-trains on ImageNet with a CPU
+    if device != 'cuda' or 'step' not in metrics: return {}
+    return {'imagenet': imagenet_estimate(metrics)}
+
 # %% ../../nbs/74_run.ipynb #c035
 def run_bench(
     size: str,               # key of `SIZES`
@@ -784,7 +773,7 @@ def run_bench(
         # written after each part, with the commit that it was measured at
         about = provenance(command or own, f"{size}: noise in ImageNet's sizes", [42],
                            sum(metrics['seconds'].values()), threads=torch.get_num_threads())
-        metrics['provenance'] = about
+        metrics |= _hours(metrics, device) | {'provenance': about}
         metrics['commits'] = metrics.get('commits', {}) | {name: about['commit']}
         save_metrics(out, metrics)
         longest = max(longest, metrics['seconds'][name])
