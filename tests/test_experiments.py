@@ -1,10 +1,8 @@
 """The experiments at paper scale against the paper's and the reference's values, their notebooks, and runs that are killed."""
 import dataclasses
 import json
+import multiprocessing.forkserver
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import nbformat
@@ -15,6 +13,7 @@ from conftest import ROOT
 from test_data_changes import annotations, coco, corrected, fewer
 from tools.cells import run_cells
 from tools.experiments import TEXT, shared
+from tools.processes import CONTEXT, take_environment
 from updetr.experiments.experiment_report import PARAMETERS, data_summary, open_study, plan_rows, plan_text, show_claims, study_command
 from updetr.experiments.jobs import configure, job, job_chain, job_folder
 from updetr.experiments.runner import run_jobs
@@ -163,14 +162,14 @@ def test_a_wrong_parameter_stops_at_once(parameters, message, tmp_path, monkeypa
 
 
 TINY = dict(views=16, view_size=64, patch_size=32, hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=10, num_patches=5,
-            batch_size=4, epochs=12, save_every=3, log_every=1)
-RUNNER = """
-import json, sys
-from updetr.experiments.jobs import job
-from updetr.experiments.runner import run_jobs
-if __name__ == '__main__':
-    run_jobs([(job('pretrain', 'demo', **json.loads(sys.argv[1])), s) for s in (1, 2)], sys.argv[2], workers=2, show=lambda line: None)
-"""
+            batch_size=4, epochs=6, save_every=10, log_every=1)
+
+
+def run_alone(environment, jobs, root):
+    "Run jobs as a process of one's own does: with a server of forks that ends with it."
+    take_environment(environment)
+    multiprocessing.forkserver._forkserver.__init__()
+    run_jobs(jobs, root, workers=2, show=lambda line: None)
 
 
 def test_a_killed_runner_leaves_no_process_and_goes_on_to_the_same_numbers(tmp_path):
@@ -178,14 +177,13 @@ def test_a_killed_runner_leaves_no_process_and_goes_on_to_the_same_numbers(tmp_p
     jobs = [(job('pretrain', 'demo', **TINY), s) for s in (1, 2)]
     run_jobs(jobs, tmp_path / 'whole', workers=2, show=lambda line: None)
     folders = [job_folder(tmp_path / 'killed', *one) for one in jobs]
-    (tmp_path / 'runner.py').write_text(RUNNER)
-    command = [sys.executable, tmp_path / 'runner.py', json.dumps(TINY), tmp_path / 'killed']
-    runner, end = subprocess.Popen(command, start_new_session=True), time.monotonic() + 200
+    runner, end = CONTEXT.Process(target=run_alone, args=(dict(os.environ), jobs, tmp_path / 'killed')), time.monotonic() + 200
+    runner.start()
     while not any((f / 'checkpoint.pth').exists() for f in folders):
-        assert time.monotonic() < end and runner.poll() is None
+        assert time.monotonic() < end and runner.is_alive()
         time.sleep(.02)
-    os.kill(runner.pid, signal.SIGKILL)
-    runner.wait()
+    runner.kill()
+    runner.join()
     assert not all((f / 'result.json').exists() for f in folders), 'the blow came too late'
     run_jobs(jobs, tmp_path / 'killed', workers=2, show=lambda line: None)
     for f in folders:

@@ -1,7 +1,7 @@
 """Runs that are killed, stopped, spread over processes or given impossible parameters.
 
-What is stopped is a real `python -m updetr`; what is killed is a fork that does what it does. Undisturbed runs and last resumptions
-happen in this process, which has imported torch already.
+What is stopped is a real `python -m updetr`; what is killed, or spread over processes, is forks that do what it does. Undisturbed runs
+and last resumptions happen in this process, which has imported torch already.
 """
 import dataclasses
 import json
@@ -43,9 +43,7 @@ def make_run(folder, **changes):
     return folder
 
 
-def command(folder, processes=1):
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
-    return [sys.executable, *(torchrun if processes > 1 else []), '-m', 'updetr', '--cfg', str(folder / 'cfg.json')]
+def command(folder): return [sys.executable, '-m', 'updetr', '--cfg', str(folder / 'cfg.json')]
 
 
 def finish(folder): run(folder / 'cfg.json')
@@ -121,10 +119,10 @@ def test_another_number_of_processes_keeps_the_batches(one, tmp_path, capsys):
     """Begun with two processes (which share the making of the bank), gone on with one: the numbers are those of one from the start."""
     folder = make_run(tmp_path / 'run', dropout=0., epochs=2, save_every=8)
     before = (folder / 'cfg.json').read_text()
-    process = subprocess.Popen(command(folder, 2), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    while process.poll() is None and not (folder / 'checkpoint.pth').exists(): time.sleep(.01)
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait(60)
+    trainer = Trainer(folder, world=2)
+    trainer.until(lambda: (folder / 'checkpoint.pth').exists())
+    for process in trainer.processes: process.terminate()
+    assert trainer.wait() == [0, 0], trainer.said()
     assert before == (folder / 'cfg.json').read_text() and not (folder / 'done.json').exists()
     finish(folder)
     assert 'on 1 processes instead of 2' in capsys.readouterr().out
