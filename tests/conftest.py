@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -101,6 +102,23 @@ def little_memory():
 def give_back_memory():
     gc.collect()
     if sys.platform == 'linux': getattr(ctypes.CDLL(None), 'malloc_trim', lambda pad: None)(0)
+
+
+@contextmanager
+def undrawn():
+    "Networks begin with zeros where their weights would be drawn, which takes long: where they are loaded or do not matter."
+    import torch
+
+    def zeros(tensor, *args, **kwargs): return tensor.detach().zero_()
+    with pytest.MonkeyPatch.context() as patch:
+        for draw in ('normal_', 'uniform_', 'kaiming_normal_', 'kaiming_uniform_', 'xavier_uniform_'):
+            patch.setattr(torch.nn.init, draw, zeros)
+        yield
+
+
+@pytest.fixture
+def weights_do_not_matter():
+    with undrawn(): yield
 
 
 @pytest.fixture(scope='session')

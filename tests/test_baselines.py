@@ -1,4 +1,7 @@
 "The baselines against torchvision's own detectors: same losses, same boxes, and labels and sizes that come back right."
+import copy
+from functools import lru_cache
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +11,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from conftest import undrawn
 from updetr.core.boxes import pad_images
 from updetr.model.baselines import TORCHVISION, Baseline, build_baseline
 
@@ -44,14 +48,33 @@ def make_batch(empty=()):
     return dict(images=padded, mask=mask, targets=targets), images, theirs
 
 
+@lru_cache
+def built(name, **kwargs):
+    few = FEW if name in RCNN else {}
+    # each region of this one goes through layer4
+    if name == 'faster_rcnn_c4': few = few | dict(box_batch_size_per_image=8)
+    return build_baseline(name, C, 'resnet18', **few, **kwargs)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forget_what_was_built():
+    yield
+    built.cache_clear()
+
+
 def build(name, **kwargs):
+    "A detector with random weights, always the same: a copy takes a quarter of the time."
     torch.manual_seed(0)
-    return build_baseline(name, C, 'resnet18', **(FEW if name in RCNN else {}), **kwargs)
+    return copy.deepcopy(built(name, **kwargs))
 
 
 def torchvision_detector(name, **transform):
-    "The same detector as torchvision's users build it."
+    "The same detector as torchvision's users build it. Its weights are not drawn: they are loaded."
     settings = dict(image_mean=[0.] * 3, image_std=[1.] * 3, **transform)
+    with undrawn(): return _torchvision_detector(name, settings)
+
+
+def _torchvision_detector(name, settings):
     if name in ('retinanet', 'fcos'):
         pyramid = resnet_fpn_backbone(backbone_name='resnet18', weights=None, returned_layers=[2, 3, 4],
                                       extra_blocks=LastLevelP6P7(256, 256))

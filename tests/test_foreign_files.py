@@ -37,6 +37,7 @@ SMALL = dict(backbone='resnet18', weights='none', features='layer1', hidden_dim=
              dim_feedforward=16, num_queries=6, pos_in_input=False, standardize=False)
 BARE = {k: v for k, v in SMALL.items() if k not in ('weights', 'features')}
 NAMES = ['ant', 'bee', 'cat']
+unread = pytest.mark.usefixtures('weights_do_not_matter')  # but shapes and names
 
 
 def _own(kind):
@@ -157,6 +158,7 @@ def test_any_field_may_be_anything(tmp_path_factory, kind, data):
 def _detr(**options): return build_detr(3, **BARE | options)
 
 
+@unread
 def test_what_tensors_do_not_show_is_said_and_can_be_told(tmp_path, capsys):
     torch.save({'model': _detr(backbone='resnet50', dilation=True).state_dict()}, path := tmp_path / 'detr-r50-dc5.pth')
     told = dict(dilation=True, nheads=4)
@@ -169,6 +171,7 @@ def test_what_tensors_do_not_show_is_said_and_can_be_told(tmp_path, capsys):
         with pytest.raises(ValueError, match='contradicts'): loader(path, dilation=True, pre_norm=False)
 
 
+@unread
 def test_dilation_can_be_told_wherever_a_checkpoint_is_opened(tmp_path):
     model = build_updetr(**BARE | dict(backbone='resnet50', dilation=True), num_patches=2)
     torch.save({'model': model.state_dict()}, path := tmp_path / 'up.pth')
@@ -196,6 +199,7 @@ def test_a_panoptic_file_can_be_told_that_it_is_dilated(tmp_path):
     assert PanopticSegmenter.from_checkpoint(path).model.detr.backbone[0].stride == 32
 
 
+@unread
 @pytest.mark.parametrize('m', [2, 3, 4, 0, '2'])
 def test_the_patches_of_an_official_namespace_are_read(tmp_path, m):
     model = build_updetr(**BARE, num_patches=2)
@@ -204,21 +208,23 @@ def test_the_patches_of_an_official_namespace_are_read(tmp_path, m):
     else: assert 'num_patches' in _refused(load_localizer, path)
 
 
-@pytest.mark.parametrize('height, width, seen', [(480, 640, (450, 600)), (600, 600, (480, 480)), (300, 2000, (90, 600))])
-def test_a_pretrained_model_sees_photos_as_in_its_evaluation(tmp_path, height, width, seen):
+SEEN = [(480, 640, (450, 600)), (600, 600, (480, 480)), (300, 2000, (90, 600))]
+
+
+@unread
+def test_a_pretrained_model_sees_photos_as_in_its_evaluation(tmp_path):
     "Short side 480, long side at most 600 (Section 4), for files of the reference and for runs on whole photos"
     model = build_updetr(**BARE, num_patches=2)
     torch.save({'model': model.state_dict(), 'args': argparse.Namespace(num_patches=2, nheads=4)}, path := tmp_path / 'up.pth')
     whole = make_config('paper', **SMALL | dict(features=''), num_patches=2)
     save_checkpoint(own := tmp_path / 'own.pth', {'model': model.state_dict(), 'args': dataclasses.asdict(whole)})
-    photo = torch.zeros(3, height, width, dtype=torch.uint8)
     for file in (path, own):
         localizer = QueryPatchLocalizer.from_checkpoint(file)
-        _, (h, w) = localizer.encode(photo)
-        assert (h, w) == tuple(-(-side // localizer.cnn.stride) for side in seen)
-        view = whole_view(height, width, localizer.sizes)
-        assert view.size == seen and not localizer.square
-        assert OneShotDetector.from_checkpoint(file).sizes == localizer.sizes
+        assert OneShotDetector.from_checkpoint(file).sizes == localizer.sizes and not localizer.square
+        for height, width, seen in SEEN:
+            _, (h, w) = localizer.encode(torch.zeros(3, height, width, dtype=torch.uint8))
+            assert (h, w) == tuple(-(-side // localizer.cnn.stride) for side in seen)
+            assert whole_view(height, width, localizer.sizes).size == seen
 
 
 TRANSFORMERS = ['model.backbone.conv_encoder.model.conv1.weight', 'class_labels_classifier.weight', 'bbox_predictor.layers.0.weight']

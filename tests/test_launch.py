@@ -58,6 +58,7 @@ with StopFlag() as stop:
         if step == cfg['steps']: (run/'done.json').write_text(json.dumps({'step': step}))
 '''
 LONG = 2000      # steps of a run that does not end by itself within a test
+ENDLESS = dict(views=8, epochs=10**5, save_every=10**6)     # the same of a real one, which should not save meanwhile
 
 
 def until(condition, seconds=60):
@@ -165,7 +166,7 @@ def test_a_copied_folder_is_another_run(runs):
 
 def test_a_renamed_folder_is_the_same_run(runs):
     """The real trainer: it goes on, is found by the new name, and saves there when it is stopped by it."""
-    cfg = dataclasses.asdict(make_config('demo', **TINY | dict(epochs=1000, cache_features=False, log_every=1, save_every=10**6)))
+    cfg = dataclasses.asdict(make_config('demo', **TINY | ENDLESS))
     launch(runs/'a', cfg)
     seen = len(until(lambda: read_log(runs/'a')))
     (runs/'a').rename(runs/'b')
@@ -264,7 +265,7 @@ def test_nothing_listens_on_the_network(tmp_path):
     "All sockets of a real run of two processes, and of its launcher, are of this machine alone: no other machine can connect."
     run = tmp_path/'run'
     try:
-        launch(run, dataclasses.asdict(make_config('demo', **TINY | dict(epochs=10_000))), processes=2)
+        launch(run, dataclasses.asdict(make_config('demo', **TINY | ENDLESS)), processes=2)
         until(lambda: read_log(run) or not is_alive(run), 600)
         assert is_alive(run), (run/'train.log').read_text()
         members = _members(mark(run))

@@ -117,7 +117,7 @@ def test_sigterm_saves_first(whole, runs):
 
 def test_another_number_of_processes_keeps_the_batches(one, tmp_path, capsys):
     """Begun with two processes (which share the making of the bank), gone on with one: the numbers are those of one from the start."""
-    folder = make_run(tmp_path / 'run', dropout=0., epochs=2, save_every=8)
+    folder = make_run(tmp_path / 'run', dropout=0., epochs=2)
     before = (folder / 'cfg.json').read_text()
     trainer = Trainer(folder, world=2)
     trainer.until(lambda: (folder / 'checkpoint.pth').exists())
