@@ -1387,6 +1387,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                       'updetr.model.weights.check_architecture': ( 'weights.html#check_architecture',
                                                                                    'updetr/model/weights.py'),
                                       'updetr.model.weights.check_cnn': ('weights.html#check_cnn', 'updetr/model/weights.py'),
+                                      'updetr.model.weights.check_system': ('weights.html#check_system', 'updetr/model/weights.py'),
+                                      'updetr.model.weights.check_told': ('weights.html#check_told', 'updetr/model/weights.py'),
                                       'updetr.model.weights.class_names': ('weights.html#class_names', 'updetr/model/weights.py'),
                                       'updetr.model.weights.fill': ('weights.html#fill', 'updetr/model/weights.py'),
                                       'updetr.model.weights.load_updetr': ('weights.html#load_updetr', 'updetr/model/weights.py'),

@@ -26,7 +26,7 @@ from updetr.core.checkpoint import (
     json_text, model_file, read_json, read_weights, write_atomic,
 )
 from updetr.model.weights import (
-    built, check_architecture, check_cnn, class_names, fill, plain_tensors, stored_config,
+    built, check_architecture, check_system, class_names, fill, plain_tensors, stored_config,
 )
 from ..core.config import is_place, model_options, require_imported
 from ..data.datasets import class_color
@@ -130,10 +130,7 @@ def _own_detector(path, weights, args, told):
     if cfg.detector == 'detr':
         check_architecture(path, weights, options, len(names), told)
     elif not is_place(cfg.detector):
-        if not any(cfg.channels in v.shape for v in weights.values()):
-            raise ValueError(f'{path} contradicts itself: its configuration says '
-                             f'channels {cfg.channels}, its tensors do not')
-        check_cnn(path, weights, cfg.backbone, options['features'])
+        check_system(path, weights, cfg, 'channels', told)
     # the file's own weights follow: none need to be fetched
     module = built(path, build_module, dataclasses.replace(cfg, weights='none'), len(names))
     fill(path, module.model if cfg.detector == 'detr' else module, weights)

@@ -15,8 +15,8 @@ from torchvision.ops import clip_boxes_to_image, nms
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from ..core.checkpoint import model_file, read_weights
-from ..core.config import NEIGHBOURS, find_builder, model_options, require_imported
-from ..model.weights import built, check_cnn, fill, plain_tensors, stored_config
+from ..core.config import find_builder, is_place, require_imported
+from ..model.weights import built, check_system, fill, plain_tensors, stored_config
 from .detector import Detections, check_device, drop_duplicates, picture_batch
 from ..tasks.finetune import view_sizes
 from ..model.pretrained import Pretrained, hand_over, open_pretrained
@@ -71,17 +71,13 @@ def oneshot_of(
     return model.eval(), cfg
 
 # %% ../../nbs/51_oneshot_detector.ipynb #sys1
-def _system(path, weights, args):
+def _system(path, weights, args, told):
     "Return the model of a file of another system, and its configuration. Nothing is fetched."
     cfg = stored_config(path, OneShotConfig, args)
     require_imported(cfg.system, path)
     weights = plain_tensors(path, weights)
-    # all of ours bring the CNN's channels to as many as the configuration says
-    widths = {n for v in weights.values() for n in v.shape}
-    if cfg.system in NEIGHBOURS['oneshot'] and cfg.hidden_dim not in widths:
-        raise ValueError(f'{path} contradicts itself: its configuration says '
-                         f'hidden_dim {cfg.hidden_dim}, its tensors do not')
-    check_cnn(path, weights, cfg.backbone, model_options(cfg)['features'], cfg.dilation)
+    # what somebody else's has in it, we do not know
+    if not is_place(cfg.system): check_system(path, weights, cfg, 'hidden_dim', told)
     build = find_builder('oneshot', cfg.system)
     model = built(path, build, dataclasses.replace(cfg, weights='none'))
     fill(path, model, weights)
@@ -96,7 +92,8 @@ def load_oneshot(
     path = model_file(path)
     try: weights, args = read_weights(path)
     except ValueError: args = {}  # no file of this kit
-    if args.get('task') == 'oneshot' and args.get('system'): return _system(path, weights, args)
+    if args.get('task') == 'oneshot' and args.get('system'):
+        return _system(path, weights, args, told)
     return oneshot_of(open_pretrained(path, **told))
 
 def photo_sizes(

@@ -23,9 +23,9 @@ from torchvision.transforms.v2 import functional as F
 
 from ..core.checkpoint import model_file, read_weights
 from updetr.model.weights import (
-    built, check_architecture, check_cnn, class_names, fill, plain_tensors, stored_config,
+    built, check_architecture, check_system, class_names, fill, plain_tensors, stored_config,
 )
-from ..core.config import NEIGHBOURS, model_options, require_imported
+from ..core.config import is_place, model_options, require_imported
 from .detector import check_device, own_ids, picture_batch
 from ..model.detr import build_detr
 from ..tasks.finetune import view_sizes
@@ -135,12 +135,8 @@ def _one_stage(path, weights, args, told):
     "Return the same for a file of a system of one stage, which is no DETR."
     cfg, known = _known(path, args)
     require_imported(cfg.stage, path)
-    # all levels of ours are as wide as the configuration says
-    widths = {n for v in weights.values() for n in v.shape}
-    if cfg.stage in NEIGHBOURS['panoptic'] and cfg.hidden_dim not in widths:
-        raise ValueError(f'{path} contradicts itself: its configuration says '
-                         f'hidden_dim {cfg.hidden_dim}, its tensors do not')
-    check_cnn(path, weights, cfg.backbone, model_options(cfg)['features'])
+    # what somebody else's has in it, we do not know
+    if not is_place(cfg.stage): check_system(path, weights, cfg, 'hidden_dim', told)
     # the file's own weights follow: none need to be fetched
     whole = dataclasses.replace(cfg, weights='none')
     model = built(path, build_panoptic, whole, len(known['classes']), known['isthing'])
