@@ -2144,6 +2144,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'updetr.tasks.finetune.one_fold': ('finetune.html#one_fold', 'updetr/tasks/finetune.py'),
                                        'updetr.tasks.finetune.open_sets': ('finetune.html#open_sets', 'updetr/tasks/finetune.py'),
                                        'updetr.tasks.finetune.some_photos': ('finetune.html#some_photos', 'updetr/tasks/finetune.py'),
+                                       'updetr.tasks.finetune.start_file': ('finetune.html#start_file', 'updetr/tasks/finetune.py'),
                                        'updetr.tasks.finetune.targets_to_device': ( 'finetune.html#targets_to_device',
                                                                                     'updetr/tasks/finetune.py'),
                                        'updetr.tasks.finetune.train_plan': ('finetune.html#train_plan', 'updetr/tasks/finetune.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BOX_METRICS', 'VOC', 'COCO', 'LONG', 'SMALL', 'FINETUNE_PRESETS', 'FINETUNE_DESCRIPTIONS', 'FREE', 'NO_DATA',
-           'LabelledConfig', 'TransferConfig', 'FinetuneConfig', 'checkpoint_sizes', 'transfer_config',
+           'LabelledConfig', 'TransferConfig', 'FinetuneConfig', 'checkpoint_sizes', 'start_file', 'transfer_config',
            'finetune_config', 'Subset', 'divided', 'one_fold', 'draw_evenly', 'some_photos', 'class_counts',
            'labelled_marks', 'open_sets', 'chosen_by_photos', 'view_sizes', 'train_views', 'val_views', 'train_plan',
            'collate_targets', 'targets_to_device', 'batch_to_device', 'view_loader', 'val_items']
@@ -208,6 +208,15 @@ def checkpoint_sizes(
     sizes = {k: v for k, v in pretrained.options.items() if k in known}
     return sizes | {'features': ','.join(sizes['features'] or [])}
 
+# %% ../../nbs/42_finetune.ipynb #c014s
+def start_file(
+    pretrain: str,  # checkpoint, or the folder of a run; {seed} in it stands for the seed
+    seed: int,      # seed of the run that starts from it
+) -> str:           # absolute path of the file
+    "Return the checkpoint that a run starts from. Raises FileNotFoundError."
+    path = os.path.expanduser(pretrain.replace('{seed}', str(seed)))
+    return os.path.abspath(model_file(path))
+
 # %% ../../nbs/42_finetune.ipynb #c015
 def transfer_config(
     preset: str,       # a name in `presets`
@@ -220,7 +229,7 @@ def transfer_config(
     Raises ValueError or FileNotFoundError."""
     changes = {k: v for k, v in changes.items() if v is not None}
     if not changes.get('pretrain'): return make_config(preset, kind, presets, **changes)
-    path = os.path.abspath(model_file(os.path.expanduser(changes['pretrain'])))
+    path = start_file(changes['pretrain'], changes.get('seed', kind.seed))
     pretrained = open_pretrained(path, otherwise=changes)
     sizes = checkpoint_sizes(pretrained)
     # whoever asks for another architecture is told at once

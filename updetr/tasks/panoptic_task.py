@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core.checkpoint import model_file
 from ..core.config import (NEIGHBOURS, find_builder, import_function, is_place,
                                 loss_options, model_options)
 from ..model.detr import build_detr
@@ -24,7 +23,7 @@ from ..core.fingerprint import SetRows, photo_contents, set_rows
 from updetr.tasks.finetune import (
     BOX_METRICS, COCO, SMALL, Subset, TransferConfig,
     batch_to_device, collate_targets, divided, some_photos,
-    transfer_config,
+    start_file, transfer_config,
 )
 from .finetune_task import (DetectStep, LabelledRun, draw_answer, evaluate, measurement,
                                   train_batches, val_batches)
@@ -177,9 +176,11 @@ def panoptic_config(
     if changes.get('best_metric') in _ELSEWHERE.get(stage, ()): del changes['best_metric']
     # and the whole detector stays as it is in the second one
     if stage == 'masks': changes.pop('freeze', None)
-    path = os.path.expanduser(changes.get('pretrain', ''))
+    path = changes.get('pretrain')
     # the folder of a run stands for its best weights
-    if path: path = changes['pretrain'] = str(model_file(path))
+    if path:
+        path = start_file(path, changes.get('seed', PanopticConfig.seed))
+        changes['pretrain'] = path
     if path and stage in _REFUSED: check_start(stage, path)
     if path and stage == 'masks':
         # the file says how many object queries the frozen detector has
