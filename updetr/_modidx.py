@@ -2530,6 +2530,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                       'updetr.tasks.pretext.apart': ('pretext.html#apart', 'updetr/tasks/pretext.py'),
                                       'updetr.tasks.pretext.baselines': ('pretext.html#baselines', 'updetr/tasks/pretext.py'),
                                       'updetr.tasks.pretext.best_center': ('pretext.html#best_center', 'updetr/tasks/pretext.py'),
+                                      'updetr.tasks.pretext.cell_means': ('pretext.html#cell_means', 'updetr/tasks/pretext.py'),
                                       'updetr.tasks.pretext.compare': ('pretext.html#compare', 'updetr/tasks/pretext.py'),
                                       'updetr.tasks.pretext.constant_predict': ('pretext.html#constant_predict', 'updetr/tasks/pretext.py'),
                                       'updetr.tasks.pretext.draw_localization': ( 'pretext.html#draw_localization',

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEASURED_LAWS', 'DISTORTIONS', 'PretextSet', 'pretext_set', 'measure', 'make_predict', 'random_predict',
-           'best_center', 'constant_predict', 'ncc_maps', 'look_closer', 'match_template', 'template_predict',
-           'read_stereo', 'stereo_set', 'baselines', 'compare', 'markdown_table', 'pretext_metrics', 'apart',
-           'draw_localization', 'draw_photo']
+           'best_center', 'constant_predict', 'ncc_maps', 'cell_means', 'look_closer', 'match_template',
+           'template_predict', 'read_stereo', 'stereo_set', 'baselines', 'compare', 'markdown_table', 'pretext_metrics',
+           'apart', 'draw_localization', 'draw_photo']
 
 # %% ../../nbs/41_pretext.ipynb #c002
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import box_convert, roi_align
+from torchvision.ops import box_convert
 
 from ..data.augment import augment, draw_factors
 from ..core.boxes import paired_iou
@@ -295,17 +295,37 @@ def ncc_maps(
         yield torch.fft.irfft2(product, photo.shape) * norms
 
 # %% ../../nbs/41_pretext.ipynb #c037
+def cell_means(
+    photo: Tensor,  # (C,H,W) float
+    boxes: Tensor,  # (k,4) xyxy in 0..1, of some area
+    cells: int,     # rows and columns that each window is divided into
+) -> Tensor:        # (k,C,cells,cells) double
+    "Return the mean values of the cells of some windows."
+    H, W = photo.shape[1:]
+    sums = F.pad(photo.double().cumsum(1).cumsum(2), (1, 0, 1, 0))  # (C, H+1, W+1)
+    x1, y1, x2, y2 = boxes.double().unbind(1)
+    # where the lines between cells are, and the points where they cross
+    part = torch.linspace(0, 1, cells + 1, dtype=torch.double)
+    x = x1[:, None] + (x2 - x1)[:, None] * part
+    y = y1[:, None] + (y2 - y1)[:, None] * part
+    crossings = torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), -1)
+    # all that lies left of and above each of them (k, C, cells+1, cells+1)
+    tables = sums.expand(len(boxes), -1, -1, -1)
+    total = F.grid_sample(tables, 2 * crossings - 1, align_corners=True)
+    total = total[..., 1:] - total[..., :-1]
+    total = total[..., 1:, :] - total[..., :-1, :]
+    area = (x2 - x1) * W * (y2 - y1) * H / cells ** 2  # px of a cell
+    return total / area[:, None, None, None]
+
 def look_closer(
     photo: Tensor,     # (3,H,W) float 0..1
     patch: Tensor,     # (3,s,s) float 0..1
     boxes: Tensor,     # (k,4) xyxy in 0..1
-    points: int = 16,  # windows and patch are compared on points x points
+    cells: int = 16,   # windows and patch are compared in cells x cells
 ) -> Tensor:           # (k,) NCC over the three colours
     "Return the NCC of a patch with some windows of the photo, in colour."
-    H, W = photo.shape[1:]
-    places = boxes * boxes.new_tensor([W, H, W, H])
-    windows = roi_align(photo[None], [places], points, aligned=True)  # (k, 3, points, points)
-    small = F.interpolate(patch[None], (points, points), mode='bilinear', antialias=True)
+    windows = cell_means(photo, boxes, cells).float()  # (k, 3, cells, cells)
+    small = F.interpolate(patch[None], (cells, cells), mode='bilinear', antialias=True)
     windows = windows - windows.mean((2, 3), keepdim=True)
     small = small - small.mean((2, 3), keepdim=True)
     product = (windows * small).sum((1, 2, 3))
