@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.io import write_png
 
-from ..model.baselines import build_baseline
+from ..model.baselines import TWO_STAGE, build_baseline, proposals
 from ..data.check import require_readable, start_notes
 from ..core.checkpoint import write_atomic
 from ..core.config import loss_options, model_options
@@ -86,7 +86,10 @@ def build_module(
     options = model_options(cfg)
     if cfg.detector != 'detr':
         cnn = [options[k] for k in ('backbone', 'weights', 'features', 'frozen_backbone')]
-        return build_baseline(cfg.detector, num_classes, *cnn, cfg.channels)
+        few = {}
+        if cfg.detector in TWO_STAGE:
+            few['box_batch_size_per_image'] = proposals(cfg.square or cfg.val_size)
+        return build_baseline(cfg.detector, num_classes, *cnn, cfg.channels, **few)
     model = build_detr(num_classes, **options)
     for part in (model.transformer.encoder, model.transformer.decoder):
         part.gradient_checkpointing = cfg.gradient_checkpointing

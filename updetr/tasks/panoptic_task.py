@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'MASK_METRICS', 'PANOPTIC_PRESETS', 'PANOPTIC_DESCRIPTIONS', 'NO_PANOPTIC', 'TASK', 'PanopticConfig',
-           'start_kind', 'check_start', 'panoptic_config', 'PanopticSubset', 'open_panoptic_sets', 'proposals',
-           'build_panoptic', 'start_masks', 'answer_batch', 'evaluate_panoptic', 'draw_panoptic', 'PanopticTask']
+           'start_kind', 'check_start', 'panoptic_config', 'PanopticSubset', 'open_panoptic_sets', 'build_panoptic',
+           'start_masks', 'answer_batch', 'evaluate_panoptic', 'draw_panoptic', 'PanopticTask']
 
 # %% ../../nbs/49_panoptic_task.ipynb #c002
 import json
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..core.config import (NEIGHBOURS, find_builder, import_function, is_place,
                                 loss_options, model_options)
+from ..model.baselines import proposals
 from ..model.detr import build_detr
 from ..core.fingerprint import SetRows, photo_contents, set_rows
 from updetr.tasks.finetune import (
@@ -280,14 +281,6 @@ def _(dataset: PanopticSet):
 @set_rows.register
 def _(dataset: PanopticScenes): return set_rows(dataset.scenes)
 
-# %% ../../nbs/49_panoptic_task.ipynb #c015b
-def proposals(
-    cfg: PanopticConfig,  # configuration of the run
-) -> int:                 # 64..512
-    "Return how many proposals of a photo the heads learn from: as dense as 512 are at 800 px."
-    side = cfg.square or cfg.val_size
-    return min(512, max(64, round(512 * (side / 800) ** 2)))
-
 # %% ../../nbs/49_panoptic_task.ipynb #c016
 def build_panoptic(
     cfg: PanopticConfig,  # configuration of the run
@@ -300,7 +293,8 @@ def build_panoptic(
         options = model_options(cfg)
         parts = {k: options[k] for k in ('backbone', 'weights', 'features')}
         # for our own two: what a function of somebody else takes, we do not know
-        if cfg.stage in NEIGHBOURS['panoptic']: parts['box_batch_size_per_image'] = proposals(cfg)
+        if cfg.stage in NEIGHBOURS['panoptic']:
+            parts['box_batch_size_per_image'] = proposals(cfg.square or cfg.val_size)
         build = find_builder('panoptic', cfg.stage)
         return build(isthing, **parts, frozen=cfg.frozen_backbone, channels=cfg.hidden_dim)
     detr = build_detr(num_classes, **model_options(cfg))
