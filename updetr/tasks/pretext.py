@@ -317,6 +317,7 @@ def cell_means(
     area = (x2 - x1) * W * (y2 - y1) * H / cells ** 2  # px of a cell
     return total / area[:, None, None, None]
 
+# %% ../../nbs/41_pretext.ipynb #c037b
 def look_closer(
     photo: Tensor,     # (3,H,W) float 0..1
     patch: Tensor,     # (3,s,s) float 0..1
