@@ -118,7 +118,7 @@ def test_more_epochs_and_more_patience(whole, tmp_path):
 
 # ---- detectors ------------------------------------------------------------------------------------------------------
 
-TINY = dict(backbone='resnet18', weights='none', features='layer2', frozen_backbone=True, hidden_dim=16, nheads=2, dim_feedforward=16,
+TINY = dict(backbone='test_resnet', weights='none', features='layer2', frozen_backbone=True, hidden_dim=16, nheads=2, dim_feedforward=16,
             dec_layers=1, num_queries=4, scenes=4, scenes_val=2, scene_size=64, val_size=64, square=64, cached_views=1, batch_size=2,
             epochs=2, eval_every=1, lr=1e-3, best_metric='best_iou')
 

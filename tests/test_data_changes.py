@@ -22,7 +22,7 @@ from updetr.tasks.panoptic_task import panoptic_config
 from updetr.train.launch import launch
 
 SIZES = dict(hidden_dim=16, nheads=2, dim_feedforward=16, enc_layers=1, dec_layers=1, num_queries=4)
-TINY = SIZES | dict(backbone='resnet18', weights='none', features='layer1', standardize=False, scenes=0, scenes_val=0, val_size=64,
+TINY = SIZES | dict(backbone='test_resnet', weights='none', features='layer1', standardize=False, scenes=0, scenes_val=0, val_size=64,
                     square=64, cached_views=1, batch_size=2, epochs=1, eval_every=0, log_every=1, dropout=.1)
 STEPS = dict(schedule='step', warmup=0., lr_drop=2, cached_views=0, epochs=2)
 
@@ -254,8 +254,8 @@ def test_oneshot_and_panoptic_runs_refuse_alike(tmp_path):
 
 def pretrained(folder, data, **changes):
     return configure(folder, make_config('demo', **PRETRAIN | dict(
-        data=str(data), views=8, epochs=1, weights='none', backbone='resnet18', features='layer1', cache_features=False, standardize=False,
-        matching_init=False, heldout=0.) | changes))
+        data=str(data), views=8, epochs=1, weights='none', backbone='test_resnet', features='layer1', cache_features=False,
+        standardize=False, matching_init=False, heldout=0.) | changes))
 
 
 def test_pretraining_follows_moved_photos_and_refuses_changed_ones(tmp_path, capsys):

@@ -18,7 +18,7 @@ from test_task import rows, save_photos, small_photos  # noqa: F401 (small_photo
 from updetr.core.checkpoint import load_checkpoint, write_json
 from updetr.train import loop as training
 
-PRETRAIN = dict(cache_features=False, standardize=False, epochs=2, batch_size=2, weights='none', backbone='resnet18', features='layer2')
+PRETRAIN = dict(cache_features=False, standardize=False, epochs=2, batch_size=2, weights='none', backbone='test_resnet', features='layer2')
 
 
 def photos(folder, data):

@@ -208,7 +208,7 @@ def test_a_result_of_other_data_is_not_used(tmp_path):
     """Annotations are corrected under the same path: the finished result is refused, the change named; moved away, it is trained anew."""
     data = coco(tmp_path / 'data')
     sizes = dict(hidden_dim=16, nheads=2, dim_feedforward=16, enc_layers=1, dec_layers=1, num_queries=4)
-    tiny = job('finetune', 'demo', data=str(data), scenes=0, scenes_val=0, backbone='resnet18', weights='none', features='layer1',
+    tiny = job('finetune', 'demo', data=str(data), scenes=0, scenes_val=0, backbone='test_resnet', weights='none', features='layer1',
                standardize=False, val_size=64, square=64, cached_views=1, batch_size=2, epochs=1, eval_every=1, **sizes)
     folder, lines = job_folder(tmp_path / 'runs', tiny, 1), []
 

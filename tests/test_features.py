@@ -30,7 +30,7 @@ from updetr.train import features
 from updetr.train.features import Source, cnn_key, open_features, photos_key
 from updetr.train.loop import Processes
 
-CNN = dict(backbone='resnet18', features='layer1')
+CNN = dict(backbone='test_resnet', features='layer1')
 VIEWS = dict(views=5, view_size=32, cache_features=True, batch_size=1, **CNN)
 TINY = CNN | dict(weights='none', scenes=0, scenes_val=0, square=32, cached_views=2, frozen_backbone=True, batch_size=1, hidden_dim=16,
                   nheads=2, dim_feedforward=16, enc_layers=1, dec_layers=1, num_queries=4, epochs=1)
@@ -74,7 +74,7 @@ def pretrained_parts(folder, **changes):
 
 def save_cnn(path, seed):
     torch.manual_seed(seed)
-    torch.save(Backbone('resnet18', ['layer4']).body.state_dict(), path)
+    torch.save(Backbone('test_resnet', ['layer4']).body.state_dict(), path)
 
 
 def test_other_weights_under_the_same_path(tmp_path):
@@ -235,7 +235,7 @@ def test_query_pictures_follow_the_boxes(tmp_path, computed):
         task = begun(OneShotTask(oneshot_config('demo', **TINY | dict(unseen='dog', query_size=16) | data), tmp_path / name, Processes()))
         return task.features[1].clone()
     before, after = pictures('a', **save_set(tmp_path / 'data')), pictures('b', **save_set(tmp_path / 'data', shift=8))
-    assert before.shape == (3, 2, 64) and not torch.equal(before, after)
+    assert before.shape == (3, 2, 32) and not torch.equal(before, after)
     computed.clear()
     assert torch.equal(before, pictures('c', **save_set(tmp_path / 'data'))) and computed['picture_features'] == 2
     for path in tmp_path.glob('banks/*/feature.npy'): path.write_bytes(b'')

@@ -15,9 +15,9 @@ from updetr.tasks.finetune_task import TASK
 from updetr.train.launch import read_log
 from updetr.train.loop import Processes, run, train
 
-TINY = dict(scenes=8, scenes_val=5, scene_size=64, val_size=64, square=64, backbone='resnet18', weights='none', features='', hidden_dim=32,
-            nheads=4, dim_feedforward=32, dec_layers=2, num_queries=8, cached_views=0, batch_size=2, epochs=4, eval_every=2, log_every=1,
-            save_every=3, dropout=.1, fresh_queries=False)
+TINY = dict(scenes=8, scenes_val=5, scene_size=64, val_size=64, square=64, backbone='test_resnet', weights='none', features='',
+            hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=8, cached_views=0, batch_size=2, epochs=4, eval_every=2,
+            log_every=1, save_every=3, dropout=.1, fresh_queries=False)
 SHARED = dict(num_queries=8, enc_layers=1, dec_layers=2, hidden_dim=32, nheads=4, dim_feedforward=32)
 
 
@@ -115,7 +115,7 @@ def test_evaluation_can_be_switched_off_and_on(tmp_path):
 
 @pytest.mark.parametrize('name', ['retinanet', 'faster_rcnn_fpn', 'gridrcnn', 'doublehead'])
 def test_a_detector_of_torchvision_in_the_same_harness(name, tmp_path):
-    changes = dict(detector=name, standardize=False, epochs=1, eval_every=1, frozen_backbone=False)
+    changes = dict(detector=name, features='layer2,layer3', standardize=False, epochs=1, eval_every=1, frozen_backbone=False)
     folder = finish(make_run(tmp_path / 'run', **changes))
     row = read_log(folder)[-1]
     assert row['step'] == 4 and 'test_AP' in row and row['train_loss'] > 0

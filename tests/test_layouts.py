@@ -403,7 +403,7 @@ def test_the_photos_decide_and_are_trained_on(make, pictures, tmp_path, monkeypa
     "`auto` through the notebook, and an epoch of a small detector: it is measured on the photos to evaluate on."
     (data := tmp_path / 'data').mkdir()
     make(pictures, data)
-    tiny = dict(backbone='resnet18', weights='none', features='layer1', hidden_dim=16, nheads=2, dim_feedforward=16, dec_layers=1,
+    tiny = dict(backbone='test_resnet', weights='none', features='layer1', hidden_dim=16, nheads=2, dim_feedforward=16, dec_layers=1,
                 square=64, val_size=64, cached_views=1, batch_size=2, standardize=False, eval_every=1)
     asked = dict(data=str(data), methods='detr', epochs='auto', num_queries='auto', classes='pet=cat+dog, cow')
     cfg = run_cells(ROOT / 'nbs/finetune.ipynb', monkeypatch, 'train_plan(cfg', **asked, **tiny)['cfg']

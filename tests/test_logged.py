@@ -22,13 +22,13 @@ from updetr.train import loop as loop
 from updetr.train.loop import Processes, find_task, train
 
 MODEL = dict(hidden_dim=16, nheads=2, enc_layers=1, dec_layers=1, dim_feedforward=16, num_queries=4, dropout=0.)
-CNN = dict(backbone='resnet18', weights='none')
+CNN = dict(backbone='test_resnet', weights='none')
 RATES = dict(lr=3e-3, lr_backbone=3e-3, clip_max_norm=1.)
 TRAIN = RATES | dict(batch_size=4, epochs=2, keep_every=1, num_workers=0, schedule='cosine', warmup=0.)
 SCENES = dict(scenes=8, scenes_val=4, scene_size=64)
 VIEWS = SCENES | dict(val_size=64, square=64, cached_views=0, eval_every=1)
 LABELLED = MODEL | CNN | TRAIN | VIEWS | dict(frozen_backbone=False)
-FROM_NOTHING = dict(backbone='resnet18', features='layer2', eval_every=1)
+FROM_NOTHING = dict(backbone='test_resnet', features='layer2', eval_every=1)
 MAKE = {'finetune': partial(finetune_config, **LABELLED | dict(features='layer2')),
         'retinanet': partial(finetune_config, **LABELLED | dict(features='layer2', detector='retinanet', channels=32)),
         'oneshot': partial(oneshot_config, **LABELLED | dict(features='layer2', query_size=32, eval_queries=1)),
@@ -145,6 +145,6 @@ def test_a_cnn_is_taken_over_as_it_was_measured(tmp_path, seen):
     """The averaged weights, wherever a run's file is given as `weights`."""
     run_and_note(MAKE['cnn'](ema=.5, amp=False), tmp_path / 'run', seen)
     file = tmp_path / 'run' / 'checkpoint.pth'
-    taken, state = build_backbone('resnet18', str(file), ['layer2']).body.state_dict(), load_checkpoint(file)
+    taken, state = build_backbone('test_resnet', str(file), ['layer2']).body.state_dict(), load_checkpoint(file)
     assert all(torch.equal(v, state['ema'][f'body.{k}']) for k, v in taken.items())
     assert not all(torch.equal(v, state['model'][f'body.{k}']) for k, v in taken.items())

@@ -25,9 +25,9 @@ from updetr.tasks.oneshot import OneShotEvaluator, oneshot_config, oneshot_summa
 from updetr.tasks.oneshot_task import OneShotTask, evaluate_oneshot, model_answer, open_run
 from updetr.train.loop import Processes
 
-TINY = SIZES | dict(backbone='resnet18', weights='none', features='layer2', scenes=8, scenes_val=5, scene_size=64, val_size=64, square=64,
-                    cached_views=2, query_size=32, batch_size=4, epochs=3, eval_every=3, eval_queries=2, log_every=1, save_every=2, lr=3e-3,
-                    dropout=.1)
+TINY = SIZES | dict(backbone='test_resnet', weights='none', features='layer2', scenes=8, scenes_val=5, scene_size=64, val_size=64,
+                    square=64, cached_views=2, query_size=32, batch_size=4, epochs=3, eval_every=3, eval_queries=2, log_every=1,
+                    save_every=2, lr=3e-3, dropout=.1)
 LIVE = dict(cached_views=0, square=0, frozen_backbone=False)
 SETTINGS = {'cached': {}, 'live': LIVE | dict(query_shape='letterbox', query_augment=True, absent=.3),
             'binary': dict(binary=True, mask_ratio=.2, class_sampling='inverse', own_queries=False)}

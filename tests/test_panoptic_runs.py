@@ -35,7 +35,7 @@ from updetr.train.loop import Processes, train
 
 PANOPTIC = ROOT / 'nbs' / 'panoptic.ipynb'
 SIZES = dict(hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=8)
-CNN = dict(backbone='resnet18', weights='none', features='layer3')
+CNN = dict(backbone='test_resnet', weights='none', features='layer3')
 VIEWS = dict(scenes=0, scenes_val=0, val_size=64, square=64, cached_views=0, batch_size=4, log_every=1, save_every=7)
 BOXES = SIZES | CNN | VIEWS | dict(epochs=20, eval_every=10, lr=3e-3)
 MASKS = VIEWS | dict(epochs=8, eval_every=4, lr=3e-3, threshold=.3)

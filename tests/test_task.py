@@ -20,7 +20,7 @@ from updetr.tasks.pretrain_task import PretrainTask, encode_ahead, live_batches,
 from updetr.train.loop import Processes, TrainState, train, train_step
 from updetr.train.progress import skipped_photos
 
-SMALL = dict(backbone='resnet18', weights='none', hidden_dim=16, nheads=2, enc_layers=1, dec_layers=2, dim_feedforward=16, num_queries=4,
+SMALL = dict(backbone='test_resnet', weights='none', hidden_dim=16, nheads=2, enc_layers=1, dec_layers=2, dim_feedforward=16, num_queries=4,
              num_patches=2, batch_size=2, epochs=1, patch_size=32, num_workers=0, dropout=0., lr=1e-3, log_every=1)
 VIEWS = dict(views=6, view_size=64, data='')
 

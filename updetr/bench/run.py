@@ -616,7 +616,7 @@ def bench_curves(
     return {'steps': steps, 'seeds': list(seeds), 'curves': curves} | curve_gap(curves)
 
 # %% ../../nbs/74_run.ipynb #c034
-TINY = dict(weights='none', backbone='resnet18', hidden_dim=32, nheads=4, enc_layers=1,
+TINY = dict(weights='none', backbone='test_resnet', hidden_dim=32, nheads=4, enc_layers=1,
             dec_layers=2, dim_feedforward=32, num_queries=10, num_patches=5, patch_size=32)
 
 _SMALL_GROWTH = {'batch_size': (1, 2), 'short side': (64, 96), 'num_queries': (10, 20),
