@@ -10,6 +10,8 @@ from test_resume import as_in_the_processes  # noqa: F401 (a fixture: one thread
 from updetr.core.checkpoint import load_checkpoint, read_weights, write_json
 from updetr.core.config import make_config
 from updetr.model.backbone import Backbone, build_backbone
+from updetr.model.losses import SetCriterion
+from updetr.model.transformer import Transformer
 from updetr.model.weights import load_updetr
 from updetr.tasks import finetune_task
 from updetr.tasks.cnn_task import CNN_PRESETS, CNNConfig
@@ -39,8 +41,9 @@ MAKE = {'finetune': partial(finetune_config, **LABELLED | dict(features='layer2'
 
 @pytest.fixture(autouse=True)
 def quick_compiler_and_half_precision(monkeypatch):
-    """The model that `compile` gives is only traced here, and `amp`, which is the GPU's, counts on a CPU, too."""
-    monkeypatch.setattr(Backbone, 'compile', partialmethod(Backbone.compile, backend='eager'))
+    """What `compile` gives is only traced here, and `amp`, which is the GPU's, counts on a CPU, too."""
+    for part in (Backbone, Transformer, SetCriterion):
+        monkeypatch.setattr(part, 'compile', partialmethod(part.compile, backend='eager', options=None))
     step = loop.train_step
     def with_amp(module, batches, state, factor, amp, *more):
         return step(module, batches, state, factor, state.cfg.amp, *more)

@@ -1,6 +1,7 @@
 """A recorded step in the training loop, without a GPU: what takes the recorder's place rehearses as it does, then does the step anew on the
 recording's own tensors."""
 import signal
+from functools import partialmethod
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from test_resume import as_in_the_processes  # noqa: F401 (a fixture: one thread)
 from test_task import make_task, rows, save_photos, small_photos  # noqa: F401 (a fixture: photos of 64 and 80 px)
 from updetr.core.checkpoint import load_checkpoint
+from updetr.model.backbone import Backbone
+from updetr.model.losses import SetCriterion
 from updetr.model.matcher import HungarianMatcher, match_cost
+from updetr.model.transformer import Transformer
 from updetr.train.loop import Processes, train
 
 # landscape and portrait, two short sides: several shapes; the rate drops after the second of three epochs
@@ -102,6 +106,17 @@ def test_a_run_goes_on_recorded_or_not(run, plain, tmp_path):
     for recorded, stop_at in ((True, 6), (False, 9), (True, None)):
         saved, logged = run(tmp_path, Recorder() if recorded else None, stop_at)
     assert same(saved, plain[0]) and logged[-1] == plain[1][-1]
+
+
+@pytest.mark.parametrize('changes', [{}, dict(accumulate=2, gradient_checkpointing=True)], ids=str)
+def test_a_compiled_run_is_the_plain_one(run, plain, tmp_path, monkeypatch, changes):
+    "Recorded, stopped and resumed; or launched, in micro-batches that are computed twice. The compiler only passes on what it is given."
+    for part in (Backbone, Transformer, SetCriterion):
+        monkeypatch.setattr(part, 'compile', partialmethod(part.compile, backend='eager', options=None, fullgraph=True))
+    recorder = None if changes else Recorder
+    wanted = run(tmp_path / 'plain', **changes) if changes else plain
+    for stop_at in (6, None): saved, logged = run(tmp_path / 'run', recorder and recorder(), stop_at, compile=True, **changes)
+    assert same(saved, wanted[0]) and logged[-1] == wanted[1][-1]
 
 
 def cheapest(self, logits, pred_boxes, labels, boxes, counts):

@@ -15,6 +15,9 @@ from updetr.core.checkpoint import load_checkpoint
 from updetr.core.config import make_config
 from updetr.core.photos import BadPhoto, builtin_photos
 from updetr.data.loader import PatchTask, Views, epoch_batches, read_or_less
+from updetr.model.backbone import Backbone
+from updetr.model.losses import SetCriterion
+from updetr.model.transformer import Transformer
 from updetr.model.weights import load_updetr
 from updetr.tasks.pretrain_task import PretrainTask, encode_ahead, live_batches, photo_lists
 from updetr.train.loop import Processes, TrainState, train, train_step
@@ -345,8 +348,8 @@ def test_out_of_memory_is_told_with_sizes_and_the_way_out():
         train_step(module, iter([torch.zeros(8, 4)]), TrainState(module, make_config(batch_size=4)), 1.)
 
 
-def test_compile_is_handed_to_the_cnn(tmp_path, monkeypatch):
+def test_compile_is_handed_to_cnn_transformer_and_losses(tmp_path, monkeypatch):
     compiled = []
-    monkeypatch.setattr('updetr.model.backbone.Backbone.compile', lambda cnn: compiled.append(cnn))
+    for part in (Backbone, Transformer, SetCriterion): monkeypatch.setattr(part, 'compile', lambda part: compiled.append(part))
     task, state = train_small(tmp_path / 'run', **VIEWS, compile=True)
-    assert compiled == [task.model.backbone[0]] and state.step == 3
+    assert compiled == [task.model.backbone[0], task.model.transformer, task.module.criterion] and state.step == 3

@@ -127,7 +127,7 @@ class TrainConfig:
     ema: float = 0.0               # decay of the averaged weights, e.g. 0.999; 0 = none
     amp: bool = True               # bf16 autocast on GPU; boxes, matcher and losses stay fp32
     gradient_checkpointing: bool = False  # recompute transformer layers in the backward pass
-    compile: bool = False          # torch.compile of the CNN
+    compile: bool = False          # torch.compile of CNN, layers, losses
     num_workers: int = 0           # decoding processes for each training process
     log_every: int = 10            # steps between log lines
     tensorboard: bool = False      # log lines for TensorBoard, too; needs updetr[board]

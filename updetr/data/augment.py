@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FACTORS', 'NEUTRAL', 'BLUR_RADIUS', 'CHANGES', 'FEWEST', 'draw_factors', 'blur_matrix', 'one_pass', 'Recurring',
-           'CompiledPass', 'augment', 'normalize']
+           'lift_limits', 'CompiledPass', 'augment', 'normalize']
 
 # %% ../../nbs/11_augment.ipynb #c002
 import warnings
@@ -204,6 +204,15 @@ class Recurring:
         if shape in self.met and len(self.known) < self.most: self.known.add(shape)
         self.met.add(shape)
         return shape in self.known
+
+def lift_limits(
+    most: int,  # number of shapes
+) -> None:
+    "Let PyTorch compile a function for more shapes than eight."
+    # it takes seconds to import
+    import torch._dynamo.config as limits
+    for name in ('recompile_limit', 'accumulated_recompile_limit'):
+        setattr(limits, name, max(getattr(limits, name), most))
 
 # %% ../../nbs/11_augment.ipynb #c029i
 class CompiledPass:

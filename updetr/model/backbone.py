@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'RESNETS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'KINDS', 'STEM', 'MOST_SIZES', 'PREFIXES', 'HEADS', 'cut',
-           'make_body', 'cnn_numbers', 'join_features', 'fold_pairs', 'refold', 'conv_relu', 'join_calls',
-           'four_channels', 'widen_stem', 'FrozenFold', 'fold_norms', 'TrainedFold', 'Backbone', 'prepare_images',
-           'eval_mode', 'open_levels', 'pyramid', 'read_state_dict', 'load_weights', 'build_backbone', 'WEIGHTS',
-           'fetch_weights', 'weights_path']
+           'make_body', 'cnn_numbers', 'join_features', 'fold_pairs', 'refold', 'as_autocast', 'conv_relu',
+           'join_calls', 'four_channels', 'widen_stem', 'FrozenFold', 'fold_norms', 'TrainedFold', 'Backbone',
+           'prepare_images', 'eval_mode', 'open_levels', 'pyramid', 'read_state_dict', 'load_weights', 'build_backbone',
+           'WEIGHTS', 'fetch_weights', 'weights_path']
 
 # %% ../../nbs/20_backbone.ipynb #c002
 import copy
@@ -34,7 +34,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
 from ..core.shipped import WEIGHTS, fetch_weights, weights_path
-from ..data.augment import Recurring, normalize
+from ..data.augment import Recurring, lift_limits, normalize
 
 # %% ../../nbs/20_backbone.ipynb #c005
 NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
@@ -172,8 +172,11 @@ def _map_shape(x, weight, stride, padding, dilation):
     height, width = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides]
     return x.shape[0], weight.shape[0], height, width
 
-def _as_autocast(t, device):
-    "Return a tensor in the dtype that autocast gives to what a convolution reads."
+def as_autocast(
+    t: Tensor | None,  # read by a convolution or a product
+    device: str,       # its type
+) -> Tensor | None:    # None for None
+    "Return a tensor in the dtype that autocast gives it there."
     if t is None or t.dtype == torch.double or not torch.is_autocast_enabled(device): return t
     return t.to(torch.get_autocast_dtype(device))
 
@@ -212,7 +215,7 @@ def conv_relu(
 ) -> Tensor:  # map (B, C, h, w)
     "Return ReLU(convolution + residual): by one call of cuDNN where it offers that."
     if not torch.compiler.is_compiling() and _cudnn_is_here(x):
-        cast = [_as_autocast(t, x.device.type) for t in (x, weight, bias)]
+        cast = [as_autocast(t, x.device.type) for t in (x, weight, bias)]
         found = _one_call(*cast, residual, settings)
         if found is not None: return found
     y = F.conv2d(x, weight, bias, *settings)
@@ -464,7 +467,7 @@ class _Kept:
         return self.made
 
 # %% ../../nbs/20_backbone.ipynb #b7f0a1cc
-MOST_SIZES = 64  # that a CNN is compiled for
+MOST_SIZES = 64  # that a network is compiled for
 
 class _Folds:
     "Folded copies of a network: of what is frozen one for each precision, of what is trained one."
@@ -537,10 +540,7 @@ class Backbone(nn.Module):
 
     def compile(self, **options):
         "From now on run sizes that come again in training mode through `torch.compile`."
-        # it takes seconds to import
-        import torch._dynamo.config as limits
-        for name in ('recompile_limit', 'accumulated_recompile_limit'):
-            setattr(limits, name, max(getattr(limits, name), 16 * MOST_SIZES))
+        lift_limits(16 * MOST_SIZES)
         self._folds = _Folds({'dynamic': False} | options)
 
     def train(self, mode=True):

@@ -23,6 +23,7 @@ from ..core.config import not_known
 from ..data.loader import as_targets
 from .detr import DETR
 from .matcher import HungarianMatcher, pad_targets
+from .transformer import CompiledCalls, compile_options
 from .updetr import UPDETR
 
 # %% ../../nbs/26_losses.ipynb #c005
@@ -192,6 +193,12 @@ class SetCriterion(nn.Module):
         class_weight = torch.cat((of_classes, torch.tensor([eos_coef])))
         self.register_buffer('empty_weight', class_weight)
         self.step = None  # within `shared`: what its micro-batches divide by
+        self.compiled = None  # calls that run compiled, once `compile` was called
+
+    def compile(self, **options):
+        "From now on run matching cost and `matched_losses` through `torch.compile`."
+        self.matcher.compile(**options)
+        self.compiled = CompiledCalls('losses', compile_options(**options))
 
     def forward(
         self,
@@ -376,12 +383,7 @@ def match_patches(
     return criterion.match(_named(predictions), as_targets(boxes, criterion.num_classes - 1))
 
 # %% ../../nbs/26_losses.ipynb #a7e10003
-def matched_losses(
-    model: UPDETR,            # a UP-DETR whose matched queries reconstruct their patch
-    criterion: SetCriterion,  # the model's criterion
-    *tensors: Tensor,         # tensors of both above, and boxes (B, M, 4)
-) -> tuple[dict[str, Tensor], Tensor]:  # losses and what is watched; their weighted sum
-    "Return the losses of predictions that have been matched."
+def _matched_losses(model, criterion, *tensors):
     *predictions, hs, gt_feature, matched, boxes = tensors
     # every photo has M patches: numbers that are counted elsewhere are known here
     labels, boxes, counts = as_targets(boxes, criterion.num_classes - 1)
@@ -393,6 +395,15 @@ def matched_losses(
     losses = criterion.losses(_named(predictions), (labels, boxes, counts), matched, gt_feature,
                               number, recon)
     return name_layers(losses), criterion.total_of_layers(losses)
+
+def matched_losses(
+    model: UPDETR,            # a UP-DETR whose matched queries reconstruct their patch
+    criterion: SetCriterion,  # the model's criterion
+    *tensors: Tensor,         # tensors of both above, and boxes (B, M, 4)
+) -> tuple[dict[str, Tensor], Tensor]:  # losses and what is watched; their weighted sum
+    "Return the losses of predictions that have been matched."
+    if criterion.compiled is None: return _matched_losses(model, criterion, *tensors)
+    return criterion.compiled.through(_matched_losses, model, criterion, *tensors)
 
 # %% ../../nbs/26_losses.ipynb #a7e10009
 _MEMORY = {'empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided', '_unsafe_view'}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..core.checkpoint import first_line
 from ..data.loader import send
+from .transformer import CompiledCalls, compile_options
 
 # %% ../../nbs/25_matcher.ipynb #c005
 def pad_targets(
@@ -176,13 +177,23 @@ class HungarianMatcher(nn.Module):
         self.weights = cost_class, cost_bbox, cost_giou
         if not any(self.weights): raise ValueError('all matching costs are zero')
         self.own_group, self.strict = own_group, True
+        self.compiled = None  # calls that run compiled, once `compile` was called
+
+    def compile(self, **options):
+        "From now on compute costs of shapes that come again through `torch.compile`."
+        self.compiled = CompiledCalls('the matching cost', compile_options(**options))
+
+    def cost(self, *inputs):
+        "Return `match_cost` of these inputs."
+        if self.compiled is None: return match_cost(*inputs)
+        return self.compiled.through(match_cost, *inputs)
 
     @torch.no_grad()
     def match(self, logits, pred_boxes, labels, boxes, counts):
         """Return the query of each target (L, B, T), -1 where there is none.
 
         Predictions are (L, B, N, K) and (L, B, N, 4), targets padded by `pad_targets`."""
-        cost = match_cost(logits, pred_boxes, labels, boxes, self.weights)  # (L, B, N, T)
+        cost = self.cost(logits, pred_boxes, labels, boxes, self.weights)  # (L, B, N, T)
         # what is not finite becomes the last choice
         if cost.is_cuda or not self.strict: cost = cost.nan_to_num(1e6, 1e6, 1e6)
         return assign_own_group(cost) if self.own_group else assign(cost, counts)

@@ -4,14 +4,21 @@
 
 # %% auto #0
 __all__ = ['KERNELS', 'attention_weights', 'MultiheadAttention', 'TransformerEncoderLayer', 'TransformerDecoderLayer',
-           'TransformerEncoder', 'TransformerDecoder', 'Transformer']
+           'compile_options', 'CompiledCalls', 'TransformerEncoder', 'TransformerDecoder', 'Transformer']
 
 # %% ../../nbs/22_transformer.ipynb #c002
+import warnings
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+
+from ..data.augment import Recurring, lift_limits
+from .backbone import MOST_SIZES, as_autocast
 
 # %% ../../nbs/22_transformer.ipynb #d07c0001
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -62,8 +69,10 @@ class MultiheadAttention(nn.Module):
         # project, and cut into heads; what is one tensor is one product
         d, one = query.shape[-1], query is key
         parts = (2 * d, d) if one else (d, d, d)
-        weights = self.in_proj_weight.split(parts)
-        biases = self.in_proj_bias.split(parts)
+        # in the precision of autocast: whole, not part by part
+        device = query.device.type
+        weights = as_autocast(self.in_proj_weight, device).split(parts)
+        biases = as_autocast(self.in_proj_bias, device).split(parts)
         v = self._heads(value, weights[-1], biases[-1])         # (B, heads, K, d_k)
         q = self._heads(query, weights[0], biases[0])           # (B, heads, Q, d_k)
         if one: q, k = q.chunk(2, 1)
@@ -168,48 +177,139 @@ class TransformerDecoderLayer(_Layer):
         # and thinks for itself
         return self.sublayer(tgt, self.norm3, self.feed_forward)
 
-# %% ../../nbs/22_transformer.ipynb #c017
-def _run(layer, *args, save_memory=False):
-    # what is not stored is computed once more in the backward pass
-    if save_memory and torch.is_grad_enabled(): return checkpoint(layer, *args, use_reentrant=False)
-    return layer(*args)
+# %% ../../nbs/22_transformer.ipynb #25c40002
+def compile_options(
+    **changes,  # other options of `torch.compile`
+) -> dict:      # options of `torch.compile`
+    "Return how parts of a step are compiled: each size for itself."
+    # the masks of dropout are PyTorch's, not the compiler's own
+    return {'dynamic': False, 'options': {'fallback_random': True}} | changes
 
-class TransformerEncoder(nn.Module):
+def _kind(inputs):
+    "Return what a compilation fits: precision, shapes and dtypes, and whatever is no tensor."
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    device, cast = tensors[0].device.type, None
+    if torch.is_autocast_enabled(device): cast = torch.get_autocast_dtype(device)
+    kinds = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in inputs
+             if not isinstance(x, nn.Module)]
+    return cast, torch.is_grad_enabled(), *kinds
+
+# %% ../../nbs/22_transformer.ipynb #25c40004
+class CompiledCalls:
+    "Which calls run compiled: those of kinds that training repeats, as long as a compiler can."
+    def __init__(
+        self,
+        what: str,  # what is called, for a message
+        options: dict | None = None,  # options of `compile_options`, for `through`
+    ):
+        lift_limits(16 * MOST_SIZES)
+        self.what, self.options = what, options
+        self.kinds, self.made = Recurring(MOST_SIZES), {}
+
+    def __getstate__(self):
+        # a copy compiles for itself
+        return self.__dict__ | {'made': {}}
+
+    def takes(self, *inputs) -> bool:
+        "Return whether such inputs run compiled; to be asked once a step."
+        # a compiler of the whole model needs no second one inside
+        if self.kinds is None or torch.compiler.is_compiling(): return False
+        # a list wants something in it
+        return not any(isinstance(x, list) for x in inputs) and self.kinds(_kind(inputs))
+
+    def __call__(
+        self,
+        compiled: Callable,  # goes through the compiler
+        plain: Callable,     # does the same without
+        *inputs,             # for either
+    ):
+        "Return what the compiled way returns; where it fails, say why, and go the plain way."
+        if self.kinds is None: return plain(*inputs)
+        try: return compiled(*inputs)
+        except torch.OutOfMemoryError: raise
+        # whatever a compiler lacks
+        except Exception as e:
+            reason = ' '.join(str(e).strip().splitlines()[:2])
+            warnings.warn(f'not compiled: {self.what}, because the compiler failed: '
+                          f'{type(e).__name__}: {reason}', stacklevel=2)
+            self.kinds = None
+            return plain(*inputs)
+
+    def through(
+        self,
+        f: Callable,  # always the same function
+        *inputs,      # tensors, modules, and what can be in a set
+    ):
+        "Return what a function returns, compiled where training has shown such inputs before."
+        if not self.takes(*inputs): return f(*inputs)
+        if f not in self.made: self.made[f] = torch.compile(f, **self.options)
+        return self(self.made[f], f, *inputs)
+
+# %% ../../nbs/22_transformer.ipynb #c017
+def _run(call, *args, save_memory=False):
+    # what is not stored is computed once more in the backward pass
+    if save_memory and torch.is_grad_enabled(): return checkpoint(call, *args, use_reentrant=False)
+    return call(*args)
+
+class _Stack(nn.Module):
+    "What both stacks have: layers and a norm, and the ways to call a layer."
+    def __init__(self, layers, norm):
+        super().__init__()
+        self.layers, self.norm = nn.ModuleList(layers), norm
+        self.gradient_checkpointing = False
+        self.compiled = None  # calls that run compiled, once `compile` was called
+
+    def compile(self, **options):
+        "From now on run what training repeats through `torch.compile`, layer by layer."
+        for layer in self.layers: layer.compile(**options)
+        self.compiled = CompiledCalls('layers of the transformer')
+
+    def takes(self, *inputs):
+        "Return whether the layers run compiled on such inputs."
+        learns = self.training and torch.is_grad_enabled()
+        return learns and self.compiled is not None and self.compiled.takes(*inputs)
+
+    def call(self, layer, takes, *inputs):
+        "Return what a layer returns, compiled or as it is."
+        ways = [partial(_run, f, save_memory=self.gradient_checkpointing)
+                # the second is a module's own call, without the compiler in front of it
+                for f in (layer, layer._call_impl)]
+        return self.compiled(*ways, *inputs) if takes else ways[1](*inputs)
+
+# %% ../../nbs/22_transformer.ipynb #25c40003
+class TransformerEncoder(_Stack):
     "A stack of encoder layers; with pre-norm, a norm at the end."
     def __init__(
         self,
         layers: list[nn.Module],  # `TransformerEncoderLayer`s, first to last
         norm: nn.Module | None = None,  # norm at the end; None (post-norm): the layers end in one
     ):
-        super().__init__()
-        self.layers, self.norm = nn.ModuleList(layers), norm
-        self.gradient_checkpointing = False
+        super().__init__(layers, norm)
 
     def forward(self, src, pos, mask=None):
-        for layer in self.layers:
-            src = _run(layer, src, pos, mask, save_memory=self.gradient_checkpointing)
+        takes = self.takes(src, pos, mask)
+        for layer in self.layers: src = self.call(layer, takes, src, pos, mask)
         return src if self.norm is None else self.norm(src)
 
-class TransformerDecoder(nn.Module):
+class TransformerDecoder(_Stack):
     "A stack of decoder layers; all outputs pass one norm and are returned: (layers, B, N, d)."
     def __init__(
         self,
         layers: list[nn.Module],  # `TransformerDecoderLayer`s, first to last
         norm: nn.Module,          # norm shared by all outputs
     ):
-        super().__init__()
-        self.layers, self.norm = nn.ModuleList(layers), norm
-        self.gradient_checkpointing = False
+        super().__init__(layers, norm)
 
     def forward(self, tgt, memory, pos, *args):
         outputs = []
         # all layers look the photo up by the same keys
         key = memory + pos                                      # (B, S, d)
+        takes = self.takes(tgt, memory, key, *args)
         for layer in self.layers:
-            tgt = _run(layer, tgt, memory, key, *args, save_memory=self.gradient_checkpointing)
-            # the next layer goes on from `tgt`, the heads read the normed one
-            outputs.append(self.norm(tgt))
-        return torch.stack(outputs)
+            tgt = self.call(layer, takes, tgt, memory, key, *args)
+            outputs.append(tgt)
+        # the next layer goes on from `tgt`, the heads read the normed one
+        return self.norm(torch.stack(outputs))
 
 # %% ../../nbs/22_transformer.ipynb #c018
 class Transformer(nn.Module):
@@ -236,6 +336,10 @@ class Transformer(nn.Module):
         self.decoder = TransformerDecoder(decoder, nn.LayerNorm(d_model))
         for p in self.parameters():
             if p.dim() > 1: nn.init.xavier_uniform_(p)
+
+    def compile(self, **options):
+        "From now on run layers through `torch.compile`, for inputs of kinds that training repeats."
+        for stack in (self.encoder, self.decoder): stack.compile(**compile_options(**options))
 
     def encode(self, src, pos, mask=None):
         "Return what the encoder makes of the photo (B, S, d); object queries play no part in it."

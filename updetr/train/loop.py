@@ -32,7 +32,7 @@ from updetr.core.checkpoint import (
     gather_rng, json_text, read_json, save_checkpoint, set_rng_state, write_json,
 )
 from ..core.config import TrainConfig, check_config
-from .graphs import RecordedStep
+from .graphs import RecordedStep, compile_parts
 from .resume import (SAVED, HeldFolder, keep_data, last_logged, last_saved, put_away,
                            refuse_changes, refuse_data, saved_marks, short_marks)
 from ..core.signals import StopFlag, file_locks
@@ -650,7 +650,7 @@ def train(
     for part in module.modules():
         # a matcher that raises would end one process, and leave the others waiting
         if hasattr(part, 'strict'): part.strict = not cfg.max_skips
-    if cfg.compile: task.model.backbone[0].compile()
+    if cfg.compile: compile_parts(module)
     if processes.world > 1:
         devices = [processes.device] if processes.device.type == 'cuda' else None
         module = DistributedDataParallel(module, devices, broadcast_buffers=False,
