@@ -39,7 +39,7 @@ from ..core.checkpoint import read_json
 from ..core.config import PretrainConfig, make_config, model_options
 from ..model.detr import build_detr
 from ..train.features import FeatureBank, Stored
-from ..train.graphs import record_graph
+from ..train.graphs import compile_parts, record_graph
 from ..train.launch import launch, read_log
 from ..data.loader import BatchPlan, PatchTask, SelfDet, photo_loader
 from ..model.losses import build_criterion
@@ -256,7 +256,7 @@ def bench_finetune(
     rounds: int = 3,                       # number of rounds that count
     device: torch.device | str = 'cpu',    # where it runs
     counted: tuple[int, int] = (800, 16),  # short side (px), photos; only counted
-    compiled: bool = False,                # ours with the CNN compiled, too
+    compiled: bool = False,                # ours compiled, too
 ) -> dict:                                 # speeds, ratio, ..., phases, counted_as_on_gpu
     "Measure a fine-tuning step, both ways, whole and in pieces."
     model, criterion = _detector_and_criterion(cfg)
@@ -264,8 +264,8 @@ def bench_finetune(
     # ours is made last: the others copy the model
     ways = {'reference': ReferenceStep(model, criterion, cfg, device)}
     if compiled:
-        ways['compiled'] = OurStep(copy.deepcopy(model), criterion, cfg, device, amp)
-        ways['compiled'].model.backbone[0].compile()
+        ways['compiled'] = OurStep(copy.deepcopy(model), copy.deepcopy(criterion), cfg, device, amp)
+        compile_parts(ways['compiled'].model, ways['compiled'].criterion)
     ways['ours'] = OurStep(model, criterion, cfg, device, amp)
 
     # whole steps
@@ -456,10 +456,11 @@ def bench_cached(
     device: torch.device | str = 'cpu',  # where it runs
     side: int = 320,                     # side of the photos, px
     steps: int = 1,                      # steps a round
+    compiled: bool = False,              # with CNN, layers and losses compiled, too
 ) -> dict:                               # batch_size, bank_on, cached_img_s, live_img_s, ratio, ...
     """Measure steps from pixels against steps from a feature bank.
 
-    On a GPU also launched_img_s: cached, without graphs."""
+    On a GPU also launched_img_s: cached, without graphs; and compiled_img_s, if `compiled`."""
     way = build_step(OurStep, cfg, device)
     photos = noise_batch(cfg, [(side, side)] * batch_size)
     with torch.no_grad():
@@ -467,26 +468,27 @@ def bench_cached(
     bank = noise_bank(cfg, tuple(feature.shape[1:]), 2 * batch_size, device)
 
     # recorded on a GPU, and launched for comparison
-    kinds = {'ours': None}
-    if torch.device(device).type == 'cuda': kinds = {'ours': record_graph, 'launched': None}
+    record = record_graph if torch.device(device).type == 'cuda' else None
+    ways = {'ours': (way, record)} | ({'launched': (way, None)} if record else {})
+    if compiled:
+        changed = dataclasses.replace(cfg, compile=True)
+        ways['compiled'] = build_step(OurStep, changed, device), record
 
-    def cached(record, r):
+    def cached(way, record, r):
         follow = way.follower(record)
         plan = [[(r * steps + s, i, side) for i in range(batch_size)] for s in range(steps)]
-        for ready in encode_ahead(way.model, map(bank.batch, plan), way.amp):
-            follow(ready)
+        for ready in encode_ahead(way.model, map(bank.batch, plan), way.amp): follow(ready)
 
     def live(r): return list(way.run([photos] * steps))
 
-    contenders = {name: partial(cached, record) for name, record in kinds.items()}
+    contenders = {name: partial(cached, *kind) for name, kind in ways.items()}
     seconds = in_turn(contenders | {'reference': live}, rounds, device)
     speeds = compared(seconds, batch_size * steps)
-    result = {'batch_size': batch_size, 'bank_on': bank.parts['feature'].device.type}
-    result['cached_img_s'] = speeds['ours_img_s']
-    result['live_img_s'] = speeds['reference_img_s']
-    result['ratio'] = speeds['ratio']
-    if 'launched' in kinds: result['launched_img_s'] = speeds['launched_img_s']
-    return result
+    names = {k: k for k in ways} | {'ours': 'cached', 'reference': 'live'}
+    result = {f'{name}_img_s': speeds[f'{k}_img_s'] for k, name in names.items()}
+    if compiled: result['ratio_compiled'] = _ratio(seconds, 'compiled')
+    bank_on = bank.parts['feature'].device.type
+    return result | {'batch_size': batch_size, 'bank_on': bank_on, 'ratio': speeds['ratio']}
 
 # %% ../../nbs/74_run.ipynb #d43e0002
 def pace(
@@ -691,9 +693,11 @@ def bench_parts(
     if compiled: add('compiled', _compiled_step, step, cfg)
     add('finetune', bench_finetune, cfg, detect, s['detect_batch'], rounds, device, s['counted'],
         compiled)
-    add('cached', bench_cached, cfg, max(s['memory']), rounds, device, side, steps)
+    add('cached', bench_cached, cfg, max(s['memory']), rounds, device, side, steps,
+        compiled)
     lite, many = s['small']
-    add('small', bench_cached, make_config('paper', **lite), many, rounds, device, side, steps)
+    add('small', bench_cached, make_config('paper', **lite), many, rounds, device, side, steps,
+        compiled)
     add('end_to_end', _with_photos, fed, photos)
     add('memory', bench_memory, cfg, s['memory'], device, shrink)
     add('inference', bench_inference, cfg, detect, s['infer'], compiled, rounds, device)

@@ -29,7 +29,7 @@ from ..data.augment import draw_factors
 from ..core.boxes import pad_images
 from ..core.checkpoint import read_json
 from ..core.config import PretrainConfig, loss_options, model_options
-from ..train.graphs import HostNeeded, RecordedStep, record_graph
+from ..train.graphs import HostNeeded, RecordedStep, compile_parts, record_graph
 from ..data.loader import as_targets, collate, epoch_batches, to_device
 from ..model.losses import (SetCriterion, build_criterion, match_patches, matched_losses,
                                   name_layers, patch_predictions, stack_layers)
@@ -474,12 +474,12 @@ def build_step(
 ) -> DetectorStep:
     """Return a pre-training step; both kinds start with the same weights.
 
-    OurStep has its CNN compiled if the configuration says so."""
+    OurStep is compiled if the configuration says so."""
     torch.manual_seed(cfg.seed)
     model = build_updetr(**model_options(cfg))
     criterion = build_criterion(model, **loss_options(cfg))
     if kind is ReferenceStep: return ReferenceStep(model, criterion, cfg, device)
-    if cfg.compile: model.backbone[0].compile()
+    if cfg.compile: compile_parts(model, criterion)
     amp = cfg.amp and torch.device(device).type == 'cuda'
     return OurStep(model, criterion, cfg, device, amp)
 
