@@ -60,7 +60,8 @@ def _lack(mark):
 
 # What takes longest begins first, the longest in front: at the very end it would keep all other cores waiting.
 LONG = ['test_faults.py', 'test_papermill.py', 'test_experiments.py', 'test_launch.py', 'test_recipe.py', 'test_resume.py',
-        'test_widget.py', 'test_task.py', 'test_logged.py', 'test_oneshot.py', 'test_foreign_files.py', 'test_features.py',
+        'test_widget.py', 'test_compiled.py', 'test_task.py', 'test_logged.py', 'test_oneshot.py', 'test_foreign_files.py',
+        'test_features.py',
         'test_panoptic_runs.py', '83_heads', '74_run', 'test_finetune.py', 'test_handover.py', 'test_not_finite.py', '85_upsnet',
         'test_determinism.py', 'test_finetune_runs.py', '84_panoptic_fpn', 'test_baselines.py', 'test_processes.py',
         'test_skipped.py', 'test_form.py', '56_export', 'labels_to_errors', 'test_backbone.py', '20_backbone', '41_pretext',
