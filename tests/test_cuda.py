@@ -412,13 +412,13 @@ def test_the_benchmark_times_compiled_steps_beside_plain_ones():
 
 @pytest.mark.multigpu
 def test_processes_with_recordings(tmp_path):
-    "One process and two, whatever `cuda_graphs` says: the same global batches, the same losses. Several launch their steps."
-    cfg = dict(SMALL | VIEWS, task='pretrain', amp=False)
-    curves = []
-    for n, graphs in ((1, False), (2, False), (2, True)):
-        run = tmp_path / f'{n}{graphs}'
-        full = make_config('paper', **{k: v for k, v in cfg.items() if k != 'task'}, cuda_graphs=graphs)
+    "One process and two, launched in DDP or recorded with the mean of their gradients: the same global batches, the same losses."
+    cfg, curves = dict(SMALL | VIEWS, amp=False), []
+    for n, graphs in ((1, {}), (2, {}), (2, dict(cuda_graphs=True, cuda_graphs_ddp=True))):
+        run = tmp_path / f'{n}{len(graphs)}'
+        full = make_config('paper', **cfg | dict(cuda_graphs=False) | graphs)
         watch(launch(run, {**full.__dict__}, n, n), show=lambda line, figure: None)
+        assert 'launched, not recorded' not in (run / 'train.log').read_text()
         curves.append([r['train_loss'] for r in read_log(run) if 'train_loss' in r])
     assert np.allclose(curves[0], curves[1], rtol=.01) and np.allclose(curves[1], curves[2], rtol=.01), curves
 

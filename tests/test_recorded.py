@@ -5,15 +5,19 @@ from functools import partialmethod
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from test_resume import as_in_the_processes  # noqa: F401 (a fixture: one thread)
-from test_task import make_task, rows, save_photos, small_photos  # noqa: F401 (a fixture: photos of 64 and 80 px)
+from test_task import SMALL, rows, save_photos, small_photos  # noqa: F401 (a fixture: photos of 64 and 80 px)
+from tools.processes import in_processes
 from updetr.core.checkpoint import load_checkpoint
+from updetr.core.config import make_config
 from updetr.model.backbone import Backbone
 from updetr.model.losses import SetCriterion
 from updetr.model.matcher import HungarianMatcher, match_cost
 from updetr.model.transformer import Transformer
+from updetr.tasks.pretrain_task import PretrainTask
 from updetr.train.loop import Processes, train
 
 # landscape and portrait, two short sides: several shapes; the rate drops after the second of three epochs
@@ -37,12 +41,13 @@ class Asked(TorchDispatchMode):
 
 
 class Recorder:
-    "Rehearses three times, and counts what was recorded and played."
+    "Rehearses three times, and counts what was recorded and played, with the state that is trained."
     def __init__(self): self.shapes = self.played = 0
 
     def __call__(self, step, pool):
         for _ in range(3): step()
         self.shapes += 1
+        self.state = step.func.__self__.state
 
         def play():
             self.played += 1
@@ -57,22 +62,36 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope='module')
-def run(photos, tmp_path_factory):
-    "Train in a folder, up to a step or to the end, recorded or not; the last checkpoint and what is logged."
-    def go(folder, record=None, stop_at=None, bad=None, **changes):
-        task = make_task(folder, data=str(photos), **LIVE | changes)
-        batches = task.batches
+def go(photos, folder, record=None, stop_at=None, bad=None, moved=None, processes=None, **changes):
+    """Train in a folder, up to a step or to the end, recorded or not.
 
-        def given(start, total):
-            for step, batch in enumerate(batches(start, total), start + 1):
-                if step == stop_at: signal.raise_signal(signal.SIGTERM)
-                yield batch | {'feature': batch['feature'] * torch.nan} if step == bad else batch
-        task.batches, task.record = given, record
-        train(task, task.cfg, folder, Processes())
-        logged = [{k: v for k, v in r.items() if k not in ('time', 'seconds', 'img_s', 'max_mem_mb')} for r in rows(folder)]
-        return load_checkpoint(folder / 'checkpoint.pth'), logged
-    return go
+    Before a step a signal comes, or its batch has no numbers, or a weight is put elsewhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cfg = make_config('paper', **SMALL | dict(data=str(photos)) | LIVE | changes)
+    task = PretrainTask(cfg, folder, processes or Processes())
+    batches, weight = task.batches, task.model.class_embed.weight
+
+    def given(start, total):
+        for step, batch in enumerate(batches(start, total), start + 1):
+            if step == stop_at: signal.raise_signal(signal.SIGTERM)
+            if step == moved: weight.data = weight.data.clone()
+            yield batch | {'feature': batch['feature'] * torch.nan} if step == bad else batch
+    task.batches, task.record = given, record
+    train(task, cfg, folder, task.processes)
+
+
+def left(folder):
+    "The last checkpoint and what is logged."
+    logged = [{k: v for k, v in r.items() if k not in ('time', 'seconds', 'img_s', 'max_mem_mb')} for r in rows(folder)]
+    return load_checkpoint(folder / 'checkpoint.pth'), logged
+
+
+@pytest.fixture(scope='module')
+def run(photos):
+    def to_the_end(folder, *args, **changes):
+        go(photos, folder, *args, **changes)
+        return left(folder)
+    return to_the_end
 
 
 @pytest.fixture(scope='module')
@@ -127,13 +146,9 @@ def cheapest(self, logits, pred_boxes, labels, boxes, counts):
 def test_a_bad_batch_is_found_in_the_log_and_changes_nothing(run, tmp_path, monkeypatch):
     "The line after step 8 tells of step 6; its batch is saved, and the weights are those after step 5."
     monkeypatch.setattr(HungarianMatcher, 'match', cheapest)
-    ended = {}
-
-    def recorder(step, pool):
-        ended['state'] = step.func.__self__.state
-        return step
+    recorder = Recorder()
     with pytest.raises(FloatingPointError, match=r'not finite in step 6, photos \[[0-9]'): run(tmp_path / 'bad', recorder, bad=6)
-    replay, state = load_checkpoint(tmp_path / 'bad/not_finite_step6_process0.pth'), ended['state']
+    replay, state = load_checkpoint(tmp_path / 'bad/not_finite_step6_process0.pth'), recorder.state
     assert state.step == 8 and replay['step'] == 6 and {'loss', 'grad_norm'} <= set(replay['terms'])
     assert not replay['batches'][0]['feature'].isfinite().any()
     wanted, _ = run(tmp_path / 'good', stop_at=5)
@@ -156,3 +171,39 @@ def test_a_recorded_step_asks_the_host_nothing(run, tmp_path, monkeypatch):
     with Asked() as mode:
         if torch.ones(2)[torch.tensor([True, False])].sum() > 0: pass
     assert len(mode.names) == 2  # it would be seen
+
+
+def one_of_two(rank, world, photos, folder):
+    "Train launched, recorded, and by turns; then with a batch that has no numbers in the second process."
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=world)
+    second = dict(processes=Processes(rank, world))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('updetr.tasks.pretrain_task.PRETRAIN_SIZES', (64, 80))
+        go(photos, folder / 'launched', **second)
+        # one process has to record more often than the other
+        recorder = Recorder()
+        go(photos, folder / 'recorded', recorder, moved=6 if rank else None, **second)
+        assert recorder.played == STEPS and recorder.shapes >= 2 + rank
+        for recorded, stop_at in ((True, 6), (False, 9), (True, None)):
+            go(photos, folder / 'turns', Recorder() if recorded else None, stop_at if rank else None, **second)
+        patch.setattr(HungarianMatcher, 'match', cheapest)
+        go(photos, folder / 'good', stop_at=5, **second)
+        recorder = Recorder()
+        with pytest.raises(FloatingPointError, match='not finite in step 6') as error:
+            go(photos, folder / 'bad', recorder, bad=6 if rank else None, **second)
+        assert ('loss' in str(error.value).split(' not finite')[0]) == bool(rank)
+        now, then = recorder.state.model.state_dict(), load_checkpoint(folder / 'good/checkpoint.pth')['model']
+        assert recorder.state.step == 8 and all(torch.equal(now[k], then[k]) for k in then)
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures('plain')
+def test_two_processes_take_means_within_what_is_recorded(photos, tmp_path):
+    "As DDP does, bit for bit, whoever rehearses; what has no numbers in one process changes nothing in both."
+    in_processes(one_of_two, 2, photos, tmp_path)
+    launched, logged = left(tmp_path / 'launched')
+    for name in ('recorded', 'turns'):
+        saved, said = left(tmp_path / name)
+        assert same(saved, launched) and said[-1] == logged[-1], name
+    assert left(tmp_path / 'recorded')[1] == logged

@@ -146,6 +146,7 @@ class TrainConfig:
 class PretrainConfig(TrainConfig, DataConfig, LossConfig, ModelConfig):
     "Everything that determines a pre-training run."
     cuda_graphs: bool = True       # on one GPU, play each step as one recording where it can be
+    cuda_graphs_ddp: bool = False  # on several too (built, not yet run on GPUs)
     # on GPU, cut photos and views there; workers decode, for small sets of views only once
     crop_on_gpu: bool = False
     task: str = 'pretrain'         # which `updetr.train.loop` task reads it
@@ -504,7 +505,7 @@ def loss_options(
 
 # %% ../../nbs/05_config.ipynb #c029
 NEUTRAL = ('num_workers', 'log_every', 'save_every', 'keep_every', 'max_skips', 'eval_every',
-           'eval_backend', 'tensorboard', 'wandb', 'cuda_graphs')
+           'eval_backend', 'tensorboard', 'wandb', 'cuda_graphs', 'cuda_graphs_ddp')
 # these came later: a file without them is one with these values
 LATER = {'ce_per_process': False, 'detach_recon': True, 'learn_positions': False,
          'images': '', 'images_val': '', 'exif': 'sizes', 'missing': 'refuse', 'val_share': .2,

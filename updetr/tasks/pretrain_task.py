@@ -225,7 +225,7 @@ def why_launched(
     reasons = {
         'cuda_graphs is False': not cfg.cuda_graphs,
         'there is no GPU': processes.device.type != 'cuda',
-        'several processes average their gradients': processes.world > 1,
+        'cuda_graphs_ddp is False': processes.world > 1 and not cfg.cuda_graphs_ddp,
         'the CNN is trained, too (frozen_backbone False)': not cfg.frozen_backbone,
         f'accumulate is {cfg.accumulate}': cfg.accumulate > 1,
         'gradient_checkpointing computes parts of it again': cfg.gradient_checkpointing,

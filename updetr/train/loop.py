@@ -32,7 +32,7 @@ from updetr.core.checkpoint import (
     gather_rng, json_text, read_json, save_checkpoint, set_rng_state, write_json,
 )
 from ..core.config import TrainConfig, check_config
-from .graphs import RecordedStep, compile_parts
+from .graphs import Peers, RecordedStep, compile_parts, record_task
 from .resume import (SAVED, HeldFolder, keep_data, last_logged, last_saved, put_away,
                            refuse_changes, refuse_data, saved_marks, short_marks)
 from ..core.signals import StopFlag, file_locks
@@ -259,6 +259,7 @@ def clipped_gradients(
     state,              # `TrainState` whose weights get the gradients
     amp: bool,          # bf16 autocast
     *micros,            # micro-batches of a step, on the device
+    peers: Peers | None = None,  # among whom gradients are averaged where DDP does not
 ) -> tuple[list[str], Tensor]:  # names and means of loss, what a batch logs, and grad_norm
     "Make the gradients of a step, clipped. Nothing here waits for the device."
     state.optimizer.zero_grad(set_to_none=True)
@@ -279,6 +280,7 @@ def clipped_gradients(
         # the numbers stay on the device, where nothing waits for them
         numbers = torch.stack([v.detach().float() for v in values.values()])
         logged = logged + numbers / n
+    if peers: peers.mean_gradients()
     # clip the norm of all gradients together
     params = [p for group in state.optimizer.param_groups for p in group['params']]
     norm = nn.utils.clip_grad_norm_(params, state.cfg.clip_max_norm)
@@ -592,9 +594,8 @@ def _loop(task, module, state, log, total, stop):
     log.start = time.perf_counter()
     begun = log.start - state.seconds
     amp = cfg.amp and processes.device.type == 'cuda'
-    recorder = getattr(task, 'record', None)
     gradients = partial(clipped_gradients, module, state, amp)
-    recorded = RecordedStep(gradients, state, recorder) if recorder else None
+    recorded = record_task(task, gradients, module, state, processes.world)
     # a run that was stopped while it measured measures first
     stopping = _due(task, state, total) and not _measure(task, state, log, stop)
     while state.step < total and not stopping and not _over(task, state):
@@ -645,13 +646,13 @@ def train(
         raise ValueError(f'{run_dir} has done {state.step} steps, more than the {total} '
                          f'of epochs={cfg.epochs}: ask for more')
     task.begin(resumed=state.step > 0)
-    # what is trained: in training mode, compiled, in DDP
+    # what is trained: in training mode, compiled, in DDP where steps are launched
     module = task.module.train()
     for part in module.modules():
         # a matcher that raises would end one process, and leave the others waiting
         if hasattr(part, 'strict'): part.strict = not cfg.max_skips
     if cfg.compile: compile_parts(module)
-    if processes.world > 1:
+    if processes.world > 1 and not getattr(task, 'record', None):
         devices = [processes.device] if processes.device.type == 'cuda' else None
         module = DistributedDataParallel(module, devices, broadcast_buffers=False,
                                          gradient_as_bucket_view=True)
