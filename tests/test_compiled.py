@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.device_interface import CpuInterface
 from torch._functorch import config as aot
 from torch._inductor import config as inductor
@@ -18,6 +19,7 @@ from torch._inductor.utils import get_code
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from updetr.model.backbone import Backbone
 from updetr.model.losses import CountCalls, build_criterion, match_patches, matched_losses, patch_predictions
 from updetr.model.matcher import match_cost
 from updetr.model.transformer import Transformer, TransformerDecoderLayer, TransformerEncoderLayer, compile_options
@@ -128,19 +130,35 @@ def test_copies_and_files_know_nothing_of_the_compiler():
     assert list(module.state_dict()) == list(model.transformer.state_dict())
 
 
+@pytest.mark.parametrize('fails', ['forward', 'backward'])
 @pytest.mark.parametrize('error', [RuntimeError('Failed to find C compiler'), ImportError('no triton here')], ids=str)
-def test_without_a_compiler_it_says_why_once_and_goes_on(error):
+def test_without_a_compiler_it_says_why_once_and_goes_on(error, fails):
     def broken(graph, inputs): raise error
+    half_way = aot_autograd(fw_compiler=lambda graph, inputs: graph, bw_compiler=broken)
+    backend = broken if fails == 'forward' else half_way
     model, criterion = make(dropout=.1)
     batch = encoded()
     plain = step(model, criterion, batch)
-    for part in (model.transformer, criterion): part.compile(backend=broken, options=None, fullgraph=True)
+    for part in (model.transformer, criterion): part.compile(backend=backend, options=None, fullgraph=True)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         for _ in range(3): agree(step(model, criterion, batch), plain)
     said = [str(w.message) for w in said if 'not compiled' in str(w.message)]
-    # both stacks, cost and losses
-    assert len(said) == 4 and all(str(error) in s for s in said)
+    # both stacks, cost and losses; the cost has no gradient
+    assert len(said) == 4 - (fails == 'backward') and all(str(error) in s for s in said)
+
+
+@pytest.mark.parametrize('frozen', [True, False])
+def test_a_cnn_that_cannot_be_compiled_runs_as_it_is(frozen):
+    def broken(graph, inputs): raise RuntimeError('Failed to find C compiler')
+    cnn, photo = Backbone('resnet18', frozen=frozen).train(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad(): wanted = cnn(photo)
+    cnn.compile(backend=broken if frozen else aot_autograd(fw_compiler=lambda graph, inputs: graph, bw_compiler=broken))
+    cnn(photo)
+    with pytest.warns(UserWarning, match='not compiled: the CNN, .* Failed to find C compiler'): tried = cnn(photo)
+    with warnings.catch_warnings(action='error'): again = cnn(photo)
+    assert torch.equal(tried, wanted) and torch.equal(again, wanted) and again.requires_grad != frozen
+    if not frozen: again.sum().backward()
 
 
 def test_each_size_is_compiled_for_itself_with_the_dropout_of_pytorch(monkeypatch):

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FACTORS', 'NEUTRAL', 'BLUR_RADIUS', 'CHANGES', 'FEWEST', 'draw_factors', 'blur_matrix', 'one_pass', 'Recurring',
-           'lift_limits', 'CompiledPass', 'augment', 'normalize']
+           'lift_limits', 'compiler_failed', 'call_compiled', 'CompiledPass', 'augment', 'normalize']
 
 # %% ../../nbs/11_augment.ipynb #c002
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
 
 import numpy as np
@@ -214,6 +215,29 @@ def lift_limits(
     for name in ('recompile_limit', 'accumulated_recompile_limit'):
         setattr(limits, name, max(getattr(limits, name), most))
 
+# %% ../../nbs/11_augment.ipynb #25c1a002
+def compiler_failed(
+    what: str,         # what was to be compiled
+    error: Exception,  # whatever the compiler lacks
+) -> None:
+    "Warn that something runs uncompiled, and why; a full GPU's error is raised instead."
+    if isinstance(error, torch.OutOfMemoryError): raise error
+    reason = ' '.join(str(error).strip().splitlines()[:2])
+    warnings.warn(f'not compiled: {what}, because the compiler failed: '
+                  f'{type(error).__name__}: {reason}', stacklevel=3)
+
+def call_compiled(
+    compiled: Callable,  # of `torch.compile`
+    *inputs,             # for it
+):
+    "Return what a compiled function returns, its backward pass compiled now if it is new."
+    # it takes seconds to import
+    import torch._functorch.config as settings
+    name = 'force_non_lazy_backward_lowering'
+    # a version without it compiles the backward pass later
+    with settings.patch(name, True) if hasattr(settings, name) else nullcontext():
+        return compiled(*inputs)
+
 # %% ../../nbs/11_augment.ipynb #c029i
 class CompiledPass:
     "`one_pass`, compiled for shapes that come again, as long as a compiler can."
@@ -234,15 +258,9 @@ class CompiledPass:
         if self.run is None or not again: return None
         factors = factors.to(patches.device, non_blocking=True)
         try: return self.run(patches, factors)
-        except torch.OutOfMemoryError: raise
-        # whatever a compiler lacks
         except Exception as e:
-            reason = str(e).strip().split('\n')[0]
-            warnings.warn('patches are augmented uncompiled, which takes some ms more for each '
-                          f'batch, because the compiler failed: {type(e).__name__}: {reason}',
-                          stacklevel=3)
-            self.run = None
-            return None
+            compiler_failed('the augmentation of patches, which takes some ms more a batch', e)
+        self.run = None
 
 @lru_cache(maxsize=1)
 def _compiled_pass(): return CompiledPass()

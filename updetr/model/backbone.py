@@ -34,7 +34,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
 from ..core.shipped import WEIGHTS, fetch_weights, weights_path
-from ..data.augment import Recurring, lift_limits, normalize
+from ..data.augment import Recurring, call_compiled, compiler_failed, lift_limits, normalize
 
 # %% ../../nbs/20_backbone.ipynb #c005
 NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
@@ -362,6 +362,11 @@ class FrozenFold:
         "Fold the present weights into the same copy: what was compiled stays compiled."
         refold(self.folded, self.pairs, body)
 
+    def __call__(self, body, x, compiled=False):
+        "Run the network without its norms; `body` is folded in already."
+        run = self.compiled if compiled else self.run
+        return run(x.contiguous(memory_format=torch.channels_last))
+
 def fold_norms(
     body: nn.Module,  # a network with frozen norms
     kind: torch.dtype | None = None,  # dtype of autocast: folded fp32 weights are cast once
@@ -500,12 +505,13 @@ class _Folds:
     def run(self, body, x, training=False):
         # a compiler of the whole model cannot look at data pointers
         if torch.compiler.is_compiling(): return body(x)
-        compiled = self.compiles(x, training)
         trained = any(p.requires_grad for p in body.parameters())
-        if trained: return self.live(body)(body, x, compiled)
-        fold = self(body)
-        run = fold.compiled if compiled else fold.run
-        return run(x.contiguous(memory_format=torch.channels_last))
+        fold = partial(self.live(body) if trained else self(body), body)
+        if not self.compiles(x, training): return fold(x)
+        try: return call_compiled(partial(fold, compiled=True), x)
+        except Exception as e: compiler_failed('the CNN', e)
+        self.options = None
+        return fold(x)
 
 # %% ../../nbs/20_backbone.ipynb #c017
 class Backbone(nn.Module):

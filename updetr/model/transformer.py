@@ -7,7 +7,6 @@ __all__ = ['KERNELS', 'attention_weights', 'MultiheadAttention', 'TransformerEnc
            'compile_options', 'CompiledCalls', 'TransformerEncoder', 'TransformerDecoder', 'Transformer']
 
 # %% ../../nbs/22_transformer.ipynb #c002
-import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from ..data.augment import Recurring, lift_limits
+from ..data.augment import Recurring, call_compiled, compiler_failed, lift_limits
 from .backbone import MOST_SIZES, as_autocast
 
 # %% ../../nbs/22_transformer.ipynb #d07c0001
@@ -225,15 +224,10 @@ class CompiledCalls:
     ):
         "Return what the compiled way returns; where it fails, say why, and go the plain way."
         if self.kinds is None: return plain(*inputs)
-        try: return compiled(*inputs)
-        except torch.OutOfMemoryError: raise
-        # whatever a compiler lacks
-        except Exception as e:
-            reason = ' '.join(str(e).strip().splitlines()[:2])
-            warnings.warn(f'not compiled: {self.what}, because the compiler failed: '
-                          f'{type(e).__name__}: {reason}', stacklevel=2)
-            self.kinds = None
-            return plain(*inputs)
+        try: return call_compiled(compiled, *inputs)
+        except Exception as e: compiler_failed(self.what, e)
+        self.kinds = None
+        return plain(*inputs)
 
     def through(
         self,
