@@ -72,7 +72,11 @@ def make(source, target, split, pairs, singles, rng):
 
 
 if __name__ == '__main__':
+    if len(sys.argv) != 3: sys.exit(__doc__)
     source, target = Path(sys.argv[1]), Path(sys.argv[2]) / 'VOC2007'
+    for split in ('trainval', 'test'):
+        wanted = source / f'ImageSets/Main/{split}.txt'
+        if not wanted.is_file(): sys.exit(f'{wanted} is not there: give a folder in the layout of VOC')
     for folder in ('JPEGImages', 'Annotations', 'ImageSets/Main'): (target / folder).mkdir(parents=True)
     rng = random.Random(0)
     make(source, target, 'trainval', 1600, 1600, rng)
