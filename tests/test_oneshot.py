@@ -30,7 +30,7 @@ TINY = SIZES | dict(backbone='test_resnet', weights='none', features='layer2', s
                     save_every=2, lr=3e-3, dropout=.1)
 LIVE = dict(cached_views=0, square=0, frozen_backbone=False)
 SETTINGS = {'cached': {}, 'live': LIVE | dict(query_shape='letterbox', query_augment=True, absent=.3),
-            'binary': dict(binary=True, mask_ratio=.2, class_sampling='inverse', own_queries=False)}
+            'binary': dict(binary=True, mask_ratio=.2, class_sampling='inverse', own_queries=False), 'several': dict(questions=3)}
 
 
 def make_run(folder, **changes):
@@ -268,7 +268,9 @@ def test_a_run_that_is_opened_again_answers_as_it_measured(pretrained, tmp_path)
 @pytest.mark.parametrize('changes, message', [
     (dict(unseen='dragon'), 'unknown parameter: dragon'), (dict(unseen=','.join(CLASSES)), 'leaves 0 of 8'),
     (dict(query_shape='round'), 'query_shape'), (dict(absent=1.5), 'must lie in'), (dict(query_augment=True), 'needs live views'),
-    (dict(frozen_backbone=False), 'cached_views needs')])
+    (dict(frozen_backbone=False), 'cached_views needs'), (dict(questions=0), 'must be positive'),
+    (dict(questions=2, cached_views=0), 'questions above 1 needs cached_views'),
+    (dict(questions=2, system='siamfc'), 'questions above 1 is for DETR')])
 def test_the_impossible_is_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message): make_task(tmp_path, **changes)
 

@@ -2330,6 +2330,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                       'updetr/tasks/oneshot.py'),
                                       'updetr.tasks.oneshot._spans': ('oneshot.html#_spans', 'updetr/tasks/oneshot.py'),
                                       'updetr.tasks.oneshot.build_oneshot': ('oneshot.html#build_oneshot', 'updetr/tasks/oneshot.py'),
+                                      'updetr.tasks.oneshot.by_question': ('oneshot.html#by_question', 'updetr/tasks/oneshot.py'),
                                       'updetr.tasks.oneshot.known_system': ('oneshot.html#known_system', 'updetr/tasks/oneshot.py'),
                                       'updetr.tasks.oneshot.match_features': ('oneshot.html#match_features', 'updetr/tasks/oneshot.py'),
                                       'updetr.tasks.oneshot.oneshot_answers': ('oneshot.html#oneshot_answers', 'updetr/tasks/oneshot.py'),

@@ -30,8 +30,8 @@ from updetr.tasks.finetune import (
 from .finetune_task import LabelledRun, open_bank, skips_noted, val_batches
 from ..model.losses import build_criterion
 from updetr.tasks.oneshot import (
-    OneShotConfig, OneShotEvaluator, OneShotViews, build_oneshot, match_features, oneshot_summary,
-    oneshot_table, predict_pictures, random_answer, with_query,
+    OneShotConfig, OneShotEvaluator, OneShotViews, build_oneshot, by_question, match_features,
+    oneshot_summary, oneshot_table, predict_pictures, random_answer, with_query,
 )
 from ..data.queries import Asker, QueryPool, answer_to, training_photos, unseen_classes
 from ..data.scenes import Scenes
@@ -50,13 +50,14 @@ class OneShotStep(nn.Module):
         self.model = model
         self.criterion = criterion
 
-    def pictures(self, targets):
-        "Return the pooled features of the batch's query pictures, (B,1,C)."
+    def pictures(self, targets, B):
+        "Return the pooled features of query pictures, as many for each of B photos: (B,m,C)."
         if 'query_feature' in targets[0]:
-            return torch.stack([target['query_feature'] for target in targets])[:, None]
+            features = torch.stack([target['query_feature'] for target in targets])
+            return features.unflatten(0, (B, -1))
         pictures = torch.stack([target['query'] for target in targets])
         ready = prepare_images(self.model.backbone[0], pictures)
-        return self.model.encode_patches(ready[:, None])
+        return self.model.encode_patches(ready.unflatten(0, (B, -1)))
 
     def forward(self, batch):
         # the photo, as the CNN sees it or saw it
@@ -64,9 +65,10 @@ class OneShotStep(nn.Module):
             feature, mask = batch['feature'], None
         else:
             feature, mask = self.model.backbone(*as_batch(batch['images'], batch['mask']))
-        # one picture for all object queries of its photo
-        pictures = self.pictures(batch['targets'])
+        # each picture for all object queries; a photo is encoded once, whatever it is asked
+        pictures = self.pictures(batch['targets'], len(feature))
         outputs = self.model.forward_features(feature, pictures, mask)
+        outputs = by_question(outputs, pictures.shape[1])
         losses = self.criterion(outputs, batch['targets'])
         return self.criterion.total(losses), losses
 
@@ -203,15 +205,17 @@ def fit_picture_statistics(
 def with_question(
     task: LabelledRun,   # one-shot run, begun, with cached features
     items: list[tuple],  # (epoch, index, ...), as a `BatchPlan` yields them
-) -> dict:               # feature (B,C,h,w), mask None, targets with `query_feature`; on the CPU
-    "Return a batch of cached views, each with its question."
+) -> dict:               # feature (B,C,h,w), mask None, targets with `query_feature` (Bm); on the CPU
+    "Return a batch of cached views, each with its questions: m targets a view."
     batch = task.cached[0].batch(items)
-    targets = []
+    m, targets = task.cfg.questions, []
     for (epoch, index, *_), target in zip(items, batch['targets']):
         image_id = int(target['image_id'])
-        label, row, flip = task.asker.draw(epoch, index, target['labels'], image_id)
-        feature = task.features[0][row, int(flip)].float()
-        targets.append(answer_to(target, label, task.match) | {'query_feature': feature})
+        # as if so many epochs had passed
+        for turn in range(epoch * m, (epoch + 1) * m):
+            label, row, flip = task.asker.draw(turn, index, target['labels'], image_id)
+            feature = task.features[0][row, int(flip)].float()
+            targets.append(answer_to(target, label, task.match) | {'query_feature': feature})
     return batch | {'targets': targets}
 
 def oneshot_batches(
