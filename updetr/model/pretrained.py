@@ -169,6 +169,7 @@ PARTS = {  # beginning of tensors' names -> part of the model
     'patch2query.': 'patch projection',
     'patch_norm.': 'patch statistics',
     'feature_align.': 'reconstruction head',
+    'compare.': 'comparison',
     'bbox_attention.': 'mask attention',
     'mask_head.': 'mask head',
 }
@@ -176,6 +177,7 @@ EXTRA = {  # parts that a detector does not have
     'patch2query.': 'pre-training only',
     'patch_norm.': 'pre-training only',
     'feature_align.': 'pre-training only',
+    'compare.': 'one-shot only',
     'bbox_attention.': 'panoptic only',
     'mask_head.': 'panoptic only',
 }
@@ -535,6 +537,8 @@ def hand_over(
     n = 0 if fresh_queries else _query_rows(pretrained, len(want[query]), num_queries)
     fresh = {'class_embed.weight', 'class_embed.bias'}
     if _same_question(pretrained, model, classes): fresh = set()
+    # pre-training knows of no comparison (notebook 45)
+    fresh |= {k for k in want.keys() - theirs.keys() if k.startswith('compare.')}
     _check_tensors(pretrained.path, theirs, want, fresh)
     # the first n object queries are the file's, the others the model's own
     loaded = {k: v for k, v in theirs.items() if k in want and k not in fresh}

@@ -72,6 +72,7 @@ class UPDETR(DETR):
         self.patch2query = nn.Linear(C, d)
         self.feature_align = MLP(d, d, C, 2) if feature_recon else None
         self.patch_norm = Standardize(C, -1) if options.get('standardize') else nn.Identity()
+        self.compare = None  # one-shot detection's small-scale option (notebook 45)
 
     def forward(
         self,
@@ -90,7 +91,10 @@ class UPDETR(DETR):
     def forward_features(self, feature, patch_feature, mask=None, keep=None, maps=None):
         "Return DETR's dictionary for features of the CNN: photo (B, C, h, w), patches (B, m, C)."
         hs, patch_feature = self.states(feature, patch_feature, mask, keep, maps)
-        return self.by_layer(self.heads(hs)) | {'gt_feature': patch_feature}
+        outputs = self.heads(hs)
+        if self.compare is not None:
+            outputs |= self.compare(outputs, self.feature_norm(feature), patch_feature, mask)
+        return self.by_layer(outputs) | {'gt_feature': patch_feature}
 
     def states(self, feature, patch_feature, mask=None, keep=None, maps=None):
         "Return decoder states (layers, B, n, d), and the patches' features as they were added."

@@ -61,10 +61,13 @@ def load_localizer(
 ) -> tuple[UPDETR, OneShotConfig, str]:  # model in eval mode; sizes; 'pre-trained' or 'one-shot'
     """Return a model that is asked with patches, in its own groups; ours or a published one.
 
-    Raises FileNotFoundError, or ValueError for a file without patch2query.
+    Raises FileNotFoundError, or ValueError for a file without patch2query, or with a comparison.
     """
     pretrained = open_pretrained(model_file(path), **told)
     model, cfg = oneshot_of(pretrained)
+    if model.compare is not None:
+        raise ValueError(f'{pretrained.path} also compares pictures with boxes (compare): '
+                         'ask it with OneShotDetector')
     if cfg.task == 'pretrain': kind, groups = 'pre-trained', _groups(pretrained, num_patches)
     else: kind, groups = 'one-shot', 1
     # one group of object queries for each patch

@@ -66,7 +66,8 @@ def oneshot_of(
     cfg = stored_config(path, OneShotConfig, own)
     # the width of the class head tells two logits from three
     binary = pretrained.num_classes == 1
-    model = built(path, build_oneshot, binary=binary, **pretrained.options)
+    how = dict(binary=binary, compare='compare.scale' in pretrained.weights)
+    model = built(path, build_oneshot, **how, **pretrained.options)
     hand_over(model, pretrained)
     return model.eval(), cfg
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TASK', 'OneShotStep', 'SystemStep', 'picture_features', 'both_ways', 'picture_source', 'cached_pictures',
-           'live_pictures', 'oneshot_sets', 'fit_picture_statistics', 'with_question', 'oneshot_batches', 'val_photos',
-           'other_rows', 'evaluate_oneshot', 'model_answer', 'matching_answer', 'chance_answer', 'system_answer',
-           'draw_oneshot', 'answer_one', 'OneShotTask', 'open_run']
+           'live_pictures', 'oneshot_sets', 'some_features', 'fit_picture_statistics', 'fit_first_comparison',
+           'with_question', 'oneshot_batches', 'val_photos', 'other_rows', 'evaluate_oneshot', 'model_answer',
+           'matching_answer', 'chance_answer', 'system_answer', 'draw_oneshot', 'answer_one', 'OneShotTask', 'open_run']
 
 # %% ../../nbs/46_oneshot_task.ipynb #c002
 import dataclasses
@@ -30,8 +30,8 @@ from updetr.tasks.finetune import (
 from .finetune_task import LabelledRun, open_bank, skips_noted, val_batches
 from ..model.losses import build_criterion
 from updetr.tasks.oneshot import (
-    OneShotConfig, OneShotEvaluator, OneShotViews, build_oneshot, by_question, match_features,
-    oneshot_summary, oneshot_table, predict_pictures, random_answer, with_query,
+    OneShotConfig, OneShotEvaluator, OneShotViews, build_oneshot, by_question, fit_comparison,
+    match_features, oneshot_summary, oneshot_table, predict_pictures, random_answer, with_query,
 )
 from ..data.queries import Asker, QueryPool, answer_to, training_photos, unseen_classes
 from ..data.scenes import Scenes
@@ -188,19 +188,38 @@ def oneshot_sets(
     return Subset(train, training_photos(train, seen, cfg.unseen_objects)), val, unseen
 
 # %% ../../nbs/46_oneshot_task.ipynb #c012
-def fit_picture_statistics(
-    task: LabelledRun,  # one-shot run with option `standardize` and a model from scratch
-    n: int = 256,       # largest number of pictures
-) -> None:
-    "Measure mean and spread of the pooled features of up to `n` training pictures, for the model."
+def some_features(
+    task: LabelledRun,  # one-shot run of a DETR, begun
+    n: int,             # largest number of pictures
+    labels=None,        # classes to draw from; None: all
+) -> tuple[Tensor, Tensor]:  # pooled features (n,C) and classes (n,), on the task's device
+    "Return what the CNN makes of training pictures that the run's seed draws."
     pool, device = task.pools[0], task.processes.device
-    rows = np.random.default_rng(task.cfg.seed).permutation(len(pool))[:n].tolist()
+    rows = np.random.default_rng(task.cfg.seed).permutation(len(pool)).tolist()
+    rows = [row for row in rows if labels is None or pool.label[row] in labels][:n]
     if task.features:
         features = task.features[0][rows, 0].float()
     else:
         pictures = [pool.picture_or_next(row)[0] for row in rows]
         features = torch.cat([picture_features(task.cnn, p[None], device) for p in pictures])
-    task.model.patch_norm.fit(features.to(device))
+    return features.to(device), torch.tensor([pool.label[row] for row in rows], device=device)
+
+def fit_picture_statistics(
+    task: LabelledRun,  # one-shot run with option `standardize` and a model from scratch
+    n: int = 256,       # largest number of pictures
+) -> None:
+    "Measure mean and spread of the pooled features of up to `n` training pictures, for the model."
+    task.model.patch_norm.fit(some_features(task, n)[0])
+
+def fit_first_comparison(
+    task: LabelledRun,  # one-shot run with option `compare`, its weights just handed over
+    n: int = 4096,      # largest number of pictures
+) -> None:
+    "Let the model's comparison tell the seen kinds of training pictures apart, before all steps."
+    features, labels = some_features(task, n, task.seen)
+    if not len(labels): return
+    compare = task.model.compare.train()
+    fit_comparison(compare, task.model.patch_norm(features), labels, task.cfg.seed)
 
 def with_question(
     task: LabelledRun,   # one-shot run, begun, with cached features
@@ -419,7 +438,8 @@ class OneShotTask(LabelledRun):
         "Return the model of the configuration with its losses."
         cfg = self.cfg
         if cfg.system: return SystemStep(find_builder('oneshot', cfg.system)(cfg))
-        more = {k: getattr(cfg, k) for k in ('binary', 'mask_ratio', 'matching_init')}
+        own = ('binary', 'mask_ratio', 'matching_init', 'compare')
+        more = {k: getattr(cfg, k) for k in own}
         model = build_oneshot(**model_options(cfg), **more)
         for part in (model.transformer.encoder, model.transformer.decoder):
             part.gradient_checkpointing = cfg.gradient_checkpointing
@@ -435,6 +455,7 @@ class OneShotTask(LabelledRun):
             self.features = [cached_pictures(self, pool) for pool in self.pools]
         from_scratch = not resumed and not cfg.pretrain
         if cfg.standardize and from_scratch and self.pooled: fit_picture_statistics(self)
+        if cfg.compare and not resumed: fit_first_comparison(self)
 
     def batches(self, start, total):
         "Yield this process's micro-batches between two steps, on its device."
