@@ -20,7 +20,9 @@ from updetr.data.datasets import open_dataset
 from updetr.data.queries import QueryPool, protocol_queries, query_picture, training_photos
 from updetr.data.scenes import CLASSES
 from updetr.model.detr import build_detr
+from updetr.predict.localizer import QueryPatchLocalizer
 from updetr.predict.oneshot_detector import OneShotDetector
+from updetr.tasks import oneshot_task
 from updetr.tasks.oneshot import OneShotEvaluator, oneshot_config, oneshot_summary, oneshot_table
 from updetr.tasks.oneshot_task import OneShotTask, evaluate_oneshot, model_answer, open_run
 from updetr.train.loop import Processes
@@ -29,8 +31,8 @@ TINY = SIZES | dict(backbone='test_resnet', weights='none', features='layer2', s
                     square=64, cached_views=2, query_size=32, batch_size=4, epochs=3, eval_every=3, eval_queries=2, log_every=1,
                     save_every=2, lr=3e-3, dropout=.1)
 LIVE = dict(cached_views=0, square=0, frozen_backbone=False)
-SETTINGS = {'cached': {}, 'live': LIVE | dict(query_shape='letterbox', query_augment=True, absent=.3),
-            'binary': dict(binary=True, mask_ratio=.2, class_sampling='inverse', own_queries=False), 'several': dict(questions=3)}
+SETTINGS = {'cached': {}, 'live': LIVE | dict(query_shape='letterbox', query_augment=True, absent=.3, compare=True),
+            'binary': dict(binary=True, mask_ratio=.2, class_sampling='inverse', own_queries=False), 'several': dict(questions=3, compare=True)}
 
 
 def make_run(folder, **changes):
@@ -254,6 +256,28 @@ def test_it_starts_from_all_that_was_pretrained(pretrained, tmp_path):  # noqa: 
     assert all(p.requires_grad for n, p in task.model.named_parameters() if not n.startswith('backbone'))
 
 
+def test_only_the_comparison_is_new(pretrained, tmp_path, monkeypatch):  # noqa: F811
+    "It was shown pictures of seen kinds alone; the other tensors are those of the file, and chance goes on as without it"
+    changes = {k: None for k in ('backbone', 'weights', 'features')} | dict(pretrain=str(pretrained), fresh_queries=False)
+    shown, fit = [], oneshot_task.fit_comparison
+    monkeypatch.setattr(oneshot_task, 'fit_comparison', lambda c, features, labels, seed: shown.append((features, labels)) or
+                        fit(c, features, labels, seed, steps=3))
+    torch.manual_seed(5)
+    task = make_task(tmp_path / 'run', **changes, compare=True)
+    after, (features, labels) = torch.rand(1), shown.pop()
+    assert {k for k in task.model.state_dict() if k.startswith('compare')} == {
+        'compare.scale', 'compare.embed.1.weight', 'compare.embed.1.bias', 'compare.embed.4.weight', 'compare.embed.4.bias'}
+    mine = [task.pools[0].label[row] for row in range(len(task.pools[0])) if task.pools[0].label[row] in task.seen]
+    assert sorted(labels.tolist()) == sorted(mine) and set(mine) <= set(task.seen) and len(features) == len(mine)
+    theirs = torch.load(pretrained, weights_only=True)['model']
+    assert all(torch.equal(v, theirs[k]) for k, v in task.model.state_dict().items() if not k.startswith('compare'))
+    # resumed, it is not fitted again, and without its steps the random numbers are the same
+    monkeypatch.setattr(oneshot_task, 'fit_comparison', lambda *a: None)
+    torch.manual_seed(5)
+    make_task(tmp_path / 'again', **changes, compare=True)
+    assert torch.equal(torch.rand(1), after) and not shown
+
+
 def test_a_run_that_is_opened_again_answers_as_it_measured(pretrained, tmp_path):  # noqa: F811
     """With the CNN that came with the checkpoint, not with one of its own."""
     changes = {k: None for k in ('backbone', 'weights', 'features')} | dict(pretrain=str(pretrained), epochs=1, eval_every=1)
@@ -318,11 +342,23 @@ def test_photos_from_a_folder(two_kinds, unseen_objects, photos, tmp_path):
     assert {'test_seen_AP50', 'test_unseen_AP50'} <= rows(folder)[-1].keys()
 
 
-def test_the_detector_answers_as_the_task(two_kinds, tmp_path):
-    changes = dict(data=str(two_kinds), scenes=0, scenes_val=0, unseen='b', epochs=1) | LIVE
+def test_a_comparison_begins_without_unseen_kinds(two_kinds, tmp_path, monkeypatch):
+    "Photos that show 'b' beside 'a' are trained on; their pictures of 'b' are not looked at"
+    shown = []
+    monkeypatch.setattr(oneshot_task, 'fit_comparison', lambda compare, features, labels, seed: shown.extend(labels.tolist()))
+    task = make_task(tmp_path / 'run', data=str(two_kinds), scenes=0, scenes_val=0, unseen='b', compare=True)
+    assert set(task.pools[0].label) == {0, 1} and shown == [0] * 8
+
+
+@pytest.mark.parametrize('compare', [False, True])
+def test_the_detector_answers_as_the_task(compare, two_kinds, tmp_path):
+    changes = dict(data=str(two_kinds), scenes=0, scenes_val=0, unseen='b', epochs=1, compare=compare) | LIVE
     finish(folder := make_run(tmp_path / 'run', **changes))
     detector, task = OneShotDetector.from_checkpoint(folder / 'checkpoint.pth'), make_task(tmp_path / 'again', **changes)
+    assert (detector.model.compare is not None) == compare
     task.model.load_state_dict(detector.model.state_dict())
+    if compare:
+        with pytest.raises(ValueError, match='ask it with OneShotDetector'): QueryPatchLocalizer.from_checkpoint(folder / 'checkpoint.pth')
     evaluator, pool = evaluate_oneshot(task, model_answer(task.model.eval())), task.pools[1]
     for i, image_id in enumerate(task.val_set.image_ids):
         for label, asked in evaluator.questions(image_id):
