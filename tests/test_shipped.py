@@ -1,20 +1,23 @@
 """The weights that come with the package: whole, small, without a trace of the machine, and as good as their cards say."""
 import json
+import random
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from torchvision.ops import box_iou
 
+from tools.pairs import objects, side_by_side
 from updetr import Detector, OneShotDetector, QueryPatchLocalizer
 from updetr.core.photos import builtin_photos, read_photo
 from updetr.core.shipped import SHIPPED, model_card, shipped
 from updetr.predict.localizer import random_questions
 
 ROOT = Path(__file__).parents[1]
-REPORTS = {'updetr': 'pretrain_small', 'detector': 'finetune_shipped'}
+REPORTS = {'updetr': 'pretrain_small', 'detector': 'finetune_shipped', 'oneshot': 'oneshot_compare'}
 PHOTO = {p.name: p.path for p in builtin_photos()}
 
 
@@ -61,5 +64,34 @@ def test_the_detector_finds_the_cat():
 
 def test_a_model_that_was_only_pretrained_is_asked_with_pictures():
     photo, box = PHOTO['coffee'], (80, 30, 480, 370)
-    found = OneShotDetector.demo()(photo, photo, box=box, threshold=0., overlap=.5)
+    found = OneShotDetector.from_checkpoint(shipped('updetr'))(photo, photo, box=box, threshold=0., overlap=.5)
     assert box_iou(found.boxes[:1], torch.tensor([box], dtype=torch.float)).item() > .5
+
+
+def test_the_one_shot_detector_finds_the_cat():
+    "Asked with a piece of it, and for nothing of the kind in a photo of a cup"
+    detector, face = OneShotDetector.demo(), (100, 20, 330, 260)
+    cat, cup = (detector(PHOTO[name], PHOTO['chelsea'], box=face, threshold=0.) for name in ('chelsea', 'coffee'))
+    assert box_iou(cat.boxes[:1], torch.tensor([[0., 0, 451, 300]])).item() > .4
+    assert cat.scores[0] > cup.scores[0]
+
+
+@pytest.mark.data
+def test_the_one_shot_detector_looks_at_its_question(data):
+    "Two test photos side by side: asked with pictures of either kind, its best answers are more often on that kind's side"
+    source, rng = data / 'animals/VOCdevkit/VOC2007', random.Random(0)
+    one_box = {}
+    for name in (source / 'ImageSets/Main/test.txt').read_text().split():
+        found = objects(source / f'Annotations/{name}.xml')
+        if len(found) == 1: one_box.setdefault(found[0][0], []).append((name, found[0][1]))
+    detector, right = OneShotDetector.demo(), []
+    for _ in range(60):
+        kinds = rng.sample(sorted(one_box), 2)
+        page, _ = side_by_side(source, [rng.choice(one_box[kind])[0] for kind in kinds])
+        middle = page.width / 2
+        for side, kind in enumerate(kinds):
+            name, box = rng.choice(one_box[kind])
+            asked = Image.open(source / f'JPEGImages/{name}.jpg').convert('RGB')
+            best = detector(page, asked, box=box, threshold=0.).boxes[0]
+            right.append((best[[0, 2]].mean().item() > middle) == side)
+    assert sum(right) / len(right) > .6

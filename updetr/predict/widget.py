@@ -127,6 +127,8 @@ def newest_runs(
         cfg = read_record(path.with_name('cfg.json'))
         if cfg is None or not is_done(path.parent): continue
         task = cfg.get('task', 'pretrain')
+        # other systems, and scores that need the boxes too (notebook 45), are asked elsewhere
+        if cfg.get('system') or cfg.get('compare'): continue
         if task in ('pretrain', 'oneshot'): found[task] = path
     return found
 
