@@ -32,7 +32,8 @@ TINY = SIZES | dict(backbone='test_resnet', weights='none', features='layer2', s
                     save_every=2, lr=3e-3, dropout=.1)
 LIVE = dict(cached_views=0, square=0, frozen_backbone=False)
 SETTINGS = {'cached': {}, 'live': LIVE | dict(query_shape='letterbox', query_augment=True, absent=.3, compare=True),
-            'binary': dict(binary=True, mask_ratio=.2, class_sampling='inverse', own_queries=False), 'several': dict(questions=3, compare=True)}
+            'binary': dict(binary=True, mask_ratio=.2, class_sampling='inverse', own_queries=False),
+            'several': dict(questions=3, compare=True)}
 
 
 def make_run(folder, **changes):

@@ -138,9 +138,8 @@ class OneShotDetector:
 
     @classmethod
     def demo(cls, device='cpu'):
-        """Open the pre-trained model that comes with the package, see `model_card`.
-        It was not fine-tuned to find things of one kind: it finds the picture's own place."""
-        return cls.from_checkpoint(shipped('updetr'), device)
+        "Open the one-shot detector that comes with the package, see `model_card`."
+        return cls.from_checkpoint(shipped('oneshot'), device)
 
     def query(self, picture, box=None):
         "Return a picture, or what is in `box` (xyxy px) of it, as a query: (3,s,s) uint8."

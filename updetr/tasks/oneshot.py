@@ -78,7 +78,9 @@ def box_means(
 
 # %% ../../nbs/45_oneshot.ipynb #cmp4
 class Comparison(nn.Module):
-    "How alike a picture and the inside of each box are (not the paper's): more for the match's logit."
+    """How alike a picture and the inside of each box are: more for a match's logit.
+
+    A small-scale option, not the paper's."""
     def __init__(
         self,
         num_channels: int,      # C, of the CNN's features

@@ -211,6 +211,7 @@ def fit_picture_statistics(
     "Measure mean and spread of the pooled features of up to `n` training pictures, for the model."
     task.model.patch_norm.fit(some_features(task, n)[0])
 
+# %% ../../nbs/46_oneshot_task.ipynb #cmpf
 def fit_first_comparison(
     task: LabelledRun,  # one-shot run with option `compare`, its weights just handed over
     n: int = 4096,      # largest number of pictures
@@ -221,10 +222,11 @@ def fit_first_comparison(
     compare = task.model.compare.train()
     fit_comparison(compare, task.model.patch_norm(features), labels, task.cfg.seed)
 
+# %% ../../nbs/46_oneshot_task.ipynb #c012q
 def with_question(
     task: LabelledRun,   # one-shot run, begun, with cached features
     items: list[tuple],  # (epoch, index, ...), as a `BatchPlan` yields them
-) -> dict:               # feature (B,C,h,w), mask None, targets with `query_feature` (Bm); on the CPU
+) -> dict:               # feature (B,C,h,w), mask None, Bm targets with `query_feature`
     "Return a batch of cached views, each with its questions: m targets a view."
     batch = task.cached[0].batch(items)
     m, targets = task.cfg.questions, []
