@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from test_task import rows, save_photos
 from tools.cells import run_report
 from tools.processes import in_processes
 from updetr.core.checkpoint import write_json
-from updetr.core.config import make_config
+from updetr.core.config import NEUTRAL, cfg_changes, make_config
 from updetr.data.datasets import open_dataset
 from updetr.data.queries import QueryPool, protocol_queries, query_picture, training_photos
 from updetr.data.scenes import CLASSES
@@ -23,7 +24,7 @@ from updetr.model.detr import build_detr
 from updetr.predict.localizer import QueryPatchLocalizer
 from updetr.predict.oneshot_detector import OneShotDetector
 from updetr.tasks import oneshot_task
-from updetr.tasks.oneshot import OneShotEvaluator, oneshot_config, oneshot_summary, oneshot_table
+from updetr.tasks.oneshot import OneShotConfig, OneShotEvaluator, oneshot_config, oneshot_summary, oneshot_table
 from updetr.tasks.oneshot_task import OneShotTask, evaluate_oneshot, model_answer, open_run
 from updetr.train.loop import Processes
 
@@ -298,6 +299,15 @@ def test_a_run_that_is_opened_again_answers_as_it_measured(pretrained, tmp_path)
     (dict(questions=2, system='siamfc'), 'questions above 1 is for DETR')])
 def test_the_impossible_is_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message): make_task(tmp_path, **changes)
+
+
+def test_a_run_of_before_the_options_goes_on():
+    "The configurations of the reports that were made before `questions` and `compare` are today's with these as they were"
+    for name in ('oneshot_pairs', 'oneshot_animals', 'oneshot'):
+        old = json.loads((Path(__file__).parents[1] / 'reports' / name / 'metrics.json').read_text())['config']
+        assert not {'questions', 'compare'} & old.keys()
+        now = dataclasses.asdict(OneShotConfig(**old))
+        assert not cfg_changes(old, now, NEUTRAL) and list(cfg_changes(old, now | {'questions': 8}, NEUTRAL)) == ['questions']
 
 
 def test_a_detector_is_no_start(tmp_path):

@@ -512,7 +512,7 @@ LATER = {'ce_per_process': False, 'detach_recon': True, 'learn_positions': False
          'flip': True, 'augment': '', 'mosaic': 0., 'freeze': '', 'class_weights': '', 'focal': 0.,
          'best_metric': '', 'patience': 0, 'tensorboard': False,
          'wandb': False, 'sort_aspects': 1,
-         'system': ''}
+         'system': '', 'questions': 1, 'compare': False}
 
 def earlier_values(
     cfg: Mapping,  # a configuration's names and values
