@@ -558,32 +558,34 @@ def ablations_detr(
                       (*AP, 'early_AP50', 'recall50'), tuple(claims), single=single)
 
 # %% ../../nbs/65_tables.ipynb #c022
-_PHOTOS = {'toy': 40, 'small': 200, 'mini': 1200, 'paper': 16_551}  # labelled ones
+_PHOTOS = {'toy': 40, 'small': 200, 'mini': 1200, 'paper': 16_551}  # labelled ones, in `voc`
 
-def _fewer_photos(scale, percent):
-    "Return changes to `voc`: a share of the photos, shown so often that the steps stay as many."
-    if percent == 100: return {}
-    cfg, whole = configure(scale.base('voc'), 0), _PHOTOS[scale.name]
-    photos = whole * percent // 100
-    steps = whole // cfg.batch_size * cfg.epochs
+def _other_photos(scale, photos):
+    "Return changes to `voc`: other photos, shown so often that the steps stay as many."
+    usual = _PHOTOS[scale.name]
+    if photos == usual: return {}
+    cfg = configure(scale.base('voc'), 0)
+    steps = usual // cfg.batch_size * cfg.epochs
     epochs = steps // max(1, photos // cfg.batch_size)
     lr_drop = max(1, epochs * cfg.lr_drop // cfg.epochs)
-    # as many measurements as with all photos
-    eval_every = cfg.eval_every * max(1, round(100 / percent))
+    # as many measurements as with the usual photos
+    eval_every = max(1, round(cfg.eval_every * usual / photos))
     return dict(photos=photos, epochs=epochs, lr_drop=lr_drop, eval_every=eval_every)
 
 def label_fraction(
     scale: Scale,  # scale with its data
 ) -> Experiment:   # beyond the paper
-    "Return the same number of steps on ever fewer labelled photos: where pre-training pays."
-    percents = (25, 100) if scale.name in ('toy', 'small') else (5, 10, 25, 100)
+    "Return the same number of steps on fewer and more labelled photos: where pre-training pays."
+    # small's two hundred are few already: there they are a tenth
+    whole = {'small': 2000}.get(scale.name, _PHOTOS[scale.name])
+    percents = {'toy': (25, 100), 'small': (10, 40, 100)}.get(scale.name, (5, 10, 25, 100))
     start = scale.base('pretrain')
     arms, claims = {}, []
     for percent in percents:
-        less = _fewer_photos(scale, percent)
+        changes = _other_photos(scale, whole * percent // 100)
         scratch, pretrained = f'DETR, {percent} %', f'UP-DETR, {percent} %'
-        arms[scratch] = scale.base('voc', **less)
-        arms[pretrained] = scale.base('voc', start, **less)
+        arms[scratch] = scale.base('voc', **changes)
+        arms[pretrained] = scale.base('voc', start, **changes)
         text = f'pre-training pays with {percent} % of the labels'
         claims.append(Claim(text, pretrained, scratch, 'AP50'))
     return Experiment('label_fraction', 'Beyond the paper: fewer labels', arms,
