@@ -27,6 +27,7 @@ from updetr.tasks import oneshot_task
 from updetr.tasks.oneshot import OneShotConfig, OneShotEvaluator, oneshot_config, oneshot_summary, oneshot_table
 from updetr.tasks.oneshot_task import OneShotTask, evaluate_oneshot, model_answer, open_run
 from updetr.train.loop import Processes
+from updetr.train.progress import starting_line
 
 TINY = SIZES | dict(backbone='test_resnet', weights='none', features='layer2', scenes=8, scenes_val=5, scene_size=64, val_size=64,
                     square=64, cached_views=2, query_size=32, batch_size=4, epochs=3, eval_every=3, eval_queries=2, log_every=1,
@@ -239,6 +240,16 @@ def test_two_processes_answer_as_one(how, tmp_path):
         for a, b in zip(alone, theirs, strict=True):
             assert a.keys() == b.keys() == set(range(5))
             for i in a: assert all(torch.equal(a[i][k], b[i][k]) for k in ('scores', 'labels', 'boxes'))
+
+
+def test_first_features_are_those_of_each_picture_and_a_watcher_sees_how_far_they_are(tmp_path):
+    """Some at a time, with a last part that is smaller."""
+    task = make_task(tmp_path / 'run', **LIVE)
+    rows = list(range(len(task.pools[0])))[::-1]
+    found = oneshot_task._live_features(task, rows, at_once=20)
+    alone = [oneshot_task.picture_features(task.cnn, task.pools[0].picture(row)[None])[0] for row in rows]
+    assert len(rows) % 20 and torch.allclose(found, torch.stack(alone), atol=1e-5)
+    assert f"features of pictures {len(rows)}/{len(rows)}" in starting_line(tmp_path / 'run')
 
 
 def test_live_and_cached_answers_agree(tmp_path):

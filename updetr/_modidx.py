@@ -2387,6 +2387,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                               'updetr/tasks/oneshot_task.py'),
                                            'updetr.tasks.oneshot_task.SystemStep.forward': ( 'oneshot_task.html#systemstep.forward',
                                                                                              'updetr/tasks/oneshot_task.py'),
+                                           'updetr.tasks.oneshot_task._live_features': ( 'oneshot_task.html#_live_features',
+                                                                                         'updetr/tasks/oneshot_task.py'),
                                            'updetr.tasks.oneshot_task.answer_one': ( 'oneshot_task.html#answer_one',
                                                                                      'updetr/tasks/oneshot_task.py'),
                                            'updetr.tasks.oneshot_task.both_ways': ( 'oneshot_task.html#both_ways',

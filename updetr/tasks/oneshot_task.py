@@ -35,7 +35,7 @@ from updetr.tasks.oneshot import (
 )
 from ..data.queries import Asker, QueryPool, answer_to, training_photos, unseen_classes
 from ..data.scenes import Scenes
-from ..train.loop import Processes
+from ..train.loop import Processes, progress_writer
 from ..model.backbone import eval_mode, prepare_images
 
 # %% ../../nbs/46_oneshot_task.ipynb #c006
@@ -188,6 +188,17 @@ def oneshot_sets(
     return Subset(train, training_photos(train, seen, cfg.unseen_objects)), val, unseen
 
 # %% ../../nbs/46_oneshot_task.ipynb #c012
+def _live_features(task, rows, at_once=64):
+    "Features of training pictures, read now, some at a time; a watcher sees how far it is"
+    progress = progress_writer(task.run_dir, task.processes, "the frozen CNN's features of pictures")
+    features = []
+    for start in range(0, len(rows), at_once):
+        some = rows[start:start + at_once]
+        pictures = torch.stack([task.pools[0].picture_or_next(row)[0] for row in some])
+        features.append(picture_features(task.cnn, pictures, task.processes.device))
+        progress(start + len(some), len(rows))
+    return torch.cat(features)
+
 def some_features(
     task: LabelledRun,  # one-shot run of a DETR, begun
     n: int,             # largest number of pictures
@@ -200,8 +211,7 @@ def some_features(
     if task.features:
         features = task.features[0][rows, 0].float()
     else:
-        pictures = [pool.picture_or_next(row)[0] for row in rows]
-        features = torch.cat([picture_features(task.cnn, p[None], device) for p in pictures])
+        features = _live_features(task, rows)
     return features.to(device), torch.tensor([pool.label[row] for row in rows], device=device)
 
 def fit_picture_statistics(
