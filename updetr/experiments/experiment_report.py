@@ -27,10 +27,11 @@ from updetr.core.config import (
     PretrainConfig, TrainConfig, check_parameters, find_data, model_options, plain_variables,
 )
 from ..model.detr import build_detr
+from ..model.pretrained import open_pretrained
 from updetr.experiments.tables import (
     BASES, DESCRIPTIONS, SEEDS, Claim, Experiment, Scale, experiment,
 )
-from ..tasks.finetune import open_sets
+from ..tasks.finetune import checkpoint_sizes, open_sets, start_file
 from .jobs import Job, configure, job_chain, job_folder
 from ..train.launch import read_log
 from ..tasks.panoptic_task import open_panoptic_sets
@@ -127,6 +128,11 @@ def disk_gib(
     return (state * (2 + kept) + photo * n_train * cached) / 2**30
 
 # %% ../../nbs/66_experiment_report.ipynb #c009
+def _start_name(step, seed, cfg):
+    "Where a training starts, for a plan: the run's folder, the checkpoint, or nothing"
+    if step.start: return job_folder('', step.start, seed).name
+    return Path(getattr(cfg, 'pretrain', '')).name
+
 def plan_rows(
     wanted: Sequence[tuple[Job, int]],  # jobs and their seeds
     speeds: Mapping[str, float],        # task -> photos a second on one GPU; 0 = unknown
@@ -144,7 +150,7 @@ def plan_rows(
         steps = data.n_train // cfg.batch_size * cfg.epochs
         photos = steps * cfg.batch_size
         # where the data lies says nothing about the method
-        changes = [f'{k}={v}' for k, v in step.changes if k != 'data']
+        changes = [f'{k}={v}' for k, v in step.changes if k not in ('data', 'pretrain')]
         rows.append({
             'training': folder.name,
             'seed': seed,
@@ -156,7 +162,7 @@ def plan_rows(
             'GPU hours': photos / speed / 3600 if speed else None,
             'disk, GiB': disk_gib(cfg, data.n_train),
             'changes': ', '.join(changes),
-            'starts from': job_folder('', step.start, seed).name if step.start else '',
+            'starts from': _start_name(step, seed, cfg),
         })
     return rows
 
@@ -392,6 +398,7 @@ GROUPS = {  # title -> name -> usual value, in words
         'split': ('', "photos to train on; '': the preset's"),
         'split_val': ('', "photos to evaluate on; '': the preset's"),
         'unseen': ('', "classes kept from training; '': the preset's"),
+        'pretrain': ('', "checkpoint in the place of the pre-training; {seed}: the run's seed"),
         'cnns': ('', 'ResNet-50s to compare as well: swav, dino, supervised, files; commas'),
         'dataset': ('', 'name of your data in tables'),
         'private': (False, 'your photos may not be passed on: draw none of them'),
@@ -412,19 +419,24 @@ PARAMETERS = {n: usual for group in GROUPS.values() for n, (usual, _) in group.i
 # %% ../../nbs/66_experiment_report.ipynb #c023b
 # parameters that only some pages use
 _OF = {
+    'pretrain': ['table1_voc', 'table2_coco', 'table3_oneshot', 'table4_panoptic',
+                 'fig1_fig4_curves', 'fig8_finetuned', 'ablations_detr', 'label_fraction'],
     'unseen': ['table3_oneshot'],
     'cnns': ['ablations_cnn'],
     'private': ['fig7_localization', 'fig8_finetuned'],
 }
 _LABELLED = ('labelled', 'year', 'year_val', 'split', 'split_val', 'finetune_img_s')
 
+def _tasks(e):
+    "The kinds of training that an experiment is made of"
+    return {step.task for arm in e.arms.values() for step in job_chain(arm)}
+
 def needs_labels(
     id: str,     # of an experiment
     scale: str,  # its name
 ) -> bool:
     "Return whether any of its trainings sees labelled photos."
-    arms = experiment(id, Scale(scale)).arms.values()
-    return any(step.task != 'pretrain' for arm in arms for step in job_chain(arm))
+    return bool(_tasks(experiment(id, Scale(scale))) - {'pretrain'})
 
 def page_parameters(
     id: str,  # of an experiment
@@ -514,18 +526,34 @@ def _scale(id, given):
     if id != 'table3_oneshot': data.pop('unseen', None)
     cnns = [w.strip() for w in str(given['cnns']).split(',')]
     return Scale(given['scale'], given['photos'], given['labelled'], tuple(data.items()),
-                 tuple(w for w in cnns if w))
+                 tuple(w for w in cnns if w), given['pretrain'])
 
 def _check_data(id, scale):
     "Raise ValueError or FileNotFoundError if data that the experiment needs is not there"
-    folders = [scale.photos]
-    words = '-p photos FOLDER'
-    if needs_labels(id, scale.name):
-        folders.append(scale.labelled)
-        words += ' and -p labelled FOLDER'
-    if not all(folders):
+    tasks, needed = _tasks(experiment(id, scale)), {}
+    # with a checkpoint nothing may be left to pre-train
+    if 'pretrain' in tasks: needed['-p photos FOLDER'] = scale.photos
+    if tasks - {'pretrain'}: needed['-p labelled FOLDER'] = scale.labelled
+    if not all(needed.values()):
+        words = ' and '.join(needed)
         raise ValueError(f'scale {scale.name} needs {words}, or -p plan_only True')
-    find_data(PretrainConfig(data=scale.photos))
+    if 'pretrain' in tasks: find_data(PretrainConfig(data=scale.photos))
+
+def _check_start(id, scale, seeds):
+    """Raise ValueError or FileNotFoundError if a checkpoint cannot stand for the pre-training.
+
+    It would be compared with a scratch transformer of another size."""
+    if id not in _OF['pretrain']:
+        raise ValueError(f'pretrain {scale.pretrain}: {id} pre-trains for itself; without it '
+                         f'are {", ".join(_OF["pretrain"])} (--only)')
+    own = configure(dataclasses.replace(scale, pretrain='').base('pretrain'), 0)
+    for path in dict.fromkeys(start_file(scale.pretrain, seed) for seed in seeds):
+        sizes = checkpoint_sizes(open_pretrained(path))
+        differ = [f'{k} {v!r} (the scale: {getattr(own, k)!r})' for k, v in sizes.items()
+                  if v != getattr(own, k)]
+        if differ:
+            raise ValueError(f'{path} is of another architecture than scale {scale.name}: '
+                             + ', '.join(differ))
 
 # %% ../../nbs/66_experiment_report.ipynb #c025b
 def open_study(
@@ -545,11 +573,13 @@ def open_study(
     first, count = given['seed'], given['seeds'] or SEEDS[scale.name]
     if count < 1: raise ValueError(f'seeds {count} must be at least 1, or 0 for {SEEDS}')
     toy = scale.name == 'toy'
-    if toy and (scale.photos or scale.labelled):
-        raise ValueError('scale toy has its own data: give -p scale small with it')
+    if toy and (scale.photos or scale.labelled or scale.pretrain):
+        raise ValueError('scale toy has its own data and start: give -p scale small with yours')
+    seeds = list(range(first, first + count))
+    if scale.pretrain: _check_start(id, scale, seeds)
     # a plan needs no data
     if not toy and not given['plan_only']: _check_data(id, scale)
-    return Study(e, scale, list(range(first, first + count)), open_site(given['gpus']), given)
+    return Study(e, scale, seeds, open_site(given['gpus']), given)
 
 # %% ../../nbs/66_experiment_report.ipynb #c027
 def places(
@@ -558,7 +588,7 @@ def places(
     "Return photos and weights on the user's machine, which a report does not name."
     # a CNN with a suffix is a file, one without is a name
     files = {w for w in study.scale.cnns if Path(w).suffix}
-    found = {study.given['photos'], study.given['labelled']} | files
+    found = {study.given[name] for name in ('photos', 'labelled', 'pretrain')} | files
     # the longest first: a folder may lie in another one
     return sorted(found - {''}, key=len, reverse=True)
 
@@ -588,6 +618,9 @@ def save_study(
     where = f'{study.site.gpus} GPUs' if study.site.gpus else 'CPU'
     scale = f'{name}: {DESCRIPTIONS[name]} ({where})'
     if name != 'paper': scale += ", not the paper's setting"
+    if study.scale.pretrain:
+        each = 'one for each seed' if '{seed}' in study.scale.pretrain else 'one for all seeds'
+        scale += f'; pre-training given, {each}'
     took = time.time() - study.begun
     origin = provenance(study_command(study), scale, study.seeds, took, train_seconds=seconds)
     metrics = {

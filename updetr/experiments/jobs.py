@@ -9,13 +9,17 @@ __all__ = ['KINDS', 'Job', 'job', 'configure', 'job_key', 'job_folder', 'job_cha
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from ..tasks.cnn_task import CNN_PRESETS, CNNConfig
 from ..core.config import (NEUTRAL, PRESETS, DetectorConfig, PretrainConfig, TrainConfig,
                            check_names, earlier_values, make_config)
-from ..tasks.finetune import FINETUNE_PRESETS, FREE, FinetuneConfig
+from updetr.tasks.finetune import (
+    FINETUNE_PRESETS, FREE, FinetuneConfig, transfer_config,
+)
 from ..tasks.oneshot import ONESHOT_PRESETS, OneShotConfig
 from ..tasks.panoptic_task import PANOPTIC_PRESETS, PanopticConfig
 
@@ -53,15 +57,19 @@ def job(
     start: Job | None = None,  # whose weights it starts from
     **changes,                 # fields of the task's configuration; None leaves the preset's value
 ) -> Job:
-    "Return a job. Raises ValueError for an unknown task, preset or field."
+    """Return a job. It starts from a checkpoint that is there already if `pretrain` names one.
+
+    Raises ValueError for an unknown task, preset or field, or for two starts."""
     if task not in KINDS: raise ValueError(f'task {task!r} is unknown: choose {", ".join(KINDS)}')
     kind, presets = KINDS[task]
     if preset not in presets:
         raise ValueError(f'{task} has no preset {preset!r}: choose {", ".join(presets)}')
-    # these four come from elsewhere: the task, the chain's seed and its start
-    fixed = ('task', 'seed', 'pretrain', 'stage')
+    # these three come from elsewhere: the task, and the chain's seed
+    fixed = ('task', 'seed', 'stage')
     known = [field.name for field in dataclasses.fields(kind) if field.name not in fixed]
     check_names(changes, known)
+    if start and changes.get('pretrain'):
+        raise ValueError(f'pretrain {changes["pretrain"]!r} is a second start beside {start}')
     # sorted, so that the order in which they are said makes no other job
     changed = sorted((name, value) for name, value in changes.items() if value is not None)
     return Job(task, preset, tuple(changed), start)
@@ -72,10 +80,13 @@ def configure(
     seed: int,                            # of all runs of its chain
     checkpoint: str = 'not trained yet',  # of the finished start
 ) -> TrainConfig:                         # of the task's kind
-    "Return the complete configuration of a job. Raises ValueError for impossible values."
+    """Return the complete configuration of a job.
+
+    Raises ValueError for impossible values, FileNotFoundError for a `pretrain` that is not there."""
     kind, presets = KINDS[job.task]
     changes = dict(job.changes) | {'seed': seed}
-    if not job.start: return make_config(job.preset, kind, presets, **changes)
+    # without a job before it: from scratch, or from a checkpoint with its architecture
+    if not job.start: return transfer_config(job.preset, kind, presets, **changes)
 
     # the architecture is the start's: of a CNN's training the CNN, else all of the detector
     start = configure(job.start, seed)
@@ -102,6 +113,11 @@ def configure(
     return make_config(job.preset, kind, presets, **changes | sizes | inherited)
 
 # %% ../../nbs/62_jobs.ipynb #c011
+@lru_cache(1000)
+def _digest(file, changed):
+    "A hash of a file's content; another one once it was changed"
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
+
 def job_key(
     job: Job,   # to be run
     seed: int,  # of all runs of its chain
@@ -115,7 +131,11 @@ def job_key(
     content = {name: value for name, value in fields.items() if name not in left_out}
     # runs were named before steps were recorded
     if 'cuda_graphs' in fields: content['cuda_graphs'] = False
-    content['start'] = job_key(job.start, seed) if job.start else ''
+    content['start'] = ''
+    if job.start:
+        content['start'] = job_key(job.start, seed)
+    elif fields.get('pretrain'):
+        content['start'] = _digest(fields['pretrain'], os.stat(fields['pretrain']).st_mtime_ns)
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

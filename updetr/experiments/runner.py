@@ -68,7 +68,9 @@ def _asked(folder, step, seed):
 
 def _may_change(step):
     # the file of a trained CNN may have moved with its folder
-    return ('weights',) if step.start and step.start.task == 'cnn' else ()
+    if step.start: return ('weights',) if step.start.task == 'cnn' else ()
+    # what a checkpoint holds is in the name of the run's folder: it may lie anywhere
+    return ('pretrain',)
 
 def write_start(
     folder: Path,  # of the run
