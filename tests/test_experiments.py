@@ -1,5 +1,6 @@
 """The experiments at paper scale against the paper's and the reference's values, their notebooks, and runs that are killed."""
 import dataclasses
+import fcntl
 import json
 import multiprocessing.forkserver
 import os
@@ -189,6 +190,30 @@ def test_a_killed_runner_leaves_no_process_and_goes_on_to_the_same_numbers(tmp_p
     for f in folders:
         got, want = (json.loads((tmp_path / kind / f.name / 'result.json').read_text()) for kind in ('killed', 'whole'))
         assert {k: v for k, v in got.items() if k != 'train_seconds'} == {k: v for k, v in want.items() if k != 'train_seconds'}
+
+
+def test_trainings_leave_with_their_runner(tmp_path):
+    "SIGKILL of the runner: nobody goes on in secret; what was trained is kept."
+    jobs = [(job('pretrain', 'demo', **TINY | dict(epochs=100_000)), s) for s in (1, 2)]
+    folders = [job_folder(tmp_path, *one) for one in jobs]
+    runner, end = CONTEXT.Process(target=run_alone, args=(dict(os.environ), jobs, tmp_path)), time.monotonic() + 200
+    runner.start()
+    while not all((f / 'checkpoint.pth').exists() for f in folders):
+        assert time.monotonic() < end and runner.is_alive()
+        time.sleep(.02)
+    runner.kill()
+    for f in folders:
+        with open(f / 'training.lock', 'a+') as lock:
+            while True:
+                try:
+                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    assert time.monotonic() < end, 'it trains on'
+                    time.sleep(.02)
+        # to the step it came to, and not only each tenth
+        last = json.loads((f / 'log.txt').read_text().splitlines()[-1])['step']
+        assert torch.load(f / 'checkpoint.pth', weights_only=True)['step'] == last and not (f / 'done.json').exists()
 
 
 def test_a_pretraining_freezes_the_cnn_that_was_trained_for_it(tmp_path):

@@ -7,8 +7,11 @@ __all__ = ['share_mean', 'log_result', 'pretrain_result', 'masks_result', 'finis
 
 # %% ../../nbs/63_results.ipynb #c002
 import dataclasses
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -122,13 +125,23 @@ def finish(
     return finish(run)
 
 # %% ../../nbs/63_results.ipynb #c012
+def _leave_with(starter):
+    "Ask this process to save and leave once the one that started it is gone"
+    starter.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
 def train_here(
     run_dir: str | Path,  # folder with cfg.json
     threads: int = 1,     # of torch
 ) -> None:
-    "Train (or go on) and measure, in this process; if another one trains it, after that one."
+    """Train (or go on) and measure, in this process; if another one trains it, after that one.
+
+    Where `multiprocessing` started this process, it saves and leaves when its starter dies."""
     run = Path(run_dir)
     torch.set_num_threads(threads)
+    # its parent is a server of processes, which lives on when the runner was killed
+    starter = multiprocessing.parent_process()
+    if starter: threading.Thread(target=_leave_with, args=(starter,), daemon=True).start()
     # whatever this process says goes into train.log, also what libraries write past Python
     out = os.open(run / 'train.log', os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
