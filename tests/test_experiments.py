@@ -4,6 +4,7 @@ import fcntl
 import json
 import multiprocessing.forkserver
 import os
+import shutil
 import time
 
 import nbformat
@@ -214,6 +215,24 @@ def test_trainings_leave_with_their_runner(tmp_path):
         # to the step it came to, and not only each tenth
         last = json.loads((f / 'log.txt').read_text().splitlines()[-1])['step']
         assert torch.load(f / 'checkpoint.pth', weights_only=True)['step'] == last and not (f / 'done.json').exists()
+
+
+def test_a_given_checkpoint_stands_for_the_pretraining_wherever_it_lies(tmp_path):
+    start, root, moved = job('pretrain', 'demo', **TINY), tmp_path / 'runs', tmp_path / 'elsewhere' / 'mine.pth'
+    run_jobs([(start, 1)], root, workers=1)
+    checkpoint, own = job_folder(root, start, 1) / 'checkpoint.pth', dict(scenes=8, scenes_val=4, scene_size=64, val_size=64, square=64,
+                                                                            cached_views=1, epochs=1)
+    named = job('finetune', 'demo', pretrain=str(checkpoint), **own)
+    by_name, by_job = (run_jobs([(j, 1)], root, workers=1)[j, 1] for j in (named, job('finetune', 'demo', start, **own)))
+    assert by_name | {'train_seconds': 0} == by_job | {'train_seconds': 0}
+    moved.parent.mkdir()
+    shutil.copy(checkpoint, moved)
+    done, again = job_folder(root, named, 1) / 'done.json', job('finetune', 'demo', pretrain=str(moved), **own)
+    before = done.stat().st_mtime_ns
+    assert run_jobs([(again, 1)], root, workers=1)[again, 1] == by_name and done.stat().st_mtime_ns == before
+    # an unfinished one goes on from there
+    for file in ('result.json', 'done.json'): (job_folder(root, named, 1) / file).unlink()
+    assert run_jobs([(again, 1)], root, workers=1)[again, 1] | {'train_seconds': 0} == by_name | {'train_seconds': 0}
 
 
 def test_a_pretraining_freezes_the_cnn_that_was_trained_for_it(tmp_path):
