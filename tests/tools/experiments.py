@@ -6,7 +6,7 @@ import pathlib
 
 import nbformat
 
-from updetr.experiments.experiment_report import needs_labels, page_parameters
+from updetr.experiments.experiment_report import STARTED, needs_labels, page_parameters
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = ('c000b', 'c004')  # markdown cells of `shared`
@@ -46,8 +46,13 @@ def how(id):
     lines = [f'{line}   # toy: it runs', f'{line} -p scale small {own}   # your own photos, two CPU cores',
              f'{line} -p scale mini {own}   # the same on one GPU',
              f'{line} -p scale paper -p plan_only True {speeds}   # what the paper\'s would cost']
+    if id in STARTED:
+        # what still needs photos pre-trains another start, too
+        photos = '-p photos FOLDER ' if id == 'ablations_detr' else ''
+        lines.insert(2, f'{line} -p scale small -p pretrain updetr/shipped/updetr.safetensors {photos}-p labelled FOLDER'
+                        '   # from weights that are there already')
     said = []
-    for scale, report in (('toy', id), (EARLIER, f'{id}_mini')):
+    for scale, report in (('toy', id), ('small (Animal-Pose)', f'{id}_small'), (EARLIER, f'{id}_mini')):
         if words := took(report): said.append(f'- {scale}: {words}; {links(report, id)}')
     commands = '\n'.join(lines)
     return (f'```\n{commands}\n```\n\nWhat it took; trainings that pages share are made once, and an interrupted one goes on:\n\n'
