@@ -249,7 +249,7 @@ def test_first_features_are_those_of_each_picture_and_a_watcher_sees_how_far_the
     found = oneshot_task._live_features(task, rows, at_once=20)
     alone = [oneshot_task.picture_features(task.cnn, task.pools[0].picture(row)[None])[0] for row in rows]
     assert len(rows) % 20 and torch.allclose(found, torch.stack(alone), atol=1e-5)
-    assert f"features of pictures {len(rows)}/{len(rows)}" in starting_line(tmp_path / 'run')
+    assert f"features of query pictures {len(rows)}/{len(rows)}" in starting_line(tmp_path / 'run')
 
 
 def test_live_and_cached_answers_agree(tmp_path):

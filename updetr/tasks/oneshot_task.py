@@ -190,7 +190,8 @@ def oneshot_sets(
 # %% ../../nbs/46_oneshot_task.ipynb #c012
 def _live_features(task, rows, at_once=64):
     "Features of training pictures, read now, some at a time; a watcher sees how far it is"
-    progress = progress_writer(task.run_dir, task.processes, "the frozen CNN's features of pictures")
+    phase = "the frozen CNN's features of query pictures"
+    progress = progress_writer(task.run_dir, task.processes, phase)
     features = []
     for start in range(0, len(rows), at_once):
         some = rows[start:start + at_once]
