@@ -82,7 +82,7 @@ def configure(
 ) -> TrainConfig:                         # of the task's kind
     """Return the complete configuration of a job.
 
-    Raises ValueError for impossible values, FileNotFoundError for a `pretrain` that is not there."""
+    Raises ValueError for impossible values, FileNotFoundError for a missing `pretrain`."""
     kind, presets = KINDS[job.task]
     changes = dict(job.changes) | {'seed': seed}
     # without a job before it: from scratch, or from a checkpoint with its architecture

@@ -180,7 +180,7 @@ class Scale:
         return job(task, preset, start, **own | data | changes)
 
     def pretrained(self, kind, **changes):
-        "Return the job of a kind that starts from the full pre-training: its own, or the given one."
+        "Return the job of a kind from the full pre-training: its own, or the given one."
         if self.pretrain: return self.base(kind, pretrain=self.pretrain, **changes)
         return self.base(kind, self.base('pretrain'), **changes)
 
