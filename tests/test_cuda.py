@@ -425,6 +425,7 @@ def test_processes_with_recordings(tmp_path):
 
 @pytest.mark.parametrize('way', [('finetune', dict(amp=True)), ('finetune', dict(amp=True, compile=True, ema=.5)),
                                  ('finetune', dict(frozen_backbone=True, amp=True)), ('oneshot', dict(amp=True, ema=.5)),
+                                 ('oneshot', dict(frozen_backbone=True, amp=True, cached_views=2, questions=3, compare=True)),
                                  ('boxes', dict(amp=False)), ('cnn', dict(amp=True))], ids=str)
 def test_a_run_logs_what_its_checkpoint_gives(way, tmp_path, seen):  # noqa: F811
     "The fused optimizer of a GPU does not count what it does to a weight either."

@@ -106,6 +106,7 @@ WAYS = [('finetune', {}), ('finetune', dict(ema=.5, amp=True)), ('finetune', dic
         ('finetune', dict(frozen_backbone=True, ema=.5, compile=True)), ('finetune', dict(frozen_backbone=True, cached_views=2)),
         ('retinanet', dict(ema=.5)), ('retinanet', dict(frozen_backbone=True)),
         ('oneshot', dict(ema=.5)), ('oneshot', dict(compile=True)), ('oneshot', dict(frozen_backbone=True, amp=True)),
+        ('oneshot', dict(frozen_backbone=True, amp=True, cached_views=2, questions=3, compare=True)),
         ('boxes', dict(amp=True)), ('boxes', dict(ema=.5, compile=True)), ('cnn', {}), ('cnn', dict(ema=.5, amp=True))]
 
 
