@@ -959,6 +959,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'updetr.experiments.jobs': { 'updetr.experiments.jobs.Job': ('jobs.html#job', 'updetr/experiments/jobs.py'),
                                          'updetr.experiments.jobs.Job.__str__': ('jobs.html#job.__str__', 'updetr/experiments/jobs.py'),
                                          'updetr.experiments.jobs._digest': ('jobs.html#_digest', 'updetr/experiments/jobs.py'),
+                                         'updetr.experiments.jobs._from_file': ('jobs.html#_from_file', 'updetr/experiments/jobs.py'),
                                          'updetr.experiments.jobs._of_stage': ('jobs.html#_of_stage', 'updetr/experiments/jobs.py'),
                                          'updetr.experiments.jobs.configure': ('jobs.html#configure', 'updetr/experiments/jobs.py'),
                                          'updetr.experiments.jobs.job': ('jobs.html#job', 'updetr/experiments/jobs.py'),

@@ -6,8 +6,10 @@
 __all__ = ['KINDS', 'Job', 'job', 'configure', 'job_key', 'job_folder', 'job_chain']
 
 # %% ../../nbs/62_jobs.ipynb #c002
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from ..tasks.cnn_task import CNN_PRESETS, CNNConfig
 from ..core.config import (NEUTRAL, PRESETS, DetectorConfig, PretrainConfig, TrainConfig,
                            check_names, earlier_values, make_config)
 from updetr.tasks.finetune import (
-    FINETUNE_PRESETS, FREE, FinetuneConfig, transfer_config,
+    FINETUNE_PRESETS, FREE, FinetuneConfig, start_file, transfer_config,
 )
 from ..tasks.oneshot import ONESHOT_PRESETS, OneShotConfig
 from ..tasks.panoptic_task import PANOPTIC_PRESETS, PanopticConfig
@@ -75,6 +77,14 @@ def job(
     return Job(task, preset, tuple(changed), start)
 
 # %% ../../nbs/62_jobs.ipynb #c008
+@lru_cache(1000)
+def _from_file(job, seed, file, changed):
+    "The configuration of a job that starts from a file, which is opened once; again if it changed"
+    kind, presets = KINDS[job.task]
+    # what is assumed of the file is said where it is trained from
+    with contextlib.redirect_stdout(io.StringIO()):
+        return transfer_config(job.preset, kind, presets, **dict(job.changes), seed=seed)
+
 def configure(
     job: Job,                             # to be run
     seed: int,                            # of all runs of its chain
@@ -85,8 +95,10 @@ def configure(
     Raises ValueError for impossible values, FileNotFoundError for a missing `pretrain`."""
     kind, presets = KINDS[job.task]
     changes = dict(job.changes) | {'seed': seed}
-    # without a job before it: from scratch, or from a checkpoint with its architecture
-    if not job.start: return transfer_config(job.preset, kind, presets, **changes)
+    if changes.get('pretrain'):
+        file = start_file(changes['pretrain'], seed)
+        return _from_file(job, seed, file, os.stat(file).st_mtime_ns)
+    if not job.start: return make_config(job.preset, kind, presets, **changes)
 
     # the architecture is the start's: of a CNN's training the CNN, else all of the detector
     start = configure(job.start, seed)
