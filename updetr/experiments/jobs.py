@@ -76,7 +76,7 @@ def job(
     changed = sorted((name, value) for name, value in changes.items() if value is not None)
     return Job(task, preset, tuple(changed), start)
 
-# %% ../../nbs/62_jobs.ipynb #c008
+# %% ../../nbs/62_jobs.ipynb #c008f
 @lru_cache(1000)
 def _from_file(job, seed, file, changed):
     "The configuration of a job that starts from a file, which is opened once; again if it changed"
@@ -85,6 +85,7 @@ def _from_file(job, seed, file, changed):
     with contextlib.redirect_stdout(io.StringIO()):
         return transfer_config(job.preset, kind, presets, **dict(job.changes), seed=seed)
 
+# %% ../../nbs/62_jobs.ipynb #c008
 def configure(
     job: Job,                             # to be run
     seed: int,                            # of all runs of its chain
