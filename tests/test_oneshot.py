@@ -248,6 +248,7 @@ def test_first_features_are_those_of_each_picture_and_a_watcher_sees_how_far_the
     rows = list(range(len(task.pools[0])))[::-1]
     found = oneshot_task._live_features(task, rows, at_once=20)
     alone = [oneshot_task.picture_features(task.cnn, task.pools[0].picture(row)[None])[0] for row in rows]
+    assert oneshot_task._live_features(task, []).shape == (0, task.cnn.num_channels)
     assert len(rows) % 20 and torch.allclose(found, torch.stack(alone), atol=1e-5)
     assert f"features of query pictures {len(rows)}/{len(rows)}" in starting_line(tmp_path / 'run')
 

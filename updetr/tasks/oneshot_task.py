@@ -192,7 +192,8 @@ def _live_features(task, rows, at_once=64):
     "Features of training pictures, read now, some at a time; a watcher sees how far it is"
     phase = "the frozen CNN's features of query pictures"
     progress = progress_writer(task.run_dir, task.processes, phase)
-    features = []
+    # of no picture, where there is none
+    features = [torch.empty(0, task.cnn.num_channels)]
     for start in range(0, len(rows), at_once):
         some = rows[start:start + at_once]
         pictures = torch.stack([task.pools[0].picture_or_next(row)[0] for row in some])
