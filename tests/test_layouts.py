@@ -468,3 +468,63 @@ def test_a_yaml_that_cannot_be_meant_is_named(text, pictures, tmp_path):
     _yolo_classes(pictures, tmp_path)
     (tmp_path / 'data.yaml').write_text(text)
     with pytest.raises(ValueError, match='data.yaml'): open_dataset(tmp_path)
+
+
+def grey(path, value):
+    "A photo of one colour, which tells where it came from"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((32, 32, 3), value, np.uint8)).save(path)
+
+
+def text(path, said):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(said)
+
+
+def greys(dataset):
+    "Of each photo: how bright it is, and the names of its objects"
+    samples = [dataset[i] for i in range(len(dataset))]
+    return sorted((round(float(s['image'].float().mean())), dataset.classes[int(s['labels'][0])]) for s in samples)
+
+
+@pytest.mark.parametrize('order', ['{kind}/{film}', '{film}/{kind}', '{kind}/train/{film}'])
+def test_frames_of_several_films_keep_their_labels(tmp_path, order):
+    "Films count their frames alike: seq2's labels are seq2's photos'"
+    for k, film in enumerate(('seq1', 'seq2', 'seq3')):
+        for frame in range(4 - k):
+            text(tmp_path / order.format(kind='labels', film=film) / f'{frame:06}.txt', f'{k} .5 .5 .5 .5')
+            grey(tmp_path / order.format(kind='images', film=film) / f'{frame:06}.png', 40 + 40 * k)
+    text(tmp_path / 'classes.txt', 'a\nb\nc')
+    table = open_dataset(tmp_path, 'train' if 'train' in order else None)
+    assert greys(table) == [(40, 'a')] * 4 + [(80, 'b')] * 3 + [(120, 'c')] * 2
+
+
+def test_masks_are_not_taken_for_photos(tmp_path):
+    "Oxford's pets: a mask of each photo, of the photo's name and size, in a folder that comes first in the alphabet"
+    for name in ('Abyssinian_1', 'beagle_2'):
+        grey(tmp_path / 'images' / f'{name}.png', 200)
+        grey(tmp_path / 'annotations' / 'trimaps' / f'{name}.png', 2)
+        text(tmp_path / 'annotations' / 'xmls' / f'{name}.xml',
+             '<annotation><size><width>32</width><height>32</height></size><object><name>pet</name>'
+             '<bndbox><xmin>5</xmin><ymin>5</ymin><xmax>20</xmax><ymax>20</ymax></bndbox></object></annotation>')
+    assert greys(open_dataset(tmp_path)) == [(200, 'pet')] * 2
+
+
+@pytest.mark.parametrize('lost', [0, 1])
+@pytest.mark.parametrize('kind', ['csv', 'coco'])
+def test_a_part_is_read_with_its_own_photos(tmp_path, kind, lost):
+    "train and val number their photos alike; also where a photo of val is not there"
+    for part, number, value in (('train', 6, 50), ('val', 3, 200)):
+        names = [f'{k:06}.png' for k in range(number)]
+        for name in names[lost * (part == 'val'):]: grey(tmp_path / 'images' / part / name, value)
+        if kind == 'csv':
+            rows = [f'{name},32,32,cat,4,4,20,20' for name in names]
+            text(tmp_path / f'{part}_labels.csv', '\n'.join(['filename,width,height,class,xmin,ymin,xmax,ymax', *rows]))
+        else:
+            images = [dict(id=k, file_name=name, width=32, height=32) for k, name in enumerate(names)]
+            boxes = [dict(id=k, image_id=k, category_id=1, bbox=[4, 4, 16, 16], area=256, iscrowd=0) for k in range(number)]
+            text(tmp_path / f'{part}.json', json.dumps(dict(images=images, annotations=boxes, categories=[dict(id=1, name='cat')])))
+    assert greys(open_dataset(tmp_path, 'train')) == [(50, 'cat')] * 6
+    assert greys(open_dataset(tmp_path, 'val', missing='skip')) == [(200, 'cat')] * (3 - lost)
+    errors = check_dataset(open_dataset(tmp_path, 'val')).errors
+    assert len(errors) == lost and all('000000.png' in error for error in errors)

@@ -24,7 +24,7 @@ from updetr.data.annotations import (
     yolo_objects)
 from ..core.fingerprint import SetRows, column_rows, set_rows
 from .photo_files import (
-    EXIF, find_files, find_layout, parts_of, photos_by_stem, pick_part, read_as_said,
+    EXIF, find_files, find_layout, part_of, parts_of, photos_by_stem, pick_part, read_as_said,
     read_xml, voc_classes, voc_ids, voc_names, voc_objects)
 from ..core.photos import header_size, photo_turn, printable
 
@@ -558,16 +558,17 @@ def _open_pairs(layout, split, classes, one_based, exif, missing):
 # %% ../../nbs/16_datasets.ipynb #o003
 def _csv_files(file, layout, photos):
     "Root of the photos of a CSV file, their names in it, and what is to be said of that"
+    part = part_of(file.parent.name, file.name)
     source = printable(file)
     say = 'images=FOLDER (in notebooks: -p images FOLDER)'
     places = [layout.photos / place for place in layout.places]
-    try: return find_files(places, photos, 'photos', source, say)
+    try: return find_files(places, photos, 'photos', source, say, part)
     except ValueError: note = 'file names that lead out of the folder'
     except FileNotFoundError: note = 'file names with folders that are not here'
     # written on another machine: the last part tells
     last = [re.split(r'[\\/]', photo)[-1] for photo in photos]
     require_unique(last, 'file names without their folders', source)
-    root, files, _ = find_files(places, last, 'photos', source, say)
+    root, files, _ = find_files(places, last, 'photos', source, say, part)
     return root, files, f'{note} are looked up by their last part'
 
 def _open_csv(layout, split, classes, exif, missing):
@@ -632,7 +633,8 @@ def _open_coco(file, classes, images, exif, missing, places=()):
     names = [p['file_name'] for p in data['images']]
     say = 'images=FOLDER (in notebooks: -p images FOLDER)'
     places = [*_usual_places(file, images), *places]
-    root, files, note = find_files(places, names, 'photos', source, say)
+    part = part_of(file.parent.name, file.name)
+    root, files, note = find_files(places, names, 'photos', source, say, part)
     return coco_table(data, root, file, classes, files, exif, missing, [note] if note else [])
 
 # %% ../../nbs/16_datasets.ipynb #c038t
