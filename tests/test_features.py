@@ -343,7 +343,7 @@ def test_a_lie_with_right_checksums(tmp_path):
     open_features(tmp_path, toy(), ALONE)
     folder, = tmp_path.iterdir()
     about = json.loads((folder / 'bank.json').read_text())
-    features.save_file({'boxes': torch.ones(3), 'boxes.shapes': torch.tensor([[10**9, 4], [1, 4]])}, folder / 'targets.safetensors')
+    features.save_tensors(folder / 'targets.safetensors', {'boxes': torch.ones(3), 'boxes.shapes': torch.tensor([[10**9, 4], [1, 4]])})
     np.save(folder / 'feature.npy', np.zeros((2, 4), np.float16))
     about['files'] = {n: [os.path.getsize(folder / n), features.checksum(folder / n)] for n in about['files']}
     (folder / 'bank.json').write_text(json.dumps(about))

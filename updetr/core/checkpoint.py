@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['NO_ROOM', 'MODELS', 'write_atomic', 'json_text', 'write_json', 'read_json', 'save_checkpoint', 'first_line',
            'check_sums', 'check_file', 'load_checkpoint', 'model_file', 'rng_state', 'set_rng_state', 'gather_rng',
-           'export_weights', 'read_weights']
+           'save_tensors', 'export_weights', 'read_weights']
 
 # %% ../../nbs/06_checkpoint.ipynb #c002
 import errno
 import json
 import math
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -237,6 +238,22 @@ def _without_places(cfg):
     if os.path.basename(weights) != weights: mine['weights'] = 'none'
     return mine
 
+def save_tensors(
+    path: str | Path,            # .safetensors, made or replaced
+    tensors: dict[str, Tensor],  # on the CPU, contiguous
+    metadata: dict | None = None,  # text -> text
+) -> None:
+    "Write a file of tensors. Raises OSError where there is no room, as files of other kinds do."
+    # the library makes files that only their owner can read: it keeps what the umask says
+    Path(path).touch()
+    mode = Path(path).stat().st_mode
+    try: save_file(tensors, path, metadata)
+    except SafetensorError as e:
+        number = re.search(r'os error (\d+)', str(e))
+        if not number: raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from e
+    os.chmod(path, mode)
+
 def export_weights(
     path: str | Path,    # .safetensors
     model: nn.Module,       # whose weights are saved
@@ -251,7 +268,7 @@ def export_weights(
 
     weights = {k: plain(v) for k, v in model.state_dict().items()}
     metadata = {'config': json_text(_without_places(cfg), None)}
-    write_atomic(path, lambda p: save_file(weights, p, metadata))
+    write_atomic(path, lambda p: save_tensors(p, weights, metadata))
 
 # %% ../../nbs/06_checkpoint.ipynb #c017g
 # what a checkpoint says of its classes, beside its configuration

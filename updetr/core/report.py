@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,16 +21,20 @@ import torch
 
 from .checkpoint import write_atomic, write_json
 from .pictures import plain_label
+from .signals import usable_cores
 
 # %% ../../nbs/07_report.ipynb #c005
 def git_commit(
-    folder: str | Path = '.',  # anywhere inside the repository
-) -> str:  # e.g. '1a2b3c4d5e6f' or '1a2b3c4d5e6f+changes'; 'unknown' outside a repository
+    folder: str | Path | None = None,  # of a package; None: this one
+) -> str:  # e.g. '1a2b3c4d5e6f' or '1a2b3c4d5e6f+changes'; 'unknown' if no repository has it
     "Return the commit of the code that runs, and whether package or notebooks differ from it."
+    folder = str(folder or resources.files('updetr'))
     def git(*words):
-        call = ['git', '-C', str(folder), *words]
+        call = ['git', '-C', folder, *words]
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
     try:
+        # an installed package may lie in somebody else's repository
+        git('ls-files', '--error-unmatch', '__init__.py')
         # figures and logs may change while a run goes on; the code may not
         code = ':/updetr', ':/nbs'
         changed = git('status', '--porcelain', '--untracked-files=no', '--', *code)
@@ -50,11 +55,8 @@ def _memory_gib():
 
 def hardware() -> dict:  # cpu, cores, memory_gib, gpus
     "Return processor, cores, memory and GPUs."
-    # a container may lend fewer cores than the machine has
-    lent = hasattr(os, 'sched_getaffinity')
-    cores = len(os.sched_getaffinity(0)) if lent else os.cpu_count()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {'cpu': _cpu_name(), 'cores': cores, 'memory_gib': _memory_gib(), 'gpus': gpus}
+    return {'cpu': _cpu_name(), 'cores': usable_cores(), 'memory_gib': _memory_gib(), 'gpus': gpus}
 
 # %% ../../nbs/07_report.ipynb #c005b
 _PACKAGES = 'updetr', 'torch', 'torchvision', 'timm', 'numpy', 'scipy'

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from .checkpoint import load_checkpoint
+
 # %% ../../nbs/08_shipped.ipynb #c005
 SHIPPED = {  # name -> what the weights are for
     'updetr': 'pre-trained: finds patches; fine-tuning starts from it',
@@ -97,8 +99,12 @@ def fetch_weights(
     url = getattr(WEIGHTS.get((backbone, weights)), 'url', None)
     if not url: raise FileNotFoundError(f'weights file {path} does not exist')
     path.parent.mkdir(parents=True, exist_ok=True)
-    try: torch.hub.download_url_to_file(url, str(path), progress=False)
-    except OSError as e:
+    try:
+        torch.hub.download_url_to_file(url, str(path), progress=False)
+        load_checkpoint(path)
+    except (OSError, ValueError) as e:
+        # a connection that ends early leaves a part, which would be found here for ever
+        path.unlink(missing_ok=True)
         raise FileNotFoundError(f"weights '{weights}' could not be downloaded ({e}). "
                                 f'Copy {url}\nto {path}\nby hand and start again.') from e
     return path

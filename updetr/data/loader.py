@@ -14,8 +14,9 @@ import os
 import re
 import shutil
 import tempfile
+from collections import OrderedDict
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from .patches import crop_patches, sample_boxes
 from updetr.core.photos import (
     PRETRAIN_MAX, PRETRAIN_SIZES, BadPhoto, read_photo, resize, resize_shape,
 )
-from ..core.signals import ignore_stop
+from ..core.signals import ignore_stop, usable_cores
 
 # %% ../../nbs/12_loader.ipynb #c006
 @dataclass(frozen=True)
@@ -224,15 +225,22 @@ def random_view(
     return torch.cat((above, below), 1)
 
 # %% ../../nbs/12_loader.ipynb #c013
-@lru_cache(maxsize=32)  # of the module, so that a dataset can be sent to workers
-def _photo_of(path, stamp): return read_or_less(path)
+# the photos that were read last, of a process: of the module, so that a dataset can be sent to one
+_KEPT = OrderedDict()
+_MOST, _ROOM = 32, 2**28  # photos; bytes of pixels
 
 def _cached_photo(path):
     "Return a photo that is decoded once, and again when its file has changed"
     try: info = os.stat(path)
     except OSError: return read_or_less(path)  # says what is wrong
-    stamp = info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
-    return _photo_of(path, stamp)
+    key = path, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+    photo = _KEPT.pop(key, None)
+    if photo is None: photo = read_or_less(path)
+    _KEPT[key] = photo
+    # a phone's photo has 36 MB, and each process of many keeps its own
+    while len(_KEPT) > _MOST or sum(p.nbytes for p in _KEPT.values()) > _ROOM:
+        _KEPT.popitem(last=False)
+    return photo
 
 class Views(Dataset):
     "Random views of a few photos with query patches. An item is `(epoch, index, size)`."
@@ -531,6 +539,8 @@ def _sent(x):
 
 def _arrived(light): return torch.from_numpy(light.array)
 
+# where a bank is filled on a GPU, 0 is not none: it means all cores
+_FEWER = 'use fewer workers: -p num_workers 1, or, without a GPU, 0'
 _FULL = 'no room for a batch in the shared memory of the loader workers'
 
 def _shared_memory():
@@ -543,8 +553,7 @@ def _shm_advice():
     place, room = _shared_memory()
     total, free = room.total / 2**20, room.free / 2**20
     return (f'{_FULL}, {place} ({total:.0f} MB, {free:.0f} MB free). '
-            'Give it more (docker run --shm-size=2g, or --ipc=host), or use fewer workers: '
-            '-p num_workers 0 needs none')
+            f'Give it more (docker run --shm-size=2g, or --ipc=host), or {_FEWER}')
 
 class _Handing:
     "A collate function that puts the batch into shared memory itself if it runs in a worker"
@@ -563,8 +572,7 @@ class _Handing:
 # %% ../../nbs/12_loader.ipynb #c024r
 AHEAD = 4  # batches that each worker may have ready
 _DEAD = r'DataLoader worker \(pid.*(killed by signal|exited unexpectedly)'
-_DIED = ('a worker of the data loader died, most often because memory ran out: use fewer '
-         '(-p num_workers 0 needs none)')
+_DIED = f'a worker of the data loader died, most often because memory ran out: {_FEWER}'
 
 def _or_named(batches, num_workers):
     "Yield the same batches; a worker that died is named with the way on"
@@ -625,8 +633,7 @@ def filling(
     "Return how a bank is filled."
     if torch.device(device).type == 'cpu': return few, safe_workers(num_workers, few * nbytes)
     # processes on this machine share its cores
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    workers = num_workers or cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    workers = num_workers or usable_cores() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     # many at a time, but some for every process
     share = math.ceil(num / (2 * max(1, workers)))
     chunk = max(1, min(CHUNK // max(1, nbytes), share))

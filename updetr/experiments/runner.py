@@ -12,10 +12,12 @@ import multiprocessing.connection
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..model.backbone import fetch_weights
 from ..core.config import TrainConfig
+from ..core.signals import usable_cores
 from ..tasks.finetune import labelled_marks, open_sets
 from .jobs import Job, configure, job_chain, job_folder
 from ..train.launch import is_done, launch, prepare, read_log, read_record, tail
@@ -42,6 +44,16 @@ def in_order(
     return folders
 
 # %% ../../nbs/64_runner.ipynb #c008
+@contextmanager
+def _environment(**more):
+    "These variables for what is started inside; this process keeps its own"
+    before = dict(os.environ)
+    os.environ.update(more)
+    try: yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
 def start_process(
     run_dir: str | Path,       # folder with cfg.json
     threads: int,              # of torch
@@ -50,9 +62,10 @@ def start_process(
     # forked from one that has imported torch, so that it begins at once
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['updetr.experiments.results'])
-    os.environ |= {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': str(threads)}
     process = context.Process(target=train_here, args=(str(run_dir), threads))
-    process.start()
+    # threads that wait go to sleep soon (notebook 34)
+    with _environment(CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS=str(threads), GOMP_SPINCOUNT='1000'):
+        process.start()
     return process
 
 # %% ../../nbs/64_runner.ipynb #c010
@@ -216,8 +229,7 @@ def run_jobs(
     Raises FileNotFoundError or ValueError for weights that cannot be had, or finished runs of other
     data, before anything is trained; RuntimeError that names what failed, after all others are
     done. Interrupted, it lets the running ones save; called again, it goes on."""
-    has_affinity = hasattr(os, 'sched_getaffinity')
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    cores = usable_cores()
     workers = workers or cores
     folders, begun = in_order(wanted, root), time.time()
     # what would spoil the results, or end the last run after all others, is found at once

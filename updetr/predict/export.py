@@ -15,13 +15,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors.torch import load_file, safe_open
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.export import Dim
 
 from updetr.core.checkpoint import (
-    export_weights, json_text, read_json, write_atomic, write_json,
+    export_weights, json_text, read_json, save_tensors, write_atomic, write_json,
 )
 from ..data.transforms import DETR_SIZES
 from ..model.backbone import RESNETS
@@ -338,7 +338,7 @@ def save_huggingface(
     file = folder / 'model.safetensors'
     if theirs:
         state, config = to_huggingface(model, detector.classes, detector.category_ids)
-        write_atomic(file, lambda p: save_file(state, p, {'format': 'pt'}))
+        write_atomic(file, lambda p: save_tensors(p, state, {'format': 'pt'}))
         write_json(folder / 'preprocessor_config.json', _preprocessor(detector))
     else:
         export_weights(file, model, options)

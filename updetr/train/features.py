@@ -29,11 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..core.checkpoint import NO_ROOM, json_text
+from ..core.checkpoint import NO_ROOM, json_text, save_tensors
 from ..core.fingerprint import WHOLE, mark_digest, mark_rows, photo_contents, set_rows
 from updetr.data.loader import (
     WHOLE_PIXELS, PatchTask, Views, bank_home, collate, data_loader, filling, free_half,
@@ -381,7 +381,7 @@ def _finish(folder, about, token, shares, world, skipped):
     # what is written by one process
     names = [f'{k}.npy' for k in about['arrays']]
     if any(shares):
-        save_file(_packed(_in_order(shares, world)), aside('targets.safetensors'))
+        save_tensors(aside('targets.safetensors'), _packed(_in_order(shares, world)))
         names.append('targets.safetensors')
     if skipped:
         _write_json(aside(SKIPPED), skipped)

@@ -1,0 +1,161 @@
+"What lies around a run: files that others read, downloads that break off, memory, variables, the commit of the code."
+import http.server
+import os
+import subprocess
+import threading
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from torchvision.transforms.v2 import functional as F
+
+from updetr.core import checkpoint, shipped
+from updetr.core.checkpoint import save_tensors, write_atomic
+from updetr.core.photos import as_image, builtin_photos, read_photo
+from updetr.core.report import git_commit
+from updetr.core.shipped import WeightSource, fetch_weights
+from updetr.data import loader
+from updetr.experiments import runner
+from updetr.train.launch import _environment
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def test_shared_weights_can_be_read_by_others(tmp_path, umask):
+    "As the umask says: safetensors itself makes files for their owner only"
+    def plain(path): save_tensors(path, {'a': torch.ones(3)})
+    for write in (plain, lambda path: write_atomic(path, plain)):
+        write(tmp_path / 'a.safetensors')
+        assert (tmp_path / 'a.safetensors').stat().st_mode & 0o777 == 0o644
+
+
+def test_a_full_disk_is_named_for_tensors_too(tmp_path, monkeypatch):
+    def full(*args): raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
+    monkeypatch.setattr(checkpoint, 'save_file', full)
+    with pytest.raises(OSError, match='no room for a.safetensors'):
+        write_atomic(tmp_path / 'a.safetensors', lambda p: save_tensors(p, {'a': torch.ones(3)}))
+    assert not [*tmp_path.iterdir()]
+
+
+class Stump(http.server.BaseHTTPRequestHandler):
+    "A server whose connection ends early, or does not"
+    content, says = b'', 0
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header('Content-Length', str(self.says))
+        self.end_headers()
+        self.wfile.write(self.content)
+
+    def log_message(self, *args): pass
+
+
+def test_a_download_that_broke_off_is_not_kept(tmp_path, monkeypatch):
+    torch.save({'a': torch.arange(5000)}, tmp_path / 'whole.pth')
+    whole = (tmp_path / 'whole.pth').read_bytes()
+    server = http.server.HTTPServer(('127.0.0.1', 0), Stump)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    url = f'http://127.0.0.1:{server.server_port}/net.pth'
+    monkeypatch.setitem(shipped.WEIGHTS, ('net', 'own'), WeightSource(url, 'none'))
+    Stump.says, Stump.content = len(whole), whole[:3000]
+    with pytest.raises(FileNotFoundError, match='net.pth'): fetch_weights('net', 'own')
+    Stump.content = whole
+    assert torch.load(fetch_weights('net', 'own'))['a'][-1] == 4999
+    server.shutdown()
+
+
+def test_only_some_memory_is_used_for_decoded_photos(tmp_path, monkeypatch):
+    "The photos that were read last are not decoded again, as long as they are small"
+    read = []
+    def fake(path):
+        read.append(path)
+        return torch.zeros(3, 10, size[0], dtype=torch.uint8)
+    monkeypatch.setattr(loader, 'read_or_less', fake)
+    monkeypatch.setattr(loader, '_KEPT', loader.OrderedDict())
+    monkeypatch.setattr(loader, '_ROOM', 3 * 10 * 100)
+    paths = [tmp_path / f'{k}.jpg' for k in range(40)]
+    for path in paths: path.touch()
+
+    def decoded(*numbers):
+        read.clear()
+        for k in numbers: loader._cached_photo(str(paths[k]))
+        return len(read)
+
+    size = [1]
+    assert decoded(0, 1, 0, 1) == 2                   # kept
+    assert decoded(*range(40)) == 38                  # 32 of them at most ...
+    assert decoded(*range(8, 40), 8) == 0 and decoded(0) == 1
+    size = [60]
+    assert decoded(20, 21, 20) == 0                   # ... read small before
+    loader._KEPT.clear()
+    assert decoded(20, 21, 20) == 3                   # one fills the room
+    size = [200]
+    assert decoded(22, 22) == 2 and not loader._KEPT  # larger than the room
+    os.utime(paths[20], (1, 1))
+    size = [1]
+    assert decoded(20, 20) == 1
+
+
+def test_trainings_leave_the_variables_of_their_caller(monkeypatch):
+    "Else the next launch from the same kernel would see no GPU"
+    seen = []
+
+    class Context:
+        def set_forkserver_preload(self, names): pass
+        def Process(self, **given):
+            class Process:
+                def start(self): seen.append(dict(os.environ))
+            return Process()
+
+    monkeypatch.setattr(runner.multiprocessing, 'get_context', lambda kind: Context())
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    before = dict(os.environ)
+    runner.start_process('run', 3)
+    assert dict(os.environ) == before and seen[0]['CUDA_VISIBLE_DEVICES'] == '' and seen[0]['OMP_NUM_THREADS'] == '3'
+
+
+def test_threads_are_as_many_as_cores_that_are_lent(monkeypatch):
+    monkeypatch.setattr('updetr.train.launch.usable_cores', lambda: 6)
+    for name in ('OMP_NUM_THREADS', 'GOMP_SPINCOUNT'): monkeypatch.delenv(name, raising=False)
+    assert [_environment(n, 0, 'm', {})['OMP_NUM_THREADS'] for n in (1, 2, 4, 9)] == ['6', '3', '1', '1']
+    monkeypatch.setenv('OMP_NUM_THREADS', '5')
+    monkeypatch.setenv('GOMP_SPINCOUNT', '7')
+    env = _environment(1, 0, 'm', {})
+    assert env['OMP_NUM_THREADS'] == '5' and env['GOMP_SPINCOUNT'] == '7'
+
+
+def test_the_commit_is_the_package_s_own(tmp_path, monkeypatch):
+    "Wherever the work is done: another repository's commit says nothing of this code"
+    mine = git_commit()
+    def git(*words):
+        call = ['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=b', *words]
+        subprocess.run(call, check=True, capture_output=True)
+    git('init')
+    git('commit', '--allow-empty', '-m', 'theirs')
+    # an environment inside a project, which does not track it
+    (tmp_path / 'env' / 'updetr').mkdir(parents=True)
+    (tmp_path / 'env' / 'updetr' / '__init__.py').touch()
+    monkeypatch.chdir(tmp_path)
+    assert git_commit() == mine and git_commit(tmp_path / 'env' / 'updetr') == 'unknown'
+    git('add', '.')
+    git('commit', '-m', 'tracked')
+    assert len(git_commit(tmp_path / 'env' / 'updetr')) >= 12
+
+
+@pytest.mark.parametrize('size', [240, 300])
+def test_a_resized_picture_of_floats_is_a_picture(size):
+    "An antialiased resize goes a little beyond white: it is as good as the same resize of bytes"
+    for photo in builtin_photos()[:6]:
+        image = read_photo(photo.path)
+        floats = F.resize(F.to_dtype(image, torch.float32, scale=True), [size], antialias=True)
+        assert (as_image(floats).int() - F.resize(image, [size], antialias=True).int()).abs().max() <= 1
+    assert as_image(torch.tensor([[[-5e-4, 1.0005]]]).expand(3, 1, 2)).tolist() == [[[0, 255]]] * 3
+    with pytest.raises(ValueError, match='clip'): as_image(np.full((4, 4, 3), 1.2, np.float32))
+    with pytest.raises(ValueError, match='uint8'): as_image(np.full((4, 4, 3), 200., np.float32))
