@@ -8,14 +8,17 @@ import shutil
 import time
 
 import nbformat
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from conftest import ROOT
 from test_data_changes import annotations, coco, corrected, fewer
 from tools.cells import run_cells
 from tools.experiments import TEXT, shared
 from tools.processes import CONTEXT, take_environment
+from updetr.experiments import all_reports
 from updetr.experiments.experiment_report import PARAMETERS, data_summary, open_study, plan_rows, plan_text, show_claims, study_command
 from updetr.experiments.jobs import configure, job, job_chain, job_folder
 from updetr.experiments.runner import run_jobs
@@ -161,6 +164,19 @@ def test_a_wrong_parameter_stops_at_once(parameters, message, tmp_path, monkeypa
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_cells(notebook, monkeypatch, 'run_study(', **parameters)
     assert not list(tmp_path.iterdir())
+
+
+def test_data_that_a_table_lacks_is_found_before_the_first_training(tmp_path, monkeypatch):
+    "Of two pages the second asks for 200 labelled photos; there are six"
+    for k in range(6):
+        pixels = np.random.default_rng(k).integers(0, 255, (64, 64, 3), np.uint8)
+        for kind in ('images', 'labels'): (tmp_path / 'set' / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / 'set' / 'images' / f'{k}.png')
+        (tmp_path / 'set' / 'labels' / f'{k}.txt').write_text('0 .5 .5 .5 .5')
+    command = ['make reports', '--scale', 'small', '--only', 'fig7_localization,table1_voc', '--to', str(tmp_path / 'out')]
+    monkeypatch.setattr('sys.argv', [*command, '-p', 'photos', str(tmp_path / 'set/images'), '-p', 'labelled', str(tmp_path / 'set')])
+    monkeypatch.setattr(all_reports, 'run_jobs', lambda *args: pytest.fail('trained before the data was looked at'))
+    with pytest.raises(ValueError, match='photos 200: there are only'): all_reports.main()
 
 
 TINY = dict(views=16, view_size=64, patch_size=32, hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=10, num_patches=5,

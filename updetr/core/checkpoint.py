@@ -227,17 +227,7 @@ def gather_rng(
     dist.all_gather(states, state)
     return states
 
-# %% ../../nbs/06_checkpoint.ipynb #c017
-_PLACES = 'data data_val pretrain images pngs pngs_val instances'.split()
-
-def _without_places(cfg):
-    "Return a configuration without files and folders"
-    mine = {k: '' if k in _PLACES else v for k, v in cfg.items()}
-    # a file of weights was read when the run began, and is not needed any more
-    weights = str(cfg.get('weights', ''))
-    if os.path.basename(weights) != weights: mine['weights'] = 'none'
-    return mine
-
+# %% ../../nbs/06_checkpoint.ipynb #c017a0
 def save_tensors(
     path: str | Path,            # .safetensors, made or replaced
     tensors: dict[str, Tensor],  # on the CPU, contiguous
@@ -253,6 +243,17 @@ def save_tensors(
         if not number: raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from e
     os.chmod(path, mode)
+
+# %% ../../nbs/06_checkpoint.ipynb #c017
+_PLACES = 'data data_val pretrain images pngs pngs_val instances'.split()
+
+def _without_places(cfg):
+    "Return a configuration without files and folders"
+    mine = {k: '' if k in _PLACES else v for k, v in cfg.items()}
+    # a file of weights was read when the run began, and is not needed any more
+    weights = str(cfg.get('weights', ''))
+    if os.path.basename(weights) != weights: mine['weights'] = 'none'
+    return mine
 
 def export_weights(
     path: str | Path,    # .safetensors

@@ -208,6 +208,8 @@ def main() -> None:
     if args.plan:
         print(*(s.plan() for s in studies), sep='\n\n')
         return
+    # data that a table lacks is found before the first training, not before the table's own
+    for study in studies: study.plan()
     # every training of every experiment, each once
     first = studies[0]
     wanted = [w for s in studies for w in s.e.wanted(s.seeds)]

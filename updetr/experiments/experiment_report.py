@@ -274,8 +274,12 @@ def verdict_of(
     seeds: Sequence[int],  # of all runs
 ) -> dict:                 # text, verdict, evidence
     "Return what the runs say of a claim."
-    better = [results[e.arms[claim.better], s][claim.metric] for s in seeds]
-    worse = [results[e.arms[claim.worse], s][claim.metric] for s in seeds]
+    better = [results[e.arms[claim.better], s].get(claim.metric) for s in seeds]
+    worse = [results[e.arms[claim.worse], s].get(claim.metric) for s in seeds]
+    if None in (*better, *worse):
+        # nothing to measure it on, such as no object of an unseen class
+        evidence = f'{claim.metric} could not be measured on this data'
+        return {'text': claim.text, 'verdict': 'not decided', 'evidence': evidence}
     # of a loss the smaller number is the better one
     pair = (worse, better) if claim.lower else (better, worse)
     verdict, average, spread = decide(*pair)
