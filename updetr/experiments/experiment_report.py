@@ -267,6 +267,7 @@ def decide(
     if average < -limit: return 'does not hold', average, spread
     return 'not decided', average, spread
 
+# %% ../../nbs/66_experiment_report.ipynb #c019v
 def verdict_of(
     claim: Claim,          # of the experiment
     e: Experiment,         # whose arms are compared
