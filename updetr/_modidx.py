@@ -859,6 +859,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                         'updetr.data.transforms.whole_view': ('transforms.html#whole_view', 'updetr/data/transforms.py')},
             'updetr.experiments.all_reports': { 'updetr.experiments.all_reports._arguments': ( 'all_reports.html#_arguments',
                                                                                                'updetr/experiments/all_reports.py'),
+                                                'updetr.experiments.all_reports._check_data': ( 'all_reports.html#_check_data',
+                                                                                                'updetr/experiments/all_reports.py'),
                                                 'updetr.experiments.all_reports._execute': ( 'all_reports.html#_execute',
                                                                                              'updetr/experiments/all_reports.py'),
                                                 'updetr.experiments.all_reports._links': ( 'all_reports.html#_links',

@@ -201,6 +201,20 @@ def _execute(study, given):
     print(f'\n{study.e.title}: {said}', flush=True)
     return failed
 
+# %% ../../nbs/67_all_reports.ipynb #c031c
+def _check_data(studies):
+    "Open what every study asks for; ValueError that names each one that lacks something"
+    lacks = {}
+    for study in studies:
+        try: study.plan()
+        except (ValueError, FileNotFoundError) as e: lacks[study.e.id] = e
+    if not lacks: return
+    said = '\n'.join(f'{id}: {e}' for id, e in lacks.items())
+    rest = ','.join(study.e.id for study in studies if study.e.id not in lacks)
+    way = f', or leave them out: --only {rest}' if rest else ''
+    raise ValueError(f'{len(lacks)} of {len(studies)} cannot be made of this data:\n{said}\n'
+                     f'Give them theirs{way}')
+
 def main() -> None:
     "Run what `make reports scale=toy` asks for; exit with the number of notebooks that failed."
     args = _arguments()
@@ -209,7 +223,7 @@ def main() -> None:
         print(*(s.plan() for s in studies), sep='\n\n')
         return
     # data that a table lacks is found before the first training, not before the table's own
-    for study in studies: study.plan()
+    _check_data(studies)
     # every training of every experiment, each once
     first = studies[0]
     wanted = [w for s in studies for w in s.e.wanted(s.seeds)]
