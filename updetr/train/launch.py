@@ -293,6 +293,21 @@ def launch(
         env = _environment(workers, gpus, mark, meet)
         return Run(run, 'started', _start(run, command, env))
 
+# %% ../../nbs/34_launch.ipynb #c027a
+def _parent(process):
+    "Number of a process's parent, None if the process is gone"
+    try:
+        return process.ppid()
+    except psutil.NoSuchProcess:
+        return None
+
+def _asked(members, pid):
+    "Who is asked to save: the workers of the launcher `pid`; it alone without any; all without it"
+    # not the launcher: after a SIGTERM it kills its workers in 30 s, saved or not
+    workers = [p for p in members if _parent(p) == pid]
+    launcher = [p for p in members if p.pid == pid]
+    return workers or launcher or members
+
 # %% ../../nbs/34_launch.ipynb #c028
 def stop(
     run_dir: str | Path,   # folder of the run
@@ -309,9 +324,7 @@ def stop(
     left = _members(record['mark'])
     end = time.monotonic() + timeout
 
-    # ask the launcher, which tells its workers; the workers where it is gone
-    launcher = [p for p in left if p.pid == record['pid']]
-    for process in launcher or left:
+    for process in _asked(left, record['pid']):
         with suppress(psutil.NoSuchProcess): process.terminate()
 
     # wait until they have saved
