@@ -184,6 +184,9 @@ def test_run_of_another_machine_is_attached_to_while_it_logs(runs):
     assert start(run).how == 'attached'
     with pytest.raises(RuntimeError, match='stop it where it was started'): stop(run)
     os.utime(log, (0, 0))                                   # that machine has been silent since 1970
+    (run/'progress.json').write_text('{}')                  # but it makes its feature bank now
+    assert start(run).how == 'attached'
+    os.utime(run/'progress.json', (0, 0))
     assert start(run).how == 'started'
 
 

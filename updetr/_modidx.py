@@ -405,6 +405,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'updetr.core.signals.StopFlag.__init__': ('signals.html#stopflag.__init__', 'updetr/core/signals.py'),
                                      'updetr.core.signals.StopFlag._remember': ( 'signals.html#stopflag._remember',
                                                                                  'updetr/core/signals.py'),
+                                     'updetr.core.signals.StopFlag._show': ('signals.html#stopflag._show', 'updetr/core/signals.py'),
                                      'updetr.core.signals.StopFlag.reason': ('signals.html#stopflag.reason', 'updetr/core/signals.py'),
                                      'updetr.core.signals.file_locks': ('signals.html#file_locks', 'updetr/core/signals.py'),
                                      'updetr.core.signals.ignore_stop': ('signals.html#ignore_stop', 'updetr/core/signals.py')},

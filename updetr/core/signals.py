@@ -8,6 +8,8 @@ __all__ = ['STOP_SIGNALS', 'StopFlag', 'ignore_stop', 'file_locks']
 # %% ../../nbs/04_signals.ipynb #c003
 import os
 import signal
+import time
+from contextlib import suppress
 
 # %% ../../nbs/04_signals.ipynb #c006
 # Windows has no USR1
@@ -21,8 +23,10 @@ class StopFlag:
     def __init__(
         self,
         signals: tuple = STOP_SIGNALS,  # signals that ask for a stop; USR1 is what queues use
+        shown=None,                     # () -> file that is made young when the flag is asked
     ):
         self.signals, self.received, self.old = signals, None, {}
+        self.file, self.shown = shown, float('-inf')
         # the launcher tells its number: when this line runs, it may be gone already
         self.parent = int(os.environ.get('UPDETR_LAUNCHER') or os.getppid())
 
@@ -41,7 +45,17 @@ class StopFlag:
         if self.received: return self.received
         return 'launcher gone' if os.getppid() != self.parent else None
 
-    def __bool__(self): return self.reason is not None
+    def _show(self):
+        "Make the file young, every ten seconds at most."
+        now = time.monotonic()
+        if self.file is None or now - self.shown < 10: return
+        self.shown = now
+        # it may not be there yet
+        with suppress(OSError): os.utime(self.file())
+
+    def __bool__(self):
+        self._show()
+        return self.reason is not None
 
 # %% ../../nbs/04_signals.ipynb #c013
 def ignore_stop(

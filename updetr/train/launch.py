@@ -123,14 +123,15 @@ def _record(run):
     return record
 
 def _grows(run, quiet):
-    "True if something has been logged within the last `quiet` seconds"
-    logs = [Path(run)/name for name in ('log.txt', 'train.log')]
+    "True if the run has shown itself within the last `quiet` seconds"
+    # a feature bank is made before the first line of the log
+    logs = [Path(run)/name for name in ('log.txt', 'train.log', 'progress.json')]
     return any(time.time() - log.stat().st_mtime < quiet for log in logs if log.exists())
 
 # %% ../../nbs/34_launch.ipynb #c016a
 def is_alive(
     run_dir: str | Path,  # folder of the run
-    quiet: float = 120,   # seconds; a run from elsewhere counts as dead when its logs rest longer
+    quiet: float = 120,   # seconds; a run from elsewhere counts as dead when its files rest longer
 ) -> bool:                # True while the run goes on
     """Return True while the run's launcher lives.
 
