@@ -2494,6 +2494,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'updetr.tasks.panoptic._image_entries': ('panoptic.html#_image_entries', 'updetr/tasks/panoptic.py'),
                                        'updetr.tasks.panoptic._mean_quality': ('panoptic.html#_mean_quality', 'updetr/tasks/panoptic.py'),
                                        'updetr.tasks.panoptic._numbers': ('panoptic.html#_numbers', 'updetr/tasks/panoptic.py'),
+                                       'updetr.tasks.panoptic._png_name': ('panoptic.html#_png_name', 'updetr/tasks/panoptic.py'),
                                        'updetr.tasks.panoptic._read_instances': ( 'panoptic.html#_read_instances',
                                                                                   'updetr/tasks/panoptic.py'),
                                        'updetr.tasks.panoptic._sample': ('panoptic.html#_sample', 'updetr/tasks/panoptic.py'),
