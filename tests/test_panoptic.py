@@ -42,6 +42,7 @@ from updetr.tasks.panoptic import (
     rgb2id,
     write_panoptic,
 )
+from updetr.tasks.panoptic_task import open_panoptic_sets, panoptic_config
 from updetr.train.evaluate import CocoEvaluator
 from updetr.train.loop import overfit_one_batch
 
@@ -388,6 +389,22 @@ def test_names_that_lead_out_are_refused(scenes, tmp_path):
         bad[key][1]['file_name'] = '../../secret.png'
         write_json(file, bad)
         with pytest.raises(ValueError, match='leads out of the folder'): open_panoptic(tmp_path, 'val')
+
+
+@pytest.mark.parametrize('parts', [('train',), ('train', 'val')])
+def test_folds_are_a_partition(parts, scenes, tmp_path):
+    "Of one file, and of a folder with photos to evaluate on: these stay unseen."
+    (tmp_path / 'annotations').mkdir()
+    for part in parts:
+        write_photos(tmp_path / f'{part}2017', scenes)
+        write_panoptic(file := tmp_path / f'annotations/panoptic_{part}2017.json', {i: scenes.panoptic(i) for i in range(6)}, scenes)
+    data, seen = str(file if len(parts) == 1 else tmp_path), []
+    for k in (1, 2, 3):
+        train, val = open_panoptic_sets(panoptic_config('demo', data=data, split_val=f'fold {k} of 3', seed=k))
+        assert sorted([*train.image_ids, *val.image_ids]) == list(range(6)) and f'fold {k} of 3' in val.note
+        assert 'panoptic_train2017' in val.source and torch.equal(val.panoptic(0)[0], scenes.panoptic(val.image_ids[0])[0])
+        seen += val.image_ids
+    assert sorted(seen) == list(range(6))
 
 
 def test_each_photo_has_a_png_of_its_own(scenes, tmp_path):
