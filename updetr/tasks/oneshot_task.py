@@ -175,17 +175,20 @@ def oneshot_sets(
     cfg: OneShotConfig,  # configuration of the run
 ) -> tuple:              # set to train on, set to evaluate on, names of the unseen classes
     """Return photos with seen classes to train on, all photos to evaluate on.
+    Of the former as many are drawn as the run says.
     Built-in scenes to train on show seen classes only.
     Raises FileNotFoundError or ValueError that shows what was expected."""
-    train, val = open_sets(cfg)
+    # drawn below: of all photos some would be drawn that nothing can be asked about
+    train, val = open_sets(dataclasses.replace(cfg, photos=0))
     unseen = unseen_classes(cfg.unseen, train.classes)
     seen = [k for k, name in enumerate(train.classes) if name not in unseen]
     if cfg.scenes and not cfg.data:
         # scenes are painted anew rather than left out
         train = Scenes(cfg.scenes, cfg.scene_size, classes=[train.classes[k] for k in seen])
-        if cfg.photos: train = some_photos(train, cfg.photos, cfg.seed)
-        return train, val, unseen
-    return Subset(train, training_photos(train, seen, cfg.unseen_objects)), val, unseen
+    else:
+        train = Subset(train, training_photos(train, seen, cfg.unseen_objects))
+    if cfg.photos: train = some_photos(train, cfg.photos, cfg.seed)
+    return train, val, unseen
 
 # %% ../../nbs/46_oneshot_task.ipynb #c012
 def _live_features(task, rows, at_once=64):
