@@ -25,7 +25,7 @@ import psutil
 
 from ..core.checkpoint import json_text, write_json
 from ..core.config import NEUTRAL, cfg_changes
-from .resume import check_data, refuse_changes
+from .resume import PLACES, check_data, refuse_changes
 from ..core.signals import file_locks
 
 # %% ../../nbs/34_launch.ipynb #c006
@@ -239,6 +239,14 @@ def _require_json(cfg):
         except ValueError as e:
             raise ValueError(f'{name} is {value}, but must be finite') from e
 
+def _refuse_fewer_epochs(run, old, new):
+    "ValueError if a finished run is asked for fewer epochs than it had."
+    had, asked = old.get('epochs', 0), new.get('epochs', 0)
+    if is_done(run) and asked < had:
+        raise ValueError(f'{run} has reached its end with epochs={had}, and epochs={asked} are '
+                         'fewer: ask for as many, or give the run a new name')
+
+# %% ../../nbs/34_launch.ipynb #c024p
 def prepare(
     run_dir: str | Path,     # folder of the run; made if missing
     cfg: dict,               # configuration; what JSON can hold, and paths
@@ -246,17 +254,20 @@ def prepare(
 ) -> Path:                   # the configuration file
     """Write `cfg.json`, unless the run goes on.
 
-    Raises ValueError that names what differs from the folder's configuration, or is not finite."""
+    Raises ValueError that names what differs from the folder's configuration, or is not finite;
+    and for fewer epochs of a finished run."""
     _require_json(cfg)
     run = Path(run_dir)
     run.mkdir(parents=True, exist_ok=True)
     file = run/'cfg.json'
     old = _read_json(file) or cfg
     refuse_changes(run, old, cfg, may_change)
-    changed = cfg_changes(old, cfg, NEUTRAL)
+    _refuse_fewer_epochs(run, old, cfg)
+    # what was refused above is not here: weights may lie elsewhere, but have the same content
+    moved = NEUTRAL + PLACES + ('weights',)
     if not _goes_on(run):
         # more epochs than it had: its end is no end any more
-        if changed: (run/'done.json').unlink(missing_ok=True)
+        if cfg_changes(old, cfg, moved): (run/'done.json').unlink(missing_ok=True)
         write_json(file, cfg)
     return file
 
