@@ -372,6 +372,22 @@ def test_as_many_photos_are_drawn_as_the_run_says(two_kinds):
     with pytest.raises(ValueError, match='photos 5: there are only 4'): drawn(5)
 
 
+def test_pictures_are_looked_at_photo_by_photo_and_many_at_once(two_kinds, tmp_path, monkeypatch):
+    task = make_task(tmp_path / 'run', data=str(two_kinds), scenes=0, scenes_val=0, unseen='b', **LIVE)
+    pool, cnn = task.pools[1], task.cnn
+    alone = torch.stack([oneshot_task.picture_features(cnn, pool.picture(row)[None]) for row in range(len(pool))])
+    read, shown, look, kind = [], [], oneshot_task.picture_features, type(pool.dataset)
+    get = kind.__getitem__
+    monkeypatch.setattr(kind, '__getitem__', lambda ds, i: read.append(i) or get(ds, i))
+    monkeypatch.setattr(oneshot_task, 'picture_features', lambda cnn, some, *a: shown.append(len(some)) or look(cnn, some, *a))
+    for at_once, photos in ((64, [0, 1, 2, 3]), (4, [0, 1, 2, 2, 3])):
+        read.clear()
+        assert torch.allclose(oneshot_task.live_pictures(task, pool, cnn, at_once=at_once), alone, atol=1e-5) and read == photos
+    assert shown == [1, 6, 1, 4, 2] and len(pool) == 6  # one black picture first, for the shape
+    assert oneshot_task.live_pictures(task, pool, cnn, stop=True) is None
+    assert evaluate_oneshot(task, model_answer(task.model.eval()), stop=True) is None
+
+
 def test_a_comparison_begins_without_unseen_kinds(two_kinds, tmp_path, monkeypatch):
     "Photos that show 'b' beside 'a' are trained on; their pictures of 'b' are not looked at"
     shown = []

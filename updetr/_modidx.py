@@ -2406,6 +2406,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                              'updetr/tasks/oneshot_task.py'),
                                            'updetr.tasks.oneshot_task._live_features': ( 'oneshot_task.html#_live_features',
                                                                                          'updetr/tasks/oneshot_task.py'),
+                                           'updetr.tasks.oneshot_task._pictures': ( 'oneshot_task.html#_pictures',
+                                                                                    'updetr/tasks/oneshot_task.py'),
                                            'updetr.tasks.oneshot_task.answer_one': ( 'oneshot_task.html#answer_one',
                                                                                      'updetr/tasks/oneshot_task.py'),
                                            'updetr.tasks.oneshot_task.both_ways': ( 'oneshot_task.html#both_ways',
