@@ -19,7 +19,7 @@ from updetr.tasks.finetune import FinetuneConfig, finetune_config, labelled_mark
 from updetr.tasks.oneshot import oneshot_config
 from updetr.tasks.panoptic import PanopticScenes, write_panoptic
 from updetr.tasks.panoptic_task import panoptic_config
-from updetr.train.launch import launch
+from updetr.train.launch import launch, prepare
 
 SIZES = dict(hidden_dim=16, nheads=2, dim_feedforward=16, enc_layers=1, dec_layers=1, num_queries=4)
 TINY = SIZES | dict(backbone='test_resnet', weights='none', features='layer1', standardize=False, scenes=0, scenes_val=0, val_size=64,
@@ -217,6 +217,19 @@ def test_a_step_schedule_is_made_longer(finished, long, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(weights(run).values(), weights(long).values(), strict=True))
     with pytest.raises(ValueError, match='has done 6 steps, more than the 4 of epochs=2'): finish(tuned(run, finished/'data', **STEPS))
     with pytest.raises(ValueError, match='lr_drop: 2 -> 1'): finish(tuned(run, finished/'data', **STEPS | {'epochs': 4, 'lr_drop': 1}))
+
+
+def test_a_finished_run_stays_finished_where_nothing_is_left_to_do(tmp_path):
+    "Not where its data lie elsewhere now, nor with fewer epochs, which are refused before anything is written."
+    def ask(**changes): return prepare(tmp_path, dataclasses.asdict(finetune_config('demo', **STEPS | {'data': 'here'} | changes)))
+    file, done = ask(), tmp_path/'done.json'
+    write_json(done, {'step': 4})
+    ask(data='there', images='somewhere')
+    assert done.exists() and 'there' in (said := file.read_text())
+    with pytest.raises(ValueError, match='has reached its end with epochs=2, and epochs=1 are fewer'): ask(data='there', epochs=1)
+    assert done.exists() and file.read_text() == said
+    ask(data='there', epochs=3)
+    assert not done.exists()
 
 
 def test_a_cosine_is_not_and_the_way_on_works(copy):

@@ -10,7 +10,9 @@ import pytest
 import torch.distributed as dist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.ops import box_iou
 
+import updetr.train.evaluate
 from tools.processes import in_processes
 from updetr.train.evaluate import CocoEvaluator, voc_ap
 
@@ -72,6 +74,16 @@ def test_prints_nothing_and_changes_nothing(case, capfd):
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------
+
+def test_voc_costs_nothing_where_nothing_was_found(case, monkeypatch):
+    "Notebook 36 compares its numbers with a second computation; here is counted that photos without a class are passed over."
+    coco, predictions = case
+    looked = []
+    monkeypatch.setattr(updetr.train.evaluate, 'box_iou', lambda a, b: looked.append(len(a)) or box_iou(a, b))
+    voc_ap(coco, predictions)
+    found = [int((p['labels'] == k).sum()) for k in range(4) for _, p in sorted(predictions.items())]
+    assert looked == [n for n in found if n] and 0 in found
+
 
 def part_of(case, rank, world, images=None):
     "Return what process `rank` evaluates: the last image is shown to all, as a sampler does that fills up."

@@ -184,6 +184,9 @@ def test_run_of_another_machine_is_attached_to_while_it_logs(runs):
     assert start(run).how == 'attached'
     with pytest.raises(RuntimeError, match='stop it where it was started'): stop(run)
     os.utime(log, (0, 0))                                   # that machine has been silent since 1970
+    (run/'progress.json').write_text('{}')                  # but it makes its feature bank now
+    assert start(run).how == 'attached'
+    os.utime(run/'progress.json', (0, 0))
     assert start(run).how == 'started'
 
 
@@ -222,6 +225,22 @@ def test_launch_waits_while_an_orphan_saves(runs):
     until(lambda: not is_alive(run))
     until(lambda: (run/'saving').exists())                  # it has seen that its launcher is gone
     assert start(run, save_seconds=1).how == 'started' and (run/'why').read_text() == 'launcher gone'
+
+
+def test_a_save_may_take_longer_than_the_launcher_waits(runs, monkeypatch):
+    "torchrun kills its workers some seconds after a SIGTERM of its own (30 before torch 2.12): it is not what is asked."
+    monkeypatch.setenv('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '1')
+    run = runs/'a'
+    start(run, processes=2, save_seconds=4)
+    until(lambda: (run/'ready0').exists() and (run/'ready1').exists())
+    assert stop(run) and (run/'why').read_text() == 'SIGTERM' and int((run/'last').read_text()) == read_log(run)[-1]['step']
+    assert 'Traceback' not in (run/'train.log').read_text() and _members(mark(run)) == []
+
+
+def test_a_launcher_without_workers_is_stopped(runs):
+    run = runs/'a'
+    start(run)                                              # it still imports torch
+    assert stop(run, timeout=20) and not (run/'ready0').exists() and not is_alive(run)
 
 
 def test_deaf_workers_are_killed_after_the_timeout(runs):

@@ -14,13 +14,17 @@ from PIL import Image
 
 from conftest import ROOT
 from tools.cells import run_cells
+from updetr.core.config import make_config
 from updetr.core.fingerprint import mark_set, same_data
 from updetr.data.check import check_dataset, suggest
 from updetr.data.datasets import dataset_parts, open_dataset
 from updetr.predict.commands import evaluate
 from updetr.predict.detector import Detector
+from updetr.tasks.cnn_task import CNN_PRESETS, CNNConfig
 from updetr.tasks.finetune import finetune_config, open_sets
 from updetr.tasks.finetune_task import TASK
+from updetr.tasks.oneshot import oneshot_config
+from updetr.tasks.panoptic_task import panoptic_config
 from updetr.train.loop import Processes, train
 
 # what was drawn: photo -> its size (width, height) and its objects, by the photo's edges in pixels from 0
@@ -352,6 +356,16 @@ def test_folds_are_a_partition(pictures, tmp_path):
     assert sorted(seen) == [1, 2, 3, 4, 5]
     for fold in ('fold 0 of 3', 'fold 4 of 3', 'fold 1 of 6', 'fold 1 of 1'):
         with pytest.raises(ValueError, match=fold): open_sets(finetune_config('demo', **config, split_val=fold))
+
+
+def cnn_config(preset, **changes): return make_config(preset, CNNConfig, CNN_PRESETS, **changes)
+
+
+@pytest.mark.parametrize('make', [finetune_config, panoptic_config, oneshot_config, cnn_config])
+def test_a_fold_beside_other_photos_to_evaluate_on_is_refused(make):
+    with pytest.raises(ValueError, match='leave data_val there out'): make('demo', data='here', data_val='there', split_val='fold 1 of 3')
+    with pytest.raises(ValueError, match="'fold 1 of 3' is a part .* leave it out"): make('demo', split_val='fold 1 of 3')
+    assert make('demo', data='here', split_val='fold 1 of 3').fold == (1, 3) and make('demo').fold is None
 
 
 def test_folds_of_the_part_to_train_on(pictures, tmp_path):

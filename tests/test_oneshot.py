@@ -25,7 +25,7 @@ from updetr.predict.localizer import QueryPatchLocalizer
 from updetr.predict.oneshot_detector import OneShotDetector
 from updetr.tasks import oneshot_task
 from updetr.tasks.oneshot import OneShotConfig, OneShotEvaluator, oneshot_config, oneshot_summary, oneshot_table
-from updetr.tasks.oneshot_task import OneShotTask, evaluate_oneshot, model_answer, open_run
+from updetr.tasks.oneshot_task import OneShotTask, evaluate_oneshot, model_answer, oneshot_sets, open_run
 from updetr.train.loop import Processes
 from updetr.train.progress import starting_line
 
@@ -365,6 +365,29 @@ def test_photos_from_a_folder(two_kinds, unseen_objects, photos, tmp_path):
     assert {'test_seen_AP50', 'test_unseen_AP50'} <= rows(folder)[-1].keys()
 
 
+def test_as_many_photos_are_drawn_as_the_run_says(two_kinds):
+    "Every other photo shows nothing that may be asked for: the draw is made of the others."
+    def drawn(n): return oneshot_sets(oneshot_config('demo', data=str(two_kinds), unseen='a', photos=n))[0].image_ids
+    assert drawn(0) == drawn(4) == [0, 2, 4, 6] and len(drawn(3)) == 3 and set(drawn(3)) < set(drawn(4))
+    with pytest.raises(ValueError, match='photos 5: there are only 4'): drawn(5)
+
+
+def test_pictures_are_looked_at_photo_by_photo_and_many_at_once(two_kinds, tmp_path, monkeypatch):
+    task = make_task(tmp_path / 'run', data=str(two_kinds), scenes=0, scenes_val=0, unseen='b', **LIVE)
+    pool, cnn = task.pools[1], task.cnn
+    alone = torch.stack([oneshot_task.picture_features(cnn, pool.picture(row)[None]) for row in range(len(pool))])
+    read, shown, look, kind = [], [], oneshot_task.picture_features, type(pool.dataset)
+    get = kind.__getitem__
+    monkeypatch.setattr(kind, '__getitem__', lambda ds, i: read.append(i) or get(ds, i))
+    monkeypatch.setattr(oneshot_task, 'picture_features', lambda cnn, some, *a: shown.append(len(some)) or look(cnn, some, *a))
+    for at_once, photos in ((64, [0, 1, 2, 3]), (4, [0, 1, 2, 2, 3])):
+        read.clear()
+        assert torch.allclose(oneshot_task.live_pictures(task, pool, cnn, at_once=at_once), alone, atol=1e-5) and read == photos
+    assert shown == [1, 6, 1, 4, 2] and len(pool) == 6  # one black picture first, for the shape
+    assert oneshot_task.live_pictures(task, pool, cnn, stop=True) is None
+    assert evaluate_oneshot(task, model_answer(task.model.eval()), stop=True) is None
+
+
 def test_a_comparison_begins_without_unseen_kinds(two_kinds, tmp_path, monkeypatch):
     "Photos that show 'b' beside 'a' are trained on; their pictures of 'b' are not looked at"
     shown = []
@@ -410,7 +433,7 @@ def test_a_split_of_coco(data, tmp_path):
     file = str(data / 'coco_mini/annotations/instances_train.json')
     cfg = oneshot_config('demo', **TINY | dict(data=file, data_val=file, scenes=0, scenes_val=0, unseen='coco2', photos=40) | LIVE)
     task = OneShotTask(cfg, tmp_path, Processes())
-    assert len(task.unseen) == 20 and task.unseen[:2] == ['bicycle', 'bus'] and 0 < len(task.train_set) <= 40
+    assert len(task.unseen) == 20 and task.unseen[:2] == ['bicycle', 'bus'] and len(task.train_set) == 40
     asked = {task.asker.draw(epoch, i, torch.tensor(sorted(task.pools[0].present[k])), k)[0]
              for epoch in range(3) for i, k in enumerate(task.train_set.image_ids)}
     assert asked and not {task.train_set.classes[k] for k in asked} & set(task.unseen)

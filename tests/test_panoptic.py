@@ -2,6 +2,7 @@
 import json
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torchvision.io import write_png
 from test_masks import SIZES, make, photos
 from tools.processes import in_processes
 from updetr.core.checkpoint import write_json
+from updetr.core.photos import read_photo
 from updetr.data.scenes import Scenes
 from updetr.data.transforms import DetectionViews
 from updetr.model.detr import build_detr
@@ -40,6 +42,7 @@ from updetr.tasks.panoptic import (
     rgb2id,
     write_panoptic,
 )
+from updetr.tasks.panoptic_task import open_panoptic_sets, panoptic_config
 from updetr.train.evaluate import CocoEvaluator
 from updetr.train.loop import overfit_one_batch
 
@@ -386,6 +389,34 @@ def test_names_that_lead_out_are_refused(scenes, tmp_path):
         bad[key][1]['file_name'] = '../../secret.png'
         write_json(file, bad)
         with pytest.raises(ValueError, match='leads out of the folder'): open_panoptic(tmp_path, 'val')
+
+
+@pytest.mark.parametrize('parts', [('train',), ('train', 'val')])
+def test_folds_are_a_partition(parts, scenes, tmp_path):
+    "Of one file, and of a folder with photos to evaluate on: these stay unseen."
+    (tmp_path / 'annotations').mkdir()
+    for part in parts:
+        write_photos(tmp_path / f'{part}2017', scenes)
+        write_panoptic(file := tmp_path / f'annotations/panoptic_{part}2017.json', {i: scenes.panoptic(i) for i in range(6)}, scenes)
+    data, seen = str(file if len(parts) == 1 else tmp_path), []
+    for k in (1, 2, 3):
+        train, val = open_panoptic_sets(panoptic_config('demo', data=data, split_val=f'fold {k} of 3', seed=k))
+        assert sorted([*train.image_ids, *val.image_ids]) == list(range(6)) and f'fold {k} of 3' in val.note
+        assert 'panoptic_train2017' in val.source and torch.equal(val.panoptic(0)[0], scenes.panoptic(val.image_ids[0])[0])
+        seen += val.image_ids
+    assert sorted(seen) == list(range(6))
+
+
+def test_each_photo_has_a_png_of_its_own(scenes, tmp_path):
+    "Photos of one name in two folders, or with two endings; and a name that would lead out."
+    files = ['clip1/0.jpg', 'clip2/0.jpg', '1.jpg', '1.png', '../../out.jpg', '/root.jpg']
+    named = SimpleNamespace(image_ids=list(range(6)), file_ids=list(range(6)), files=files, sizes=scenes.sizes, classes=scenes.classes,
+                            isthing=scenes.isthing, category_ids=scenes.category_ids)
+    write_panoptic(tmp_path / 'a/b/val.json', {i: scenes.panoptic(i) for i in range(6)}, named)
+    rows = json.loads((tmp_path / 'a/b/val.json').read_text())['annotations']
+    assert [row['file_name'] for row in rows] == ['clip1/0.png', 'clip2/0.png', '1.png', '1_3.png', 'out.png', 'root.png']
+    for i, row in enumerate(rows): assert torch.equal(rgb2id(read_photo(tmp_path / 'a/b/val' / row['file_name'])), scenes.panoptic(i)[0])
+    assert {f.parent.name for f in tmp_path.rglob('*.png')} == {'val', 'clip1', 'clip2'}
 
 
 def test_crowds_are_no_targets(scenes):

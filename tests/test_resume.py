@@ -151,6 +151,14 @@ def test_a_batch_that_cannot_be_divided_is_refused(tmp_path, monkeypatch):
         PretrainTask(make_config('demo', **TINY | {'batch_size': 3}), tmp_path / 'run', Processes(0, 2))
 
 
+def test_who_watches_from_elsewhere_sees_a_run_that_logs_nothing(runs, monkeypatch):
+    "Each step, and each batch of a measurement, asks whether to stop: that makes the log young again."
+    young = []
+    monkeypatch.setattr(os, 'utime', lambda file: young.append(file))
+    finish(folder := make_run(runs / 'quiet', epochs=1))
+    assert young and set(young) == {folder / 'log.txt'}
+
+
 def test_a_changed_configuration_is_refused_by_name(whole, runs):
     folder = make_run(runs / 'changed', lr=5e-4)
     (folder / 'checkpoint.pth').write_bytes((whole / 'checkpoint.pth').read_bytes())

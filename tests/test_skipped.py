@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.io import write_png
 
-from test_data_changes import TINY, coco, configure
+from test_data_changes import TINY, annotations, coco, configure
 from test_resume import as_in_the_processes, finish  # noqa: F401 (a fixture: one thread here, too)
 from updetr.core.checkpoint import load_checkpoint
 from updetr.core.config import make_config
@@ -23,6 +23,7 @@ from updetr.tasks.oneshot import oneshot_config
 from updetr.tasks.oneshot_task import OneShotTask
 from updetr.tasks.panoptic import PanopticScenes, open_panoptic, write_panoptic
 from updetr.tasks.panoptic_task import PanopticTask, open_panoptic_sets, panoptic_config
+from updetr.train.launch import read_log
 from updetr.train.loop import Processes
 from updetr.train.progress import skipped_photos
 
@@ -97,6 +98,15 @@ def test_a_spoilt_photo_is_skipped_counted_and_said(case, harm, data, tmp_path, 
     assert len(noted) == 1 and noted[0].startswith(f'{file}: ') and (harm == 'truncated' or harm in noted[0])
     assert capsys.readouterr().out.count(f'photo skipped: {file}') == 1
     assert load_checkpoint(run_dir / 'checkpoint.pth')['step'] > 0
+
+
+def test_a_cnn_learns_where_nothing_can_be_measured(data, tmp_path):
+    "No photo to evaluate on has a box."
+    shutil.copytree(data['coco'], tmp_path / 'data')
+    annotations(tmp_path / 'data', lambda content: [box.update(iscrowd=1) for box in content['annotations']], 'val')
+    run_dir = configure(tmp_path / 'run', cnn_config('demo', **TINY | {'data': str(tmp_path / 'data'), 'eval_every': 1, 'crop_size': 32}))
+    finish(run_dir)
+    assert (run_dir / 'done.json').exists() and not any(k.startswith('test_') for row in read_log(run_dir) for k in row)
 
 
 def same(a, b):

@@ -9,6 +9,8 @@ __all__ = ['STOP_SIGNALS', 'StopFlag', 'ignore_stop', 'file_locks', 'usable_core
 import math
 import os
 import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 
 # %% ../../nbs/04_signals.ipynb #c006
@@ -23,8 +25,10 @@ class StopFlag:
     def __init__(
         self,
         signals: tuple = STOP_SIGNALS,  # signals that ask for a stop; USR1 is what queues use
+        shown=None,                     # () -> file that is made young when the flag is asked
     ):
         self.signals, self.received, self.old = signals, None, {}
+        self.file, self.shown = shown, float('-inf')
         # the launcher tells its number: when this line runs, it may be gone already
         told = os.environ.get('UPDETR_LAUNCHER')
         if not told and 'TORCHELASTIC_RUN_ID' in os.environ: told = os.getppid()
@@ -47,7 +51,17 @@ class StopFlag:
         if self.parent and os.getppid() != self.parent: return 'launcher gone'
         return None
 
-    def __bool__(self): return self.reason is not None
+    def _show(self):
+        "Make the file young, every ten seconds at most."
+        now = time.monotonic()
+        if self.file is None or now - self.shown < 10: return
+        self.shown = now
+        # it may not be there yet
+        with suppress(OSError): os.utime(self.file())
+
+    def __bool__(self):
+        self._show()
+        return self.reason is not None
 
 # %% ../../nbs/04_signals.ipynb #c013
 def ignore_stop(

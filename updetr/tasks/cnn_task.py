@@ -56,6 +56,7 @@ class CNNConfig(TrainConfig, LabelledConfig):
         "Yield what is wrong between fields."
         if not self.features:
             yield "features must name a layer to cut after, e.g. 'blocks.4' or 'layer3'"
+        yield from self.fold_problems()
         if bool(self.scenes) != bool(self.scenes_val):
             yield 'scenes and scenes_val belong together: give both or none'
         if self.crop_size < 32: yield f'crop_size {self.crop_size} must be at least 32'
@@ -253,7 +254,9 @@ def object_features(
         found.append(model(ready)[0].float().cpu())
         labels += [label for _, label in regions]
         if len(labels) >= limit: break
-    return torch.cat(found), torch.tensor(labels)
+    # a set may have no labelled object at all
+    features = torch.cat(found) if found else torch.empty(0, 0)
+    return features, torch.tensor(labels, dtype=torch.long)
 
 # %% ../../nbs/44_cnn_task.ipynb #c027
 def measure_features(
@@ -266,12 +269,14 @@ def measure_features(
     """Return what the features know of classes.
 
     test_neighbours is the % of objects whose nearest neighbours are right, test_most the % of the
-    commonest class."""
+    commonest class. Neither where one of the sets has no object."""
     with eval_mode(model):
         # a training skips what cannot be read, an evaluation does not
         known = object_features(model, train_set, size, stop=stop, skip=True)
         asked = object_features(model, val_set, size, stop=stop, skip=val_set is train_set)
     if known is None or asked is None: return None
+    # nothing to compare, or nothing to compare with
+    if not len(known[1]) or not len(asked[1]): return {}
     commonest = known[1].mode().values
     most = 100 * (asked[1] == commonest).float().mean().item()
     return {'test_neighbours': neighbour_accuracy(*known, *asked), 'test_most': most}

@@ -6,8 +6,8 @@
 __all__ = ['BOX_METRICS', 'VOC', 'COCO', 'LONG', 'SMALL', 'FINETUNE_PRESETS', 'FINETUNE_DESCRIPTIONS', 'FREE', 'NO_DATA',
            'LabelledConfig', 'TransferConfig', 'FinetuneConfig', 'checkpoint_sizes', 'start_file', 'transfer_config',
            'finetune_config', 'Subset', 'divided', 'one_fold', 'draw_evenly', 'some_photos', 'class_counts',
-           'labelled_marks', 'open_sets', 'chosen_by_photos', 'view_sizes', 'train_views', 'val_views', 'train_plan',
-           'collate_targets', 'targets_to_device', 'batch_to_device', 'view_loader', 'val_items']
+           'labelled_marks', 'of_one_set', 'open_sets', 'chosen_by_photos', 'view_sizes', 'train_views', 'val_views',
+           'train_plan', 'collate_targets', 'targets_to_device', 'batch_to_device', 'view_loader', 'val_items']
 
 # %% ../../nbs/42_finetune.ipynb #c002
 import dataclasses
@@ -72,6 +72,20 @@ class LabelledConfig:
     # small-scale option: so many fixed views a photo, their CNN features computed once; 0 = live
     cached_views: int = 0
 
+    @property
+    def fold(self):
+        "Return (which part, of how many) is evaluated on; None where `split_val` names a split."
+        said = re.fullmatch(r'fold (\d+) of (\d+)', self.split_val.strip())
+        return said and (int(said[1]), int(said[2]))
+
+    def fold_problems(self):
+        "Yield why the photos to evaluate on cannot be a fold."
+        if not self.fold: return
+        said = f'split_val {self.split_val!r} is a part of the photos of data'
+        if self.data_val: yield f'{said}: leave data_val {self.data_val} out'
+        elif self.scenes and not self.data:
+            yield f'{said}, but scenes are painted for evaluation: leave it out'
+
 # %% ../../nbs/42_finetune.ipynb #c008
 BOX_METRICS = ('AP', 'AP50', 'AP75', 'APS', 'APM', 'APL', 'AR1', 'AR10', 'AR100', 'ARS', 'ARM',
                'ARL', 'recall50', 'best_iou')
@@ -127,6 +141,7 @@ class TransferConfig(TrainConfig, LabelledConfig, SetLossConfig, DetectorConfig)
             yield f'missing {self.missing!r} must be one of {", ".join(MISSING)}'
         if not 0 < self.val_share < 1:
             yield f'val_share {self.val_share} must lie between 0 and 1'
+        yield from self.fold_problems()
         if bool(self.scenes) != bool(self.scenes_val):
             yield 'scenes and scenes_val belong together: give both or none'
         counts = 'photos scenes scenes_val square cached_views eval_every patience'.split()
@@ -401,13 +416,12 @@ def _training_part(dataset, cfg):
     "Return the photos that a run trains on: all, or as many as it says."
     return some_photos(dataset, cfg.photos, cfg.seed) if cfg.photos else dataset
 
-_FOLD = re.compile(r'fold (\d+) of (\d+)')
-
-def _of_one_set(dataset, cfg):
-    "Return the photos of one set to train on, and those to evaluate on."
-    fold = _FOLD.fullmatch(cfg.split_val.strip())
-    if fold: return one_fold(dataset, int(fold[1]), int(fold[2]))
-    return divided(dataset, cfg.val_share)
+def of_one_set(
+    dataset,              # detection or panoptic set whose photos are dealt out
+    cfg: LabelledConfig,  # configuration of the run
+) -> tuple[Subset, Subset]:  # set to train on, set to evaluate on
+    "Return two parts of one set: the fold that is asked for and the rest, or a share of it."
+    return one_fold(dataset, *cfg.fold) if cfg.fold else divided(dataset, cfg.val_share)
 
 # %% ../../nbs/42_finetune.ipynb #c020o
 def open_sets(
@@ -432,9 +446,8 @@ def open_sets(
 
     train, parts = opened(path, cfg.split, cfg.year, classes, cfg.images or None)
     # one set without a second one is divided, and so is one of which a fold is asked for
-    alone = len(parts) < 2 or _FOLD.fullmatch(cfg.split_val.strip())
-    if alone and not cfg.data_val:
-        train, val = _of_one_set(train, cfg)
+    if (len(parts) < 2 or cfg.fold) and not cfg.data_val:
+        train, val = of_one_set(train, cfg)
     else:
         val, _ = opened(cfg.data_val or path, cfg.split_val, cfg.year_val,
                         classes or train.classes, cfg.images_val or cfg.images or None)

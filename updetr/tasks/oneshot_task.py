@@ -155,18 +155,37 @@ def cached_pictures(
     stored = open_bank(task, source, "the frozen CNN's features of query pictures")
     return stored.arrays['feature']
 
+# %% ../../nbs/46_oneshot_task.ipynb #c008c
+def _pictures(pool, rows):
+    "Query pictures of some rows (k,3,s,s); a photo of several neighbours is read once"
+    pictures, photo = [], None
+    for row in rows:
+        if pool.photo[row] != photo:
+            photo = pool.photo[row]
+            image = pool.dataset[int(photo)]['image']
+        pictures.append(pool.picture(row, image))
+    return torch.stack(pictures)
+
 def live_pictures(
     task: LabelledRun,  # one-shot run; all processes call this
     pool: QueryPool,    # pool of the test photos
     cnn: nn.Module,     # CNN that looks: the task's, or an averaged copy
-) -> Tensor:            # (len(pool),1,C), or with maps
+    stop=False,         # true as soon as the run is to be stopped
+    at_once: int = 64,  # pictures a process gives the CNN
+) -> Tensor | None:     # (len(pool),1,C), or with maps; None if a stop came in between
     "Return the features of all pictures of a pool by the CNN as it is now, each process its share."
     p, pooled = task.processes, task.pooled
     black = torch.zeros(1, 3, pool.size, pool.size, dtype=torch.uint8)
     shape = picture_features(cnn, black, p.device, pooled).shape
     mine = torch.zeros(len(pool), *shape, device=p.device)
-    for row in range(p.rank, len(pool), p.world):
-        mine[row] = picture_features(cnn, pool.picture(row)[None], p.device, pooled)
+    for start in range(0, len(pool), at_once * p.world):
+        if p.any(bool(stop)): return None
+        first = start + at_once * p.rank
+        rows = range(first, min(first + at_once, len(pool)))
+        # the last round may have none for this process
+        if not rows: continue
+        features = picture_features(cnn, _pictures(pool, rows), p.device, pooled)
+        mine[first:rows.stop, 0] = features.to(p.device)
     # what others have is zero here: the sum has all
     return (p.mean(mine) * p.world).cpu()
 
@@ -175,17 +194,20 @@ def oneshot_sets(
     cfg: OneShotConfig,  # configuration of the run
 ) -> tuple:              # set to train on, set to evaluate on, names of the unseen classes
     """Return photos with seen classes to train on, all photos to evaluate on.
+    Of the former as many are drawn as the run says.
     Built-in scenes to train on show seen classes only.
     Raises FileNotFoundError or ValueError that shows what was expected."""
-    train, val = open_sets(cfg)
+    # drawn below: of all photos some would be drawn that nothing can be asked about
+    train, val = open_sets(dataclasses.replace(cfg, photos=0))
     unseen = unseen_classes(cfg.unseen, train.classes)
     seen = [k for k, name in enumerate(train.classes) if name not in unseen]
     if cfg.scenes and not cfg.data:
         # scenes are painted anew rather than left out
         train = Scenes(cfg.scenes, cfg.scene_size, classes=[train.classes[k] for k in seen])
-        if cfg.photos: train = some_photos(train, cfg.photos, cfg.seed)
-        return train, val, unseen
-    return Subset(train, training_photos(train, seen, cfg.unseen_objects)), val, unseen
+    else:
+        train = Subset(train, training_photos(train, seen, cfg.unseen_objects))
+    if cfg.photos: train = some_photos(train, cfg.photos, cfg.seed)
+    return train, val, unseen
 
 # %% ../../nbs/46_oneshot_task.ipynb #c012
 def _live_features(task, rows, at_once=64):
@@ -300,7 +322,8 @@ def evaluate_oneshot(
     task.truth = task.truth or task.val_set.coco()
     questions = task.unseen, num, cfg.own_queries
     evaluator = OneShotEvaluator(task.truth, pool, *questions, cfg.eval_backend)
-    features = task.features[1] if task.features else live_pictures(task, pool, cnn)
+    features = task.features[1] if task.features else live_pictures(task, pool, cnn, stop)
+    if features is None: return None
     for batch in val_photos(task, cnn):
         if p.any(bool(stop)): return None
         target = batch['targets'][0]

@@ -401,6 +401,15 @@ def open_panoptic(
     return ds
 
 # %% ../../nbs/48_panoptic.ipynb #c024
+def _png_name(photo, image_id, taken):
+    "Path of a photo's PNG in their folder: no other one's, and none that leads out of it"
+    parts = Path(photo).parts
+    inside = Path(*(part for part in parts if part not in ('..', Path(photo).anchor)))
+    png = inside.with_suffix('.png')
+    while png.as_posix() in taken: png = png.with_stem(f'{png.stem}_{image_id}')
+    return png.as_posix()
+
+# %% ../../nbs/48_panoptic.ipynb #c024w
 def write_panoptic(
     file: str | Path,  # panoptic_NAME.json to be made; the PNGs go into a folder beside it
     answers: dict,     # image id -> (ids (H,W), list of segments); or an iterator of such pairs
@@ -414,9 +423,11 @@ def write_panoptic(
     # our ids -> the ids and names of the set's own files, where it has any
     own = dict(zip(ds.image_ids, getattr(ds, 'file_ids', ds.image_ids)))
     names = dict(zip(ds.image_ids, getattr(ds, 'files', [f'{k}.jpg' for k in ds.image_ids])))
-    rows = []
+    rows, taken = [], set()
     for image_id, (ids, info) in answers.items() if isinstance(answers, dict) else answers:
-        png = f'{Path(names[image_id]).stem}.png'
+        png = _png_name(names[image_id], image_id, taken)
+        taken.add(png)
+        (folder / png).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / png, lambda p, ids=ids: write_png(id2rgb(ids), str(p)))
         segments = []
         for s in info:

@@ -23,7 +23,7 @@ from ..model.detr import build_detr
 from ..core.fingerprint import SetRows, photo_contents, set_rows
 from updetr.tasks.finetune import (
     BOX_METRICS, COCO, SMALL, Subset, TransferConfig,
-    batch_to_device, collate_targets, divided, some_photos,
+    batch_to_device, collate_targets, of_one_set, some_photos,
     start_file, transfer_config,
 )
 from .finetune_task import (DetectStep, LabelledRun, draw_answer, evaluate, measurement,
@@ -237,9 +237,9 @@ def _from_files(cfg, path, masks):
         return open_panoptic(path, split, photos or None, pngs or None, *common)
 
     train = opened(path, cfg.split, cfg.images, cfg.pngs)
-    # one file, and none to evaluate on: it is divided
-    if os.path.isfile(path) and not cfg.data_val:
-        train, val = divided(train, cfg.val_share)
+    # one file, and none to evaluate on: it is divided, and so is a set of which a fold is asked for
+    if (os.path.isfile(path) or cfg.fold) and not cfg.data_val:
+        train, val = of_one_set(train, cfg)
         return PanopticSubset(train), PanopticSubset(val)
     val = opened(cfg.data_val or path, cfg.split_val, cfg.images_val or cfg.images, cfg.pngs_val)
     if (train.classes, train.isthing) != (val.classes, val.isthing):

@@ -372,6 +372,8 @@ def _best_match(coco, predictions, kind):
     keys, ious, scores = [], [], []
     for i, p in sorted(predictions.items()):
         mine = p['labels'] == kind
+        # of many photos and classes most pairs are empty
+        if not mine.any(): continue
         # two boxes without area have no IoU: it counts as 0
         iou = box_iou(torch.as_tensor(p['boxes'][mine]), _xyxy(truth.get(i, []))).nan_to_num(0)
         # column 0: nothing at all

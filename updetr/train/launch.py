@@ -25,7 +25,7 @@ import psutil
 
 from ..core.checkpoint import json_text, write_json
 from ..core.config import NEUTRAL, cfg_changes
-from .resume import check_data, refuse_changes
+from .resume import PLACES, check_data, refuse_changes
 from ..core.signals import file_locks, usable_cores
 
 # %% ../../nbs/34_launch.ipynb #c006
@@ -123,14 +123,15 @@ def _record(run):
     return record
 
 def _grows(run, quiet):
-    "True if something has been logged within the last `quiet` seconds"
-    logs = [Path(run)/name for name in ('log.txt', 'train.log')]
+    "True if the run has shown itself within the last `quiet` seconds"
+    # a feature bank is made before the first line of the log
+    logs = [Path(run)/name for name in ('log.txt', 'train.log', 'progress.json')]
     return any(time.time() - log.stat().st_mtime < quiet for log in logs if log.exists())
 
 # %% ../../nbs/34_launch.ipynb #c016a
 def is_alive(
     run_dir: str | Path,  # folder of the run
-    quiet: float = 120,   # seconds; a run from elsewhere counts as dead when its logs rest longer
+    quiet: float = 120,   # seconds; a run from elsewhere counts as dead when its files rest longer
 ) -> bool:                # True while the run goes on
     """Return True while the run's launcher lives.
 
@@ -237,6 +238,14 @@ def _require_json(cfg):
         except ValueError as e:
             raise ValueError(f'{name} is {value}, but must be finite') from e
 
+def _refuse_fewer_epochs(run, old, new):
+    "ValueError if a finished run is asked for fewer epochs than it had."
+    had, asked = old.get('epochs', 0), new.get('epochs', 0)
+    if is_done(run) and asked < had:
+        raise ValueError(f'{run} has reached its end with epochs={had}, and epochs={asked} are '
+                         'fewer: ask for as many, or give the run a new name')
+
+# %% ../../nbs/34_launch.ipynb #c024p
 def prepare(
     run_dir: str | Path,     # folder of the run; made if missing
     cfg: dict,               # configuration; what JSON can hold, and paths
@@ -244,17 +253,20 @@ def prepare(
 ) -> Path:                   # the configuration file
     """Write `cfg.json`, unless the run goes on.
 
-    Raises ValueError that names what differs from the folder's configuration, or is not finite."""
+    Raises ValueError that names what differs from the folder's configuration, or is not finite;
+    and for fewer epochs of a finished run."""
     _require_json(cfg)
     run = Path(run_dir)
     run.mkdir(parents=True, exist_ok=True)
     file = run/'cfg.json'
     old = _read_json(file) or cfg
     refuse_changes(run, old, cfg, may_change)
-    changed = cfg_changes(old, cfg, NEUTRAL)
+    _refuse_fewer_epochs(run, old, cfg)
+    # what was refused above is not here: weights may lie elsewhere, but have the same content
+    moved = NEUTRAL + PLACES + ('weights',)
     if not _goes_on(run):
         # more epochs than it had: its end is no end any more
-        if changed: (run/'done.json').unlink(missing_ok=True)
+        if cfg_changes(old, cfg, moved): (run/'done.json').unlink(missing_ok=True)
         write_json(file, cfg)
     return file
 
@@ -292,6 +304,21 @@ def launch(
         env = _environment(workers, gpus, mark, meet)
         return Run(run, 'started', _start(run, command, env))
 
+# %% ../../nbs/34_launch.ipynb #c027a
+def _parent(process):
+    "Number of a process's parent, None if the process is gone"
+    try:
+        return process.ppid()
+    except psutil.NoSuchProcess:
+        return None
+
+def _asked(members, pid):
+    "Who is asked to save: the workers of the launcher `pid`; it alone without any; all without it"
+    # not the launcher: after a SIGTERM it kills its workers in 30 s, saved or not
+    workers = [p for p in members if _parent(p) == pid]
+    launcher = [p for p in members if p.pid == pid]
+    return workers or launcher or members
+
 # %% ../../nbs/34_launch.ipynb #c028
 def stop(
     run_dir: str | Path,   # folder of the run
@@ -308,9 +335,7 @@ def stop(
     left = _members(record['mark'])
     end = time.monotonic() + timeout
 
-    # ask the launcher, which tells its workers; the workers where it is gone
-    launcher = [p for p in left if p.pid == record['pid']]
-    for process in launcher or left:
+    for process in _asked(left, record['pid']):
         with suppress(psutil.NoSuchProcess): process.terminate()
 
     # wait until they have saved

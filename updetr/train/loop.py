@@ -656,7 +656,7 @@ def train(
         devices = [processes.device] if processes.device.type == 'cuda' else None
         module = DistributedDataParallel(module, devices, broadcast_buffers=False,
                                          gradient_as_bucket_view=True)
-    with StopFlag() as stop:
+    with StopFlag(shown=lambda: log.path) as stop:
         try:
             complete = _loop(task, module, state, log, total, stop)
         except FloatingPointError as e:
