@@ -23,7 +23,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from torchvision.io import write_png
+from torchvision.io import encode_png
 
 from ..core.checkpoint import model_file, read_weights, write_atomic, write_json
 from ..core.fingerprint import set_rows
@@ -154,7 +154,8 @@ def _csv_rows(name, found):
     else:
         scores = [s['score'] for s in found.info]
         boxes = [[x, y, x + w, y + h] for x, y, w, h in (s['bbox'] for s in found.info)]
-    rows = zip(found.names, scores, boxes)
+    # the name of a file need not be UTF-8, the table is
+    name, rows = printable(name), zip(found.names, scores, boxes)
     return [[name, kind, f'{s:.4f}', *(f'{v:.1f}' for v in box)] for kind, s, box in rows]
 
 def _save_answer(out, name, found):
@@ -166,9 +167,12 @@ def _save_answer(out, name, found):
     if isinstance(found, Detections): return found.to_dict(name)
     png = out / 'segments' / f'{name}.png'
     png.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(png, lambda p: write_png(id2rgb(found.ids), str(p)))
+    # `write_png` refuses a name that is not UTF-8
+    code = encode_png(id2rgb(found.ids)).numpy().tobytes()
+    write_atomic(png, lambda p: p.write_bytes(code))
     return [found.to_dict(name) | {'file_name': f'{name}.png'}]
 
+# %% ../../nbs/59_commands.ipynb #c015a
 def _save_lists(out, table, rows, is_detector, skipped):
     "Write answers.csv, results.json and skipped.txt"
     def write_csv(path):
@@ -180,6 +184,27 @@ def _save_lists(out, table, rows, is_detector, skipped):
     write_json(out / 'results.json', rows if is_detector else {'annotations': rows})
     lines = [f'{printable(file)}: {reason}\n' for file, reason in skipped]
     write_atomic(out / 'skipped.txt', lambda p: p.write_text(''.join(lines), encoding='utf-8'))
+
+class _Answers:
+    "What is found in pictures: each is drawn at once, the lists are written by `save`."
+    def __init__(self, model, threshold, out):
+        self.model, self.threshold, self.out = model, threshold, out
+        self.table, self.rows, self.done = [], [], 0
+
+    def take(self, pictures):
+        "Answer some pairs of a name and a picture."
+        if not pictures: return
+        found = _answer(self.model, [image for _, image in pictures], self.threshold)
+        for (name, _), answer in zip(pictures, found):
+            # the drawing first: what is listed is there
+            self.rows += _save_answer(self.out, name, answer)
+            self.table += _csv_rows(name, answer)
+            self.done += 1
+
+    def save(self, skipped):
+        "Write the lists, if there is an answered picture."
+        is_detector = isinstance(self.model, Detector)
+        if self.done: _save_lists(self.out, self.table, self.rows, is_detector, skipped)
 
 # %% ../../nbs/59_commands.ipynb #c016
 def predict(
@@ -193,33 +218,29 @@ def predict(
 ) -> dict:                           # numbers of pictures, answers and skipped files
     """Write what a model finds in photos and videos: drawn pictures, answers.csv, results.json.
 
-    Raises ValueError or OSError where there is nothing to be done."""
+    If it is stopped, the lists have the pictures so far. Raises ValueError or OSError where there
+    is nothing to be done."""
     if batch < 1: raise ValueError(f'batch {batch} must be at least 1')
     if not 0 <= (threshold or 0) <= 1: raise ValueError(f'threshold {threshold} must lie in [0, 1]')
-    out = Path(out)
     files, skipped = find_pictures(sources, out)
-    model = open_model(checkpoint, device, nms)
+    answers = _Answers(open_model(checkpoint, device, nms), threshold, Path(out))
     show = progress_line(None if any(map(is_video, files.values())) else len(files))
-    table, rows, done, waiting = [], [], 0, []
-
-    def empty():
-        nonlocal done
-        answers = _answer(model, [image for _, image in waiting], threshold) if waiting else []
-        for (name, _), found in zip(waiting, answers):
-            table.extend(_csv_rows(name, found))
-            rows.extend(_save_answer(out, name, found))
-        done += len(waiting)
-        waiting.clear()
-        show(done)
-
-    for picture in read_pictures(files, skipped):
-        waiting.append(picture)
-        if len(waiting) == batch: empty()
-    empty()
-    if not done: raise ValueError(f'none of the {len(files):,} files could be read, first '
-                                  f'{printable(skipped[-1][0])}: {skipped[-1][1]}')
-    _save_lists(out, table, rows, isinstance(model, Detector), skipped)
-    return {'pictures': done, 'answers': len(table), 'skipped': len(skipped)}
+    waiting = []
+    try:
+        for picture in read_pictures(files, skipped):
+            waiting.append(picture)
+            if len(waiting) < batch: continue
+            answers.take(waiting)
+            waiting.clear()
+            show(answers.done)
+        answers.take(waiting)
+        show(answers.done)
+    # whatever stops it, Ctrl-C too: what has been answered is kept
+    finally: answers.save(skipped)
+    if not answers.done:
+        raise ValueError(f'none of the {len(files):,} files could be read, first '
+                         f'{printable(skipped[-1][0])}: {skipped[-1][1]}')
+    return {'pictures': answers.done, 'answers': len(answers.table), 'skipped': len(skipped)}
 
 # %% ../../nbs/59_commands.ipynb #c018a
 def run_config(
