@@ -27,7 +27,9 @@ from torchvision.io import encode_png
 
 from ..core.checkpoint import model_file, read_weights, write_atomic, write_json
 from ..core.fingerprint import set_rows
-from ..core.photos import BadPhoto, index_photos, printable, read_photo
+from updetr.core.photos import (
+    BadPhoto, header_size, index_photos, printable, read_photo, walk_files,
+)
 from ..core.report import versions
 from ..data.datasets import dataset_parts, open_dataset
 from ..model.weights import stored_config
@@ -50,29 +52,58 @@ def is_video(
     "Return whether a file is taken for a video, by its name."
     return os.path.splitext(file)[1].lower() in VIDEOS
 
+def _in_folder(folder):
+    "Return photos and videos below a folder, and pairs of what is neither and a reason."
+    try: index = index_photos(folder, min_side=1)
+    except ValueError:
+        # without a photo, videos will do
+        files = [os.path.join(folder, name) for name in walk_files(folder)[0]]
+        videos = [file for file in files if is_video(file)]
+        if not videos: raise
+        return videos, [(file, header_size(file)) for file in files if not is_video(file)]
+    others = [(os.path.join(folder, name), reason) for name, reason in index.skipped]
+    photos = [index.path(i) for i in range(len(index))]
+    videos = [file for file, _ in others if is_video(file)]
+    return photos + videos, [pair for pair in others if not is_video(pair[0])]
+
+# what `predict` and `evaluate` leave in the folder of their results
+_LEFT = ('pictures', 'segments', 'figures', 'answers.csv', 'results.json', 'skipped.txt',
+         'report.html', 'metrics.json')
+
+def _left_in(out):
+    "Return a function: whether an earlier call has left this file in the folder `out`."
+    places = tuple(os.path.realpath(os.path.join(out, name)) + os.sep for name in _LEFT)
+    def is_left(file):
+        # a link lies in one folder and leads to another
+        folder, name = os.path.split(file)
+        lies, leads = os.path.join(os.path.realpath(folder), name), os.path.realpath(file)
+        return (lies + os.sep).startswith(places) or (leads + os.sep).startswith(places)
+    return is_left
+
+# %% ../../nbs/59_commands.ipynb #c008b
 def find_pictures(
     sources: list,  # folders, files, patterns such as 'photos/*.jpg'
-    out: str | Path,  # folder of the results, which is left out
+    out: str | Path,  # folder of the results; what a call leaves there is left out
 ) -> tuple[dict, list]:  # {short name: file}; (file, reason) of what was skipped
     "Return the photos and videos that are meant. Raises FileNotFoundError where there are none."
     files, skipped = [], []
     for source in map(os.fspath, sources):
         if os.path.isdir(source):
-            index = index_photos(source, min_side=1)
-            skips = [(os.path.join(source, name), reason) for name, reason in index.skipped]
-            files += [index.path(i) for i in range(len(index))]
-            files += [file for file, _ in skips if is_video(file)]
-            skipped += [pair for pair in skips if not is_video(pair[0])]
+            photos, others = _in_folder(source)
+            files, skipped = files + photos, skipped + others
             continue
         found = [source] if os.path.isfile(source) else sorted(glob(source, recursive=True))
         files += [file for file in found if os.path.isfile(file)]
         if not found: raise FileNotFoundError(f'no photo, video or folder is {printable(source)}')
-    # each file once, nothing of an earlier call
-    out = os.path.realpath(out)
-    files = dict.fromkeys(map(os.path.realpath, files))
-    files = [file for file in files if not file.startswith(out + os.sep)]
-    skipped = [s for s in skipped if not os.path.realpath(s[0]).startswith(out + os.sep)]
-    if not files: raise FileNotFoundError(f'no photo in {", ".join(map(printable, sources))}')
+    # each file once by its own name: links may lead to one nameless file
+    there, is_left = list(dict.fromkeys(map(os.path.abspath, files))), _left_in(out)
+    files = [file for file in there if not is_left(file)]
+    skipped = [pair for pair in skipped if not is_left(pair[0])]
+    if not files:
+        where = ', '.join(map(printable, sources))
+        if not there: raise FileNotFoundError(f'no photo in {where}')
+        raise FileNotFoundError(f'in {where} is only what earlier calls may have left in '
+                                f'{printable(out)}: name another --out')
     # named by what differs
     root = os.path.commonpath([os.path.dirname(file) for file in files])
     return {os.path.relpath(file, root): file for file in files}, skipped
