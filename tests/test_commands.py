@@ -17,7 +17,7 @@ from conftest import ROOT
 from updetr.core.photos import builtin_photos
 from updetr.core.shipped import shipped
 from updetr.predict import commands
-from updetr.predict.commands import predict
+from updetr.predict.commands import predict, predict_command
 
 
 def run(monkeypatch, *words):
@@ -85,3 +85,11 @@ def test_what_was_answered_is_kept_when_it_is_stopped(photos, tmp_path, monkeypa
     assert listed(tmp_path / 'found') == ({'0.jpg'}, {'0.jpg'})
     assert [file.name for file in (tmp_path / 'found/pictures').iterdir()] == ['0.jpg']
     assert 'notes.txt: not an image' in (tmp_path / 'found/skipped.txt').read_text()
+
+
+def test_names_of_skipped_files_with_line_breaks_and_colons(photos, tmp_path, capsys):
+    for name in ('a\nb.txt', 'c: d.txt', 'e\u2028.txt'): (photos / name).write_text('no photo')
+    predict_command([str(shipped('detector')), str(photos), '--out', str(tmp_path / 'found')])
+    assert 'skipped 3, all in skipped.txt: 3 not an image\n' in capsys.readouterr().out
+    lines = (tmp_path / 'found/skipped.txt').read_text(encoding='utf-8').splitlines()
+    assert lines == [f'{photos}/{name}: not an image' for name in ('a b.txt', 'c: d.txt', 'e .txt')]

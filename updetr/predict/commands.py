@@ -213,8 +213,10 @@ def _save_lists(out, table, rows, is_detector, skipped):
 
     write_atomic(out / 'answers.csv', write_csv)
     write_json(out / 'results.json', rows if is_detector else {'annotations': rows})
-    lines = [f'{printable(file)}: {reason}\n' for file, reason in skipped]
-    write_atomic(out / 'skipped.txt', lambda p: p.write_text(''.join(lines), encoding='utf-8'))
+    lines = [f'{printable(file)}: {reason}' for file, reason in skipped]
+    # a name may hold anything that ends a line
+    text = ''.join(' '.join(line.splitlines()) + '\n' for line in lines)
+    write_atomic(out / 'skipped.txt', lambda p: p.write_text(text, encoding='utf-8'))
 
 class _Answers:
     "What is found in pictures: each is drawn at once, the lists are written by `save`."
@@ -246,7 +248,7 @@ def predict(
     batch: int = 8,                  # pictures that are taken at a time
     nms: float | None = None,        # answers of a class that overlap more are one, 0..1; None: off
     device: str = 'cpu',             # where the model runs
-) -> dict:                           # numbers of pictures, answers and skipped files
+) -> dict:                           # numbers of pictures, answers, skipped files; of each reason
     """Write what a model finds in photos and videos: drawn pictures, answers.csv, results.json.
 
     If it is stopped, the lists have the pictures so far. Raises ValueError or OSError where there
@@ -271,7 +273,9 @@ def predict(
     if not answers.done:
         raise ValueError(f'none of the {len(files):,} files could be read, first '
                          f'{printable(skipped[-1][0])}: {skipped[-1][1]}')
-    return {'pictures': answers.done, 'answers': len(answers.table), 'skipped': len(skipped)}
+    reasons = Counter(reason.split(':')[0] for _, reason in skipped)
+    return {'pictures': answers.done, 'answers': len(answers.table), 'skipped': len(skipped),
+            'reasons': dict(reasons.most_common())}
 
 # %% ../../nbs/59_commands.ipynb #c018a
 def run_config(
@@ -543,10 +547,8 @@ def predict_command(
     print(f'{did["pictures"]:,} pictures, {did["answers"]:,} answers in {given.out}: pictures/, '
           f'{segments}answers.csv, results.json')
     if did['skipped']:
-        lines = Path(given.out, 'skipped.txt').read_text(encoding='utf-8').splitlines()
-        reasons = Counter(line.split(': ')[1] for line in lines).most_common()
         print(f'skipped {did["skipped"]:,}, all in skipped.txt:',
-              ', '.join(f'{n:,} {reason}' for reason, n in reasons))
+              ', '.join(f'{n:,} {reason}' for reason, n in did['reasons'].items()))
 
 # %% ../../nbs/59_commands.ipynb #c032e
 def evaluate_command(
