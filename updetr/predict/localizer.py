@@ -182,8 +182,11 @@ class Found(Detections):
     def plot(self):
         "Return the photo with boxes and scores, the patches below it, as a PIL image."
         picture = super().plot()
-        side = max(self.image.shape) // 6
-        sheet = Image.new('RGB', (picture.width, picture.height + side), 'white')
+        # all patches in one row, also below a narrow photo or a tiny one
+        m = len(self.queries)
+        side = max(8, min(max(self.image.shape) // 6, picture.width // m))
+        width = max(picture.width, m * side)
+        sheet = Image.new('RGB', (width, picture.height + side), 'white')
         sheet.paste(picture, (0, 0))
         for i, query in enumerate(self.queries):
             small = F.to_pil_image(resize(query, side - 4, side - 4))
