@@ -386,6 +386,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'updetr.core.report.loss_curves': ('report.html#loss_curves', 'updetr/core/report.py'),
                                     'updetr.core.report.markdown_table': ('report.html#markdown_table', 'updetr/core/report.py'),
                                     'updetr.core.report.mean_and_spread': ('report.html#mean_and_spread', 'updetr/core/report.py'),
+                                    'updetr.core.report.other_machine': ('report.html#other_machine', 'updetr/core/report.py'),
                                     'updetr.core.report.provenance': ('report.html#provenance', 'updetr/core/report.py'),
                                     'updetr.core.report.save_figure': ('report.html#save_figure', 'updetr/core/report.py'),
                                     'updetr.core.report.save_metrics': ('report.html#save_metrics', 'updetr/core/report.py'),
