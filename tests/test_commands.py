@@ -1,11 +1,23 @@
 "`python -m updetr`: what there is, and which function a word calls; the functions are notebook 59's."
+import csv
+import json
+import os
 import runpy
+import shutil
 import sys
 from importlib import import_module
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from conftest import ROOT
+from updetr.core.photos import builtin_photos
+from updetr.core.shipped import shipped
+from updetr.predict import commands
+from updetr.predict.commands import predict, predict_command
 
 
 def run(monkeypatch, *words):
@@ -30,3 +42,54 @@ def test_words_that_are_no_command(monkeypatch, capfd):
     with pytest.raises(SystemExit): run(monkeypatch, '--cgf', 'cfg.json')
     assert '--cfg' in capfd.readouterr().err
     with pytest.raises(FileNotFoundError): run(monkeypatch, '--cfg', 'nowhere/cfg.json')
+
+
+@pytest.fixture
+def photos(tmp_path):
+    "A folder with the first three built-in photos as 0.jpg, 1.jpg and 2.jpg."
+    folder = tmp_path / 'photos'
+    folder.mkdir()
+    for i, photo in enumerate(builtin_photos()[:3]): shutil.copy(photo.path, folder / f'{i}.jpg')
+    return folder
+
+
+def listed(out):
+    "The files in answers.csv, and the pictures in results.json."
+    with open(out / 'answers.csv', encoding='utf-8', newline='') as file: rows = list(csv.DictReader(file))
+    return {row['file'] for row in rows}, {row['image_id'] for row in json.loads((out / 'results.json').read_text())}
+
+
+def test_a_name_that_is_not_utf8_is_in_the_lists(photos, tmp_path):
+    name = os.fsdecode(b'caf\xe9.jpg')
+    try: (photos / '0.jpg').rename(photos / name)
+    except OSError: pytest.skip('every name is UTF-8 on this disk')
+    assert predict(shipped('detector'), [photos], tmp_path / 'found', threshold=0)['pictures'] == 3
+    assert listed(tmp_path / 'found') == ({r'caf\xe9.jpg', '1.jpg', '2.jpg'}, {name, '1.jpg', '2.jpg'})
+    assert (tmp_path / 'found/pictures' / name).is_file()
+    # a segmenter's answer has a PNG of that name, too
+    answer = SimpleNamespace(plot=lambda: Image.new('RGB', (8, 8)), ids=torch.arange(64).view(8, 8), to_dict=lambda name: {})
+    commands._save_answer(tmp_path / 'found', name, answer)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / 'found/segments' / f'{name}.png'))[..., 0], answer.ids)
+
+
+def test_what_was_answered_is_kept_when_it_is_stopped(photos, tmp_path, monkeypatch):
+    """Ctrl-C while the second of three pictures is drawn: the lists have the first, and so have the drawings."""
+    save = commands._save_answer
+    def stopped(out, name, found):
+        if name == '1.jpg': raise KeyboardInterrupt
+        return save(out, name, found)
+
+    monkeypatch.setattr(commands, '_save_answer', stopped)
+    (photos / 'notes.txt').write_text('no photo')
+    with pytest.raises(KeyboardInterrupt): predict(shipped('detector'), [photos], tmp_path / 'found', threshold=0, batch=2)
+    assert listed(tmp_path / 'found') == ({'0.jpg'}, {'0.jpg'})
+    assert [file.name for file in (tmp_path / 'found/pictures').iterdir()] == ['0.jpg']
+    assert 'notes.txt: not an image' in (tmp_path / 'found/skipped.txt').read_text()
+
+
+def test_names_of_skipped_files_with_line_breaks_and_colons(photos, tmp_path, capsys):
+    for name in ('a\nb.txt', 'c: d.txt', 'e\u2028.txt'): (photos / name).write_text('no photo')
+    predict_command([str(shipped('detector')), str(photos), '--out', str(tmp_path / 'found')])
+    assert 'skipped 3, all in skipped.txt: 3 not an image\n' in capsys.readouterr().out
+    lines = (tmp_path / 'found/skipped.txt').read_text(encoding='utf-8').splitlines()
+    assert lines == [f'{photos}/{name}: not an image' for name in ('a b.txt', 'c: d.txt', 'e .txt')]

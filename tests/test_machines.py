@@ -1,4 +1,4 @@
-"Machines that lack something: Unix (fcntl, resource, SIGUSR1, process groups), a compiler, a package."
+"Machines that lack something: Unix (fcntl, resource, SIGUSR1, process groups), a compiler, a package; or are not the one of before."
 import dataclasses
 import re
 import shutil
@@ -15,6 +15,8 @@ import nbformat
 import pytest
 
 import updetr
+from updetr.bench import run
+from updetr.core.checkpoint import read_json, write_json
 from updetr.core.config import check_config
 from updetr.core.signals import file_locks
 from updetr.tasks.finetune import finetune_config
@@ -109,3 +111,19 @@ def test_what_cannot_work_here_is_refused_before_time_is_spent(monkeypatch, tmp_
     with pytest.raises(ValueError, match=words): finetune_config('demo', **changes)
     stored = dataclasses.replace(finetune_config('demo'), **changes)
     if changes.keys() & {'compile'}: assert check_config(stored, run=False) == stored  # a file of another machine is opened
+
+
+def test_a_benchmark_is_not_continued_on_another_machine(tmp_path, monkeypatch):
+    "It is refused as another size is; what is only shown, or measured again as a whole, is not."
+    monkeypatch.setattr(run, 'bench_parts', lambda *_: {'memory': lambda: {'memory': 1}, 'loader': lambda: {'loader': 2}})
+    def bench(*parts): return run.run_bench('tiny', tmp_path, *parts, show=lambda line: None)
+    first = bench('memory')
+    about = first['provenance']
+    elsewhere = first | {'device': 'CPU, 99 threads', 'provenance': about | {'versions': about['versions'] | {'torch': '1.0'}}}
+    write_json(file := tmp_path / 'metrics.json', elsewhere)
+    for parts in (['loader'], [''], ['loader', True]):
+        with pytest.raises(ValueError, match=r'CPU, 99 threads, and here CPU.*torch 1\.0, and here .*--out'): bench(*parts)
+    assert read_json(file) == bench('memory') == elsewhere
+    assert bench('', True).keys() >= {'memory', 'loader'} and read_json(file)['device'] == first['device']
+    write_json(file, first)
+    assert bench('loader')['seconds'].keys() == {'memory', 'loader'}

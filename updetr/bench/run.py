@@ -46,7 +46,7 @@ from ..model.losses import build_criterion
 from ..core.photos import read_photo, resize_shape
 from ..tasks.pretrain_task import PretrainTask, encode_ahead
 from .reference import as_reference
-from ..core.report import provenance, save_figure, save_metrics, smooth
+from ..core.report import other_machine, provenance, save_figure, save_metrics, smooth
 from ..predict.runs import module_line
 from updetr.bench.step import (
     Clock, Counter, OurStep, ReferenceStep, batch_sizes, build_step, ceilings, count_detection,
@@ -731,12 +731,17 @@ def _chosen(parts, known):
     if unknown: raise ValueError(f'parts {unknown} are unknown: choose {", ".join(known)}')
     return names
 
-def _begun(file, size, device):
+def _begun(file, size, device, names, again):
     metrics = read_json(file) if file.exists() else {}
     there = metrics.get('size', size)
     if there != size: raise ValueError(f'{file} is of size {there}: give another folder')
     about = {'id': 'benchmark', 'size': size, 'device': _device_name(device), 'seconds': {}}
-    return about | metrics
+    # times of another machine are shown, or all measured again, but no others join them
+    old, other = set(metrics.get('seconds', {})), other_machine(metrics, about['device'])
+    if not other or not again and old.issuperset(names): return about | metrics
+    if again and old.issubset(names): return about
+    raise ValueError(f'{file} was begun with {other}: give another --out, '
+                     'or measure all its parts --again')
 
 def _hours(metrics, device):
     # nobody pre-trains on ImageNet with a CPU
@@ -754,13 +759,13 @@ def run_bench(
     command: str = '',       # command that is recorded; '' = the module's own
     minutes: float = 0.,     # no second part is begun that would not end by then; 0 = no limit
 ) -> dict:                   # metrics.json
-    "Measure what is not there yet, part by part. Raises ValueError for an unknown size or part."
+    "Measure parts not there yet. Raises ValueError: unknown size or part, another machine's file."
     device = _device_of(size)
     known = bench_parts(size, device)
     names = _chosen(parts, known)
     if threads: torch.set_num_threads(threads)
     file = Path(out) / 'metrics.json'
-    metrics = _begun(file, size, device)
+    metrics = _begun(file, size, device, names, again)
     own = module_line('updetr.bench', size=size, out=str(out), parts=parts, again=again)
     start, longest = time.time(), 0.
     for name in names:

@@ -9,6 +9,7 @@ __all__ = ['MARKS', 'NO_PAGE', 'index_row', 'write_index', 'parse_value', 'hide_
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -140,17 +141,45 @@ def parse_value(
     except (KeyError, ValueError):
         raise ValueError(f'{name} {text!r} is not like {usual!r}') from None
 
+# %% ../../nbs/67_all_reports.ipynb #e56afa16
+def _place_pattern(place):
+    "Return what finds a place in a text, as a whole path; a file in it may follow"
+    # papermill writes its cell with Python's escapes
+    written = {place, place.encode('unicode_escape').decode()}
+    found = '|'.join(map(re.escape, sorted(written)))
+    # "data" is no part of "metadata" or "runs/data"; a colour's code may stand before "/mine"
+    before = '' if os.path.isabs(place) else r'(?<![\w./-])'
+    return re.compile(rf'{before}(?:{found})(?![\w-])')
+
+def _without(value, patterns):
+    "Return what JSON holds, with FOLDER in its texts; keys and pictures stay"
+    if isinstance(value, list): return [_without(v, patterns) for v in value]
+    if isinstance(value, dict):
+        # a photo's code, and what says of which kind an output is, name no place
+        kept = ('image/png', 'image/jpeg', 'output_type')
+        return {k: v if k in kept else _without(v, patterns) for k, v in value.items()}
+    if not isinstance(value, str): return value
+    for pattern in patterns: value = pattern.sub('FOLDER', value)
+    return value
+
 def hide_folders(
     path: Path,    # of an executed notebook
     study: Study,  # that it was started for
 ) -> None:
     "Write FOLDER for the places of the user's photos and weights."
-    text = Path(path).read_text()
-    for place in places(study):
-        # as JSON writes it, without the quotes
-        written = json.dumps(place)[1:-1]
-        text = text.replace(written, 'FOLDER')
-    write_atomic(path, lambda p: Path(p).write_text(text))
+    # dots alone name nobody's folder, and stand everywhere
+    names = [place.rstrip('/\\') for place in places(study)]
+    patterns = [_place_pattern(name) for name in names if re.search(r'\w', name)]
+    notebook = json.loads(Path(path).read_text(encoding='utf-8'))
+    for cell in notebook['cells']:
+        # papermill's cell has the places, the other cells are the page's own words
+        told = 'injected-parameters' in cell['metadata'].get('tags', [])
+        if told: cell['source'] = _without(cell['source'], patterns)
+        if 'outputs' in cell: cell['outputs'] = _without(cell['outputs'], patterns)
+    told = notebook['metadata']
+    if 'papermill' in told: told['papermill'] = _without(told['papermill'], patterns)
+    text = json.dumps(notebook, indent=1, ensure_ascii=False) + '\n'
+    write_atomic(path, lambda p: Path(p).write_text(text, encoding='utf-8'))
 
 # %% ../../nbs/67_all_reports.ipynb #c031
 def _arguments():

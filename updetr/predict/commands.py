@@ -23,11 +23,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from torchvision.io import write_png
+from torchvision.io import encode_png
 
 from ..core.checkpoint import model_file, read_weights, write_atomic, write_json
 from ..core.fingerprint import set_rows
-from ..core.photos import BadPhoto, index_photos, printable, read_photo
+from updetr.core.photos import (
+    BadPhoto, header_size, index_photos, printable, read_photo, walk_files,
+)
 from ..core.report import versions
 from ..data.datasets import dataset_parts, open_dataset
 from ..model.weights import stored_config
@@ -50,29 +52,58 @@ def is_video(
     "Return whether a file is taken for a video, by its name."
     return os.path.splitext(file)[1].lower() in VIDEOS
 
+def _in_folder(folder):
+    "Return photos and videos below a folder, and pairs of what is neither and a reason."
+    try: index = index_photos(folder, min_side=1)
+    except ValueError:
+        # without a photo, videos will do
+        files = [os.path.join(folder, name) for name in walk_files(folder)[0]]
+        videos = [file for file in files if is_video(file)]
+        if not videos: raise
+        return videos, [(file, header_size(file)) for file in files if not is_video(file)]
+    others = [(os.path.join(folder, name), reason) for name, reason in index.skipped]
+    photos = [index.path(i) for i in range(len(index))]
+    videos = [file for file, _ in others if is_video(file)]
+    return photos + videos, [pair for pair in others if not is_video(pair[0])]
+
+# what `predict` and `evaluate` leave in the folder of their results
+_LEFT = ('pictures', 'segments', 'figures', 'answers.csv', 'results.json', 'skipped.txt',
+         'report.html', 'metrics.json')
+
+def _left_in(out):
+    "Return a function: whether an earlier call has left this file in the folder `out`."
+    places = tuple(os.path.realpath(os.path.join(out, name)) + os.sep for name in _LEFT)
+    def is_left(file):
+        # a link lies in one folder and leads to another
+        folder, name = os.path.split(file)
+        lies, leads = os.path.join(os.path.realpath(folder), name), os.path.realpath(file)
+        return (lies + os.sep).startswith(places) or (leads + os.sep).startswith(places)
+    return is_left
+
+# %% ../../nbs/59_commands.ipynb #c008b
 def find_pictures(
     sources: list,  # folders, files, patterns such as 'photos/*.jpg'
-    out: str | Path,  # folder of the results, which is left out
+    out: str | Path,  # folder of the results; what a call leaves there is left out
 ) -> tuple[dict, list]:  # {short name: file}; (file, reason) of what was skipped
     "Return the photos and videos that are meant. Raises FileNotFoundError where there are none."
     files, skipped = [], []
     for source in map(os.fspath, sources):
         if os.path.isdir(source):
-            index = index_photos(source, min_side=1)
-            skips = [(os.path.join(source, name), reason) for name, reason in index.skipped]
-            files += [index.path(i) for i in range(len(index))]
-            files += [file for file, _ in skips if is_video(file)]
-            skipped += [pair for pair in skips if not is_video(pair[0])]
+            photos, others = _in_folder(source)
+            files, skipped = files + photos, skipped + others
             continue
         found = [source] if os.path.isfile(source) else sorted(glob(source, recursive=True))
         files += [file for file in found if os.path.isfile(file)]
         if not found: raise FileNotFoundError(f'no photo, video or folder is {printable(source)}')
-    # each file once, nothing of an earlier call
-    out = os.path.realpath(out)
-    files = dict.fromkeys(map(os.path.realpath, files))
-    files = [file for file in files if not file.startswith(out + os.sep)]
-    skipped = [s for s in skipped if not os.path.realpath(s[0]).startswith(out + os.sep)]
-    if not files: raise FileNotFoundError(f'no photo in {", ".join(map(printable, sources))}')
+    # each file once by its own name: links may lead to one nameless file
+    there, is_left = list(dict.fromkeys(map(os.path.abspath, files))), _left_in(out)
+    files = [file for file in there if not is_left(file)]
+    skipped = [pair for pair in skipped if not is_left(pair[0])]
+    if not files:
+        where = ', '.join(map(printable, sources))
+        if not there: raise FileNotFoundError(f'no photo in {where}')
+        raise FileNotFoundError(f'in {where} is only what earlier calls may have left in '
+                                f'{printable(out)}: name another --out')
     # named by what differs
     root = os.path.commonpath([os.path.dirname(file) for file in files])
     return {os.path.relpath(file, root): file for file in files}, skipped
@@ -154,7 +185,8 @@ def _csv_rows(name, found):
     else:
         scores = [s['score'] for s in found.info]
         boxes = [[x, y, x + w, y + h] for x, y, w, h in (s['bbox'] for s in found.info)]
-    rows = zip(found.names, scores, boxes)
+    # the name of a file need not be UTF-8, the table is
+    name, rows = printable(name), zip(found.names, scores, boxes)
     return [[name, kind, f'{s:.4f}', *(f'{v:.1f}' for v in box)] for kind, s, box in rows]
 
 def _save_answer(out, name, found):
@@ -166,9 +198,12 @@ def _save_answer(out, name, found):
     if isinstance(found, Detections): return found.to_dict(name)
     png = out / 'segments' / f'{name}.png'
     png.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(png, lambda p: write_png(id2rgb(found.ids), str(p)))
+    # `write_png` refuses a name that is not UTF-8
+    code = encode_png(id2rgb(found.ids)).numpy().tobytes()
+    write_atomic(png, lambda p: p.write_bytes(code))
     return [found.to_dict(name) | {'file_name': f'{name}.png'}]
 
+# %% ../../nbs/59_commands.ipynb #c015a
 def _save_lists(out, table, rows, is_detector, skipped):
     "Write answers.csv, results.json and skipped.txt"
     def write_csv(path):
@@ -178,8 +213,31 @@ def _save_lists(out, table, rows, is_detector, skipped):
 
     write_atomic(out / 'answers.csv', write_csv)
     write_json(out / 'results.json', rows if is_detector else {'annotations': rows})
-    lines = [f'{printable(file)}: {reason}\n' for file, reason in skipped]
-    write_atomic(out / 'skipped.txt', lambda p: p.write_text(''.join(lines), encoding='utf-8'))
+    lines = [f'{printable(file)}: {reason}' for file, reason in skipped]
+    # a name may hold anything that ends a line
+    text = ''.join(' '.join(line.splitlines()) + '\n' for line in lines)
+    write_atomic(out / 'skipped.txt', lambda p: p.write_text(text, encoding='utf-8'))
+
+class _Answers:
+    "What is found in pictures: each is drawn at once, the lists are written by `save`."
+    def __init__(self, model, threshold, out):
+        self.model, self.threshold, self.out = model, threshold, out
+        self.table, self.rows, self.done = [], [], 0
+
+    def take(self, pictures):
+        "Answer some pairs of a name and a picture."
+        if not pictures: return
+        found = _answer(self.model, [image for _, image in pictures], self.threshold)
+        for (name, _), answer in zip(pictures, found):
+            # the drawing first: what is listed is there
+            self.rows += _save_answer(self.out, name, answer)
+            self.table += _csv_rows(name, answer)
+            self.done += 1
+
+    def save(self, skipped):
+        "Write the lists, if there is an answered picture."
+        is_detector = isinstance(self.model, Detector)
+        if self.done: _save_lists(self.out, self.table, self.rows, is_detector, skipped)
 
 # %% ../../nbs/59_commands.ipynb #c016
 def predict(
@@ -190,36 +248,34 @@ def predict(
     batch: int = 8,                  # pictures that are taken at a time
     nms: float | None = None,        # answers of a class that overlap more are one, 0..1; None: off
     device: str = 'cpu',             # where the model runs
-) -> dict:                           # numbers of pictures, answers and skipped files
+) -> dict:                           # numbers of pictures, answers, skipped files; of each reason
     """Write what a model finds in photos and videos: drawn pictures, answers.csv, results.json.
 
-    Raises ValueError or OSError where there is nothing to be done."""
+    If it is stopped, the lists have the pictures so far. Raises ValueError or OSError where there
+    is nothing to be done."""
     if batch < 1: raise ValueError(f'batch {batch} must be at least 1')
     if not 0 <= (threshold or 0) <= 1: raise ValueError(f'threshold {threshold} must lie in [0, 1]')
-    out = Path(out)
     files, skipped = find_pictures(sources, out)
-    model = open_model(checkpoint, device, nms)
+    answers = _Answers(open_model(checkpoint, device, nms), threshold, Path(out))
     show = progress_line(None if any(map(is_video, files.values())) else len(files))
-    table, rows, done, waiting = [], [], 0, []
-
-    def empty():
-        nonlocal done
-        answers = _answer(model, [image for _, image in waiting], threshold) if waiting else []
-        for (name, _), found in zip(waiting, answers):
-            table.extend(_csv_rows(name, found))
-            rows.extend(_save_answer(out, name, found))
-        done += len(waiting)
-        waiting.clear()
-        show(done)
-
-    for picture in read_pictures(files, skipped):
-        waiting.append(picture)
-        if len(waiting) == batch: empty()
-    empty()
-    if not done: raise ValueError(f'none of the {len(files):,} files could be read, first '
-                                  f'{printable(skipped[-1][0])}: {skipped[-1][1]}')
-    _save_lists(out, table, rows, isinstance(model, Detector), skipped)
-    return {'pictures': done, 'answers': len(table), 'skipped': len(skipped)}
+    waiting = []
+    try:
+        for picture in read_pictures(files, skipped):
+            waiting.append(picture)
+            if len(waiting) < batch: continue
+            answers.take(waiting)
+            waiting.clear()
+            show(answers.done)
+        answers.take(waiting)
+        show(answers.done)
+    # whatever stops it, Ctrl-C too: what has been answered is kept
+    finally: answers.save(skipped)
+    if not answers.done:
+        raise ValueError(f'none of the {len(files):,} files could be read, first '
+                         f'{printable(skipped[-1][0])}: {skipped[-1][1]}')
+    reasons = Counter(reason.split(':')[0] for _, reason in skipped)
+    return {'pictures': answers.done, 'answers': len(answers.table), 'skipped': len(skipped),
+            'reasons': dict(reasons.most_common())}
 
 # %% ../../nbs/59_commands.ipynb #c018a
 def run_config(
@@ -491,10 +547,8 @@ def predict_command(
     print(f'{did["pictures"]:,} pictures, {did["answers"]:,} answers in {given.out}: pictures/, '
           f'{segments}answers.csv, results.json')
     if did['skipped']:
-        lines = Path(given.out, 'skipped.txt').read_text(encoding='utf-8').splitlines()
-        reasons = Counter(line.split(': ')[1] for line in lines).most_common()
         print(f'skipped {did["skipped"]:,}, all in skipped.txt:',
-              ', '.join(f'{n:,} {reason}' for reason, n in reasons))
+              ', '.join(f'{n:,} {reason}' for reason, n in did['reasons'].items()))
 
 # %% ../../nbs/59_commands.ipynb #c032e
 def evaluate_command(

@@ -200,6 +200,8 @@ def _checked_ids(category_ids, classes):
 
     ValueError for another number of them."""
     if category_ids is None: return None
+    # an array or a tensor, as numbers that JSON can hold
+    if hasattr(category_ids, 'tolist'): category_ids = category_ids.tolist()
     is_list = isinstance(category_ids, (list, tuple))
     count = len(category_ids) if is_list else 'no list of'
     if count != len(classes):
@@ -270,13 +272,15 @@ class Detector:
         device = check_device(device)
         module, cfg, names, ids = _open(path, told)
         num = (module.model if isinstance(module, DetectStep) else module).num_classes
-        names = classes or names or [f'class {i}' for i in range(num)]
+        if classes is not None: names = classes
+        if names is None: names = [f'class {i}' for i in range(num)]
         if len(names) != num:
             raise ValueError(f'{path} has {num} classes, but {len(names)} names were given')
         # a published file has DETR's own sizes
         sizes = view_sizes(cfg) if cfg else DETR_SIZES
         square = cfg.square if cfg else 0
-        detector = cls(module, names, sizes, square, device, category_ids or ids, nms)
+        if category_ids is not None: ids = category_ids
+        detector = cls(module, names, sizes, square, device, ids, nms)
         # where it is from, for whoever passes it on
         detector.cfg, detector.file = cfg, Path(path)
         return detector

@@ -362,6 +362,9 @@ def open_huggingface(
     names = [name for _, name in sorted(config['id2label'].items(), key=lambda kv: int(kv[0]))]
     # sizes as its preprocessor has them: of both sides, or of the short one
     size = rule.get('size') or {}
+    # an older transformers wrote the short side alone, the longest one beside it
+    if isinstance(size, int):
+        size = {'shortest_edge': size, 'longest_edge': rule.get('max_size') or DETR_SIZES.longest}
     if size.get('height') != size.get('width'):
         raise ValueError(f'{folder}: pictures of {size} are neither square nor as they are')
     sizes = dataclasses.replace(DETR_SIZES, val=size.get('shortest_edge', DETR_SIZES.val),

@@ -78,7 +78,7 @@ def load_localizer(
 _NOT_LEARNT = ('backbone.', 'feature_norm.', 'patch_norm.')  # what pre-training leaves as it is
 
 def scratch_localizer(
-    path: str | Path = '',  # file to take architecture and CNN from; '': those of the demo
+    path: str | Path = '',  # file or run to take architecture and CNN from; '': the demo's
     seed: int = 0,  # seed of the random weights
     num_patches: int | None = None,  # M of a pre-training, for a file that does not tell it
     **told,  # options of `build_detr` that a published file does not tell: dilation, nheads
@@ -86,6 +86,7 @@ def scratch_localizer(
     "Return a model with a random transformer. Raises as `load_localizer`."
     # architecture and sizes
     if path:
+        path = model_file(path)
         model, cfg, _ = load_localizer(path, num_patches, **told)
         groups = dict(num_patches=model.num_patches, num_classes=model.num_classes)
         options = open_pretrained(path, **told).options | groups
@@ -181,8 +182,11 @@ class Found(Detections):
     def plot(self):
         "Return the photo with boxes and scores, the patches below it, as a PIL image."
         picture = super().plot()
-        side = max(self.image.shape) // 6
-        sheet = Image.new('RGB', (picture.width, picture.height + side), 'white')
+        # all patches in one row, also below a narrow photo or a tiny one
+        m = len(self.queries)
+        side = max(8, min(max(self.image.shape) // 6, picture.width // m))
+        width = max(picture.width, m * side)
+        sheet = Image.new('RGB', (width, picture.height + side), 'white')
         sheet.paste(picture, (0, 0))
         for i, query in enumerate(self.queries):
             small = F.to_pil_image(resize(query, side - 4, side - 4))

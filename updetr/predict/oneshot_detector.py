@@ -145,7 +145,9 @@ class OneShotDetector:
         "Return a picture, or what is in `box` (xyxy px) of it, as a query: (3,s,s) uint8."
         image = as_image(picture)
         height, width = image.shape[1:]
-        return query_picture(image, box or (0, 0, width, height), self.query_size, self.query_shape)
+        # a box may be an array, of which nobody asks whether it is true
+        if box is None: box = 0, 0, width, height
+        return query_picture(image, box, self.query_size, self.query_shape)
 
     def __call__(self, photos, query, box=None, threshold=.5, overlap=1.):
         """Return what matches `query` (any picture, or `box` xyxy px of it) with a score of

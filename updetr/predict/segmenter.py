@@ -220,10 +220,10 @@ class PanopticSegmenter:
         device = check_device(device)
         model, cfg, known = load_segmenter(path, per_head, **told)
         num = len(known['isthing'])
-        names = classes or known['classes']
-        if names and len(names) != num:
+        names = known['classes'] if classes is None else classes
+        if names is None: names = [f'class {i}' for i in range(num)]
+        if len(names) != num:
             raise ValueError(f'{path} has {num} classes, but {len(names)} names were given')
-        names = names or [f'class {i}' for i in range(num)]
         # sizes and threshold of its evaluation; a published one has DETR's
         ours = {}
         if cfg: ours = dict(sizes=view_sizes(cfg), square=cfg.square, threshold=cfg.threshold)

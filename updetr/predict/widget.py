@@ -99,13 +99,17 @@ class PhotoShelf:
         file = {'name': Path(photo).name, 'content': Path(photo).read_bytes()}
         try: name, image = read_upload(file)
         except BadPhoto as e: raise ValueError(str(e)) from e
-        self.put(name, image)
-        return name
+        return self.put(name, image)
 
     def put(self, name, image):
-        "Add a photo, or another one of the same name."
-        self.images[name] = image
-        self.opened = {key: photo for key, photo in self.opened.items() if key[1] != name}
+        "Add a photo; return its name, with a number where another photo has that name."
+        suffix, number, free = Path(name).suffix, 1, name
+        # phones and browsers call many photos image.jpg; the same pixels are the same photo
+        while free in self.images and not torch.equal(self.image(free), image):
+            number += 1
+            free = f'{name.removesuffix(suffix)} ({number}){suffix}'
+        self.images.setdefault(free, image)
+        return free
 
     def open(self, localizer: QueryPatchLocalizer, name: str) -> OpenPhoto:
         "Return the photo, opened for a localizer; the last eight stay open."
@@ -445,10 +449,10 @@ class _PhotoLists:
         if not upload.file: return
         try: name, image = read_upload(upload.file)
         except BadPhoto as e: return _say(self.c, str(e), bad=True)
-        # in both lists, under its own name
-        self.shelf.put(name, image)
+        # in both lists, under its own name; no photo there is replaced
+        name = self.shelf.put(name, image)
         self._list_photos()
-        # the photo that is chosen already has become another one
+        # the photo that is chosen already begins anew
         if chooser.value == name: show()
         chooser.value = name
 
