@@ -1,13 +1,15 @@
-"A CNN that is trained with its norms folded, where a notebook cannot show it: in DDP, pickled, after inference mode, compiled."
+"A CNN where a notebook cannot show it: trained in DDP, pickled, after inference mode, compiled; with other people's weights."
 import copy
 import pickle
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from updetr.model.backbone import NORMS, Backbone, TrainedFold, fold_norms, join_features
+from updetr.model.backbone import NORMS, Backbone, TrainedFold, build_backbone, eval_mode, fold_norms, join_features
 
 
 @pytest.fixture
@@ -193,3 +195,23 @@ def test_half_precision_is_autocasts(cnn, x):
             assert got.dtype == torch.bfloat16 and torch.equal(got, want) and cnn.folded() is kept
             with torch.autocast('cpu', enabled=False): torch.testing.assert_close(cnn(x), plain(cnn)(x), rtol=1e-3, atol=1e-3)
     assert {m.weight.dtype for m in kept.modules() if isinstance(m, torch.nn.Conv2d)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize('mode', [True, False])
+def test_eval_mode_gives_the_mode_back_whatever_happens(mode):
+    asked = torch.nn.Dropout().train(mode)
+    with eval_mode(asked) as same: assert same is asked and not asked.training
+    with pytest.raises(KeyError), eval_mode(asked): raise KeyError('in the middle')
+    assert asked.training == mode
+
+
+@pytest.mark.parametrize('name', ['convnext_atto', 'ghostnet_050', 'vgg11', 'xcit_nano_12_p8_224', 'tresnet_m', 'nextvit_small'])
+def test_a_file_of_timm_fits_under_the_names_of_its_wrapper(name, tmp_path):
+    "`stages_0.` for `stages.0.`, `model.patch_embed` for `patch_embed`, `body_conv1.` for `body.conv1.`, norms that count batches."
+    with torch.device('meta'): named = timm.create_model(name).state_dict()
+    theirs = {k: torch.rand(v.shape).to(v.dtype) for k, v in named.items() if not k.startswith(('head.', 'pre_logits.'))}
+    save_file(theirs, tmp_path / 'theirs.safetensors')
+    body = build_backbone(name, str(tmp_path / 'theirs.safetensors')).body.state_dict()
+    # nothing but the wrapper's dots
+    by_letters = {k.replace('.', '_'): v for k, v in theirs.items()}
+    assert all(torch.equal(v, by_letters[k.removeprefix('model.').replace('.', '_')]) for k, v in body.items())

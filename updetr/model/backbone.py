@@ -637,6 +637,13 @@ def _strip(key: str) -> str:
     prefix = next((p for p in PREFIXES if key.startswith(p)), '')
     return _strip(key[len(prefix):]) if prefix else key
 
+def _network_name(key, want):
+    "Return the name that the network has for a file's tensor."
+    bare = _strip(key)
+    # timm's features_only renames `stages.0.` to `stages_0.`, or puts `model.` before a name
+    names = bare, bare.replace('.', '_', 1), f'model.{bare}', key.replace('.', '_', 1)
+    return next((name for name in names if name in want), bare)
+
 def read_state_dict(
     path: str | Path,  # .pth, .pt, .tar (torch) or .safetensors
 ) -> dict[str, Tensor]:
@@ -687,9 +694,11 @@ def load_weights(
     # under the names that the network has
     state = read_state_dict(path)
     if weights == 'builtin': state = _rename_lite0(state, name)
-    state = {_strip(k): v for k, v in state.items() if 'num_batches_tracked' not in k}
+    want = body.state_dict()
+    state = {_network_name(k, want): v for k, v in state.items()}
+    state = {k: v for k, v in state.items() if k in want or 'num_batches_tracked' not in k}
     _check_fit(state, body, path, name)
-    body.load_state_dict({k: state[k] for k in body.state_dict()})
+    body.load_state_dict({k: state[k] for k in want})
     licence = source.licence if source else f'of the file {path.name}: see its source'
     print(f'{name}: weights {weights}, licence {licence}')
 
