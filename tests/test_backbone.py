@@ -215,3 +215,37 @@ def test_a_file_of_timm_fits_under_the_names_of_its_wrapper(name, tmp_path):
     # nothing but the wrapper's dots
     by_letters = {k.replace('.', '_'): v for k, v in theirs.items()}
     assert all(torch.equal(v, by_letters[k.removeprefix('model.').replace('.', '_')]) for k, v in body.items())
+
+
+def test_a_cnn_that_is_cut_takes_the_whole_ones_file_and_nothing_unknown(tmp_path):
+    whole = Backbone('resnet18').body.state_dict()
+    torch.save({f'module.{k}': v for k, v in whole.items()}, path := tmp_path / 'whole.pth')
+    early = build_backbone('resnet18', str(path), ['layer3']).body.state_dict()
+    assert len(early) < len(whole) and all(torch.equal(v, whole[k]) for k, v in early.items())
+    for before in ('', 'backbone.', 'backbone.0.body.'):
+        torch.save({before + k: v for k, v in whole.items()} | {before + 'layer4.9.conv1.weight': torch.zeros(1)}, path)
+        with pytest.raises(ValueError, match=r'unknown .*layer4\.9\.conv1\.weight'): build_backbone('resnet18', str(path), ['layer3'])
+
+
+DETECTORS = {  # project -> what stands before the CNN's names, names of other parts
+    'one-shot': ('backbone.0.body.', ['backbone.1.row_embed.weight', 'feature_norm.mean', 'patch_norm.std', 'compare.0.weight']),
+    'panoptic': ('detr.backbone.0.body.', ['detr.transformer.encoder.layers.0.norm1.bias', 'bbox_attention.q.bias', 'mask_head.1.bias']),
+    'Lightning': ('model.backbone.0.body.', ['model.class_embed.bias', 'criterion.empty_weight']),
+    'MMDetection': ('backbone.', ['bbox_head.fc_cls.weight', 'neck.convs.0.conv.weight', 'query_embedding.weight']),
+    'torchvision': ('backbone.body.', ['backbone.fpn.inner_blocks.0.0.weight', 'rpn.head.conv.0.0.weight']),
+}
+
+
+@pytest.mark.parametrize('project', DETECTORS)
+@pytest.mark.parametrize('name', ['resnet18', 'convnext_atto'])
+def test_of_a_detectors_file_the_cnn_alone_is_taken(name, project, tmp_path):
+    before, others = DETECTORS[project]
+    named = Backbone(name).body.state_dict()
+    theirs = {before + k: torch.rand(v.shape) for k, v in named.items()}
+    torch.save({'model': theirs | {k: torch.zeros(2) for k in others}}, path := tmp_path / 'detector.pth')
+    body = build_backbone(name, str(path)).body.state_dict()
+    assert all(torch.equal(body[k], theirs[before + k]) for k in named)
+    # a CNN that is not whole is still refused
+    del theirs[before + next(iter(named))]
+    torch.save({'model': theirs}, path)
+    with pytest.raises(ValueError, match='1 tensors missing'): build_backbone(name, str(path))

@@ -1108,6 +1108,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'updetr.model.backbone._Tracer.is_leaf_module': ( 'backbone.html#_tracer.is_leaf_module',
                                                                                          'updetr/model/backbone.py'),
                                        'updetr.model.backbone._check_fit': ('backbone.html#_check_fit', 'updetr/model/backbone.py'),
+                                       'updetr.model.backbone._cnn_alone': ('backbone.html#_cnn_alone', 'updetr/model/backbone.py'),
                                        'updetr.model.backbone._cudnn_is_here': ('backbone.html#_cudnn_is_here', 'updetr/model/backbone.py'),
                                        'updetr.model.backbone._fuse': ('backbone.html#_fuse', 'updetr/model/backbone.py'),
                                        'updetr.model.backbone._is_conv': ('backbone.html#_is_conv', 'updetr/model/backbone.py'),

@@ -626,23 +626,12 @@ _all_ = ['WEIGHTS', 'fetch_weights', 'weights_path']  # of notebook 08, known fr
 # %% ../../nbs/20_backbone.ipynb #c033
 PREFIXES = ('module.', 'model.', 'detr.', 'state_dict.', 'backbone.0.body.', 'backbone.', 'body.',
             'resnet.')
-HEADS = (
-    # of image networks
-    'fc.', 'classifier.', 'head.', 'projection_head.', 'prototypes.', 'conv_head.', 'bn2.',
-    # of (UP-)DETR
-    'transformer.', 'class_embed.', 'bbox_embed.', 'query_embed.', 'input_proj.', 'patch2query.',
-    'feature_align.')
+# of image networks
+HEADS = 'fc.', 'classifier.', 'head.', 'projection_head.', 'prototypes.', 'conv_head.', 'bn2.'
 
 def _strip(key: str) -> str:
     prefix = next((p for p in PREFIXES if key.startswith(p)), '')
     return _strip(key[len(prefix):]) if prefix else key
-
-def _network_name(key, want):
-    "Return the name that the network has for a file's tensor."
-    bare = _strip(key)
-    # timm's features_only renames `stages.0.` to `stages_0.`, or puts `model.` before a name
-    names = bare, bare.replace('.', '_', 1), f'model.{bare}', key.replace('.', '_', 1)
-    return next((name for name in names if name in want), bare)
 
 def read_state_dict(
     path: str | Path,  # .pth, .pt, .tar (torch) or .safetensors
@@ -663,6 +652,22 @@ def read_state_dict(
             break
     if all(isinstance(v, Tensor) for v in state.values()): return state
     raise ValueError(f'{path} holds no state dict of tensors')
+
+# %% ../../nbs/20_backbone.ipynb #c033a
+def _network_name(key, want):
+    "Return the name that the network has for a file's tensor."
+    bare = _strip(key)
+    # timm's features_only renames `stages.0.` to `stages_0.`, or puts `model.` before a name
+    names = bare, bare.replace('.', '_', 1), f'model.{bare}', key.replace('.', '_', 1)
+    return next((name for name in names if name in want), bare)
+
+def _cnn_alone(state):
+    "Return the CNN's tensors of a detector's file; of any other file all."
+    before = {k: k.removesuffix(_strip(k)) for k in state}
+    for place in ('backbone.0.body.', 'backbone.body.', 'backbone.'):
+        own = {k: v for k, v in state.items() if place in before[k]}
+        if own: return own
+    return state
 
 # %% ../../nbs/20_backbone.ipynb #c034
 def _check_fit(state, body, path, name):
@@ -695,7 +700,7 @@ def load_weights(
     state = read_state_dict(path)
     if weights == 'builtin': state = _rename_lite0(state, name)
     want = body.state_dict()
-    state = {_network_name(k, want): v for k, v in state.items()}
+    state = {_network_name(k, want): v for k, v in _cnn_alone(state).items()}
     state = {k: v for k, v in state.items() if k in want or 'num_batches_tracked' not in k}
     _check_fit(state, body, path, name)
     body.load_state_dict({k: state[k] for k in want})
