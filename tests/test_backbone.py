@@ -66,6 +66,16 @@ def test_what_was_first_asked_in_inference_mode_can_be_trained(cnn, x):
     torch.testing.assert_close(gradients(cnn, cnn, x), gradients(plain(cnn), cnn, x))
 
 
+@pytest.mark.parametrize('frozen', [False, True])
+def test_what_was_made_in_inference_mode_can_be_asked_anywhere(x, frozen):
+    "Its weights count no changes."
+    with torch.inference_mode(): cnn = Backbone('resnet18', ['layer3'], frozen=frozen).double()
+    with torch.no_grad(): want = plain(cnn)(x)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            for _ in range(2): torch.testing.assert_close(cnn(x), want)
+
+
 def test_a_photo_gets_its_gradient(cnn, x):
     a, b = (torch.autograd.grad(run(p := x.clone().requires_grad_()).sum(), p)[0] for run in (cnn, plain(cnn)))
     torch.testing.assert_close(a, b)

@@ -458,8 +458,8 @@ class _Kept:
         kinds = [(t.device, t.dtype, t.requires_grad) for t in tensors]
         same = body is self.body and kinds == self.kinds
         # with the same values? An optimizer need not count what it does to a trained weight:
-        # such a weight is never taken for unchanged
-        places = [(t.data_ptr(), t._version) for t in fixed]
+        # such a weight is never taken for unchanged. Tensors of inference mode count nothing
+        places = [(t.data_ptr(), None if t.is_inference() else t._version) for t in fixed]
         unchanged = places == self.places and (self.live or len(fixed) == len(tensors))
         if same and unchanged: return self.made
         # what is kept may be trained with later
