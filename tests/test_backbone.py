@@ -9,7 +9,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from updetr.model.backbone import NORMS, Backbone, TrainedFold, build_backbone, eval_mode, fold_norms, join_features
+from updetr.model.backbone import NORMS, Backbone, TrainedFold, build_backbone, eval_mode, fold_norms, fold_pairs, join_features
 
 
 @pytest.fixture
@@ -259,3 +259,26 @@ def test_of_a_detectors_file_the_cnn_alone_is_taken(name, project, tmp_path):
     del theirs[before + next(iter(named))]
     torch.save({'model': theirs}, path)
     with pytest.raises(ValueError, match='1 tensors missing'): build_backbone(name, str(path))
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'halonet26t', 'inception_v3', 'mambaout_femto', 'sequencer2d_s'])
+def test_a_network_that_makes_no_map_is_refused(name):
+    "Networks for one size, for large photos alone, and with channels last."
+    with pytest.raises(ValueError, match=f'{name} cannot be used: .* any size$'): Backbone(name)
+
+
+def test_a_weight_of_five_dimensions_is_left_as_it_is():
+    cnn = Backbone('lambda_resnet26t')
+    folded, pairs = fold_pairs(cnn.body)
+    assert pairs and {p.dim() for p in folded.parameters()} == {1, 4, 5}
+    # the others have the layout that a whole network of maps gets
+    last = dict(memory_format=torch.channels_last)
+    assert all(p.is_contiguous(**last) for p in folded.parameters() if p.dim() == 4)
+    torch.testing.assert_close(cnn(photo := torch.rand(1, 3, 64, 64)), join_features(cnn.body(photo)), rtol=1e-3, atol=1e-4)
+
+
+def test_the_layout_of_a_folded_network_is_torchs(cnn):
+    folded, _ = fold_pairs(cnn.float().body)
+    theirs = copy.deepcopy(folded).to(memory_format=torch.contiguous_format).to(memory_format=torch.channels_last)
+    strides = zip(folded.parameters(), theirs.parameters(), strict=True)
+    assert all(a.stride() == b.stride() for a, b in strides)

@@ -1115,6 +1115,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'updetr.model.backbone._is_relu': ('backbone.html#_is_relu', 'updetr/model/backbone.py'),
                                        'updetr.model.backbone._is_sum': ('backbone.html#_is_sum', 'updetr/model/backbone.py'),
                                        'updetr.model.backbone._join': ('backbone.html#_join', 'updetr/model/backbone.py'),
+                                       'updetr.model.backbone._map_of': ('backbone.html#_map_of', 'updetr/model/backbone.py'),
                                        'updetr.model.backbone._map_shape': ('backbone.html#_map_shape', 'updetr/model/backbone.py'),
                                        'updetr.model.backbone._network_name': ('backbone.html#_network_name', 'updetr/model/backbone.py'),
                                        'updetr.model.backbone._norm_pairs': ('backbone.html#_norm_pairs', 'updetr/model/backbone.py'),

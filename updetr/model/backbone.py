@@ -53,7 +53,7 @@ def cut(
 
 # %% ../../nbs/20_backbone.ipynb #c006
 def make_body(
-    name: str = 'resnet50',  # a torchvision ResNet, else any timm model
+    name: str = 'resnet50',  # a torchvision ResNet, else a timm model for photos of any size
     features: Iterable[str] | None = None,  # layers to cut after; None: the last feature map
     dilation: bool = False,  # stride 16 instead of 32 in the last stage (ResNet-50 and larger)
 ) -> nn.Module:  # without weights; all norms frozen
@@ -134,7 +134,11 @@ def fold_pairs(
         conv.weight, conv.bias = _fuse(conv, norm)
         # of the norm only its activation is left, if it has one
         body.set_submodule(name, getattr(norm, 'act', nn.Identity()))
-    return fx.GraphModule(body, graph).to(memory_format=torch.channels_last), pairs
+    folded = fx.GraphModule(body, graph)
+    # a weight of 3-d convolutions (lambda networks) has no such layout
+    for t in chain(folded.parameters(), folded.buffers()):
+        if t.dim() == 4: t.data = t.to(memory_format=torch.channels_last)
+    return folded, pairs
 
 # %% ../../nbs/20_backbone.ipynb #c014b
 @torch.no_grad()
@@ -513,6 +517,18 @@ class _Folds:
         self.options = None
         return fold(x)
 
+# %% ../../nbs/20_backbone.ipynb #c017a
+def _map_of(body, name):
+    "Return the map of a small black photo, which tells its shape. ValueError if there is none."
+    try:
+        with torch.no_grad(): probe = join_features(body(torch.zeros(1, 3, 64, 64)))
+        # of a square photo the map is square, channels first
+        if probe.dim() == 4 and probe.shape[2] == probe.shape[3] <= 64: return probe
+        raise ValueError(f'{tuple(probe.shape)} is no map (1, channels, height, width)')
+    except Exception as e:
+        raise ValueError(f'{name} cannot be used: it makes no map of a photo of 64x64 px '
+                         f'({e!r:.150}). Take a network for photos of any size') from e
+
 # %% ../../nbs/20_backbone.ipynb #c017
 class Backbone(nn.Module):
     """A CNN `(B,3,H,W) -> (B,num_channels,H/stride,W/stride)`.
@@ -520,24 +536,22 @@ class Backbone(nn.Module):
     `mean` and `std` are the normalisation that its weights expect."""
     def __init__(
         self,
-        name: str = 'resnet50',  # torchvision ResNet or any timm model
+        name: str = 'resnet50',  # torchvision ResNet, or a timm model for photos of any size
         features: Iterable[str] | None = None,  # layers to cut after, joined; None: the last map
         dilation: bool = False,  # dilated C5
         frozen: bool = True,     # no gradients (Section 3.1.1); False: stem and norms only
     ):
         super().__init__()
         self.name, self.frozen, self.dilation = name, frozen, dilation
-        self._folds = _Folds()
+        self._folds, self.levels = _Folds(), []
         self.features = list(features or (['layer4'] if name in RESNETS else []))
-        self.levels = []
         self.body = make_body(name, features, dilation)
         for key, p in self.body.named_parameters():
             p.requires_grad_(not frozen and not key.startswith(STEM))
         cfg = {} if name in RESNETS else timm.get_pretrained_cfg(name).to_dict()
         self.mean = tuple(cfg.get('mean', IMAGENET_MEAN))
         self.std = tuple(cfg.get('std', IMAGENET_STD))
-        # a small black photo tells the shape of the map
-        with torch.no_grad(): probe = join_features(self.body.eval()(torch.zeros(1, 3, 64, 64)))
+        probe = _map_of(self.body.eval(), name)
         self.num_channels, self.stride = probe.shape[1], 64 // probe.shape[3]
 
     def folded(self) -> nn.Module:
@@ -626,7 +640,6 @@ _all_ = ['WEIGHTS', 'fetch_weights', 'weights_path']  # of notebook 08, known fr
 # %% ../../nbs/20_backbone.ipynb #c033
 PREFIXES = ('module.', 'model.', 'detr.', 'state_dict.', 'backbone.0.body.', 'backbone.', 'body.',
             'resnet.')
-# of image networks
 HEADS = 'fc.', 'classifier.', 'head.', 'projection_head.', 'prototypes.', 'conv_head.', 'bn2.'
 
 def _strip(key: str) -> str:
@@ -716,7 +729,7 @@ def _rename_lite0(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return dict(zip(want, state.values()))
 
 def build_backbone(
-    name: str = 'resnet50',  # torchvision ResNet or any timm model
+    name: str = 'resnet50',  # torchvision ResNet, or a timm model for photos of any size
     weights: str | None = None,  # a name in `WEIGHTS`, a file, or None for random ones
     features: Iterable[str] | None = None,  # layers to cut after; None: the last feature map
     dilation: bool = False,  # dilated C5
