@@ -219,6 +219,8 @@ class PanopticSegmenter:
         """
         device = check_device(device)
         model, cfg, known = load_segmenter(path, per_head, **told)
+        # nobody trains it here: its CNN is folded once, not for every picture
+        model.requires_grad_(False)
         num = len(known['isthing'])
         names = classes or known['classes']
         if names and len(names) != num:
