@@ -1,13 +1,15 @@
-"A CNN that is trained with its norms folded, where a notebook cannot show it: in DDP, pickled, after inference mode, compiled."
+"A CNN where a notebook cannot show it: trained in DDP, pickled, after inference mode, compiled; with other people's weights."
 import copy
 import pickle
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from updetr.model.backbone import NORMS, Backbone, TrainedFold, fold_norms, join_features
+from updetr.model.backbone import NORMS, Backbone, TrainedFold, build_backbone, eval_mode, fold_norms, fold_pairs, join_features
 
 
 @pytest.fixture
@@ -62,6 +64,16 @@ def test_copies_and_pickles_go_on_by_themselves(cnn, x):
 def test_what_was_first_asked_in_inference_mode_can_be_trained(cnn, x):
     with torch.inference_mode(): cnn.train()(x)
     torch.testing.assert_close(gradients(cnn, cnn, x), gradients(plain(cnn), cnn, x))
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_what_was_made_in_inference_mode_can_be_asked_anywhere(x, frozen):
+    "Its weights count no changes."
+    with torch.inference_mode(): cnn = Backbone('resnet18', ['layer3'], frozen=frozen).double()
+    with torch.no_grad(): want = plain(cnn)(x)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            for _ in range(2): torch.testing.assert_close(cnn(x), want)
 
 
 def test_a_photo_gets_its_gradient(cnn, x):
@@ -193,3 +205,80 @@ def test_half_precision_is_autocasts(cnn, x):
             assert got.dtype == torch.bfloat16 and torch.equal(got, want) and cnn.folded() is kept
             with torch.autocast('cpu', enabled=False): torch.testing.assert_close(cnn(x), plain(cnn)(x), rtol=1e-3, atol=1e-3)
     assert {m.weight.dtype for m in kept.modules() if isinstance(m, torch.nn.Conv2d)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize('mode', [True, False])
+def test_eval_mode_gives_the_mode_back_whatever_happens(mode):
+    asked = torch.nn.Dropout().train(mode)
+    with eval_mode(asked) as same: assert same is asked and not asked.training
+    with pytest.raises(KeyError), eval_mode(asked): raise KeyError('in the middle')
+    assert asked.training == mode
+
+
+@pytest.mark.parametrize('name', ['convnext_atto', 'ghostnet_050', 'vgg11', 'xcit_nano_12_p8_224', 'tresnet_m', 'nextvit_small'])
+def test_a_file_of_timm_fits_under_the_names_of_its_wrapper(name, tmp_path):
+    "`stages_0.` for `stages.0.`, `model.patch_embed` for `patch_embed`, `body_conv1.` for `body.conv1.`, norms that count batches."
+    with torch.device('meta'): named = timm.create_model(name).state_dict()
+    theirs = {k: torch.rand(v.shape).to(v.dtype) for k, v in named.items() if not k.startswith(('head.', 'pre_logits.'))}
+    save_file(theirs, tmp_path / 'theirs.safetensors')
+    body = build_backbone(name, str(tmp_path / 'theirs.safetensors')).body.state_dict()
+    # nothing but the wrapper's dots
+    by_letters = {k.replace('.', '_'): v for k, v in theirs.items()}
+    assert all(torch.equal(v, by_letters[k.removeprefix('model.').replace('.', '_')]) for k, v in body.items())
+
+
+def test_a_cnn_that_is_cut_takes_the_whole_ones_file_and_nothing_unknown(tmp_path):
+    whole = Backbone('resnet18').body.state_dict()
+    torch.save({f'module.{k}': v for k, v in whole.items()}, path := tmp_path / 'whole.pth')
+    early = build_backbone('resnet18', str(path), ['layer3']).body.state_dict()
+    assert len(early) < len(whole) and all(torch.equal(v, whole[k]) for k, v in early.items())
+    for before in ('', 'backbone.', 'backbone.0.body.'):
+        torch.save({before + k: v for k, v in whole.items()} | {before + 'layer4.9.conv1.weight': torch.zeros(1)}, path)
+        with pytest.raises(ValueError, match=r'unknown .*layer4\.9\.conv1\.weight'): build_backbone('resnet18', str(path), ['layer3'])
+
+
+DETECTORS = {  # project -> what stands before the CNN's names, names of other parts
+    'one-shot': ('backbone.0.body.', ['backbone.1.row_embed.weight', 'feature_norm.mean', 'patch_norm.std', 'compare.0.weight']),
+    'panoptic': ('detr.backbone.0.body.', ['detr.transformer.encoder.layers.0.norm1.bias', 'bbox_attention.q.bias', 'mask_head.1.bias']),
+    'Lightning': ('model.backbone.0.body.', ['model.class_embed.bias', 'criterion.empty_weight']),
+    'MMDetection': ('backbone.', ['bbox_head.fc_cls.weight', 'neck.convs.0.conv.weight', 'query_embedding.weight']),
+    'torchvision': ('backbone.body.', ['backbone.fpn.inner_blocks.0.0.weight', 'rpn.head.conv.0.0.weight']),
+}
+
+
+@pytest.mark.parametrize('project', DETECTORS)
+@pytest.mark.parametrize('name', ['resnet18', 'convnext_atto'])
+def test_of_a_detectors_file_the_cnn_alone_is_taken(name, project, tmp_path):
+    before, others = DETECTORS[project]
+    named = Backbone(name).body.state_dict()
+    theirs = {before + k: torch.rand(v.shape) for k, v in named.items()}
+    torch.save({'model': theirs | {k: torch.zeros(2) for k in others}}, path := tmp_path / 'detector.pth')
+    body = build_backbone(name, str(path)).body.state_dict()
+    assert all(torch.equal(body[k], theirs[before + k]) for k in named)
+    # a CNN that is not whole is still refused
+    del theirs[before + next(iter(named))]
+    torch.save({'model': theirs}, path)
+    with pytest.raises(ValueError, match='1 tensors missing'): build_backbone(name, str(path))
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'halonet26t', 'inception_v3', 'mambaout_femto', 'sequencer2d_s'])
+def test_a_network_that_makes_no_map_is_refused(name):
+    "Networks for one size, for large photos alone, and with channels last."
+    with pytest.raises(ValueError, match=f'{name} cannot be used: .* any size$'): Backbone(name)
+
+
+def test_a_weight_of_five_dimensions_is_left_as_it_is():
+    cnn = Backbone('lambda_resnet26t')
+    folded, pairs = fold_pairs(cnn.body)
+    assert pairs and {p.dim() for p in folded.parameters()} == {1, 4, 5}
+    # the others have the layout that a whole network of maps gets
+    last = dict(memory_format=torch.channels_last)
+    assert all(p.is_contiguous(**last) for p in folded.parameters() if p.dim() == 4)
+    torch.testing.assert_close(cnn(photo := torch.rand(1, 3, 64, 64)), join_features(cnn.body(photo)), rtol=1e-3, atol=1e-4)
+
+
+def test_the_layout_of_a_folded_network_is_torchs(cnn):
+    folded, _ = fold_pairs(cnn.float().body)
+    theirs = copy.deepcopy(folded).to(memory_format=torch.contiguous_format).to(memory_format=torch.channels_last)
+    strides = zip(folded.parameters(), theirs.parameters(), strict=True)
+    assert all(a.stride() == b.stride() for a, b in strides)

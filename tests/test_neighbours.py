@@ -9,11 +9,15 @@ from test_oneshot import LIVE, TINY, make_run, make_task
 from test_resume import as_in_the_processes, finish  # noqa: F401 (a fixture: one thread here, too)
 from test_task import rows
 from updetr.core.config import LATER, NEIGHBOURS, cfg_changes, find_builder
+from updetr.data.scenes import Scenes
+from updetr.data.transforms import DetectionViews, Sizes
 from updetr.model.backbone import prepare_images
+from updetr.neighbours.upsnet import upsnet
 from updetr.predict.detector import Detector
 from updetr.predict.oneshot_detector import OneShotDetector
 from updetr.tasks.oneshot import oneshot_config, oneshot_summary, oneshot_table
 from updetr.tasks.oneshot_task import evaluate_oneshot, open_run
+from updetr.tasks.panoptic import PanopticScenes
 
 # where a cell of the photo agrees with the mean of the query's map, there is a box of two cells
 MINE = '''
@@ -104,6 +108,20 @@ def test_a_photo_twice_as_large_has_boxes_twice_as_large(system):
         twice = model.answer(feature, pictures, {'size': size, 'orig_size': 2 * size})
     for a, b in zip(once, twice, strict=True):
         assert len(a['boxes']) and torch.allclose(a['boxes'] * 2, b['boxes']) and torch.equal(a['scores'], b['scores'])
+
+
+@pytest.mark.parametrize('share', [1., .9])
+def test_a_mask_may_stick_out_of_its_box(share):
+    "As after a crop: the pixels outside are nobody's loss, and those inside still count."
+    scenes = PanopticScenes(Scenes(2, 128, seed=1))
+    views = DetectionViews(scenes, sizes=Sizes().scaled(128), train=False)
+    images, targets = zip(*[views[0, i] for i in range(2)])
+    targets = [t | {'boxes': t['boxes'] * torch.tensor([1, 1, share, share])} for t in targets]
+    torch.manual_seed(0)
+    model = upsnet(scenes.isthing, backbone='tf_efficientnet_lite0', features=['blocks.1', 'blocks.2', 'blocks.4'],
+                   weights='builtin', frozen=True, channels=16)
+    _, losses = model.train()({'images': torch.stack(images).float() / 255, 'mask': None, 'targets': targets})
+    assert .1 < losses['loss_panoptic'] < 10
 
 
 def test_runs_of_detr_keep_their_names():

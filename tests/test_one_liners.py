@@ -14,6 +14,7 @@ import updetr
 from updetr.core.checkpoint import save_checkpoint
 from updetr.core.config import make_config, model_options
 from updetr.core.photos import BadPhoto, builtin_photos
+from updetr.model.backbone import Backbone
 from updetr.model.updetr import build_updetr
 from updetr.tasks.finetune import finetune_config
 from updetr.tasks.finetune_task import build_module
@@ -65,6 +66,16 @@ def test_one_answer_whatever_the_picture_comes_as(models, name):
     several = ASK[name](models[name], [PHOTO, np.array(Image.open(PHOTO))[:, ::-1].copy(), make(PHOTO)])
     assert len(several) == 3 and all(torch.equal(v, tensors(several[2])[k]) for k, v in tensors(expected).items())
     assert not torch.equal(several[1].image, expected.image) and torch.equal(several[1].image.flip(2), expected.image)
+
+
+@pytest.mark.parametrize('name', ASK)
+def test_nothing_of_a_file_is_trained_where_it_is_asked(models, name):
+    "So its CNN is folded once, also one that was trained, and not anew for every picture."
+    ASK[name](models[name], PHOTO)
+    network = models[name].module if name == 'Detector' else models[name].model
+    assert not any(p.requires_grad for p in network.parameters())
+    cnn, = (m for m in network.modules() if isinstance(m, Backbone))
+    assert cnn._folds.frozen and cnn._folds.live.made is None
 
 
 @pytest.mark.parametrize('name', ASK)

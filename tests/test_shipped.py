@@ -55,6 +55,13 @@ def test_patches_of_photos_never_seen_are_found():
     assert untrained < .3 < .5 < trained
 
 
+def test_a_localizer_that_was_opened_in_inference_mode_keeps_a_photo():
+    with torch.inference_mode(): localizer = QueryPatchLocalizer.demo()
+    photo = localizer.open(PHOTO['coffee'])
+    once, twice = (photo.find([(80, 30, 480, 370)]) for _ in range(2))
+    assert torch.equal(once.boxes, twice.boxes) and photo.encoded is photo.encoded
+
+
 def test_the_detector_finds_the_cat():
     "chelsea is a photo of a cat, and no photo of the training"
     found = Detector.demo()(PHOTO['chelsea'], threshold=.3)

@@ -53,7 +53,7 @@ def cut(
 
 # %% ../../nbs/20_backbone.ipynb #c006
 def make_body(
-    name: str = 'resnet50',  # a torchvision ResNet, else any timm model
+    name: str = 'resnet50',  # a torchvision ResNet, else a timm model for photos of any size
     features: Iterable[str] | None = None,  # layers to cut after; None: the last feature map
     dilation: bool = False,  # stride 16 instead of 32 in the last stage (ResNet-50 and larger)
 ) -> nn.Module:  # without weights; all norms frozen
@@ -134,7 +134,11 @@ def fold_pairs(
         conv.weight, conv.bias = _fuse(conv, norm)
         # of the norm only its activation is left, if it has one
         body.set_submodule(name, getattr(norm, 'act', nn.Identity()))
-    return fx.GraphModule(body, graph).to(memory_format=torch.channels_last), pairs
+    folded = fx.GraphModule(body, graph)
+    # a weight of 3-d convolutions (lambda networks) has no such layout
+    for t in chain(folded.parameters(), folded.buffers()):
+        if t.dim() == 4: t.data = t.to(memory_format=torch.channels_last)
+    return folded, pairs
 
 # %% ../../nbs/20_backbone.ipynb #c014b
 @torch.no_grad()
@@ -458,8 +462,8 @@ class _Kept:
         kinds = [(t.device, t.dtype, t.requires_grad) for t in tensors]
         same = body is self.body and kinds == self.kinds
         # with the same values? An optimizer need not count what it does to a trained weight:
-        # such a weight is never taken for unchanged
-        places = [(t.data_ptr(), t._version) for t in fixed]
+        # such a weight is never taken for unchanged. Tensors of inference mode count nothing
+        places = [(t.data_ptr(), None if t.is_inference() else t._version) for t in fixed]
         unchanged = places == self.places and (self.live or len(fixed) == len(tensors))
         if same and unchanged: return self.made
         # what is kept may be trained with later
@@ -513,6 +517,18 @@ class _Folds:
         self.options = None
         return fold(x)
 
+# %% ../../nbs/20_backbone.ipynb #c017a
+def _map_of(body, name):
+    "Return the map of a small black photo, which tells its shape. ValueError if there is none."
+    try:
+        with torch.no_grad(): probe = join_features(body(torch.zeros(1, 3, 64, 64)))
+        # of a square photo the map is square, channels first
+        if probe.dim() == 4 and probe.shape[2] == probe.shape[3] <= 64: return probe
+        raise ValueError(f'{tuple(probe.shape)} is no map (1, channels, height, width)')
+    except Exception as e:
+        raise ValueError(f'{name} cannot be used: it makes no map of a photo of 64x64 px '
+                         f'({e!r:.150}). Take a network for photos of any size') from e
+
 # %% ../../nbs/20_backbone.ipynb #c017
 class Backbone(nn.Module):
     """A CNN `(B,3,H,W) -> (B,num_channels,H/stride,W/stride)`.
@@ -520,24 +536,22 @@ class Backbone(nn.Module):
     `mean` and `std` are the normalisation that its weights expect."""
     def __init__(
         self,
-        name: str = 'resnet50',  # torchvision ResNet or any timm model
+        name: str = 'resnet50',  # torchvision ResNet, or a timm model for photos of any size
         features: Iterable[str] | None = None,  # layers to cut after, joined; None: the last map
         dilation: bool = False,  # dilated C5
         frozen: bool = True,     # no gradients (Section 3.1.1); False: stem and norms only
     ):
         super().__init__()
         self.name, self.frozen, self.dilation = name, frozen, dilation
-        self._folds = _Folds()
+        self._folds, self.levels = _Folds(), []
         self.features = list(features or (['layer4'] if name in RESNETS else []))
-        self.levels = []
         self.body = make_body(name, features, dilation)
         for key, p in self.body.named_parameters():
             p.requires_grad_(not frozen and not key.startswith(STEM))
         cfg = {} if name in RESNETS else timm.get_pretrained_cfg(name).to_dict()
         self.mean = tuple(cfg.get('mean', IMAGENET_MEAN))
         self.std = tuple(cfg.get('std', IMAGENET_STD))
-        # a small black photo tells the shape of the map
-        with torch.no_grad(): probe = join_features(self.body.eval()(torch.zeros(1, 3, 64, 64)))
+        probe = _map_of(self.body.eval(), name)
         self.num_channels, self.stride = probe.shape[1], 64 // probe.shape[3]
 
     def folded(self) -> nn.Module:
@@ -626,12 +640,7 @@ _all_ = ['WEIGHTS', 'fetch_weights', 'weights_path']  # of notebook 08, known fr
 # %% ../../nbs/20_backbone.ipynb #c033
 PREFIXES = ('module.', 'model.', 'detr.', 'state_dict.', 'backbone.0.body.', 'backbone.', 'body.',
             'resnet.')
-HEADS = (
-    # of image networks
-    'fc.', 'classifier.', 'head.', 'projection_head.', 'prototypes.', 'conv_head.', 'bn2.',
-    # of (UP-)DETR
-    'transformer.', 'class_embed.', 'bbox_embed.', 'query_embed.', 'input_proj.', 'patch2query.',
-    'feature_align.')
+HEADS = 'fc.', 'classifier.', 'head.', 'projection_head.', 'prototypes.', 'conv_head.', 'bn2.'
 
 def _strip(key: str) -> str:
     prefix = next((p for p in PREFIXES if key.startswith(p)), '')
@@ -656,6 +665,22 @@ def read_state_dict(
             break
     if all(isinstance(v, Tensor) for v in state.values()): return state
     raise ValueError(f'{path} holds no state dict of tensors')
+
+# %% ../../nbs/20_backbone.ipynb #c033a
+def _network_name(key, want):
+    "Return the name that the network has for a file's tensor."
+    bare = _strip(key)
+    # timm's features_only renames `stages.0.` to `stages_0.`, or puts `model.` before a name
+    names = bare, bare.replace('.', '_', 1), f'model.{bare}', key.replace('.', '_', 1)
+    return next((name for name in names if name in want), bare)
+
+def _cnn_alone(state):
+    "Return the CNN's tensors of a detector's file; of any other file all."
+    before = {k: k.removesuffix(_strip(k)) for k in state}
+    for place in ('backbone.0.body.', 'backbone.body.', 'backbone.'):
+        own = {k: v for k, v in state.items() if place in before[k]}
+        if own: return own
+    return state
 
 # %% ../../nbs/20_backbone.ipynb #c034
 def _check_fit(state, body, path, name):
@@ -687,9 +712,11 @@ def load_weights(
     # under the names that the network has
     state = read_state_dict(path)
     if weights == 'builtin': state = _rename_lite0(state, name)
-    state = {_strip(k): v for k, v in state.items() if 'num_batches_tracked' not in k}
+    want = body.state_dict()
+    state = {_network_name(k, want): v for k, v in _cnn_alone(state).items()}
+    state = {k: v for k, v in state.items() if k in want or 'num_batches_tracked' not in k}
     _check_fit(state, body, path, name)
-    body.load_state_dict({k: state[k] for k in body.state_dict()})
+    body.load_state_dict({k: state[k] for k in want})
     licence = source.licence if source else f'of the file {path.name}: see its source'
     print(f'{name}: weights {weights}, licence {licence}')
 
@@ -702,7 +729,7 @@ def _rename_lite0(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return dict(zip(want, state.values()))
 
 def build_backbone(
-    name: str = 'resnet50',  # torchvision ResNet or any timm model
+    name: str = 'resnet50',  # torchvision ResNet, or a timm model for photos of any size
     weights: str | None = None,  # a name in `WEIGHTS`, a file, or None for random ones
     features: Iterable[str] | None = None,  # layers to cut after; None: the last feature map
     dilation: bool = False,  # dilated C5

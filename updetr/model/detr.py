@@ -54,7 +54,9 @@ class Standardize(nn.Module):
         "Take the statistics of `x`, a tensor with C channels in dimension `dim`."
         x = x.float().movedim(self.dim, -1).flatten(0, -2)  # (everything else, C)
         self.mean.copy_(x.mean(0))
-        self.std.copy_(x.std(0).clamp(min=1e-6))
+        # one row has no spread, and a channel that is silent in the sample keeps its size
+        std = x.std(0) if len(x) > 1 else torch.zeros_like(self.mean)
+        self.std.copy_(torch.where(std < 1e-6, 1, std))
 
     def forward(self, x):
         # channels last, so that the statistics fit

@@ -68,9 +68,9 @@ _NAMES = {  # project -> beginnings of tensors' names that only its files have
 
 # %% ../../nbs/29_pretrained.ipynb #c004b
 _PACKAGES = {  # project -> packages whose classes stand in its pickles
-    'Ultralytics': ('ultralytics', 'models'),
+    'Ultralytics': ('ultralytics', 'models.yolo', 'models.common'),
     'MMDetection': ('mmengine', 'mmcv', 'mmdet'),
-    'Detectron2': ('detectron2', 'numpy'),
+    'Detectron2': ('detectron2',),
     "Hugging Face's transformers": ('transformers',),
 }
 _LIGHTNING = ('lightning', 'pytorch_lightning', 'lightning_fabric', 'omegaconf')
@@ -97,12 +97,16 @@ def _refusal(path, error):
     if not foreign:
         return ValueError(f'{path} cannot be read: it is cut off, or no file of weights '
                           f'({first_line(error)})')
-    owner = PICKLES.get(foreign[1].split('.')[0], '')
+    named = f'{foreign[1]}.'
+    owner = next((words for package, words in PICKLES.items()
+                  if named.startswith(f'{package}.')), '')
     return ValueError(
         f'{path} holds a pickled {foreign[1]}{owner}. Only tensors, plain values and '
         'argparse.Namespace are read: any other object could run code while it is unpickled. '
         'Ask its author for the state dict alone, or, if you trust the file, make one: '
-        'torch.save(torch.load(path, weights_only=False)["state_dict"], "weights.pth")')
+        'found = torch.load(path, weights_only=False), then '
+        'torch.save(found["model"], "weights.pth"), or found["state_dict"], or '
+        'found.state_dict(), whichever are its tensors')
 
 def _read(path):
     "Return what a .pth or .safetensors file holds, without running anything in it."

@@ -79,6 +79,9 @@ class UPSNet(PanopticFPN):
         for logits, mask, box, kind, keep, target in parts:
             owners = panoptic_logits(logits, mask, box / self.stride, kind, len(self.stuff))
             truth = self.owners(target, keep, logits.shape[-2:])
+            # a crop may leave a bit of a mask outside its box, where its thing is not asked
+            chosen = owners.gather(0, truth.where(truth != IGNORE, 0)[None])[0]
+            truth = truth.where(chosen > NEVER / 2, IGNORE)
             loss = F.cross_entropy(owners[None], truth[None], ignore_index=IGNORE, reduction='sum')
             # the mean over the pixels that count
             counted = (truth != IGNORE).sum().clamp(min=1)

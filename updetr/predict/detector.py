@@ -271,6 +271,8 @@ class Detector:
         `classes`, `category_ids`, dilation=, nheads= say what the file does not."""
         device = check_device(device)
         module, cfg, names, ids = _open(path, told)
+        # nobody trains it here: its CNN is folded once, not for every picture
+        module.requires_grad_(False)
         num = (module.model if isinstance(module, DetectStep) else module).num_classes
         if classes is not None: names = classes
         if names is None: names = [f'class {i}' for i in range(num)]

@@ -372,7 +372,7 @@ def open_huggingface(
     cnn = model.backbone[0]
     cnn.mean = tuple(rule.get('image_mean', cnn.mean))
     cnn.std = tuple(rule.get('image_std', cnn.std))
-    return Detector(DetectStep(model, build_criterion(model)), names, sizes,
+    return Detector(DetectStep(model, build_criterion(model)).requires_grad_(False), names, sizes,
                     size.get('height', 0), category_ids=config.get('category_ids'))
 
 # %% ../../nbs/56_export.ipynb #c023

@@ -360,7 +360,9 @@ class QueryPatchLocalizer:
 
     def mark(self):
         "Return what changes with any weight: what is kept of photos and patches is kept under it."
-        return tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+        # what was made in inference mode counts no changes
+        return tuple((p.data_ptr(), None if p.is_inference() else p._version)
+                     for p in self.model.parameters())
 
     @torch.no_grad()
     def encode(self, image):

@@ -134,6 +134,8 @@ class OneShotDetector:
         `told` is what it does not tell: dilation=True for DC5, nheads."""
         device = check_device(device)
         model, cfg = load_oneshot(path, **told)
+        # nobody trains it here: its CNN is folded once, not for every picture
+        model.requires_grad_(False)
         return cls(model, photo_sizes(cfg), cfg.square, cfg.query_size, cfg.query_shape, device)
 
     @classmethod

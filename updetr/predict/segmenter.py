@@ -219,6 +219,8 @@ class PanopticSegmenter:
         """
         device = check_device(device)
         model, cfg, known = load_segmenter(path, per_head, **told)
+        # nobody trains it here: its CNN is folded once, not for every picture
+        model.requires_grad_(False)
         num = len(known['isthing'])
         names = known['classes'] if classes is None else classes
         if names is None: names = [f'class {i}' for i in range(num)]
