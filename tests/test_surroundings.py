@@ -1,4 +1,5 @@
 "What lies around a run: files that others read, downloads that break off, memory, variables, the commit of the code."
+import dataclasses
 import http.server
 import os
 import subprocess
@@ -7,17 +8,23 @@ import threading
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torchvision.transforms.v2 import functional as F
 
 from updetr.core import checkpoint, shipped
-from updetr.core.checkpoint import save_tensors, write_atomic
+from updetr.core.checkpoint import export_weights, save_tensors, write_atomic
+from updetr.core.config import PLACES, PretrainConfig
 from updetr.core.photos import as_image, builtin_photos, read_photo
 from updetr.core.report import git_commit
 from updetr.core.shipped import WeightSource, fetch_weights
 from updetr.data import loader
 from updetr.experiments import runner
+from updetr.tasks.cnn_task import CNNConfig
+from updetr.tasks.finetune import FinetuneConfig
+from updetr.tasks.oneshot import OneShotConfig
+from updetr.tasks.panoptic_task import PanopticConfig
 from updetr.train.launch import _environment
+from updetr.train.resume import refuse_changes
 
 
 @pytest.fixture
@@ -41,6 +48,18 @@ def test_a_full_disk_is_named_for_tensors_too(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='no room for a.safetensors'):
         write_atomic(tmp_path / 'a.safetensors', lambda p: save_tensors(p, {'a': torch.ones(3)}))
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize('kind', [PretrainConfig, FinetuneConfig, OneShotConfig, PanopticConfig, CNNConfig])
+def test_no_folder_of_this_machine_goes_with_shared_weights(kind, tmp_path):
+    "Nor does a run that goes on mind where they are now"
+    names = [f.name for f in dataclasses.fields(kind) if f.name.split('_')[0] in ('data', 'images', 'pngs', 'instances', 'pretrain')]
+    assert {'data'} <= set(names) <= set(PLACES) and (kind is PretrainConfig or 'images_val' in names)
+    cfg = {name: f'/home/me/{name}' for name in names}
+    export_weights(tmp_path / 'a.safetensors', torch.nn.Linear(1, 1), cfg | {'lr': 1.})
+    with safe_open(tmp_path / 'a.safetensors', 'pt') as f: assert '/home' not in f.metadata()['config']
+    refuse_changes(tmp_path, cfg, {name: f'/elsewhere/{name}' for name in names})
+    with pytest.raises(ValueError, match='lr'): refuse_changes(tmp_path, cfg | {'lr': 1.}, cfg | {'lr': 2.})
 
 
 class Stump(http.server.BaseHTTPRequestHandler):

@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
 
+from .config import PLACES
+
 # %% ../../nbs/06_checkpoint.ipynb #c005
 # what a system says where a disk, a quota or a file is full
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -245,11 +247,9 @@ def save_tensors(
     os.chmod(path, mode)
 
 # %% ../../nbs/06_checkpoint.ipynb #c017
-_PLACES = 'data data_val pretrain images pngs pngs_val instances'.split()
-
 def _without_places(cfg):
     "Return a configuration without files and folders"
-    mine = {k: '' if k in _PLACES else v for k, v in cfg.items()}
+    mine = {k: '' if k in PLACES else v for k, v in cfg.items()}
     # a file of weights was read when the run began, and is not needed any more
     weights = str(cfg.get('weights', ''))
     if os.path.basename(weights) != weights: mine['weights'] = 'none'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DESCRIPTIONS', 'NEIGHBOURS', 'MOST', 'LARGEST_INT', 'LARGEST_FLOAT', 'LONGEST_TEXT', 'CHOICES', 'POSITIVE',
-           'SHARES', 'COUNTS', 'TREE', 'NEUTRAL', 'LATER', 'DetectorConfig', 'ModelConfig', 'SetLossConfig',
+           'SHARES', 'COUNTS', 'TREE', 'NEUTRAL', 'PLACES', 'LATER', 'DetectorConfig', 'ModelConfig', 'SetLossConfig',
            'LossConfig', 'DataConfig', 'multiple', 'TrainConfig', 'PretrainConfig', 'not_known', 'is_place',
            'import_function', 'find_builder', 'require_imported', 'check_names', 'make_config', 'missing_here',
            'check_config', 'plain_variables', 'check_parameters', 'find_data', 'check_devices', 'model_options',
@@ -506,6 +506,8 @@ def loss_options(
 # %% ../../nbs/05_config.ipynb #c029
 NEUTRAL = ('num_workers', 'log_every', 'save_every', 'keep_every', 'max_skips', 'eval_every',
            'eval_backend', 'tensorboard', 'wandb', 'cuda_graphs', 'cuda_graphs_ddp')
+# where somebody's data and the checkpoint to start from lie
+PLACES = ('data', 'data_val', 'images', 'images_val', 'pngs', 'pngs_val', 'instances', 'pretrain')
 # these came later: a file without them is one with these values
 LATER = {'ce_per_process': False, 'detach_recon': True, 'learn_positions': False,
          'images': '', 'images_val': '', 'exif': 'sizes', 'missing': 'refuse', 'val_share': .2,

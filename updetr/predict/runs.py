@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import torch
 
 from ..model.backbone import fetch_weights
-from ..core.config import check_devices, check_parameters, make_config, plain_variables
+from ..core.config import PLACES, check_devices, check_parameters, make_config, plain_variables
 from ..train.launch import launch, read_record
 from ..tasks.pretrain_task import find_photos, pretrain_marks
 from ..core.report import mean_and_spread
@@ -140,8 +140,7 @@ def parameter_lines(
 
 # %% ../../nbs/57_runs.ipynb #c014
 # parameters whose texts are somebody's folders and files: not for reports
-PATHS = ['data', 'data_val', 'pretrain', 'boxes', 'images', 'images_val', 'pngs', 'pngs_val',
-         'instances', 'photos', 'labelled']
+PATHS = [*PLACES, 'boxes', 'photos', 'labelled']
 
 def usual_parameters(
     notebook: str | Path,  # .ipynb

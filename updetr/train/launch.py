@@ -24,8 +24,8 @@ from pathlib import Path
 import psutil
 
 from ..core.checkpoint import json_text, write_json
-from ..core.config import NEUTRAL, cfg_changes
-from .resume import PLACES, check_data, refuse_changes
+from ..core.config import NEUTRAL, PLACES, cfg_changes
+from .resume import check_data, refuse_changes
 from ..core.signals import file_locks, usable_cores
 
 # %% ../../nbs/34_launch.ipynb #c006
