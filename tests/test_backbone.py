@@ -194,6 +194,28 @@ def test_an_evaluation_sees_what_no_counter_counts(frozen, change):
         torch.testing.assert_close(after[0], want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
+def test_it_follows_every_step_and_what_is_frozen_later():
+    cnn, part = Backbone('resnet18', frozen=False), torch.randn(1, 3, 64, 64)
+
+    def agrees():
+        with torch.no_grad(): as_it_is = join_features(cnn.body(part))
+        return torch.allclose(cnn(part), as_it_is, rtol=1e-4, atol=1e-4 * as_it_is.abs().max())
+
+    def learn():
+        optimizer = torch.optim.Adam([p for p in cnn.parameters() if p.requires_grad], 1e-3)
+        cnn(part).square().mean().backward()
+        learnt = {k.split('.')[1] for k, p in cnn.named_parameters() if p.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+        return learnt
+
+    for _ in range(2): assert learn() == {'layer2', 'layer3', 'layer4'} and agrees()
+    cnn.body.layer2.requires_grad_(False)
+    assert learn() == {'layer3', 'layer4'} and agrees()
+    cnn.eval()
+    with torch.no_grad(): assert agrees()
+
+
 def test_half_precision_is_autocasts(cnn, x):
     "A copy in bf16 under autocast, bit for bit what autocast makes of the folded network; each precision keeps its own."
     cnn, x = cnn.float().requires_grad_(False), x.float()

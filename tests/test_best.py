@@ -165,3 +165,13 @@ def test_what_cannot_be_the_best_is_refused():
     assert panoptic_config.__globals__['PanopticConfig'](stage='masks').metrics[0] == 'PQ'
     with pytest.raises(ValueError, match='patience must'): finetune_config('demo', patience=-1)
     with pytest.raises(ValueError, match='needs eval_every'): finetune_config('demo', patience=1, eval_every=0)
+    with pytest.raises(ValueError, match='best_metric chooses among evaluations'): finetune_config('demo', best_metric='AP', eval_every=0)
+
+
+def test_a_number_that_these_photos_do_not_give_is_named(tmp_path, capsys):
+    "No object of scenes of 64 px is large: by APL nothing can be chosen"
+    write_json(tmp_path / 'cfg.json', dataclasses.asdict(finetune_config('demo', **TINY | dict(best_metric='APL'))))
+    finish(tmp_path)
+    said = capsys.readouterr().out
+    assert 'best_metric APL cannot be measured on these photos' in said and 'best_iou' in said.split('Measured:')[1]
+    assert not (tmp_path / 'best.pth').exists()

@@ -18,6 +18,7 @@ from updetr.core.photos import builtin_photos
 from updetr.core.shipped import shipped
 from updetr.predict import commands
 from updetr.predict.commands import predict, predict_command
+from updetr.tasks.finetune import finetune_config
 
 
 def run(monkeypatch, *words):
@@ -93,3 +94,23 @@ def test_names_of_skipped_files_with_line_breaks_and_colons(photos, tmp_path, ca
     assert 'skipped 3, all in skipped.txt: 3 not an image\n' in capsys.readouterr().out
     lines = (tmp_path / 'found/skipped.txt').read_text(encoding='utf-8').splitlines()
     assert lines == [f'{photos}/{name}: not an image' for name in ('a b.txt', 'c: d.txt', 'e .txt')]
+
+
+def test_evaluate_counts_as_the_run_did(tmp_path, monkeypatch):
+    "Its rules for boxes and photos, and the place that was named also for the photos it was trained on."
+    asked = []
+    def opened(data, split=None, year=None, classes=None, **rules):
+        asked.append((split, year, rules))
+        if (split, year) == ('train', '2007'): raise ValueError('no such year')
+        return 'set'
+    cfg = finetune_config('demo', data='gone', difficult='keep', missing='skip', exif='stored')
+    monkeypatch.setattr(commands, 'open_dataset', opened)
+    monkeypatch.setattr(commands, 'dataset_parts', lambda *args: ['train', 'test'])
+    rules = dict(difficult='keep', exif='stored', missing='skip')
+    for known, expected in ((cfg, rules), (None, {})):
+        monkeypatch.setattr(commands, 'run_config', lambda file, known=known: known)
+        asked.clear()
+        assert commands.evaluation_set('x.pth', tmp_path, 'test', '2007', 'photos') == 'set'
+        assert commands.training_set('x.pth', tmp_path, 'test', '2007', 'photos') == 'set'
+        assert asked == [('test', '2007', {'images': 'photos'} | expected), ('train', '2007', {'images': 'photos'}),
+                         ('train', None, {'images': 'photos'})]

@@ -16,6 +16,7 @@ from conftest import ROOT
 from tools.cells import run_cells
 from updetr.core.config import make_config
 from updetr.core.fingerprint import mark_set, same_data
+from updetr.data.annotations import labelme_objects
 from updetr.data.check import check_dataset, suggest
 from updetr.data.datasets import dataset_parts, open_dataset
 from updetr.predict.commands import evaluate
@@ -482,6 +483,14 @@ def test_a_yaml_that_cannot_be_meant_is_named(text, pictures, tmp_path):
     _yolo_classes(pictures, tmp_path)
     (tmp_path / 'data.yaml').write_text(text)
     with pytest.raises(ValueError, match='data.yaml'): open_dataset(tmp_path)
+
+
+def test_a_turned_rectangle_of_labelme_has_a_box(tmp_path):
+    "Four corners, as LabelMe's oriented_rectangle and X-AnyLabeling's rotation have them"
+    for kind in ('oriented_rectangle', 'rotation', 'polygon'):
+        shape = {'label': 'cat', 'shape_type': kind, 'points': [[10, 0], [20, 10], [10, 20], [0, 10]]}
+        text(tmp_path / 'a.json', json.dumps({'shapes': [shape], 'imagePath': 'a.jpg', 'imageHeight': 32, 'imageWidth': 32}))
+        assert labelme_objects(tmp_path / 'a.json') == ([('cat', [0., 0., 20., 20.], False)], (32, 32), 0)
 
 
 def grey(path, value):

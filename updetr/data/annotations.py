@@ -275,7 +275,8 @@ def yolo_objects(
 
 # %% ../../nbs/14_annotations.ipynb #l002
 # kinds of shapes that have a box, with the fewest points of each
-_SHAPES = {'rectangle': 2, 'polygon': 3, 'rotation': 3, 'circle': 2, 'mask': 2}
+_SHAPES = {'rectangle': 2, 'polygon': 3, 'rotation': 3, 'oriented_rectangle': 3, 'circle': 2,
+           'mask': 2}
 
 def _shape_edges(shape, where):
     "[x1, y1, x2, y2] of a shape; None for one without a box"

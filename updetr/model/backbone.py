@@ -13,6 +13,7 @@ __all__ = ['NORMS', 'RESNETS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'KINDS', 'STEM',
 import copy
 import math
 import operator
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
+from unittest.mock import patch
 
 import timm
 import torch
@@ -30,7 +32,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models import feature_extraction
 from torchvision.ops import FrozenBatchNorm2d
 
 from ..core.shipped import WEIGHTS, fetch_weights, weights_path
@@ -41,6 +43,27 @@ NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
 RESNETS = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152')
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+# %% ../../nbs/20_backbone.ipynb #th000002
+_TRACING = threading.RLock()
+
+class _OneThread:
+    "A tracer that leaves the calls of other threads as they are"
+    def trace(self, *args, **options):
+        self.thread = threading.get_ident()
+        with _TRACING: return super().trace(*args, **options)
+
+    def call_module(self, m, forward, args, kwargs):
+        if threading.get_ident() != self.thread: return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr, value, proxies):
+        if threading.get_ident() != self.thread: return value
+        return super().getattr(attr, value, proxies)
+
+class _PathTracer(_OneThread, feature_extraction.NodePathTracer):
+    "Torchvision's own, of one thread"
+
+# %% ../../nbs/20_backbone.ipynb #th000003
 def cut(
     net: nn.Module,           # a network that torch.fx can trace
     features: Iterable[str],  # names of layers
@@ -49,7 +72,9 @@ def cut(
 
     Raises ValueError for an unknown layer (from torchvision)."""
     leaves = list({type(m) for m in net.modules() if isinstance(m, (nn.Conv2d, *NORMS))})
-    return create_feature_extractor(net, list(features), tracer_kwargs={'leaf_modules': leaves})
+    with _TRACING, patch.object(feature_extraction, 'NodePathTracer', _PathTracer):
+        return feature_extraction.create_feature_extractor(
+            net, list(features), tracer_kwargs={'leaf_modules': leaves})
 
 # %% ../../nbs/20_backbone.ipynb #c006
 def make_body(
@@ -95,7 +120,7 @@ def join_features(
     return torch.cat(pooled, 1)
 
 # %% ../../nbs/20_backbone.ipynb #c014
-class _Tracer(fx.Tracer):
+class _Tracer(_OneThread, fx.Tracer):
     def is_leaf_module(self, m, name):
         return isinstance(m, (nn.Conv2d, *NORMS)) or super().is_leaf_module(m, name)
 

@@ -293,7 +293,7 @@ def evaluation_set(
     year: str | None,        # of VOC, or of COCO
     images: str | None,      # folder of the photos
 ):                           # labelled set
-    """Return the photos to evaluate on, with the classes that a run was asked for.
+    """Return the photos to evaluate on, with the classes and by the rules of a run.
 
     Raises what `open_dataset` raises."""
     parts, cfg = dataset_parts(data, images), run_config(checkpoint)
@@ -302,7 +302,9 @@ def evaluation_set(
     if not kept or cfg is None or cfg.data_val:
         names = cfg.classes if cfg else ''
         classes = [name.strip() for name in names.split(',') if name.strip()]
-        return open_dataset(data, split, year, classes or None, images=images)
+        # boxes and photos count as they did in the run
+        rules = {k: getattr(cfg, k) for k in ('difficult', 'exif', 'missing')} if cfg else {}
+        return open_dataset(data, split, year, classes or None, images=images, **rules)
     where = {'data': str(data), 'images': images or '', 'year': year or cfg.year, 'photos': 0}
     return open_sets(dataclasses.replace(cfg, **where))[1]
 
@@ -311,6 +313,8 @@ def training_set(
     checkpoint: str | Path,  # file of a detector
     data: str | Path,        # data set to be evaluated on
     split: str | None,       # its part
+    year: str | None = None,    # of VOC, or of COCO
+    images: str | None = None,  # folder of the photos
 ):                           # labelled set, or None
     "Return what a detector was trained on: by its own word, else the part train of the same set."
     cfg = run_config(checkpoint)
@@ -318,8 +322,11 @@ def training_set(
         if cfg and cfg.data and os.path.exists(cfg.data): return open_sets(cfg)[0]
     except (ValueError, OSError): pass
     if split in (None, 'train'): return None
-    try: return open_dataset(data, 'train')
-    except (ValueError, OSError): return None
+    # the photos of a year may have been trained on with those of others
+    for some in dict.fromkeys((year, None)):
+        try: return open_dataset(data, 'train', some, images=images)
+        except (ValueError, OSError): continue
+    return None
 
 def photo_findings(
     dataset,  # labelled set to evaluate on
@@ -512,7 +519,8 @@ def evaluate(
         raise ValueError(f'nms {nms} must be an IoU between 0 and 1, such as 0.5')
     dataset = evaluation_set(checkpoint, data, split, year, images)
     print(getattr(dataset, 'note', '') or dataset, file=sys.stderr)
-    findings = photo_findings(dataset, training_set(checkpoint, data, split))
+    trained = training_set(checkpoint, data, split, year, images)
+    findings = photo_findings(dataset, trained)
     findings['whole'] = split is None
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -206,14 +206,15 @@ class LastSeen:
     def __call__(self, pictures, mark=None):
         "Return the results, computed for what is new; under another `mark` all is new."
         names = [(mark, p.numpy().tobytes()) for p in pictures]
-        # only new pictures are computed
-        new = [i for i, name in enumerate(names) if name not in self.kept]
+        # only new pictures are computed; another thread may put its own in the place of these
+        kept = self.kept
+        new = [i for i, name in enumerate(names) if name not in kept]
         if new:
             results = self.function(pictures[new])
-            self.kept |= {names[i]: result for i, result in zip(new, results)}
+            kept = kept | {names[i]: result for i, result in zip(new, results)}
         # only those of this batch are kept
-        self.kept = {name: self.kept[name] for name in names}
-        return torch.stack([self.kept[name] for name in names])
+        self.kept = {name: kept[name] for name in names}
+        return torch.stack([kept[name] for name in names])
 
 # %% ../../nbs/53_localizer.ipynb #c022
 def cut_queries(

@@ -124,9 +124,13 @@ class OneShotDetector:
         self.device = device
         # DETR is asked with the mean of a picture's map, the others with the whole map
         self.pooled = isinstance(model, UPDETR)
-        self.ask = model_answer(model) if self.pooled else system_answer(model)
         self.sizes, self.square = sizes, square
         self.query_size, self.query_shape = query_size, query_shape
+
+    @property
+    def ask(self):
+        "Return the function that answers: made anew, so that a copy asks its own model."
+        return model_answer(self.model) if self.pooled else system_answer(self.model)
 
     @classmethod
     def from_checkpoint(cls, path, device='cpu', **told):

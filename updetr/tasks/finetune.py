@@ -152,6 +152,8 @@ class TransferConfig(TrainConfig, LabelledConfig, SetLossConfig, DetectorConfig)
                    f'choose {", ".join(self.metrics)}')
         if self.patience and not self.eval_every:
             yield 'patience counts evaluations: it needs eval_every above 0'
+        if self.best_metric and not self.eval_every:
+            yield 'best_metric chooses among evaluations: it needs eval_every above 0'
         if self.scene_size < 32 or self.val_size < 1:
             yield (f'scene_size {self.scene_size} must be at least 32, '
                    f'val_size {self.val_size} at least 1')

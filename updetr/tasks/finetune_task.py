@@ -305,6 +305,11 @@ class LabelledRun:
 
     def measured(self, folder, state, model):
         "Keep the best weights of the run, and the last evaluations (notebook 37)."
+        if not any(f'test_{self.metric}' in row for row in state.evaluations):
+            # no large object for APL, say
+            has = [k.removeprefix('test_') for k in state.evaluations[-1] if k.startswith('test_')]
+            print(f'best_metric {self.metric} cannot be measured on these photos: no best weights '
+                  f'are kept, and patience does not count. Measured: {", ".join(has)}', flush=True)
         about = self.notes | {'data': short_marks(self.marks)}
         about |= {'args': dataclasses.asdict(self.cfg), 'step': state.step}
         keep_best(folder, self.metric, state.evaluations, model.state_dict(), about)
