@@ -71,6 +71,10 @@ $(STAMP): $(PY) requirements.txt pyproject.toml
 	$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
+# Scripts in $(VENV) and its link to the package name this folder: where it was moved or copied, it is made anew.
+ifneq ($(shell cat $(VENV)/.place 2> /dev/null || pwd -P),$(CURDIR))
+.PHONY: $(PY)
+endif
 $(PY):
 	@command -v $(PYTHON) > /dev/null || { \
 	  echo "updetr: there is no '$(PYTHON)' here. Install Python 3.10 or newer, or name yours: make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -80,3 +84,4 @@ $(PY):
 	  echo "updetr: '$(PYTHON)' cannot make virtual environments (no venv or ensurepip)." \
 	       "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
+	@pwd -P > $(VENV)/.place

@@ -147,6 +147,26 @@ def test_toy_scale_is_small_and_claims_nothing(tmp_path):
     assert study.seeds == [42] and 'nothing is decided' in show_claims(study) and 'holds' not in show_claims(study)
 
 
+@pytest.mark.parametrize('scale', ['toy', 'small', 'mini'])
+def test_no_training_has_fewer_photos_than_a_batch(scale):
+    "It would be refused after the others have been trained, and its table could not be made"
+    site = Scale(scale) if scale == 'toy' else Scale(scale, '/photos', '/labelled')
+    steps = {step for id in EXPERIMENTS for arm in experiment(id, site).arms.values() for step in job_chain(arm)}
+    for cfg in (configure(step, 42) for step in steps):
+        number = getattr(cfg, 'views', 0) or getattr(cfg, 'photos', 0) or getattr(cfg, 'scenes', 0)
+        assert not number or number >= cfg.batch_size, cfg
+
+
+def test_a_report_names_the_photos_that_were_trained_on(tmp_path):
+    "At paper scale, too: ImageNet stands only where a plan has no data"
+    for name in ('train/a/1.jpg', 'train/b/2.jpg', 'train/b/3.jpg', 'val/a/4.jpg', 'val/b/5.jpg'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    def summary(**data): return dataclasses.astuple(data_summary(configure(Scale('paper', **data).base('pretrain'), 42)))
+    assert summary(photos=str(tmp_path)) == (tmp_path.name, 3, 2) and summary(photos=str(tmp_path / 'train')) == ('train', 3, 0)
+    assert summary() == ('ImageNet', 1_281_167, 50_000)
+
+
 def test_plan_only_prints_the_papers_plan(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     notebook = ROOT / 'nbs/experiments/table6_frozen_recon.ipynb'

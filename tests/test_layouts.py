@@ -16,6 +16,7 @@ from conftest import ROOT
 from tools.cells import run_cells
 from updetr.core.config import make_config
 from updetr.core.fingerprint import mark_set, same_data
+from updetr.core.photos import index_photos, walk_files
 from updetr.data.annotations import labelme_objects
 from updetr.data.check import check_dataset, suggest
 from updetr.data.datasets import dataset_parts, open_dataset
@@ -26,6 +27,7 @@ from updetr.tasks.finetune import finetune_config, open_sets
 from updetr.tasks.finetune_task import TASK
 from updetr.tasks.oneshot import oneshot_config
 from updetr.tasks.panoptic_task import panoptic_config
+from updetr.train.features import set_key
 from updetr.train.loop import Processes, train
 
 # what was drawn: photo -> its size (width, height) and its objects, by the photo's edges in pixels from 0
@@ -551,3 +553,34 @@ def test_a_part_is_read_with_its_own_photos(tmp_path, kind, lost):
     assert greys(open_dataset(tmp_path, 'val', missing='skip')) == [(200, 'cat')] * (3 - lost)
     errors = check_dataset(open_dataset(tmp_path, 'val')).errors
     assert len(errors) == lost and all('000000.png' in error for error in errors)
+
+
+def test_stated_sizes_are_part_of_what_features_are_kept_under(tmp_path):
+    "Width and height exchanged, as `check_dataset` advises where boxes were drawn upright: the photo is read another way"
+    grey(tmp_path / 'a.png', 50)
+    keys = []
+    for width, height in ((80, 60), (60, 80)):
+        coco = dict(images=[dict(id=0, file_name='a.png', width=width, height=height)], categories=[dict(id=1, name='cat')],
+                    annotations=[dict(id=0, image_id=0, category_id=1, bbox=[4, 4, 16, 16], area=256, iscrowd=0)])
+        text(tmp_path / 'a.json', json.dumps(coco))
+        keys.append(set_key(open_dataset(tmp_path / 'a.json')))
+    assert keys[0] != keys[1]
+
+
+def test_a_box_over_the_edge_does_not_turn_a_photo(tmp_path):
+    "YOLO's fractions are of the photo as it is seen: its size was read from the file, and is right"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / 'images').mkdir()
+    Image.fromarray(np.zeros((600, 800, 3), np.uint8)).save(tmp_path / 'images/0.jpg', exif=exif)
+    text(tmp_path / 'labels/0.txt', '0 .9 .2 .206 .2')
+    table = open_dataset(tmp_path)
+    assert table[0]['image'].shape == (3, 800, 600) and not table.table.notes[1:] and table[0]['boxes'][0, 3] < 250
+
+
+def test_hidden_folders_are_no_photos(tmp_path):
+    "git-lfs and DVC keep a copy of each photo: it would lie on both sides of a split"
+    grey(tmp_path / 'photos/a.png', 50)
+    for hidden in ('.git/lfs/objects/01/ff', '.dvc/cache/2', 'photos/.thumbnails'): grey(tmp_path / hidden / '01ff94.png', 50)
+    assert walk_files(tmp_path)[0] == ['photos/a.png'] and index_photos(tmp_path, min_side=1).paths == ['photos/a.png']
+    assert walk_files(tmp_path / '.git')[0]

@@ -16,6 +16,7 @@ from test_masks import SIZES, make, photos
 from tools.processes import in_processes
 from updetr.core.checkpoint import write_json
 from updetr.core.photos import read_photo
+from updetr.data.check import start_notes
 from updetr.data.scenes import Scenes
 from updetr.data.transforms import DetectionViews
 from updetr.model.detr import build_detr
@@ -535,3 +536,22 @@ def test_training_steps_on_coco(coco):
     evaluator = PanopticEvaluator(train.classes, train.isthing)
     for i, answer in zip((3, 4), answers): evaluator.update(train.image_ids[i], train.panoptic(i), answer)
     assert 0 <= evaluator.summary()['PQ'] < 20
+
+
+@pytest.mark.parametrize('masks', [True, False])
+def test_missing_training_photos_are_refused_before_the_start(masks, scenes, tmp_path):
+    "A photo that is not there was replaced by the next one, and only a file of the run said so"
+    (tmp_path / 'annotations').mkdir()
+    for part in ('train', 'val'):
+        write_photos(tmp_path / f'{part}2017', scenes)
+        write_panoptic(tmp_path / f'annotations/panoptic_{part}2017.json', {i: scenes.panoptic(i) for i in range(6)}, scenes)
+    train, val = (open_panoptic(tmp_path, part, masks=masks) for part in ('train', 'val'))
+    start_notes(train, val, 0)
+    photo, png = train.photos / train.files[2], train.pngs / train.rows[3][1]
+    photo.rename(tmp_path / 'away')
+    with pytest.raises(ValueError, match=f'files missing: 1, first .*{photo.name}.*images=FOLDER'): start_notes(train, val, 0)
+    (tmp_path / 'away').rename(photo)
+    png.unlink()
+    if masks:
+        with pytest.raises(ValueError, match=f'files missing: 1, first .*{png.name}'): start_notes(train, val, 0)
+    else: start_notes(train, val, 0)

@@ -59,6 +59,23 @@ def test_set_up_again_when_pins_change(project, name):
     assert rc == 0 and 'install -r requirements.txt' in calls and 'venv --clear' not in calls
 
 
+@pytest.mark.parametrize('move', [shutil.copytree, os.rename])
+def test_set_up_anew_in_another_place(project, move):
+    "Scripts and the link to the package name the old folder; an environment of before the mark is left alone."
+    project('setup')
+    later(project.folder/'.venv/.installed')
+    (there := project.folder/'a place').mkdir()
+    for name in ('Makefile', 'requirements.txt', 'pyproject.toml'): shutil.copy2(project.folder/name, there)
+    move(project.folder/'.venv', there/'.venv')
+    for expected in (True, False):
+        rc, _, calls = project('-C', str(there), 'setup')
+        said = (there/'calls').read_text() if (there/'calls').exists() else ''
+        assert rc == 0 and ('venv --clear .venv' in said and 'install -r' in said) == expected
+        (there/'calls').unlink(missing_ok=True)
+    (there/'.venv/.place').unlink()
+    assert project('-C', str(there), 'setup')[0] == 0 and not (there/'calls').exists()
+
+
 def test_interrupted_set_up_goes_on(project):
     (project.folder/'no-registry').touch()
     rc, _, calls = project('test')

@@ -66,6 +66,9 @@ def write_project(root, cells):
     (root / 'reports' / 'README.md').write_text('# Reports')
     (root / 'reports' / EVIL).mkdir()
     nbformat.write(hostile_report(), root / 'reports' / EVIL / 'first.ipynb')
+    # what Jupyter leaves beside a notebook that was opened and saved
+    (root / 'reports' / EVIL / '.ipynb_checkpoints').mkdir()
+    nbformat.write(hostile_report(), root / 'reports' / EVIL / '.ipynb_checkpoints' / 'first-checkpoint.ipynb')
     for name, (head, *code) in cells.items():
         nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(head), *map(nbformat.v4.new_code_cell, code)])
         nbformat.write(nb, root / 'nbs' / f'{name}.ipynb')

@@ -2,9 +2,13 @@
 import dataclasses
 import http.server
 import os
+import resource
+import shutil
 import subprocess
 import threading
+from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -19,10 +23,13 @@ from updetr.core.report import git_commit
 from updetr.core.shipped import WeightSource, fetch_weights
 from updetr.data import loader
 from updetr.experiments import runner
+from updetr.predict.runs import usual_parameters
 from updetr.tasks.cnn_task import CNNConfig
 from updetr.tasks.finetune import FinetuneConfig
 from updetr.tasks.oneshot import OneShotConfig
 from updetr.tasks.panoptic_task import PanopticConfig
+from updetr.train import loop
+from updetr.train.board import WandbBoard
 from updetr.train.launch import _environment
 from updetr.train.resume import refuse_changes
 
@@ -178,3 +185,31 @@ def test_a_resized_picture_of_floats_is_a_picture(size):
     assert as_image(torch.tensor([[[-5e-4, 1.0005]]]).expand(3, 1, 2)).tolist() == [[[0, 255]]] * 3
     with pytest.raises(ValueError, match='clip'): as_image(np.full((4, 4, 3), 1.2, np.float32))
     with pytest.raises(ValueError, match='uint8'): as_image(np.full((4, 4, 3), 200., np.float32))
+
+
+def test_a_copied_run_has_a_curve_of_its_own(tmp_path):
+    "On Weights & Biases; a run that was moved, or began before the place was kept, has the old one"
+    def identity(name): return WandbBoard(tmp_path / name, None)._id()
+    (tmp_path / 'a').mkdir()
+    first = identity('a')
+    shutil.copytree(tmp_path / 'a', tmp_path / 'copy')
+    second = identity('copy')
+    assert identity('a') == first != second == identity('copy')
+    (tmp_path / 'a').rename(tmp_path / 'moved')
+    assert identity('moved') == first
+    (tmp_path / 'copy' / 'wandb_id.txt').write_text('0123')
+    assert identity('copy') == '0123'
+
+
+@pytest.mark.parametrize('system, bytes_a_unit', [('Linux', 1024), ('Darwin', 1)])
+def test_memory_is_told_in_megabytes(system, bytes_a_unit, monkeypatch):
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    monkeypatch.setattr(loop.os, 'uname', lambda: SimpleNamespace(sysname=system))
+    monkeypatch.setattr(loop.torch.cuda, 'is_available', lambda: False)
+    assert loop.peak_memory_mb() == pytest.approx(held * bytes_a_unit / 2**20, rel=.05)
+
+
+def test_a_value_that_is_computed_in_the_parameters_cell_is_no_default(tmp_path):
+    cell = nbformat.v4.new_code_cell('lr: float = 4 * 1e-4\nepochs: int = 3', metadata={'tags': ['parameters']})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / 'a.ipynb')
+    assert usual_parameters(tmp_path / 'a.ipynb') == {'epochs': 3}

@@ -83,7 +83,8 @@ def collect(root, source):
     "README, notebooks, reports, and the pictures and scripts that they show, in the folder `source`; the table of contents."
     shutil.rmtree(source, ignore_errors=True)
     (source / 'nbs').mkdir(parents=True)
-    shutil.copytree(root / 'reports', source / 'reports')
+    # without what Jupyter keeps beside an opened notebook
+    shutil.copytree(root / 'reports', source / 'reports', ignore=shutil.ignore_patterns('.*'))
     if (root / 'nbs/images').exists(): shutil.copytree(root / 'nbs/images', source / 'nbs/images')
     for name in ('README.md', 'LICENSE'): shutil.copy(root / name, source / {'README.md': 'index.md'}.get(name, name))
     (source / 'site.css').write_text(CSS + DARK_CSS)
@@ -94,7 +95,7 @@ def collect(root, source):
         (page := source / p.relative_to(root)).parent.mkdir(exist_ok=True)
         nbformat.write(shown(p, known), page)
     for p in (root / 'nbs/tutorials').glob('*.py'): shutil.copy(p, source / p.relative_to(root))
-    executed = sorted((root / 'reports').rglob('*.ipynb'))
+    executed = sorted(root / p.relative_to(source) for p in (source / 'reports').rglob('*.ipynb'))
     for p in executed:
         of = [Path('../..') / n.relative_to(root) for n in notebooks + apart['experiments'] if n.name == p.name]
         nbformat.write(shown(p, known, report_of=of[0] if of else ''), source / p.relative_to(root))

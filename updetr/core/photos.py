@@ -504,7 +504,7 @@ class PhotoIndex:
 def walk_files(
     root,    # folder
 ) -> tuple:  # names relative to `root`, sorted; (folder, reason) where that failed
-    "Return all files below a folder, links followed, each folder once."
+    "Return all files below a folder, links followed, each folder once, hidden ones left out."
     seen, files, closed = set(), [], []
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=closed.append):
         info = os.stat(folder)
@@ -514,7 +514,8 @@ def walk_files(
             subfolders.clear()
             continue
         seen.add(place)
-        subfolders.sort()
+        # copies that git-lfs and DVC keep, waste baskets, thumbnails
+        subfolders[:] = sorted(name for name in subfolders if name[0] != '.')
         relative = os.path.relpath(folder, root)
         files += names if relative == '.' else [os.path.join(relative, name) for name in names]
     unlisted = [(os.path.relpath(e.filename, root), f'folder cannot be listed: {e.strerror}')

@@ -352,6 +352,7 @@ def whole_sets(
         if not any(ds is w for w in wholes): wholes.append(ds)
     return wholes
 
+# %% ../../nbs/17_check.ipynb #c010rs
 def _require_start(ds):
     "ValueError if photos are missing, or if there is nothing to train on"
     table = ds.table
@@ -363,6 +364,16 @@ def _require_start(ds):
         errors = [missing, *errors]
     if errors: raise ValueError(f'{printable(table.source)}: {"; ".join(errors)}')
 
+def _require_files(ds):
+    "ValueError if photos of a panoptic set are missing, or PNGs that are used"
+    files = [ds.photos / file for file in ds.files]
+    if ds.masks: files += [ds.pngs / png for _, png, _ in ds.rows]
+    gone = [file for file in files if not os.path.lexists(file)]
+    if gone:
+        raise ValueError(f'{printable(ds.source)}: files missing: {len(gone):,}, first '
+                         f'{printable(gone[0])}{_WAYS_OUT["missing"]}')
+
+# %% ../../nbs/17_check.ipynb #c010sn
 def start_notes(
     train,         # set to train on
     val,           # set to evaluate on
@@ -377,6 +388,8 @@ def start_notes(
             _require_start(ds)
             notes += [repr(ds), *ds.table.notes]
         else:
+            # scenes have no files
+            if hasattr(ds, 'pngs'): _require_files(ds)
             notes += getattr(ds, 'notes', [])
     text = query_trouble(train, queries) if queries else None
     if text: notes.append(f'warning: {text}')

@@ -450,7 +450,8 @@ def _object_columns(found, label, one_based):
         'iscrowd': np.zeros(len(found), bool),
         'difficult': np.array([d for *_, d in found], bool)}
 
-def _objects_table(source, root, files, objects, sizes, names, classes, one_based, exif, notes):
+def _objects_table(source, root, files, objects, sizes, names, classes, one_based, exif, notes,
+                   stated=True):
     "Table of photos with their objects, where classes are known by names only"
     found = [(i, *thing) for i, some in enumerate(objects) for thing in some]
     classes, label = _choose(names, classes, source, notes)
@@ -459,7 +460,8 @@ def _objects_table(source, root, files, objects, sizes, names, classes, one_base
     table = Table(source, root, files, ids, sizes, classes, list(range(1, len(classes) + 1)),
                   list(range(1, len(found) + 1)), **_object_columns(found, label, one_based),
                   file_ids=ids, exif=exif, notes=notes)
-    return _upright_sizes(table) if exif == 'sizes' else table
+    # sizes that were read from the photos are right already
+    return _upright_sizes(table) if exif == 'sizes' and stated else table
 
 def _voc_size(tree): return [text_number(tree.findtext(f'size/{k}')) for k in ('height', 'width')]
 
@@ -553,7 +555,7 @@ def _open_pairs(layout, split, classes, one_based, exif, missing):
     names = list(layout.names.values()) or sorted(names, key=_by_name)
     if not names: raise ValueError(f'{source}: no label file has an object')
     return _objects_table(source, root, files, objects, sizes, names, classes,
-                          one_based and kind == 'XML', exif, notes)
+                          one_based and kind == 'XML', exif, notes, stated=kind != 'YOLO')
 
 # %% ../../nbs/16_datasets.ipynb #o003
 def _csv_files(file, layout, photos):

@@ -35,6 +35,7 @@ from ..tasks.finetune import checkpoint_sizes, open_sets, start_file
 from .jobs import Job, configure, job_chain, job_folder
 from ..train.launch import read_log
 from ..tasks.panoptic_task import open_panoptic_sets
+from ..core.photos import walk_files
 from ..core.pictures import plain_label
 from updetr.core.report import (
     escape, markdown_table, mean_and_spread, provenance, save_metrics, smooth,
@@ -58,6 +59,13 @@ class DataSummary:
     n_train: int  # photos, scenes or views to train on
     n_test: int   # photos or scenes to measure on; 0 = not known before the run
 
+def _photos_summary(cfg, name):
+    "Photos without labels, as many as there are files"
+    # only a plan has no data: the paper's set stands in
+    if not cfg.data: return DataSummary(*IMAGENET)
+    counts = [len(walk_files(place)[0]) if place else 0 for place in find_data(cfg, builtin=False)]
+    return DataSummary(name or Path(cfg.data).name, *counts)
+
 def data_summary(
     cfg: TrainConfig,  # of a job
     name: str = '',    # of the data, for tables; '' = the folder's
@@ -66,7 +74,7 @@ def data_summary(
 
     Raises FileNotFoundError or ValueError for data that is not as expected."""
     if cfg.task == 'pretrain':
-        if not cfg.views: return DataSummary(*IMAGENET)
+        if not cfg.views: return _photos_summary(cfg, name)
         usual = 'photos of your own' if cfg.data else 'built-in photos'
         return DataSummary(name or usual, cfg.views, 0)
     if cfg.scenes: return DataSummary('built-in scenes', cfg.photos or cfg.scenes, cfg.scenes_val)

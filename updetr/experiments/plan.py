@@ -9,7 +9,7 @@ __all__ = ['TYPICAL', 'count_flops', 'photo_gflops', 'photo_memory', 'Plan', 'ma
 from dataclasses import dataclass
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..train.graphs import saved_bytes
 from ..core.config import PretrainConfig, loss_options, model_options
@@ -20,12 +20,19 @@ from ..model.updetr import UPDETR, build_updetr
 # %% ../../nbs/61_plan.ipynb #c005
 TYPICAL = (416, 554)  # px: the median ImageNet photo, 375 x 500, after the resize rule
 
+# attention as the CPU computes it in one call, which PyTorch counts on a GPU only
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+def _attention_flops(q, k, v, *more, **options): return sdpa_flop_count(q, k, v)
+
 def count_flops(
     f,       # function to be called
     *args,   # its arguments
 ) -> float:  # GFLOP
     "Return the floating-point operations of a call: a multiplication and an addition are two."
-    with FlopCounterMode(display=False) as counter, torch.no_grad(): f(*args)
+    formulas = {_ATTENTION: _attention_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with counter, torch.no_grad(): f(*args)
     return counter.get_total_flops() / 1e9
 
 def _prepared(model, **inputs):

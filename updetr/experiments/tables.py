@@ -549,7 +549,9 @@ def ablations_detr(
         claims.insert(0, Claim(text, few, many, 'AP50'))
     if scale.name != 'paper':
         # the matching start alone: a pre-training whose learning rate is nearly nothing
-        untrained = scale.base('short', views=8, epochs=1, lr=1e-9)
+        # of one step at least
+        views = max(8, configure(scale.base('short'), 0).batch_size)
+        untrained = scale.base('short', views=views, epochs=1, lr=1e-9)
         arms[matching] = scale.base('voc', untrained)
         claims.append(Claim('pre-training is more than its initialisation', pretrained, matching,
                             'AP50'))
@@ -574,11 +576,15 @@ def _other_photos(scale, photos):
     if photos == usual: return {}
     cfg = configure(scale.base('voc'), 0)
     steps = usual // cfg.batch_size * cfg.epochs
-    epochs = steps // max(1, photos // cfg.batch_size)
+    # a batch cannot have more photos than there are
+    batch = cfg.batch_size
+    while batch > photos: batch //= 2
+    epochs = steps // (photos // batch)
     lr_drop = max(1, epochs * cfg.lr_drop // cfg.epochs)
     # as many measurements as with the usual photos
     eval_every = max(1, round(cfg.eval_every * usual / photos))
-    return dict(photos=photos, epochs=epochs, lr_drop=lr_drop, eval_every=eval_every)
+    changes = dict(photos=photos, epochs=epochs, lr_drop=lr_drop, eval_every=eval_every)
+    return changes if batch == cfg.batch_size else changes | {'batch_size': batch}
 
 def label_fraction(
     scale: Scale,  # scale with its data

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
@@ -155,8 +156,9 @@ def usual_parameters(
         if 'parameters' not in cell['metadata'].get('tags', []): continue
         # a parameter is a line `name: type = value`
         for line in ast.parse(''.join(cell['source'])).body:
-            if isinstance(line, ast.AnnAssign):
-                usual[line.target.id] = ast.literal_eval(line.value)
+            if not isinstance(line, ast.AnnAssign): continue
+            # what somebody computes there is no default: a command names its value
+            with suppress(ValueError): usual[line.target.id] = ast.literal_eval(line.value)
     return usual
 
 def hide_place(

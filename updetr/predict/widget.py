@@ -573,12 +573,15 @@ class LocalizeWidget:
         return self.answers.found
 
     def _repr_mimebundle_(self, **options):
-        shown = self.root._repr_mimebundle_(**options)
-        # Colab finds the canvas's program by what the canvas says beside its picture
+        # the canvas's words for the whole: a box of ipywidgets 7, which Colab has, says none;
+        # and Colab finds the canvas's program by what the canvas says beside its picture
         own = self.c.canvas._repr_mimebundle_(**options)
-        about = own[1] if isinstance(own, tuple) else {}
+        shown, about = own if isinstance(own, tuple) else (own, {})
+        kind = 'application/vnd.jupyter.widget-view+json'
+        view = shown[kind] | {'model_id': self.root.model_id}
+        shown = shown | {'text/plain': repr(self.root)[:110], kind: view}
         # a still picture, for where no widget can be shown
-        if isinstance(shown, dict) and self.found is not None:
+        if self.found is not None:
             shown = shown | {'image/jpeg': self.found._repr_jpeg_()}
         return shown, about
 

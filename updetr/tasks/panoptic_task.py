@@ -276,7 +276,8 @@ def _(dataset: PanopticSet):
     roles = [f'{name} ({kind})' for name, kind in zip(dataset.classes, kinds)]
     photos = [dataset.photos / file for file in dataset.files]
     ids = list(map(str, dataset.image_ids))
-    return SetRows(dataset.files, photos, roles, ids, labels, sum(map(len, infos)))
+    rule = '' if dataset.exif == 'sizes' else f'exif {dataset.exif}'
+    return SetRows(dataset.files, photos, roles, ids, labels, sum(map(len, infos)), rule)
 
 @set_rows.register
 def _(dataset: PanopticScenes): return set_rows(dataset.scenes)

@@ -65,10 +65,15 @@ class WandbBoard:
         self.run = None
 
     def _id(self):
-        "Return the id of this run; drawn once."
-        file = self.folder/'wandb_id.txt'
-        if not file.is_file(): write_atomic(file, lambda p: p.write_text(secrets.token_hex(6)))
-        return file.read_text().strip()
+        "Return the id of this run; drawn once, and anew for a copy beside its original."
+        here, file = self.folder.resolve(), self.folder/'wandb_id.txt'
+        told = file.read_text(encoding='utf-8') if file.is_file() else ''
+        drawn, _, home = told.strip().partition('\n')
+        first = Path(home or here)
+        is_copy = first != here and (first/'wandb_id.txt').is_file()
+        if not drawn or is_copy: drawn = secrets.token_hex(6)
+        write_atomic(file, lambda p: p.write_text(f'{drawn}\n{here}', encoding='utf-8'))
+        return drawn
 
     def _begin(self):
         # slow to import, and an extra of its own

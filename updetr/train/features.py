@@ -93,7 +93,10 @@ def set_key(
     "Return a digest of a set's photos and of all that is labelled in them."
     rows = set_rows(dataset)
     labelled = mark_digest(mark_rows(replace(rows, paths=None)))
-    return f'{labelled}-{photos_key(rows.paths or [])}'
+    # the stated sizes say which way a photo that lies on its side is read
+    sizes = np.asarray(dataset.sizes, np.int64).tobytes()
+    shapes = hashlib.blake2b(sizes, digest_size=8).hexdigest()
+    return f'{labelled}-{photos_key(rows.paths or [])}-{shapes}'
 
 # %% ../../nbs/30_features.ipynb #f010
 @dataclass

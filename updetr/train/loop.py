@@ -350,7 +350,8 @@ def peak_memory_mb() -> float:  # MB
     "Return the most memory this process has held: on its GPU, or on the CPU."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 2**20
     from resource import RUSAGE_SELF, getrusage  # not there on Windows, where nothing is trained
-    return getrusage(RUSAGE_SELF).ru_maxrss / 1024
+    # macOS tells bytes, others KiB
+    return getrusage(RUSAGE_SELF).ru_maxrss / 2**(20 if os.uname().sysname == 'Darwin' else 10)
 
 # %% ../../nbs/33_loop.ipynb #c022
 def _require_finite(names, values):
