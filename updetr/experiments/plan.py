@@ -35,6 +35,7 @@ def count_flops(
     with counter, torch.no_grad(): f(*args)
     return counter.get_total_flops() / 1e9
 
+# %% ../../nbs/61_plan.ipynb #c005p
 def _prepared(model, **inputs):
     "Return one photo with its patches, ready for a `PretrainStep`"
     keep = torch.ones(1, model.num_queries, dtype=torch.bool)
