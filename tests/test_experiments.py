@@ -18,8 +18,19 @@ from test_data_changes import annotations, coco, corrected, fewer
 from tools.cells import run_cells
 from tools.experiments import TEXT, shared
 from tools.processes import CONTEXT, take_environment
+from updetr.core.config import make_config
 from updetr.experiments import all_reports
-from updetr.experiments.experiment_report import PARAMETERS, data_summary, open_study, plan_rows, plan_text, show_claims, study_command
+from updetr.experiments.experiment_report import (
+    PARAMETERS,
+    arm_bars,
+    data_summary,
+    disk_gib,
+    open_study,
+    plan_rows,
+    plan_text,
+    show_claims,
+    study_command,
+)
 from updetr.experiments.jobs import configure, job, job_chain, job_folder
 from updetr.experiments.runner import run_jobs
 from updetr.experiments.tables import BASES, EXPERIMENTS, Scale, experiment
@@ -165,6 +176,23 @@ def test_a_report_names_the_photos_that_were_trained_on(tmp_path):
     def summary(**data): return dataclasses.astuple(data_summary(configure(Scale('paper', **data).base('pretrain'), 42)))
     assert summary(photos=str(tmp_path)) == (tmp_path.name, 3, 2) and summary(photos=str(tmp_path / 'train')) == ('train', 3, 0)
     assert summary() == ('ImageNet', 1_281_167, 50_000)
+
+
+def test_the_disk_of_features_is_that_of_their_maps():
+    "As many channels and cells as the CNN gives, two bytes each; the rest is checkpoints"
+    for changes, channels, cells in ((dict(features='blocks.4'), 112, 16), (dict(features='blocks.4,blocks.5'), 112 + 192, 8),
+                                     (dict(backbone='resnet50', weights='none', features=''), 2048, 8)):
+        cfg = make_config('demo', view_size=256, **changes)
+        kept = disk_gib(cfg, 1000) - disk_gib(dataclasses.replace(cfg, cache_features=False), 1000)
+        assert kept == pytest.approx(1000 * 2 * channels * cells ** 2 / 2**30)
+
+
+def test_a_bar_stands_on_its_arms_line():
+    rows = [dict(method=name, seeds=[1], metrics=numbers) for name, numbers in
+            (('A', {'n': dict(mean=10., per_seed=[10.])}), ('B', {}), ('C', {'n': dict(mean=30., per_seed=[30.])}))]
+    ax, = arm_bars(rows, {'n': 'number'}).axes
+    lines = {label.get_text(): y for label, y in zip(ax.get_yticklabels(), ax.get_yticks())}
+    assert {bar.get_width(): round(bar.get_y() + bar.get_height() / 2) for bar in ax.patches} == {10.: lines['A'], 30.: lines['C']}
 
 
 def test_plan_only_prints_the_papers_plan(tmp_path, monkeypatch):

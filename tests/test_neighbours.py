@@ -1,6 +1,7 @@
 """Other systems than DETR in the one-shot harness: the kit's four on live photos, and one of somebody's own."""
 import dataclasses
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from updetr.core.config import LATER, NEIGHBOURS, cfg_changes, find_builder
 from updetr.data.scenes import Scenes
 from updetr.data.transforms import DetectionViews, Sizes
 from updetr.model.backbone import prepare_images
+from updetr.neighbours.tracking import track
 from updetr.neighbours.upsnet import upsnet
 from updetr.predict.detector import Detector
 from updetr.predict.oneshot_detector import OneShotDetector
+from updetr.tasks.cnn_task import CNN, object_features
 from updetr.tasks.oneshot import oneshot_config, oneshot_summary, oneshot_table
 from updetr.tasks.oneshot_task import evaluate_oneshot, open_run
 from updetr.tasks.panoptic import PanopticScenes
@@ -122,6 +125,54 @@ def test_a_mask_may_stick_out_of_its_box(share):
                    weights='builtin', frozen=True, channels=16)
     _, losses = model.train()({'images': torch.stack(images).float() / 255, 'mask': None, 'targets': targets})
     assert .1 < losses['loss_panoptic'] < 10
+
+
+@pytest.mark.parametrize('side', [16, 32, 64])
+def test_upsnet_keeps_the_edge_of_a_thing(side):
+    "A perfect square with perfect maps: what lies between two cells of the map is not lost"
+    model = upsnet([True, False], backbone='tf_efficientnet_lite0', features=['blocks.1', 'blocks.2', 'blocks.4'],
+                   weights='builtin', frozen=True, channels=16).eval()
+    inside = torch.zeros(64, 64, dtype=torch.bool)
+    cells = slice(64 // model.stride, (64 + side) // model.stride)
+    inside[cells, cells] = True
+    # stuff first, then things
+    semantic = torch.stack([torch.where(inside, -8., 8.), torch.where(inside, 8., -8.)])
+    found = dict(boxes=torch.tensor([[64., 64., 64. + side, 64. + side]]), scores=torch.ones(1), labels=torch.ones(1, dtype=torch.long),
+                 masks=torch.ones(1, 1, 28, 28))
+    size = torch.tensor([256, 256])
+    ids, info = model.join(found, semantic, dict(size=size, orig_size=size), .5)
+    truth = torch.zeros(256, 256, dtype=torch.bool)
+    truth[64:64 + side, 64:64 + side] = True
+    thing, = [s['id'] for s in info if s['category_id'] == 0]
+    assert (truth & (ids == thing)).sum() / (truth | (ids == thing)).sum() > .95
+
+
+def test_a_prior_of_nearly_nothing_takes_the_nearest():
+    "Also where all boxes are many sides away, and of whatever score"
+    last, prior = torch.tensor([100., 100., 120., 120.]), .01
+    boxes = torch.tensor([[300., 300., 320., 320.], [104., 100., 124., 120.], [110., 100., 130., 120.]])
+
+    class Localizer:
+        query_size, query_shape = 32, 'squash'
+        def open(self, frame): return self
+        def ask(self, pictures, best_of_group): return SimpleNamespace(scores=torch.tensor([.01, .9, .95]), boxes=boxes)
+
+    frames = torch.zeros(2, 3, 400, 400, dtype=torch.uint8)
+    assert torch.equal(track(Localizer(), frames, last.tolist(), prior)[0][1], boxes[1])
+    assert torch.equal(track(Localizer(), frames, last.tolist())[0][1], boxes[2])
+
+
+def test_a_measurement_of_some_objects_is_of_all_classes():
+    "Files are often in the order of their classes: the first ones would all be of one"
+    class Ordered:
+        classes = ['a', 'b', 'c', 'd']
+        def __len__(self): return 40
+        def __getitem__(self, i):
+            return dict(image=torch.zeros(3, 32, 32, dtype=torch.uint8), boxes=torch.tensor([[2., 2., 20., 20.]]),
+                        labels=torch.tensor([i // 10]), iscrowd=torch.tensor([False]))
+    model = CNN('resnet18', ['layer1'], 4, labels=True).eval()
+    _, labels = object_features(model, Ordered(), 32, limit=20)
+    assert len(labels) == 20 and set(labels.tolist()) == {0, 1, 2, 3}
 
 
 def test_runs_of_detr_keep_their_names():

@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import gc
 import itertools
-import os
 import statistics
 import tempfile
 import time
@@ -47,6 +46,7 @@ from ..core.photos import read_photo, resize_shape
 from ..tasks.pretrain_task import PretrainTask, encode_ahead
 from .reference import as_reference
 from ..core.report import other_machine, provenance, save_figure, save_metrics, smooth
+from ..core.signals import usable_cores
 from ..predict.runs import module_line
 from updetr.bench.step import (
     Clock, Counter, OurStep, ReferenceStep, batch_sizes, build_step, ceilings, count_detection,
@@ -653,7 +653,7 @@ SIZES = {
         batch=64, rounds=8, steps_a_round=8, memory=(64, 256), detect_batch=16, infer=(1, 16),
         compiled=True, growth=GROWTH | {'batch_size': (4, 32, 64, 128, 256)},
         small=(_LITE, 256), steps=200, evaluation=dict(images=1000, detections=100),
-        fed=dict(steps=96, rounds=1, workers=os.cpu_count()))}
+        fed=dict(steps=96, rounds=1, workers=usable_cores()))}
 
 # %% ../../nbs/74_run.ipynb #d43e0004
 def _named(name, f, *args): return {name: f(*args)}

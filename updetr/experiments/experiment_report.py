@@ -94,14 +94,15 @@ def _count(model, trained):
 
 @lru_cache(64)
 def _numbers(pretrain, options):
-    "Return the trained and the frozen numbers of a model; its options as JSON, which can be a key"
+    "Return trained and frozen numbers of a model, channels and stride of its CNN; options: JSON"
     # files of weights change no count
     options = json.loads(options) | {'weights': None}
     if pretrain:
         model = build_updetr(**options | {'matching_init': False})
     else:
         model = build_detr(20, **options)
-    return _count(model, True), _count(model, False)
+    cnn = model.backbone[0]
+    return _count(model, True), _count(model, False), cnn.num_channels, cnn.stride
 
 @lru_cache(16)
 def _cnn_numbers(backbone, features):
@@ -120,17 +121,17 @@ def disk_gib(
     precision)."""
     if cfg.task == 'cnn':
         trained = _cnn_numbers(cfg.backbone, cfg.features)
-        frozen = 0
+        frozen, channels, stride = 0, 0, 1
     else:
         pretrain = cfg.task in ('pretrain', 'oneshot')
-        trained, frozen = _numbers(pretrain, json.dumps(model_options(cfg)))
+        trained, frozen, channels, stride = _numbers(pretrain, json.dumps(model_options(cfg)))
     # four bytes a number; AdamW keeps two more for each that is trained
     state = 12 * trained + 4 * frozen
     kept = cfg.epochs // cfg.keep_every if cfg.keep_every else 0
-    # a map of features: 112 numbers at every 16th pixel, two bytes each
+    # a map of features, two bytes a number
     size = cfg.view_size if cfg.task == 'pretrain' else cfg.square
-    side = size // 16
-    photo = 2 * 112 * side ** 2
+    side = math.ceil(size / stride)
+    photo = 2 * channels * side ** 2
     # pre-training keeps several views of a photo, fine-tuning the photo itself
     cached = getattr(cfg, 'cached_views', 0) or int(getattr(cfg, 'cache_features', False))
     return (state * (2 + kept) + photo * n_train * cached) / 2**30
@@ -315,8 +316,9 @@ def arm_bars(
     fig, axes = plt.subplots(1, len(metrics), figsize=size, dpi=72, squeeze=False, sharey=True)
     labels = [plain_label(r['method']) for r in rows]
     for ax, (key, title) in zip(axes[0], metrics.items()):
-        measured = [r for r in rows if key in r['metrics']]
-        for y, r in enumerate(measured):
+        for y, r in enumerate(rows):
+            # an arm without this number keeps its line
+            if key not in r['metrics']: continue
             number = r['metrics'][key]
             ax.barh(y, number['mean'], color='#9bb7d4', height=.7)
             ax.plot(number['per_seed'], [y] * len(r['seeds']), 'k.', ms=4)

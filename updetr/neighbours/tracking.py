@@ -90,11 +90,12 @@ def moving_scene(
 
 # %% ../../nbs/87_tracking.ipynb #c010
 def _nearness(last, boxes, prior):
-    "Return a weight (k,), 0..1, for each box: 1 where its centre is that of the last one."
+    "Return the logarithm of a weight for each box (k,): 0 where its centre is that of the last."
     last = box_convert(last, 'xyxy', 'cxcywh')
     way = box_convert(boxes, 'xyxy', 'cxcywh')[:, :2] - last[:2]
     side = last[2:].prod().sqrt()
-    return torch.exp(-(way / side / prior).square().sum(1) / 2)
+    # as a logarithm: of boxes that are all far away, too, the nearest one counts most
+    return -(way / side / prior).square().sum(1) / 2
 
 def track(
     localizer: QueryPatchLocalizer,  # e.g. `QueryPatchLocalizer.demo()`
@@ -113,8 +114,8 @@ def track(
             continue
         # the answers of all object queries, not only the best
         found = localizer.open(frame).ask(pictures, best_of_group=False)
-        weight = found.scores
-        if prior is not None: weight = weight * _nearness(boxes[-1], found.boxes, prior)
+        weight = found.scores.log()
+        if prior is not None: weight = weight + _nearness(boxes[-1], found.boxes, prior)
         k = weight.argmax()
         boxes.append(found.boxes[k])
         scores.append(found.scores[k])

@@ -130,7 +130,8 @@ class UPSNet(PanopticFPN):
         logits = masks[once, 0].float().logit(1e-4)
         stuff = len(self.stuff)
         owners = panoptic_logits(semantic, logits, boxes / self.stride, kinds, stuff)
-        winner = self.of_photo(owners, target).argmax(0)
+        # shares, not logits: between cells a large negative one would win over its neighbours
+        winner = self.of_photo(owners.softmax(0), target).argmax(0)
         # too small a patch of stuff, and what is unknown, are nobody's
         area = torch.bincount(winner.flatten(), minlength=len(owners))
         nobody = torch.zeros(len(owners), dtype=torch.bool, device=winner.device)

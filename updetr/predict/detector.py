@@ -161,7 +161,7 @@ def _open(path, told):
     pretrained = open_pretrained(path, **told)
     if pretrained.kind == 'updetr':
         raise ValueError(f'{path} was pre-trained and has no classes yet: fine-tune it first, '
-                         f'papermill nbs/finetune.ipynb -p pretrain {path}')
+                         f'papermill nbs/finetune.ipynb runs/finetune.ipynb -p pretrain "{path}"')
     model = built(path, build_detr, pretrained.num_classes, **pretrained.options)
     fill(path, model, pretrained.weights)
     # The reference's labels are the ids of its files: so they are in what it published.

@@ -236,7 +236,8 @@ def object_features(
 ) -> tuple[Tensor, Tensor] | None:  # features (n, C), classes (n,); on the CPU
     "Return features of all labelled objects, each seen once, as it is; None after a stop."
     found, labels = [], []
-    for i in range(len(dataset)):
+    # drawn: files may be in the order of their classes, and not all objects may count
+    for i in np.random.default_rng(0).permutation(len(dataset)).tolist():
         if stop(): return None
         try:
             sample = dataset[i]
