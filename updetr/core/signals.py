@@ -93,7 +93,7 @@ def _limit(folder):
     "Cores that a control group lends; infinity if it has no limit"
     for names in _LIMITS:
         try:
-            texts = [(folder / name).read_text() for name in names.split()]
+            texts = [(folder / name).read_text('utf-8') for name in names.split()]
             time, period = map(float, ' '.join(texts).split())
         # no such file, or it says max
         except (OSError, ValueError): continue
@@ -116,7 +116,7 @@ def usable_cores(
     "Return how many cores this process may use: a queue or a container may lend a part."
     has_affinity = hasattr(os, 'sched_getaffinity')
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-    try: told = Path(own).read_text()
+    try: told = Path(own).read_text('utf-8')
     # another system than Linux
     except OSError: return cores or 1
     lent = min(map(_limit, _groups(Path(groups), told)), default=math.inf)
