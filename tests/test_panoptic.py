@@ -525,7 +525,7 @@ def test_training_steps_on_coco(coco):
     train = open_panoptic(coco)
     views = DetectionViews(train, 1, square=96)
     images, targets = zip(*(views[0, i] for i in (3, 4)))
-    batch = {'images': torch.stack(images).float() / 255 - .5, 'mask': None, 'targets': targets}
+    batch = {'images': torch.stack(images).float() / 255 - .5, 'mask': None, 'targets': list(targets)}
     torch.manual_seed(0)
     detr = build_detr(133, backbone='resnet18', **SIZES | {'num_queries': 40})
     boxes = overfit_one_batch(DetectStep(detr, build_criterion(detr)), batch, 60, 2e-3)
