@@ -414,6 +414,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'updetr.core.signals._limit': ('signals.html#_limit', 'updetr/core/signals.py'),
                                      'updetr.core.signals.file_locks': ('signals.html#file_locks', 'updetr/core/signals.py'),
                                      'updetr.core.signals.ignore_stop': ('signals.html#ignore_stop', 'updetr/core/signals.py'),
+                                     'updetr.core.signals.thread_variables': ('signals.html#thread_variables', 'updetr/core/signals.py'),
                                      'updetr.core.signals.usable_cores': ('signals.html#usable_cores', 'updetr/core/signals.py')},
             'updetr.data.annotations': { 'updetr.data.annotations._can_be_stored': ( 'annotations.html#_can_be_stored',
                                                                                      'updetr/data/annotations.py'),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..model.backbone import fetch_weights
 from ..core.config import TrainConfig
-from ..core.signals import usable_cores
+from ..core.signals import thread_variables, usable_cores
 from ..tasks.finetune import labelled_marks, open_sets
 from .jobs import Job, configure, job_chain, job_folder
 from ..train.launch import is_done, launch, prepare, read_log, read_record, tail
@@ -63,9 +63,7 @@ def start_process(
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['updetr.experiments.results'])
     process = context.Process(target=train_here, args=(str(run_dir), threads))
-    # threads that wait go to sleep soon (notebook 34)
-    with _environment(CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS=str(threads), GOMP_SPINCOUNT='1000'):
-        process.start()
+    with _environment(CUDA_VISIBLE_DEVICES='', **thread_variables(threads)): process.start()
     return process
 
 # %% ../../nbs/64_runner.ipynb #c010

@@ -26,7 +26,7 @@ import psutil
 from ..core.checkpoint import json_text, write_json
 from ..core.config import NEUTRAL, PLACES, cfg_changes
 from .resume import check_data, refuse_changes
-from ..core.signals import file_locks, usable_cores
+from ..core.signals import file_locks, thread_variables, usable_cores
 
 # %% ../../nbs/34_launch.ipynb #c006
 def _read_json(path):
@@ -162,8 +162,8 @@ def _alone(run):
 def _environment(processes, gpus, mark, more):
     "Environment of a launcher; what the user has set wins, but for the launch's marks and `more`."
     threads = max(1, usable_cores() // processes)
-    usual = dict(PYTHONUNBUFFERED='1', OMP_NUM_THREADS=str(threads), GOMP_SPINCOUNT='1000',
-                 TORCH_ELASTIC_SHUTDOWN_TIMEOUT='300')
+    usual = thread_variables(threads)
+    usual |= dict(PYTHONUNBUFFERED='1', TORCH_ELASTIC_SHUTDOWN_TIMEOUT='300')
     # a launch from within a run must not meet that run's workers
     users = {name: value for name, value in os.environ.items() if name != 'UPDETR_MEET'}
     fixed = dict(UPDETR_LAUNCH=mark, MPLBACKEND='Agg')
