@@ -173,11 +173,11 @@ def hide_folders(
     notebook = json.loads(Path(path).read_text(encoding='utf-8'))
     for cell in notebook['cells']:
         # papermill's cell has the places, the other cells are the page's own words
-        told = 'injected-parameters' in cell['metadata'].get('tags', [])
-        if told: cell['source'] = _without(cell['source'], patterns)
+        is_injected = 'injected-parameters' in cell['metadata'].get('tags', [])
+        if is_injected: cell['source'] = _without(cell['source'], patterns)
         if 'outputs' in cell: cell['outputs'] = _without(cell['outputs'], patterns)
-    told = notebook['metadata']
-    if 'papermill' in told: told['papermill'] = _without(told['papermill'], patterns)
+    about = notebook['metadata']
+    if 'papermill' in about: about['papermill'] = _without(about['papermill'], patterns)
     text = json.dumps(notebook, indent=1, ensure_ascii=False) + '\n'
     write_atomic(path, lambda p: Path(p).write_text(text, encoding='utf-8'))
 
