@@ -102,7 +102,10 @@ def test_killed_before_any_file_is_put_in_place(whole, tmp_path, monkeypatch):
 
 def test_a_best_that_the_save_does_not_know(whole, tmp_path):
     "The last save is damaged: the run goes on from the one before, while best.pth is from later."
-    folder = run_in(tmp_path / 'run', epochs=4)
+    folder = run_in(tmp_path / 'run', epochs=3)
+    before = (folder / 'checkpoint.pth').read_bytes()
+    run_in(folder, epochs=4)
+    (folder / 'checkpoint_previous.pth').write_bytes(before)
     (last := folder / 'checkpoint.pth').write_bytes(last.read_bytes()[:-99])
     assert load_checkpoint(folder / 'checkpoint_previous.pth')['step'] < load_checkpoint(folder / 'best.pth')['best']['step']
     assert kept(run_in(folder)) == kept(whole)
@@ -114,6 +117,14 @@ def test_more_epochs_and_more_patience(whole, tmp_path):
     assert kept(run_in(folder)) == kept(whole)
     patient = kept(run_in(tmp_path / 'patient', patience=0))
     assert kept(run_in(folder, patience=0)) == patient and patient[1]['epoch'] == 6 and patient[3:] == (14, None)
+
+
+def test_what_was_measured_at_the_end_is_not_forgotten(tmp_path, monkeypatch):
+    "Measured every second epoch and after the last: a third epoch that was the last once keeps its numbers."
+    monkeypatch.setattr(Task, 'measure_every', 2)
+    run_in(tmp_path / 'run', epochs=3)
+    told = kept(run_in(tmp_path / 'run', epochs=5))[2]
+    assert [(row['epoch'], row['AP']) for row in told['last']] == [(k, VALUES[k]) for k in (1, 2, 3, 4)]
 
 
 # ---- detectors ------------------------------------------------------------------------------------------------------

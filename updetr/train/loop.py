@@ -29,12 +29,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from updetr.core.checkpoint import (
-    gather_rng, json_text, read_json, save_checkpoint, set_rng_state, write_json,
+    gather_rng, json_text, read_json, save_checkpoint, write_json,
 )
 from ..core.config import TrainConfig, check_config
 from .graphs import Peers, RecordedStep, compile_parts, record_task
 from .resume import (SAVED, HeldFolder, keep_data, last_logged, last_saved, put_away,
-                           refuse_changes, refuse_data, saved_marks, short_marks)
+                           refuse_changes, refuse_data, saved_marks, seed_again, short_marks)
 from ..core.signals import StopFlag, file_locks
 
 # %% ../../nbs/33_loop.ipynb #c005
@@ -516,14 +516,6 @@ def progress_writer(
     return progress
 
 # %% ../../nbs/33_loop.ipynb #c032
-def _seed_again(saved, state, processes):
-    "Restore the generator states, where the number of processes is the same; True then"
-    base = state.cfg.seed * 1000 + processes.rank
-    same = len(saved['rng']) == processes.world
-    if same: set_rng_state(saved['rng'][processes.rank], processes.device)
-    else: torch.manual_seed(base * 1_000_003 + state.step)
-    return same
-
 def _resume(task, state, run_dir, processes):
     "Restore weights, moments, step and generators from the last whole save, if there is one"
     saved, file, damaged = last_saved(run_dir, processes)
@@ -539,7 +531,8 @@ def _resume(task, state, run_dir, processes):
         put_away(run_dir, damaged)
         if marks is not None: keep_data(run_dir, marks, resumed=saved is not None)
     if saved is None: return
-    same = _seed_again(saved, state, processes)
+    base = state.cfg.seed * 1000 + processes.rank
+    same = seed_again(saved, processes, base * 1_000_003 + state.step)
     if processes.rank: return
     notes = [f'resumed after step {state.step}']
     again = last_logged(run_dir) - state.step
@@ -627,6 +620,19 @@ def _loop(task, module, state, log, total, stop):
     return bool(over or state.step == total) and not _due(task, state, total)
 
 # %% ../../nbs/33_loop.ipynb #c029
+def _prepare(task, cfg, processes):
+    "Return what is trained: in training mode, compiled, in DDP where steps are launched"
+    module = task.module.train()
+    for part in module.modules():
+        # a matcher that raises would end one process, and leave the others waiting
+        if hasattr(part, 'strict'): part.strict = not cfg.max_skips
+    if cfg.compile: compile_parts(module)
+    if processes.world == 1 or getattr(task, 'record', None): return module
+    devices = [processes.device] if processes.device.type == 'cuda' else None
+    return DistributedDataParallel(module, devices, broadcast_buffers=False,
+                                   gradient_as_bucket_view=True)
+
+# %% ../../nbs/33_loop.ipynb #c029t
 def train(
     task,                  # an object as described above
     cfg: TrainConfig,      # of the run
@@ -647,21 +653,15 @@ def train(
         raise ValueError(f'{run_dir} has done {state.step} steps, more than the {total} '
                          f'of epochs={cfg.epochs}: ask for more')
     task.begin(resumed=state.step > 0)
-    # what is trained: in training mode, compiled, in DDP where steps are launched
-    module = task.module.train()
-    for part in module.modules():
-        # a matcher that raises would end one process, and leave the others waiting
-        if hasattr(part, 'strict'): part.strict = not cfg.max_skips
-    if cfg.compile: compile_parts(module)
-    if processes.world > 1 and not getattr(task, 'record', None):
-        devices = [processes.device] if processes.device.type == 'cuda' else None
-        module = DistributedDataParallel(module, devices, broadcast_buffers=False,
-                                         gradient_as_bucket_view=True)
+    module = _prepare(task, cfg, processes)
     with StopFlag(shown=lambda: log.path) as stop:
         try:
             complete = _loop(task, module, state, log, total, stop)
         except FloatingPointError as e:
             raise not_finite(task, state, log, e) from e
+    # the last save does not know what was measured after it, and more epochs may follow
+    if complete and state.measured == state.step:
+        _save(task, state, log.path.parent, processes, keep=False)
     if complete and processes.rank == 0:
         end = {'step': state.step, 'seconds': state.seconds}
         if state.step < total: end['ended'] = _over(task, state)

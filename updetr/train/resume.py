@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAVED', 'PARTS', 'FILES', 'free_keys', 'way_out', 'refuse_changes', 'has_learnt', 'file_marks', 'run_changes',
            'saved_marks', 'short_marks', 'refuse_data', 'check_data', 'agree_on_data', 'keep_data', 'HeldFolder',
-           'last_saved', 'put_away', 'last_logged']
+           'last_saved', 'put_away', 'seed_again', 'last_logged']
 
 # %% ../../nbs/32_resume.ipynb #c002
 import os
@@ -13,7 +13,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..core.checkpoint import load_checkpoint, read_json, write_json
+import torch
+
+from ..core.checkpoint import load_checkpoint, read_json, set_rng_state, write_json
 from ..core.config import NEUTRAL, PLACES, cfg_changes
 from ..core.fingerprint import class_changes, data_changes, file_digest, short_mark
 
@@ -236,6 +238,17 @@ def put_away(
     for half in run_dir.glob('*.[0-9]*.tmp'): half.unlink(missing_ok=True)
 
 # %% ../../nbs/32_resume.ipynb #c016a
+def seed_again(
+    saved: dict,  # of `last_saved`
+    processes,    # of `join_processes`
+    seed: int,    # of the process, where it has no state of its own
+) -> bool:  # False for another number of processes
+    "Restore the generator of each process; with another number of processes all begin anew."
+    same = len(saved['rng']) == processes.world
+    if same: set_rng_state(saved['rng'][processes.rank], processes.device)
+    else: torch.manual_seed(seed)
+    return same
+
 def last_logged(
     run_dir: Path,  # folder of the run
 ) -> int:  # 0 if nothing was logged
