@@ -157,6 +157,34 @@ def test_the_benchmark_times_the_same_step_recorded_and_launched():
     assert np.allclose(*curves, rtol=.01) and curves[0][3] < curves[0][0], curves
 
 
+def padded_batches():
+    "Photos of two sizes, twice: the mask on the host, and on the GPU, as DDP hands it over."
+    batch = noise_batch(make_config('paper', **TINY), [(96, 128), (96, 64)])
+    return batch, batch | {'mask': batch['mask'].to(DEVICE)}
+
+
+def test_a_step_on_padded_photos_wherever_their_mask_lies():
+    curves = []
+    for batch in padded_batches():
+        way = build_step(OurStep, make_config('paper', **TINY | dict(dropout=0., amp=False)), DEVICE)
+        curves.append([loss.item() for loss in way.run([batch] * 3)])
+    assert np.allclose(*curves, rtol=.01), curves
+
+
+def test_a_trained_cnn_takes_a_mask_from_the_gpu():
+    "Two processes, in DDP, give it so."
+    torch.manual_seed(0)
+    model = build_updetr(**model_options(make_config('paper', **TINY)) | dict(frozen_backbone=False, dropout=0.))
+    module, cnn, found = PretrainStep(model, build_criterion(model)).to(DEVICE).train(), model.backbone[0], []
+    for batch in padded_batches():
+        ready = to_device(batch, DEVICE, cnn.mean, cnn.std)
+        assert ready['mask'].device == batch['mask'].device
+        loss, _ = module(ready)
+        loss.backward()
+        found.append(loss.item())
+    assert np.isclose(*found, rtol=.01) and any(p.grad is not None for p in cnn.parameters()), found
+
+
 @pytest.mark.parametrize('views', [{}, VIEWS, VIEWS | dict(cache_features=True)], ids=['photos', 'views', 'bank'])
 def test_photos_are_cut_on_the_gpu_as_by_the_workers(tmp_path, views):
     "Whole photos that travel; views whose photos live there; and the bank that is filled by them."

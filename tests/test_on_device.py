@@ -7,7 +7,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from updetr.data.loader import to_device
+from updetr.bench.run import TINY
+from updetr.bench.step import OurStep, ReferenceStep, noise_batches
+from updetr.core.config import make_config
+from updetr.data.loader import send, to_device
 from updetr.model import matcher
 from updetr.model.losses import build_criterion, match_patches, matched_losses, patch_predictions
 from updetr.model.updetr import build_updetr
@@ -118,3 +121,27 @@ def test_attention_has_a_mask_only_where_a_token_is_padding():
         assert [(q, k) for _, q, k in seen] == [(6, 6), (4, 4), (20, 6), (4, 4), (20, 6)]
     masks = [mask for mask, _, _ in masks_of_attention(model, [(64, 96), (64, 60)])]
     assert [mask is None for mask in masks] == [False, True, False, True, False]
+
+
+def test_what_is_on_the_gpu_already_is_not_pinned():
+    "As a mask that DDP has moved with the rest of its batch: only memory of the host can be pinned."
+    pinned = []
+
+    def pin(x):
+        assert x.device.type == 'cpu', f'cannot pin a tensor on {x.device.type}'
+        pinned.append(x)
+        return x
+    with FakeTensorMode(), patch.object(torch.Tensor, 'pin_memory', pin):
+        for home in ('cuda', 'cpu'):
+            mask = torch.zeros(2, 3, 4, dtype=torch.bool, device=home)
+            assert send(mask, torch.device('cuda')).device.type == 'cuda' and len(pinned) == (home == 'cpu')
+    assert send(torch.ones(2, 3), torch.device('cpu')).device.type == 'cpu' and len(pinned) == 1
+
+
+def test_the_benchmark_leaves_a_mask_on_the_host_as_the_loader_does():
+    "Whether it pads a token can then be asked without the GPU; the reference's batches lie there as a whole."
+    for kind, home in ((OurStep, 'cpu'), (ReferenceStep, 'meta')):
+        batches = noise_batches(kind, make_config('paper', **TINY), 4, 3, 'meta', shrink=4)
+        assert all(b[k].device.type == 'meta' for b in batches for k in ('images', 'patches', 'boxes', 'keep'))
+        masks = [b['mask'] for b in batches if b['mask'] is not None]
+        assert masks and all(mask.device.type == home for mask in masks)

@@ -489,7 +489,7 @@ def noise_batches(
     cfg: PretrainConfig,                 # of the step
     batch_size: int,                     # photos a batch
     n: int,                              # number of batches
-    device: torch.device | str = 'cpu',  # where pixels, boxes and masks lie
+    device: torch.device | str = 'cpu',  # where pixels and boxes lie, the reference's masks, too
     shrink: int = 1,                     # divisor of all sides, for a trial
 ) -> list[dict]:                         # what `kind` takes
     "Return batches of noise in ImageNet's sizes."
@@ -498,7 +498,12 @@ def noise_batches(
     for i, sizes in enumerate(batch_sizes(photos, batch_size, kind is OurStep)[:n]):
         batch = noise_batch(cfg, [(h // shrink, w // shrink) for h, w in sizes], i)
         if kind is ReferenceStep: batch = as_floats(batch)
-        batches.append(on_device(batch, device))
+        ready = on_device(batch, device)
+        # as in a training: a mask stays on the host until the CNN has made tokens
+        if kind is OurStep and batch['mask'] is not None:
+            mask = batch['mask']
+            ready['mask'] = mask.pin_memory() if torch.device(device).type == 'cuda' else mask
+        batches.append(ready)
     return batches
 
 # %% ../../nbs/73_step.ipynb #d42f0003

@@ -691,12 +691,13 @@ def bank_home(
 
 # %% ../../nbs/12_loader.ipynb #d13b0002b
 def send(
-    x: Tensor,             # on the CPU
+    x: Tensor,             # on the CPU, or there already
     device: torch.device,  # where it goes
 ) -> Tensor:  # the same there
     "Move a tensor without waiting for it."
-    if device.type == 'cuda': return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+    # a GPU fetches from pinned memory while the host goes on
+    if device.type == 'cuda' and x.device.type == 'cpu': x = x.pin_memory()
+    return x.to(device, non_blocking=device.type == 'cuda')
 
 def take_rows(
     part: Tensor,          # (n, ...), here or on the device

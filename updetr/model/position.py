@@ -112,7 +112,7 @@ class Joiner(nn.Sequential):
     def look(
         self,
         images: Tensor,       # photos (B, 3, H, W)
-        mask: Tensor | None,  # padding (B, H, W) bool, on the host; None: nothing is padded
+        mask: Tensor | None,  # padding (B, H, W) bool, best on the host; None: nothing is padded
     ) -> tuple:               # feature (B, C, h, w), mask (B, h, w) bool or None
         "Return the same as `forward`, but no mask where not one token is padding."
         feature = self[0](images)
