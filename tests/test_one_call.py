@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from updetr.bench import step
 from updetr.data.augment import CompiledPass, draw_factors, one_pass
 from updetr.data.patches import crop_resize
 from updetr.model import backbone
@@ -201,6 +202,19 @@ def test_a_frozen_cnn_is_joined_and_goes_with_its_weights(half, calls):
         assert run.get_parameter('conv1.weight').shape[1] == 3 + half and cnn.folded() is not None
         with torch.no_grad():
             for p in cnn.parameters(): p.mul_(.9)
+
+
+@pytest.mark.parametrize('name, wanted', [('resnet50', (33, 16)), ('regnetx_002', (27, 13))])
+def test_the_benchmark_counts_joined_calls_as_plain_convolutions(name, wanted, calls):
+    "Two photos, strides and groups; on a GPU nearly all of the CNN's arithmetic is in these calls."
+    folded, _ = fold_pairs(body_of(name))
+    joined, counter, photos = join_calls(folded), step.Counter(), torch.cat([X, X])
+    counter('pieces', lambda: folded(photos))
+    assert not calls
+    counter('joined', lambda: joined(photos))
+    assert (calls['relu'], calls['add_relu']) == wanted and counter.gflop['joined'] == counter.gflop['pieces'] > 0
+    # maps before the shortcut and the ReLU are neither written nor read again
+    assert counter.gb['joined'] < counter.gb['pieces']
 
 
 def test_augmentation_is_compiled_for_shapes_that_come_again():

@@ -179,6 +179,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'updetr.bench.step._attention_backward_flop': ( 'step.html#_attention_backward_flop',
                                                                                    'updetr/bench/step.py'),
                                    'updetr.bench.step._attention_flop': ('step.html#_attention_flop', 'updetr/bench/step.py'),
+                                   'updetr.bench.step._joined_flop': ('step.html#_joined_flop', 'updetr/bench/step.py'),
                                    'updetr.bench.step._real_sizes': ('step.html#_real_sizes', 'updetr/bench/step.py'),
                                    'updetr.bench.step._storage': ('step.html#_storage', 'updetr/bench/step.py'),
                                    'updetr.bench.step._tensors': ('step.html#_tensors', 'updetr/bench/step.py'),

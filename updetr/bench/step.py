@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (FlopCounterMode, conv_flop_count, sdpa_backward_flop_count,
+                                      sdpa_flop_count)
 from torchvision.ops import box_convert
 
 from ..data.augment import draw_factors
@@ -106,10 +107,16 @@ def _attention_flop(q, k, v, *args, **kwargs): return sdpa_flop_count(q, k, v)
 def _attention_backward_flop(grad, q, k, v, *args, **kwargs):
     return sdpa_backward_flop_count(grad, q, k, v)
 
+def _joined_flop(x, weight, *args, out_shape=None, **kwargs):
+    return conv_flop_count(x, weight, out_shape)
+
 # of the CPU's attention, which PyTorch counts on a GPU only
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-FORMULAS = {_ATTENTION: _attention_flop, _ATTENTION_BACKWARD: _attention_backward_flop}
+# and of cuDNN's joined calls (notebook 20), which it does not count
+FORMULAS = {_ATTENTION: _attention_flop, _ATTENTION_BACKWARD: _attention_backward_flop,
+            torch.ops.aten.cudnn_convolution_relu: _joined_flop,
+            torch.ops.aten.cudnn_convolution_add_relu: _joined_flop}
 
 class Counter:
     "Keeps the GFLOP and the GB of every piece."
