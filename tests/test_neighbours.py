@@ -113,6 +113,25 @@ def test_a_photo_twice_as_large_has_boxes_twice_as_large(system):
         assert len(a['boxes']) and torch.allclose(a['boxes'] * 2, b['boxes']) and torch.equal(a['scores'], b['scores'])
 
 
+@pytest.mark.parametrize('system, times', [('compnet', 1), ('coae', 3), ('siamrpn', 3)])
+def test_what_no_query_has_changed_is_looked_at_once(system, times):
+    "Three questions about a photo, together: each is answered as alone, and CompNet's first stage runs on the photo once."
+    torch.manual_seed(0)
+    model = find_builder('oneshot', system)(oneshot_config('demo', **TINY, system=system)).eval()
+    channels, seen, size = model.backbone[0].num_channels, [], torch.tensor([56, 72])
+    feature, pictures = torch.randn(1, channels, 7, 9), torch.randn(3, channels, 4, 4)
+    target = {'size': size, 'orig_size': size}
+    model.rpn.head.register_forward_pre_hook(lambda module, args: seen.append(len(args[0][0])))
+    with torch.no_grad():
+        together = model.answer(feature, pictures, target)
+        assert seen == [times]
+        for said, picture in zip(together, pictures, strict=True):
+            alone, = model.answer(feature, picture[None], target)
+            assert len(said['boxes']) and torch.allclose(said['boxes'], alone['boxes'], atol=1e-3)
+            assert torch.allclose(said['scores'], alone['scores'], atol=1e-5)
+    assert not torch.equal(together[0]['scores'], together[1]['scores'])
+
+
 @pytest.mark.parametrize('share', [1., .9])
 def test_a_mask_may_stick_out_of_its_box(share):
     "As after a crop: the pixels outside are nobody's loss, and those inside still count."

@@ -121,6 +121,10 @@ class PairRCNN(Neighbour):
         "Return the maps (B,C,h,w) and (B,C,s,s) that both stages look at."
         raise NotImplementedError
 
+    def propose(self, photos, views):
+        "Return the proposals (n,4) px for each query, of the photo's map for each (K,C,h,w)."
+        return self.rpn(views, {'0': photos})[0]
+
     def compare(self, rois, queries):
         """Return logits (n,2) and vectors (n,hidden_dim) of proposals' maps (n,C,SIDE,SIDE),
         each with its query's map (n,C,s,s)."""
@@ -155,7 +159,7 @@ class PairRCNN(Neighbour):
         photos = self.embed(feature).expand(len(pictures), -1, -1, -1)
         photos, queries = self.meet(photos, self.embed(pictures))
         views = view_list(photos, self.stride, [target] * len(pictures))
-        proposals, _ = self.rpn(views, {'0': photos})
+        proposals = self.propose(photos, views)
         logits, moves = self.second(photos, queries, proposals, views.image_sizes)
         found = logits, moves, proposals, views.image_sizes
         boxes, scores, _ = self.heads.postprocess_detections(*found)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
 
 from .coae import SIDE, PairRCNN
 from ..tasks.oneshot import OneShotConfig
@@ -46,6 +47,12 @@ class CompNet(PairRCNN):
     def meet(self, photos, queries):
         "Return the maps as they are."
         return photos, queries
+
+    def propose(self, photos, views):
+        "Return the same proposals for each query: they are made once."
+        # the maps are all alike, since no query has changed them
+        one = ImageList(views.tensors[:1], views.image_sizes[:1])
+        return self.rpn(one, {'0': photos[:1]})[0] * len(photos)
 
     def compare(self, rois, queries):
         "Return logits of the comparison, and vectors of the proposals alone."
