@@ -23,7 +23,9 @@ from updetr.core.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.core.config import make_config, model_options
 from updetr.model.detr import build_detr
 from updetr.model.updetr import build_updetr
-from updetr.predict.commands import evaluate_command, predict_command
+from updetr.predict.commands import answers_of, evaluate_command, predict_command
+from updetr.predict.detector import Detector
+from updetr.predict.export import save_huggingface
 from updetr.predict.segmenter import PanopticSegmenter, segments_by_name
 from updetr.tasks.finetune import finetune_config
 from updetr.tasks.finetune_task import FinetuneTask
@@ -182,6 +184,16 @@ def test_two_processes_measure_what_one_measures(masks):
     for rank in (0, 1):
         theirs = json.loads((masks / f'{rank}.json').read_text())
         assert {k: theirs[k] for k in ('PQ', 'SQ', 'RQ')} == pytest.approx({k: last[f'test_{k}'] for k in ('PQ', 'SQ', 'RQ')}, abs=.1)
+
+
+def test_the_boxes_answer_as_the_run_measured(boxes, fields, tmp_path):
+    """Pictures have the run's sizes, also after they went through a folder for sharing: AP is the last one of the log."""
+    save_huggingface(Detector.from_checkpoint(boxes / 'checkpoint.pth'), tmp_path / 'hub')
+    for path in (boxes / 'checkpoint.pth', tmp_path / 'hub'):
+        detector = Detector.from_checkpoint(path)
+        assert (detector.square, detector.sizes.val, detector.cfg.stage) == (64, 64, 'boxes') and detector.category_ids == (4, 70, 90)
+        ap, last = answers_of(detector, open_panoptic(fields, 'val')).summary(), measured(boxes)[-1]
+        assert last['test_AP50'] > 20 and [ap['AP'], ap['AP50']] == pytest.approx([last['test_AP'], last['test_AP50']], abs=.01)
 
 
 def test_the_segmenter_answers_as_the_run_measured(masks, fields):

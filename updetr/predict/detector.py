@@ -32,8 +32,9 @@ from ..core.config import is_place, model_options, require_imported
 from ..data.datasets import class_color
 from ..model.detr import build_detr
 from ..train.evaluate import by_name, classes_by_name
-from ..tasks.finetune import FinetuneConfig, view_sizes
+from ..tasks.finetune import FinetuneConfig, TransferConfig, view_sizes
 from ..tasks.finetune_task import DetectStep, build_module
+from ..tasks.panoptic_task import PanopticConfig
 from ..model.pretrained import open_pretrained
 from ..model.losses import build_criterion
 from ..core.photos import as_image, resize
@@ -162,11 +163,13 @@ def _open(path, told):
     if pretrained.kind == 'updetr':
         raise ValueError(f'{path} was pre-trained and has no classes yet: fine-tune it first, '
                          f'papermill nbs/finetune.ipynb runs/finetune.ipynb -p pretrain "{path}"')
+    # the boxes of a panoptic run: pictures have its sizes
+    cfg = stored_config(path, PanopticConfig, args) if args.get('task') == 'panoptic' else None
     model = built(path, build_detr, pretrained.num_classes, **pretrained.options)
     fill(path, model, pretrained.weights)
     # The reference's labels are the ids of its files: so they are in what it published.
     ids = args.get('category_ids') if args else list(range(pretrained.num_classes))
-    return DetectStep(model, build_criterion(model)).eval(), None, pretrained.classes, ids
+    return DetectStep(model, build_criterion(model)).eval(), cfg, pretrained.classes, ids
 
 # %% ../../nbs/50_detector.ipynb #c013l
 def check_device(
@@ -189,7 +192,7 @@ def check_device(
 def load_detector(
     path: str | Path,  # checkpoint.pth or .safetensors of a fine-tuning, or a published DETR
     **told,  # options of `build_detr` that a published file does not tell: dilation, nheads
-) -> tuple[nn.Module, FinetuneConfig | None, tuple[str, ...] | None]:  # module, config, names
+) -> tuple[nn.Module, TransferConfig | None, tuple[str, ...] | None]:  # module, config, names
     """Rebuild a detector from its file, in eval mode; its module has `predict`.
 
     Raises FileNotFoundError, or ValueError for a file without classes."""
