@@ -1,5 +1,6 @@
 "`python -m updetr`: what there is, and which function a word calls; the functions are notebook 59's."
 import csv
+import dataclasses
 import json
 import os
 import runpy
@@ -14,10 +15,14 @@ import torch
 from PIL import Image
 
 from conftest import ROOT
+from test_task import save_photos
+from updetr.core.checkpoint import write_json
 from updetr.core.photos import builtin_photos
 from updetr.core.shipped import shipped
 from updetr.predict import commands
 from updetr.predict.commands import predict, predict_command
+from updetr.predict.detector import Detector
+from updetr.predict.export import save_huggingface
 from updetr.tasks.finetune import finetune_config
 
 
@@ -114,3 +119,20 @@ def test_evaluate_counts_as_the_run_did(tmp_path, monkeypatch):
         assert commands.training_set('x.pth', tmp_path, 'test', '2007', 'photos') == 'set'
         assert asked == [('test', '2007', {'images': 'photos'} | expected), ('train', '2007', {'images': 'photos'}),
                          ('train', None, {'images': 'photos'})]
+
+
+def test_a_folder_made_for_sharing_counts_as_the_run_did(tmp_path):
+    "`evaluate` knows the run's rules, and which photos of a set without parts it kept, as from the run's own file."
+    detector = Detector.demo()
+    detector.cfg = dataclasses.replace(detector.cfg, classes='kind 1, kind 0', year='', difficult='keep', missing='skip', exif='stored')
+    save_huggingface(detector, tmp_path / 'hub')
+    assert commands.run_config(tmp_path / 'hub') == commands.run_config(tmp_path / 'hub/model.safetensors') == detector.cfg
+    save_photos(tmp_path / 'photos', 10, (48, 32))
+    write_json(file := tmp_path / 'all.json', {
+        'images': [{'id': i, 'file_name': f'{i}.jpg', 'width': 48, 'height': 32} for i in range(10)],
+        'categories': [{'id': k, 'name': f'kind {k}'} for k in range(3)],
+        'annotations': [{'id': i, 'image_id': i, 'category_id': i % 3, 'bbox': [4, 4, 20, 20], 'area': 400, 'iscrowd': 0}
+                        for i in range(10)]})
+    for split, number in (('val', 2), (None, 10)):
+        photos = commands.evaluation_set(tmp_path / 'hub', file, split, None, tmp_path / 'photos')
+        assert list(photos.classes) == ['kind 1', 'kind 0'] and len(photos) == number

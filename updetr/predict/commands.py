@@ -33,7 +33,9 @@ from updetr.core.photos import (
 from ..core.report import versions
 from ..data.datasets import dataset_parts, open_dataset
 from ..model.weights import stored_config
-from .detector import Detections, Detector, coco_results, drop_duplicates
+from updetr.predict.detector import (
+    Detections, Detector, coco_results, drop_duplicates, shared_file,
+)
 from updetr.predict.errors import (
     above, best_threshold, compare, confusion, draw_confusion, draw_curves, draw_errors, only,
     same_photos, sort_errors, unlisted_photos, worst_photos, would_win,
@@ -279,11 +281,12 @@ def predict(
 
 # %% ../../nbs/59_commands.ipynb #c018a
 def run_config(
-    checkpoint: str | Path,  # file of a detector, or a run's folder
+    checkpoint: str | Path,  # file of a detector, a run's folder, or one made for sharing
 ) -> FinetuneConfig | None:  # None: the file has none
     "Return the configuration of the run that left a detector."
-    file = model_file(checkpoint, say=False)
-    try: return stored_config(file, FinetuneConfig, read_weights(file)[1])
+    try:
+        file = model_file(shared_file(checkpoint), say=False)
+        return stored_config(file, FinetuneConfig, read_weights(file)[1])
     except (ValueError, OSError): return None
 
 def evaluation_set(
