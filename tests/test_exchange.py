@@ -5,11 +5,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from updetr.data.transforms import SMALL_SIZES
+from updetr.data.transforms import DETR_SIZES, SMALL_SIZES
 from updetr.model.detr import build_detr
 from updetr.model.losses import build_criterion
 from updetr.predict.detector import Detector, picture_batch
-from updetr.predict.export import export_program, from_huggingface, save_huggingface, to_huggingface, to_onnx
+from updetr.predict.export import export_program, from_huggingface, open_huggingface, save_huggingface, to_huggingface, to_onnx
 from updetr.tasks.finetune_task import DetectStep
 
 SMALL = dict(hidden_dim=32, nheads=4, enc_layers=2, dec_layers=3, dim_feedforward=48, num_queries=7, pre_norm=False)
@@ -122,6 +122,20 @@ def test_a_published_pre_norm_model_is_passed_on(tmp_path, capsys):
     picture = torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8)
     found, expected = again(picture, 0), detector(picture, 0)
     assert torch.equal(found.boxes, expected.boxes) and torch.equal(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize('how', [dict(sizes=SMALL_SIZES), dict(square=96)], ids=['sizes', 'square'])
+def test_sizes_of_a_detector_that_was_built_by_hand_come_back_or_are_refused(how, tmp_path):
+    "transformers' folder has a place for them; ours has none without a run's configuration."
+    theirs, ours = (build_detr(3, 'resnet18', **SMALL | {'pre_norm': p}) for p in (False, True))
+    save_huggingface(Detector(DetectStep(theirs, build_criterion(theirs)), NAMES, **how), tmp_path/'theirs')
+    back = open_huggingface(tmp_path/'theirs')
+    assert back.square == how.get('square', 0) and back.sizes.val == how.get('sizes', DETR_SIZES).val
+    with pytest.raises(ValueError, match='open it with Detector.from_checkpoint'):
+        save_huggingface(Detector(DetectStep(ours, build_criterion(ours)), NAMES, **how), tmp_path/'ours')
+    assert not (tmp_path/'ours').exists()
+    save_huggingface(Detector(DetectStep(ours, build_criterion(ours)), NAMES), tmp_path/'ours')
+    assert Detector.from_checkpoint(tmp_path/'ours').sizes == DETR_SIZES
 
 
 def test_transformers_opens_the_folder_and_prepares_pictures_alike(tmp_path):

@@ -246,7 +246,11 @@ def _own_options(detector):
     if not isinstance(detector.module, DetectStep):
         raise ValueError(f'{type(detector.module).__name__} without the configuration of its run: '
                          'open it with Detector.from_checkpoint')
-    # a published model has no configuration: it is said by what was built
+    # without a configuration nothing in the file says sizes: it is opened with DETR's
+    if _sizes(detector) != {'shortest_edge': DETR_SIZES.val, 'longest_edge': DETR_SIZES.longest}:
+        raise ValueError(f'pictures of {_sizes(detector)} without the configuration of its run: '
+                         'open it with Detector.from_checkpoint')
+    # a published model is said by what was built
     model = detector.module.model
     cnn = model.backbone[0]
     features = None if cnn.features in ([], ['layer4']) else cnn.features
