@@ -24,6 +24,7 @@ from updetr.model.detr import build_detr
 from updetr.model.pretrained import foreign_weights, open_pretrained
 from updetr.model.updetr import build_updetr
 from updetr.model.weights import load_updetr
+from updetr.predict.commands import evaluate, open_model
 from updetr.predict.detector import Detector, check_device, load_detector
 from updetr.predict.export import to_huggingface
 from updetr.predict.localizer import QueryPatchLocalizer, load_localizer
@@ -198,6 +199,21 @@ def test_a_panoptic_file_can_be_told_that_it_is_dilated(tmp_path):
     torch.save(state, path := tmp_path / 'bare.pth')
     with pytest.raises(ValueError, match='BasicBlock|built'): PanopticSegmenter.from_checkpoint(path, dilation=True)
     assert PanopticSegmenter.from_checkpoint(path).model.detr.backbone[0].stride == 32
+
+
+@unread
+@pytest.mark.parametrize('kind', ['bare', 'Namespace', 'dict', 'DataParallel'])
+def test_the_commands_know_a_published_panoptic_file(tmp_path, kind):
+    "It has no task, or no arguments: its mask head shows what it is. What says its task is that, whatever its tensors are called."
+    state = _file('panoptic')['model']
+    content = {'bare': state, 'Namespace': {'model': state, 'args': argparse.Namespace(nheads=4)}, 'dict': {'model': state, 'args': {}},
+               'DataParallel': {'model': {f'module.{k}': v for k, v in state.items()}, 'args': {}}}
+    torch.save(content[kind], path := tmp_path / 'published.pth')
+    assert isinstance(open_model(path), PanopticSegmenter)
+    with pytest.raises(ValueError, match='segments do not overlap'): open_model(path, nms=.5)
+    with pytest.raises(ValueError, match='published.pth is a segmenter'): evaluate(path, tmp_path, tmp_path / 'out')
+    torch.save({'model': state, 'args': {'task': 'finetune'}}, path)
+    with pytest.raises(ValueError, match='published.pth has no list of the names of its classes'): open_model(path)  # `Detector` refuses it
 
 
 @unread

@@ -32,7 +32,8 @@ from updetr.core.photos import (
 )
 from ..core.report import versions
 from ..data.datasets import dataset_parts, open_dataset
-from ..model.weights import stored_config
+from ..model.pretrained import weights_and_options
+from ..model.weights import plain_tensors, stored_config
 from updetr.predict.detector import (
     Detections, Detector, coco_results, drop_duplicates, shared_file,
 )
@@ -166,10 +167,16 @@ def open_model(
     nms: float | None = None,  # for `Detector`
 ) -> Detector | PanopticSegmenter:  # the model
     "Return the model of a checkpoint. Raises what `from_checkpoint` raises."
-    try: task = read_weights(model_file(checkpoint, say=False))[1].get('task')
-    # a folder of a model hub, or a published file: `Detector` knows better
-    except (ValueError, OSError): task = None
-    if task != 'panoptic': return Detector.from_checkpoint(checkpoint, device, nms=nms)
+    file = model_file(checkpoint, say=False)
+    try:
+        weights, args = weights_and_options(file)
+        names = plain_tensors(file, weights)
+    # a folder of a model hub, or no weights: `Detector` knows better
+    except (ValueError, OSError): names, args = (), {}
+    # a published file does not say its task: a mask head shows it
+    shown = 'panoptic' if any(name.startswith('mask_head.') for name in names) else None
+    if args.get('task', shown) != 'panoptic':
+        return Detector.from_checkpoint(checkpoint, device, nms=nms)
     if nms: raise ValueError('segments do not overlap: --nms is for detectors')
     return PanopticSegmenter.from_checkpoint(checkpoint, device)
 
