@@ -196,6 +196,19 @@ def test_the_boxes_answer_as_the_run_measured(boxes, fields, tmp_path):
         assert last['test_AP50'] > 20 and [ap['AP'], ap['AP50']] == pytest.approx([last['test_AP'], last['test_AP50']], abs=.01)
 
 
+def test_the_detector_of_a_file_with_masks_is_the_one_of_its_first_stage(boxes, masks, tmp_path):
+    """As the error says that names the option: stage masks has left every weight of it, and the sizes, as they were.
+    Its model card does not tell of an AP and of epochs that are not the detector's."""
+    with pytest.raises(ValueError, match='Give detector_part=True'): Detector.from_checkpoint(masks)
+    part, whole = Detector.from_checkpoint(masks, detector_part=True), Detector.from_checkpoint(boxes)
+    assert same(part.module.model.state_dict(), whole.module.model.state_dict())
+    assert (part.classes, part.square, part.category_ids) == (whole.classes, 64, whole.category_ids)
+    for name, detector in {'part': part, 'whole': whole}.items(): save_huggingface(detector, tmp_path / name)
+    cards = [(tmp_path / name / 'README.md').read_text() for name in ('part', 'whole')]
+    assert [('epochs' in card, 'AP ' in card.split('| measured |')[1]) for card in cards] == [(False, False), (True, True)]
+    assert Detector.from_checkpoint(tmp_path / 'part').square == 64
+
+
 def test_the_segmenter_answers_as_the_run_measured(masks, fields):
     """Photo by photo through the one-liner: the numbers that the run logged last."""
     segmenter, val = PanopticSegmenter.from_checkpoint(masks / 'checkpoint.pth'), open_panoptic(fields, 'val')

@@ -166,7 +166,9 @@ def _open(path, told):
     # the boxes of a panoptic run: pictures have its sizes
     cfg = stored_config(path, PanopticConfig, args) if args.get('task') == 'panoptic' else None
     model = built(path, build_detr, pretrained.num_classes, **pretrained.options)
-    fill(path, model, pretrained.weights)
+    # what detector_part=True leaves
+    head = 'bbox_attention.', 'mask_head.'
+    fill(path, model, {k: v for k, v in pretrained.weights.items() if not k.startswith(head)})
     # The reference's labels are the ids of its files: so they are in what it published.
     ids = args.get('category_ids') if args else list(range(pretrained.num_classes))
     return DetectStep(model, build_criterion(model)).eval(), cfg, pretrained.classes, ids

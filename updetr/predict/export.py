@@ -277,7 +277,8 @@ def _known(detector):
     rows = {'detector': f'DETR, {step.model.num_queries} queries' if is_detr else cfg.detector,
             'CNN': cnn, 'classes': f'{len(detector.classes)}: {", ".join(detector.classes)}',
             'size of pictures': ', '.join(f'{k} {v} px' for k, v in _sizes(detector).items())}
-    if cfg:
+    # stage masks of a panoptic run has not trained its detector
+    if cfg and getattr(cfg, 'stage', 'boxes') == 'boxes':
         photos = f'{cfg.scenes} painted scenes' if cfg.scenes and not cfg.data else 'TODO: which?'
         rows |= {'photos': photos, 'seed': cfg.seed,
                  'start': 'pre-trained by UP-DETR, or handed over' if cfg.pretrain else 'the CNN',
