@@ -211,7 +211,8 @@ def _checked_ids(category_ids, classes):
     count = len(category_ids) if is_list else 'no list of'
     if count != len(classes):
         raise ValueError(f'{len(classes)} classes, but {count} category ids')
-    return tuple(category_ids)
+    # a list may hold numbers of numpy
+    return tuple(k.item() if hasattr(k, 'item') else k for k in category_ids)
 
 # %% ../../nbs/50_detector.ipynb #c013n
 def drop_duplicates(
