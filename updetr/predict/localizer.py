@@ -219,7 +219,7 @@ class LastSeen:
 # %% ../../nbs/53_localizer.ipynb #c022
 def cut_queries(
     image: Tensor,          # photo (3, H, W), uint8
-    boxes: Tensor | Sequence[Sequence[float]],  # boxes (m, 4), xyxy px
+    boxes: Tensor | Sequence[Tensor | Sequence[float]],  # boxes (m, 4), xyxy px
     size: int = 128,        # side of a query picture, px
     shape: str = 'squash',  # 'squash' or 'letterbox'
 ) -> Tensor:                # (m, 3, size, size), uint8
@@ -227,6 +227,9 @@ def cut_queries(
 
     Raises ValueError if there are none, or for one outside the photo.
     """
+    # each may be an array or a tensor, too
+    if isinstance(boxes, (list, tuple)):
+        boxes = [box.tolist() if hasattr(box, 'tolist') else box for box in boxes]
     boxes = torch.as_tensor(boxes)
     if boxes.dim() != 2 or boxes.shape[1] != 4 or not len(boxes):
         raise ValueError(f'boxes must be (m,4) xyxy px with m of at least 1, '
