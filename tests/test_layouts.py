@@ -524,6 +524,40 @@ def test_frames_of_several_films_keep_their_labels(tmp_path, order):
     assert greys(table) == [(40, 'a')] * 4 + [(80, 'b')] * 3 + [(120, 'c')] * 2
 
 
+def _two_folders(root, train, val, **more):
+    "Photos of cats (40) and dogs (80), a label beside each, and files of names"
+    for part, names in (('train', train), ('val', val)):
+        for k, name in enumerate(('cat', 'dog')):
+            grey(root / part / f'{name}.png', 40 + 40 * k)
+            text(root / part / f'{name}.txt', f'{names.index(name) if name in names else k} .5 .5 .5 .5')
+        if names: text(root / part / 'classes.txt', '\n'.join(names))
+    for name, said in more.items(): text(root / name.replace('_', '.'), said)
+
+
+def test_each_folder_has_its_own_numbers_of_classes(tmp_path):
+    "labelImg writes a classes.txt into every folder, in the order in which classes came up there"
+    _two_folders(tmp_path, ['cat', 'dog'], ['dog', 'cow', 'cat'], other_names='x\ny\nz\nw')
+    sets = [open_dataset(tmp_path, part) for part in ('train', 'val')]
+    for ds in sets:
+        assert greys(ds) == [(40, 'cat'), (80, 'dog')] and ds.classes == ['cat', 'dog', 'cow']
+        assert 'other.names and train/classes.txt number the classes otherwise' in ds.table.notes[0]
+    # a data.yaml has the last word, and a list that goes on where another ends is no other
+    text(tmp_path / 'data.yaml', 'names: [a, b, c]')
+    assert greys(open_dataset(tmp_path, 'val')) == [(40, 'c'), (80, 'a')]
+    _two_folders(tmp_path / 'more', ['cat'], ['cat', 'dog'])
+    ds = open_dataset(tmp_path / 'more', 'train')
+    assert greys(ds) == [(40, 'cat'), (80, 'dog')] and not ds.table.notes
+
+
+@pytest.mark.parametrize('places', [('a_names', 'b_names'), ('sub/a_names', 'zub/b_names')])
+def test_two_files_of_names_equally_near_are_refused(places, tmp_path):
+    _two_folders(tmp_path, [], [], **dict(zip(places, ('cat\ndog', 'dog\ncat'))))
+    with pytest.raises(ValueError, match=r'a\.names and .*b\.names number the classes otherwise.*data\.yaml'):
+        open_dataset(tmp_path, 'val')
+    text(tmp_path / 'data.yaml', 'names: [cat, dog]')
+    assert greys(open_dataset(tmp_path, 'val')) == [(40, 'cat'), (80, 'dog')]
+
+
 def test_masks_are_not_taken_for_photos(tmp_path):
     "Oxford's pets: a mask of each photo, of the photo's name and size, in a folder that comes first in the alphabet"
     for name in ('Abyssinian_1', 'beagle_2'):

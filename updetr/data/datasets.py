@@ -509,20 +509,21 @@ def _to_pixels(objects, size):
         found.append((name, pixels.tolist(), difficult))
     return found
 
-def _label_file(kind, label, names):
+def _label_file(layout, label):
     "Objects, stated (height, width) and number of shapes without a box of a label file"
-    if kind == 'YOLO': return yolo_objects(label, names) if label else [], (None, None), 0
-    if kind == 'LabelMe': return labelme_objects(label)
-    tree = read_xml(label)
-    return voc_objects(tree, label), _voc_size(tree), 0
+    if label is None: return [], (None, None), 0
+    path = layout.root / label
+    if layout.kind == 'YOLO': return yolo_objects(path, layout.names_for(label)), (None, None), 0
+    if layout.kind == 'LabelMe': return labelme_objects(path)
+    tree = read_xml(path)
+    return voc_objects(tree, path), _voc_size(tree), 0
 
 def _other_names(layout, split):
     "Names of classes in the parts that are not asked for; unreadable files have no say"
     names = set()
     for part, pairs in layout.parts.items():
         for label, _ in pairs if part != split else ():
-            path = label and layout.root / label
-            try: names |= _names([_label_file(layout.kind, path, layout.names)[0]])
+            try: names |= _names([_label_file(layout, label)[0]])
             except ValueError: continue
     return names
 
@@ -538,9 +539,8 @@ def _open_pairs(layout, split, classes, one_based, exif, missing):
     pairs = layout.parts[split]
     there = _there(root, [photo for _, photo in pairs], missing, notes)
     pairs = _kept(pairs, there)
-    paths = [label and layout.root / label for label, _ in pairs]
     files = [photo for _, photo in pairs]
-    read = [_label_file(kind, path, layout.names) for path in paths]
+    read = [_label_file(layout, label) for label, _ in pairs]
     objects, sizes = [some for some, *_ in read], [size for _, size, _ in read]
     skipped = sum(k for *_, k in read)
     if skipped: notes.append(f'shapes without a box (points, lines) are left out: {skipped:,}')
@@ -549,7 +549,8 @@ def _open_pairs(layout, split, classes, one_based, exif, missing):
         sizes = [_photo_size(os.path.join(root, f), exif, f'{printable(f)}: {fraction}')
                  for f in files]
         objects = [_to_pixels(some, size) for some, size in zip(objects, sizes)]
-    if kind == 'XML' and one_based: notes += _thin_boxes(objects, paths)
+    if kind == 'XML' and one_based:
+        notes += _thin_boxes(objects, [layout.root / label for label, _ in pairs])
     names = _names(objects)
     if classes is None: names |= _other_names(layout, split)
     names = list(layout.names.values()) or sorted(names, key=_by_name)

@@ -373,6 +373,13 @@ class Layout:
     places: list = field(default_factory=list)  # folders below it that have files
     names: dict = field(default_factory=dict)   # YOLO: number of a class -> name
     notes: list = field(default_factory=list)   # texts: what was decided
+    own: dict = field(default_factory=dict)     # YOLO: folder -> its own names, where they differ
+
+    def names_for(self,
+        label: str,  # file, relative to `root`
+    ) -> dict:       # number of a class -> name
+        "Return the names of classes that hold for a YOLO label file."
+        return self.own.get(os.path.dirname(label), self.names)
 
 def _by_part(rows):
     "(name of the part, row) pairs -> {part: [rows]}; without names, only one part, ''"
@@ -414,15 +421,53 @@ def _numbered(names, source):
         found[number] = printable(f'{name}'.strip())
     return found
 
+# %% ../../nbs/15_photo_files.ipynb #f009b
 _NAME_FILES = re.compile(r'classes\.txt|.*\.names|_darknet\.labels|labels\.txt|class_names\.txt')
 
-def _name_file(root, tree):
-    "{number: name} of the first file of names, a class a line; {} without one"
+def _name_files(root, tree):
+    "{file: {number: name}} of the files of names, a class a line"
+    found = {}
     for folder, files in tree.items():
-        for file in filter(_NAME_FILES.fullmatch, files):
-            path = root / folder / file
-            return _numbered([x for x in map(str.strip, read_text(path).split('\n')) if x], path)
-    return {}
+        for path in [root / folder / file for file in files if _NAME_FILES.fullmatch(file)]:
+            lines = map(str.strip, read_text(path).split('\n'))
+            found[path] = _numbered([line for line in lines if line], path)
+    return found
+
+def _longest(lists):
+    "The longest of {file: {number: name}}, and two files that number classes otherwise, or ()"
+    if not lists: return {}, ()
+    best = max(lists, key=lambda file: len(lists[file]))
+    others = [file for file in lists if not lists[file].items() <= lists[best].items()]
+    return lists[best], (best, others[0]) if others else ()
+
+def _own_names(lists, folder):
+    "{number: name} for a folder's labels: of the nearest file at or above it, else of any"
+    near = lists
+    for place in (folder, *folder.parents):
+        here = {file: names for file, names in lists.items() if file.parent == place}
+        if here:
+            near = here
+            break
+    names, differ = _longest(near)
+    if differ:
+        raise ValueError(f'{printable(differ[0])} and {printable(differ[1])} number the classes '
+                         'otherwise: delete the wrong one, or say in a data.yaml what is right')
+    return names
+
+# %% ../../nbs/15_photo_files.ipynb #f009c
+def _yolo_names(root, tree, pairs, notes):
+    "{number: name} of all classes, and {folder of labels: its own} where files of names differ"
+    lists = _name_files(root, tree)
+    names, differ = _longest(lists)
+    if not differ: return names, {}
+    # labelImg writes one a folder, in the order in which classes came up there
+    folders = {os.path.dirname(label): None for label, *_ in pairs if label}
+    own = {folder: _own_names(lists, root / folder) for folder in folders}
+    first, other = differ
+    notes.append(f'{printable(first.relative_to(root))} and {printable(other.relative_to(root))} '
+                 'number the classes otherwise: labels are read with the nearest such file')
+    every = dict.fromkeys(name for names in own.values() for name in names.values())
+    return dict(enumerate(every)), own
 
 # %% ../../nbs/15_photo_files.ipynb #f010
 def _below(root, said, known):
@@ -477,7 +522,8 @@ def _find_yolo(root, tree, images, photos, file=None):
         pairs = [(label, photo, _yaml_part(photo, said)) for label, photo, _ in pairs]
         out = sum(part is None for *_, part in pairs)
         if out: notes.append(f'photos in no part of {printable(file.name)} are left out: {out:,}')
-    names = _numbered(data['names'], file) if data else _name_file(root, tree)
+    if data: names, own = _numbered(data['names'], file), {}
+    else: names, own = _yolo_names(root, tree, pairs, notes)
     if not names:
         notes.append('no data.yaml and no classes.txt: classes are called by their numbers')
     alone = [label for label in alone if label.count(os.sep) and not _NAME_FILES.search(label)]
@@ -486,7 +532,7 @@ def _find_yolo(root, tree, images, photos, file=None):
                      f'{printable(alone[0])}')
     parts = _by_part((p, (label, photo)) for label, photo, p in sorted(pairs, key=lambda r: r[1])
                      if p is not None)
-    return Layout('YOLO', root, parts, images, names=names, notes=notes)
+    return Layout('YOLO', root, parts, images, names=names, notes=notes, own=own)
 
 # %% ../../nbs/15_photo_files.ipynb #f012
 def _json_kind(path):
