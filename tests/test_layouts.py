@@ -558,6 +558,22 @@ def test_two_files_of_names_equally_near_are_refused(places, tmp_path):
     assert greys(open_dataset(tmp_path, 'val')) == [(40, 'cat'), (80, 'dog')]
 
 
+def test_a_name_that_ends_in_a_digit_is_a_part(pictures, tmp_path):
+    "Only COCO's train2017 means the same file as train; annotations2.json was left out, and no word was said"
+    photos(pictures, tmp_path / 'images')
+    for name, some in (('annotations', TRAIN), ('annotations2', VAL)): text(tmp_path / f'{name}.json', coco(some))
+    assert dataset_parts(tmp_path) == ['annotations', 'annotations2']
+    data = str(tmp_path)
+    with pytest.raises(ValueError, match="no split .train.; .* annotations, annotations2"): open_sets(finetune_config('demo', data=data))
+    train, val = open_sets(finetune_config('demo', data=data, split='annotations', split_val='annotations2'))
+    assert (len(train), len(val)) == (3, 2)
+    # every list of VOC is one of its own
+    for part, names in (('default', TRAIN), ('default2', VAL)): voc_lists(pictures, tmp_path / 'voc', part, names)
+    assert dataset_parts(tmp_path / 'voc') == ['default', 'default2'] and len(open_dataset(tmp_path / 'voc', 'default2')) == 2
+    for part, names in (('train', TRAIN), ('val', VAL)): coco_usual(pictures, tmp_path / 'usual', part, names)
+    assert sorted(dataset_parts(tmp_path / 'usual')) == ['train', 'val']
+
+
 def test_masks_are_not_taken_for_photos(tmp_path):
     "Oxford's pets: a mask of each photo, of the photo's name and size, in a folder that comes first in the alphabet"
     for name in ('Abyssinian_1', 'beagle_2'):

@@ -754,9 +754,12 @@ def parts_of(
     layout: Layout,  # of `find_layout`
 ) -> list:           # their names; [''] for a set without parts
     "Return the parts of a set. One that no name tells what it is for is a set without parts."
-    names = list(layout.parts)
-    # COCO's train2017 is also called train
-    names = [name for name in names if not re.search(r'\d$', name)] or names
+    def is_second_name(name):
+        # COCO's train2017 is also called train
+        first = re.sub(r'\d+$', '', name)
+        if layout.kind != 'COCO' or first == name: return False
+        return {*layout.parts[name]} <= {*layout.parts.get(first, ())}
+    names = [name for name in layout.parts if not is_second_name(name)]
     return names if len(names) > 1 or part_of(names[0]) else ['']
 
 def pick_part(
