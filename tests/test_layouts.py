@@ -153,6 +153,12 @@ def _yolo_outlines(p, f):
     (f / 'data.yaml').write_text('names:\n  0: cat\n  1: cow\n  2: dog\n')
 
 
+def _yolo_label_studio(p, f):
+    _yolo_classes(p, f)
+    notes = {'categories': [{'id': k, 'name': name} for k, name in enumerate(CLASSES)], 'info': {'contributor': 'Label Studio'}}
+    (f / 'notes.json').write_text(json.dumps(notes, indent=2))
+
+
 def _csv_tensorflow(p, f):
     photos(p, f / 'images')
     table(f / 'labels.csv', TENSORFLOW, tensorflow)

@@ -541,7 +541,10 @@ def _json_kind(path):
         with open(path, 'rb') as file: head = file.read(1 << 16)
     except OSError: return ''
     if re.search(rb'"(shapes|imagePath)"\s*:', head): return 'LabelMe'
-    return 'COCO' if re.search(rb'"(images|annotations|categories)"\s*:\s*\[', head) else ''
+    lists = {*re.findall(rb'"(images|annotations|categories)"\s*:\s*\[', head)}
+    # Label Studio's notes.json, beside YOLO's labels, has categories and no photos
+    if lists == {b'categories'} and len(head) < 1 << 16: return ''
+    return 'COCO' if lists else ''
 
 _OTHER_JSON = 'panoptic_', 'captions_', 'image_info_', 'stuff_'
 
@@ -560,6 +563,7 @@ def _json_files(root, tree):
     if len(coco) > 1: coco = [(part or file.stem, file) for part, file in coco]
     return labelme, coco
 
+# %% ../../nbs/15_photo_files.ipynb #f012c
 def _is_table(file):
     "True for a CSV file of boxes"
     try: rows = csv_rows(file, 1)
