@@ -159,6 +159,14 @@ def _yolo_label_studio(p, f):
     (f / 'notes.json').write_text(json.dumps(notes, indent=2))
 
 
+def _yolo_cvat(p, f):
+    # one list, `train`, for all photos: no part is evaluated on
+    photos(p, f / 'obj_train_data')
+    texts(f / 'obj_train_data', '.txt', yolo)
+    texts(f, '.txt', lambda _: '\n'.join(f'data/obj_train_data/{n}.jpg' for n in PHOTOS), ['train'])
+    (f / 'obj.names').write_text('cat\ncow\ndog\n')
+
+
 def _csv_tensorflow(p, f):
     photos(p, f / 'images')
     table(f / 'labels.csv', TENSORFLOW, tensorflow)
@@ -265,6 +273,22 @@ def yolo_lists(p, f, part, names):
     (f / 'data.yaml').write_text(YAML + 'train: train.txt\nval: val.txt\n')
 
 
+def darknet(p, f, part, names):
+    photos(p, f / 'obj', names)
+    texts(f / 'obj', '.txt', yolo, names)
+    texts(f, '.txt', lambda _: '\n'.join(f'data/obj/{n}.jpg' for n in names), [part.replace('val', 'valid')])
+    (f / 'obj.names').write_text('cat\ncow\ndog\n')
+    (f / 'obj.data').write_text('classes = 3\ntrain = data/train.txt\nvalid = data/valid.txt\nnames = data/obj.names\n')
+
+
+def cvat_yolo(p, f, part, names):
+    part = {'train': 'Train', 'val': 'Validation'}[part]
+    photos(p, f / f'obj_{part}_data', names)
+    texts(f / f'obj_{part}_data', '.txt', yolo, names)
+    texts(f, '.txt', lambda _: '\n'.join(f'data/obj_{part}_data/{n}.jpg' for n in names), [part])
+    (f / 'obj.names').write_text('cat\ncow\ndog\n')
+
+
 def labelme_parts(p, f, part, names):
     photos(p, f / part, names)
     texts(f / part, '.json', labelme, names)
@@ -277,7 +301,7 @@ def csv_parts(p, f, part, names):
 
 PARTED = {make.__name__: _each(make) for make in (
     voc_lists, coco_usual, coco_named, coco_below, roboflow, roboflow_voc, roboflow_csv, xml_in_one_folder, ultralytics,
-    roboflow_yolo, yolo_any_names, yolo_lists, labelme_parts, csv_parts)}
+    roboflow_yolo, yolo_any_names, yolo_lists, darknet, cvat_yolo, labelme_parts, csv_parts)}
 
 
 def content(ds):
@@ -343,6 +367,35 @@ def test_one_part_alone_is_divided_too(pictures, tmp_path):
         assert (len(train), len(val)) == (4, 1) and '1 of its 5 are drawn' in train.note
     assert dataset_parts(tmp_path / 'a') == ['train'] and dataset_parts(tmp_path / 'b') == []
     with pytest.raises(ValueError, match="no split 'val'"): open_dataset(tmp_path / 'a', 'val')
+
+
+def test_photos_in_no_list_are_counted(pictures, tmp_path):
+    "Also where the photos lie elsewhere, as in a set that CVAT exports without them"
+    PARTED['darknet'](pictures, tmp_path / 'set')
+    text(tmp_path / 'set/valid.txt', 'data/obj/b.jpg')
+    assert content(open_dataset(tmp_path / 'set', 'val')).keys() == {'b'}
+    assert open_dataset(tmp_path / 'set', 'train').table.notes == ['photos in no part of the lists of photos are left out: 1']
+    photos(pictures, tmp_path / 'photos')
+    for file in (tmp_path / 'set').rglob('*.jpg'): file.unlink()
+    agree(open_dataset(tmp_path / 'set', 'train', images=tmp_path / 'photos'), TRAIN)
+
+
+@pytest.mark.parametrize('said', ['0 .5 .5 .5 .5', '', '/', 'data/obj/b.txt', 'obj', 'elsewhere/z.jpg'])
+def test_files_that_list_no_photo_divide_nothing(said, pictures, tmp_path):
+    "Such as labels of train.jpg and val.jpg"
+    photos(pictures, tmp_path / 'obj')
+    texts(tmp_path / 'obj', '.txt', yolo)
+    for part in ('train', 'val'): text(tmp_path / f'{part}.txt', said)
+    assert dataset_parts(tmp_path) == [] and len(open_dataset(tmp_path)) == 5
+
+
+def test_lists_of_voc_without_jpegimages_are_not_passed_over_in_silence(pictures, tmp_path):
+    "And what is advised takes them"
+    for part, names in (('train', TRAIN), ('val', VAL)): voc_lists(pictures, tmp_path, part, names)
+    (tmp_path / 'VOC2007/JPEGImages').rename(tmp_path / 'VOC2007/images')
+    ds = open_dataset(tmp_path)
+    assert len(ds) == 5 and 'the lists in ImageSets/Main are not used' in ds.table.notes[0] and '-p images FOLDER' in ds.table.notes[0]
+    agree(open_dataset(tmp_path, 'train', images=tmp_path / 'VOC2007/images'), TRAIN)
 
 
 def test_one_set_in_two_layouts_is_the_same_data(pictures, tmp_path):

@@ -388,6 +388,8 @@ def _by_part(rows):
     if len(parts) > 1 and '' in parts: parts['others'] = parts.pop('')
     return parts
 
+_LISTS = 'ImageSets', 'Main'
+
 def _paired(kind, suffix, root, tree, images, photos, notes=()):
     "Layout of a label file for each photo; None if no label has a photo"
     pairs, alone, _ = label_pairs(tree, photos, suffix)
@@ -399,6 +401,10 @@ def _paired(kind, suffix, root, tree, images, photos, notes=()):
         pairs.append((label, os.path.join(place, f'{stem}.jpg'), part_of(os.path.dirname(label))))
     without = sum(len(_photos(names)) for names in photos.values()) - len(pairs) + len(alone)
     notes = list(notes)
+    if kind == 'XML' and any(Path(f).parts[-2:] == _LISTS and tree[f] for f in tree):
+        notes.append('the lists in ImageSets/Main are not used: for that, Annotations and '
+                     'JPEGImages must lie beside ImageSets (or say where the photos are: '
+                     'images=FOLDER, in notebooks -p images FOLDER)')
     if without: notes.append(f'photos without a {suffix} file are left out: {without:,}')
     parts = _by_part((part, (label, photo)) for label, photo, part in sorted(pairs))
     return Layout(kind, root, parts, images, notes=notes)
@@ -476,6 +482,11 @@ def _below(root, said, known):
     ends = [os.path.join(*words[i:]) for i in range(len(words))] or ['']
     return next((end for end in ends if end in known), None)
 
+def _listed(root, file, known):
+    "{names in `known`} that a list of photos means"
+    lines = [line.strip() for line in read_text(root / file).split('\n')]
+    return {_below(root, line, known) for line in lines if line}
+
 def _yaml_parts(data, root, tree):
     "[(part, folder or None, photos or None)] of what data.yaml says of its parts"
     known = {*tree, *(os.path.join(folder, f) for folder, names in tree.items() for f in names)}
@@ -489,10 +500,21 @@ def _yaml_parts(data, root, tree):
             if place in tree:
                 found.append((part, place, None))
                 continue
-            # a list of photos
-            lines = [line.strip() for line in read_text(root / place).split('\n')]
-            found.append((part, None, {_below(root, line, known) for line in lines if line}))
+            found.append((part, None, _listed(root, place, known)))
     return found
+
+# %% ../../nbs/15_photo_files.ipynb #f010b
+def _listed_parts(root, tree, pairs):
+    "As `_yaml_parts`, of Darknet's train.txt and valid.txt, CVAT's Train.txt and Validation.txt"
+    known, found = {photo for _, photo, _ in pairs}, []
+    for file in tree.get('', ()):
+        stem, suffix = os.path.splitext(file)
+        part = _said(stem.lower())
+        if suffix != '.txt' or part not in ('train', 'val', 'test'): continue
+        found.append((part, None, _listed(root, file, known)))
+    # one list alone divides nothing; such files may also be labels of train.jpg and val.jpg
+    divides = len({part for part, *_ in found}) > 1
+    return found if divides and any(names - {None} for *_, names in found) else []
 
 def _yaml_part(photo, said):
     "Part of a photo; None if data.yaml has it in none"
@@ -518,10 +540,12 @@ def _find_yolo(root, tree, images, photos, file=None):
     notes = [f'photos without a label file, taken as photos without objects: {len(empty):,}']
     notes = notes if empty else []
     said = _yaml_parts(data, root, photos)
+    where = file.name if said else 'the lists of photos'
+    said = said or _listed_parts(root, tree, pairs)
     if said:
         pairs = [(label, photo, _yaml_part(photo, said)) for label, photo, _ in pairs]
         out = sum(part is None for *_, part in pairs)
-        if out: notes.append(f'photos in no part of {printable(file.name)} are left out: {out:,}')
+        if out: notes.append(f'photos in no part of {printable(where)} are left out: {out:,}')
     if data: names, own = _numbered(data['names'], file), {}
     else: names, own = _yolo_names(root, tree, pairs, notes)
     if not names:
