@@ -230,6 +230,24 @@ def roboflow(p, f, part, names):
     texts(f / 'export' / part, '.json', lambda _: coco(names), ['_annotations.coco'])
 
 
+def cvat_coco(p, f, part, names):
+    part = {'train': 'Train', 'val': 'Validation'}[part]
+    photos(p, f / 'images' / part, names)
+    texts(f / 'annotations', '.json', lambda _: coco(names), [f'instances_{part}'])
+
+
+def cvat_voc(p, f, part, names):
+    photos(p, f / 'JPEGImages', names)
+    texts(f / 'Annotations', '.xml', xml, names)
+    texts(f / 'ImageSets/Main', '.txt', lambda _: '\n'.join(names), [{'train': 'Train', 'val': 'Validation'}[part]])
+
+
+def roboflow_folders(p, f, part, names):
+    part = {'train': 'Train', 'val': 'Validation'}[part]
+    photos(p, f / part, names)
+    texts(f / part, '.json', lambda _: coco(names), ['_annotations.coco'])
+
+
 def roboflow_voc(p, f, part, names):
     part = part.replace('val', 'valid')
     photos(p, f / part, names)
@@ -300,8 +318,8 @@ def csv_parts(p, f, part, names):
 
 
 PARTED = {make.__name__: _each(make) for make in (
-    voc_lists, coco_usual, coco_named, coco_below, roboflow, roboflow_voc, roboflow_csv, xml_in_one_folder, ultralytics,
-    roboflow_yolo, yolo_any_names, yolo_lists, darknet, cvat_yolo, labelme_parts, csv_parts)}
+    voc_lists, coco_usual, coco_named, coco_below, roboflow, cvat_coco, cvat_voc, roboflow_folders, roboflow_voc, roboflow_csv,
+    xml_in_one_folder, ultralytics, roboflow_yolo, yolo_any_names, yolo_lists, darknet, cvat_yolo, labelme_parts, csv_parts)}
 
 
 def content(ds):
@@ -346,13 +364,13 @@ def test_sets_without_parts(layout, pictures, tmp_path):
 def test_sets_with_parts(layout, pictures, tmp_path):
     path = PARTED[layout](pictures, tmp_path)
     agree(open_dataset(path, 'train'), TRAIN)
-    for name in ('val', 'valid') if layout != 'voc_lists' else ('val',):
+    for name in ('val', 'valid', 'Validation'):
         ds = open_dataset(path, name)
         assert content(ds).keys() == set(VAL) and ds.classes == CLASSES
-        assert 'part' not in ds.table.layout or 'val' in repr(ds)
-    assert sorted(dataset_parts(path))[0] == 'train' and len(dataset_parts(path)) == 2
+        assert 'part' not in ds.table.layout or 'val' in repr(ds).lower()
+    assert sorted(dataset_parts(path))[0].lower() == 'train' and len(dataset_parts(path)) == 2
     for wrong in ('test', None):
-        with pytest.raises(ValueError, match=f'no split {wrong!r}.*train'): open_dataset(path, wrong)
+        with pytest.raises(ValueError, match=f'no split {wrong!r}.*[tT]rain'): open_dataset(path, wrong)
     train, val = open_sets(finetune_config('demo', data=str(path)))
     assert len(train) == 3 and len(val) == 2 and train.classes == val.classes == CLASSES
 

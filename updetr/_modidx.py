@@ -756,6 +756,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                    'updetr/data/photo_files.py'),
                                          'updetr.data.photo_files.read_list': ('photo_files.html#read_list', 'updetr/data/photo_files.py'),
                                          'updetr.data.photo_files.read_xml': ('photo_files.html#read_xml', 'updetr/data/photo_files.py'),
+                                         'updetr.data.photo_files.same_part': ('photo_files.html#same_part', 'updetr/data/photo_files.py'),
                                          'updetr.data.photo_files.size_trouble': ( 'photo_files.html#size_trouble',
                                                                                    'updetr/data/photo_files.py'),
                                          'updetr.data.photo_files.voc_classes': ( 'photo_files.html#voc_classes',

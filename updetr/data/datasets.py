@@ -25,7 +25,7 @@ from updetr.data.annotations import (
 from ..core.fingerprint import SetRows, column_rows, set_rows
 from .photo_files import (
     EXIF, find_files, find_layout, part_of, parts_of, photos_by_stem, pick_part, read_as_said,
-    read_xml, voc_classes, voc_ids, voc_names, voc_objects)
+    read_xml, same_part, voc_classes, voc_ids, voc_names, voc_objects)
 from ..core.photos import header_size, photo_turn, printable
 
 # %% ../../nbs/16_datasets.ipynb #c006
@@ -648,6 +648,7 @@ def _open_table(path, split, year, classes, one_based, images, exif, missing):
     if kind == 'VOC':
         voc = next(iter(layout.parts.values()))
         if parts_of(layout) == [''] and not split: split, = layout.parts
+        split = same_part(layout, split)
         table = voc_table(_pick_years(voc, year), split, classes, one_based, images, exif, missing)
         table.layout = kind
         return table

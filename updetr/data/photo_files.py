@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXIF', 'part_of', 'best_folder', 'find_files', 'photos_by_stem', 'read_list', 'size_trouble', 'read_as_said',
            'read_xml', 'voc_objects', 'voc_splits', 'need_split', 'voc_names', 'voc_classes', 'voc_ids', 'file_tree',
-           'label_pairs', 'Layout', 'find_layout', 'parts_of', 'pick_part']
+           'label_pairs', 'Layout', 'find_layout', 'parts_of', 'same_part', 'pick_part']
 
 # %% ../../nbs/15_photo_files.ipynb #c002
 import os
@@ -448,13 +448,9 @@ def _longest(lists):
 
 def _own_names(lists, folder):
     "{number: name} for a folder's labels: of the nearest file at or above it, else of any"
-    near = lists
-    for place in (folder, *folder.parents):
-        here = {file: names for file, names in lists.items() if file.parent == place}
-        if here:
-            near = here
-            break
-    names, differ = _longest(near)
+    def of_place(place): return {file: lists[file] for file in lists if file.parent == place}
+    near = filter(None, map(of_place, (folder, *folder.parents)))
+    names, differ = _longest(next(near, lists))
     if differ:
         raise ValueError(f'{printable(differ[0])} and {printable(differ[1])} number the classes '
                          'otherwise: delete the wrong one, or say in a data.yaml what is right')
@@ -790,16 +786,25 @@ def parts_of(
     names = [name for name in layout.parts if not is_second_name(name)]
     return names if len(names) > 1 or part_of(names[0]) else ['']
 
+def same_part(
+    layout: Layout,  # of `find_layout`
+    split: str,      # name of a part
+) -> str:            # its name in `layout.parts`; `split` if there is none, or more than one
+    "Return what a part is called here: val, valid and Validation are the same."
+    if split in layout.parts: return split
+    word = _said(str(split).lower())
+    same = [name for name in parts_of(layout) if word and _said(name.lower()) == word]
+    return same[0] if len(same) == 1 else split
+
 def pick_part(
     layout: Layout,  # of `find_layout`
     split: str,      # name of a part; None or '' for a set without parts
 ) -> str:            # its name in `layout.parts`
-    "Return which part is meant: val and valid are the same. Raises ValueError if there is none."
+    "Return which part is meant, see `same_part`. Raises ValueError if there is none."
     if parts_of(layout) == [''] and not split: return next(iter(layout.parts))
     if [*layout.parts] == ['']:
         raise ValueError(f'{printable(layout.root)} has no parts, so no {split!r}: leave split out '
                          'for all photos (a run divides them by a seed)')
-    other = {'val': 'valid', 'valid': 'val'}.get(split)
-    if split not in layout.parts and other in layout.parts: return other
+    split = same_part(layout, split)
     need_split(split, list(layout.parts), layout.root, parts_of(layout))
     return split
