@@ -416,6 +416,21 @@ def test_lists_of_voc_without_jpegimages_are_not_passed_over_in_silence(pictures
     agree(open_dataset(tmp_path, 'train', images=tmp_path / 'VOC2007/images'), TRAIN)
 
 
+@pytest.mark.parametrize('away', [False, True])
+def test_names_of_voc_may_have_folders(away, pictures, tmp_path):
+    "CVAT's of several cameras; what Jupyter keeps of an annotation tells nothing"
+    voc, place = tmp_path / 'VOC2007', tmp_path / ('pictures' if away else 'VOC2007/JPEGImages')
+    for part, cam, names in (('train', 'cam1', TRAIN), ('val', 'cam 2/b', VAL)):
+        photos(pictures, place / cam, names)
+        texts(voc / 'Annotations' / cam, '.xml', xml, names)
+        text(voc / f'ImageSets/Main/{part}.txt', '\n'.join(f'{cam}/{n}' for n in names))
+    texts(voc / 'Annotations/.ipynb_checkpoints', '.xml', lambda n: xml(n).replace('cat', 'cats'), ['a'])
+    train, val = (open_dataset(tmp_path, part, images=place if away else None) for part in ('train', 'val'))
+    agree(train, TRAIN)
+    assert content(val) == {n: (size, objects) for n, (size, objects) in PHOTOS.items() if n in VAL} and val.classes == CLASSES
+    assert [f.split('JPEGImages/')[-1] for f in val.table.files] == ['cam 2/b/b.jpg', 'cam 2/b/e.f.jpg']
+
+
 def test_one_set_in_two_layouts_is_the_same_data(pictures, tmp_path):
     "A run that goes on may be given the set as YOLO or as LabelMe."
     one, other = tmp_path / 'yolo', tmp_path / 'labelme'

@@ -745,6 +745,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                   'updetr/data/photo_files.py'),
                                          'updetr.data.photo_files.label_pairs': ( 'photo_files.html#label_pairs',
                                                                                   'updetr/data/photo_files.py'),
+                                         'updetr.data.photo_files.names_below': ( 'photo_files.html#names_below',
+                                                                                  'updetr/data/photo_files.py'),
                                          'updetr.data.photo_files.need_split': ( 'photo_files.html#need_split',
                                                                                  'updetr/data/photo_files.py'),
                                          'updetr.data.photo_files.part_of': ('photo_files.html#part_of', 'updetr/data/photo_files.py'),

@@ -24,8 +24,8 @@ from updetr.data.annotations import (
     yolo_objects)
 from ..core.fingerprint import SetRows, column_rows, set_rows
 from .photo_files import (
-    EXIF, find_files, find_layout, part_of, parts_of, photos_by_stem, pick_part, read_as_said,
-    read_xml, same_part, voc_classes, voc_ids, voc_names, voc_objects)
+    EXIF, find_files, find_layout, names_below, part_of, parts_of, photos_by_stem, pick_part,
+    read_as_said, read_xml, same_part, voc_classes, voc_ids, voc_names, voc_objects)
 from ..core.photos import header_size, photo_turn, printable
 
 # %% ../../nbs/16_datasets.ipynb #c006
@@ -412,7 +412,7 @@ def _voc_photos(folders, split, images, notes):
     chosen = []
     for folder in folders:
         photos = photos_by_stem(folder / 'JPEGImages' if images is None else root)
-        known = photos.keys() | {p.stem for p in folder.glob('Annotations/*.xml')}
+        known = photos.keys() | {name[:-4] for name in names_below(folder / 'Annotations', '.xml')}
         several = []
         for name in voc_names(folder, split, known, notes):
             found = photos.get(name, [f'{name}.jpg'])
