@@ -345,3 +345,39 @@ def test_a_result_of_other_data_is_not_used(tmp_path):
     folder.rename(tmp_path / 'old')
     run()
     assert json.loads((folder / 'data.json').read_text())['train']['photos'] == 3
+
+
+def test_what_started_from_a_run_goes_with_it(tmp_path):
+    """Photos change: the pre-training and what started from it are refused together, also after one of them was moved away.
+
+    Of one that was killed after a save nothing is refused: it goes on to the same weights."""
+    photos, runs, lines = tmp_path / 'photos', tmp_path / 'runs', []
+    photos.mkdir()
+
+    def photo(k): Image.fromarray(np.random.default_rng(k).integers(0, 255, (64, 64, 3), np.uint8)).save(photos / f'{k % 10}.png')
+
+    for k in range(8): photo(k)
+    cnn = dict(backbone='test_resnet', weights='none', features='layer1', standardize=False)
+    start = job('pretrain', 'demo', data=str(photos), **TINY | cnn | dict(views=8, epochs=1))
+    scenes = dict(scenes=8, scenes_val=4, scene_size=64, val_size=64, square=64, cached_views=1, epochs=1, eval_every=1)
+    after = job('finetune', 'demo', start, **scenes)
+    last = job('finetune', 'demo', after, **scenes)
+    folders = [job_folder(runs, one, 1) for one in (start, after, last)]
+
+    def run(): return run_jobs([(last, 1)], runs, workers=1, show=lines.append)
+
+    def refused():
+        with pytest.raises(ValueError, match='move these folders away') as e: run()
+        return [str(folder) in str(e.value) for folder in folders]
+
+    found = run()
+    for name in ('result.json', 'done.json'): (folders[0] / name).unlink()
+    assert run() == found
+
+    photo(10)
+    assert refused() == [True, True, True]
+    for k, folder in enumerate(folders):
+        folder.rename(tmp_path / f'old {k}')
+        if k < 2: assert refused() == [False, k < 1, True]
+    run()
+    assert all((folder / 'result.json').exists() for folder in folders)

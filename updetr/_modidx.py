@@ -1026,6 +1026,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                             'updetr.experiments.results.train_here': ( 'results.html#train_here',
                                                                                        'updetr/experiments/results.py')},
             'updetr.experiments.runner': { 'updetr.experiments.runner._asked': ('runner.html#_asked', 'updetr/experiments/runner.py'),
+                                           'updetr.experiments.runner._compare_finished': ( 'runner.html#_compare_finished',
+                                                                                            'updetr/experiments/runner.py'),
                                            'updetr.experiments.runner._environment': ( 'runner.html#_environment',
                                                                                        'updetr/experiments/runner.py'),
                                            'updetr.experiments.runner._fetch_all': ( 'runner.html#_fetch_all',

@@ -25,7 +25,7 @@ from ..tasks.oneshot_task import oneshot_sets
 from ..tasks.panoptic_task import open_panoptic_sets
 from ..tasks.pretrain_task import find_photos, pretrain_marks
 from .results import finish, train_here
-from ..train.resume import run_changes
+from ..train.resume import has_learnt, run_changes
 from ..train.progress import watch
 
 # %% ../../nbs/64_runner.ipynb #c005
@@ -128,16 +128,21 @@ def data_now(
     return labelled_marks(cfg, *open_both(cfg)[:2])
 
 # %% ../../nbs/64_runner.ipynb #c010d
-def check_finished(
-    folders: dict,           # folder -> (job, seed)
-    show: Callable = print,  # called with a line on results that cannot be compared
-) -> None:
-    """Compare the data of finished runs with what is there now.
-
-    Raises ValueError that names each run whose data has changed, what has, and the way out."""
+def _compare_finished(folders):
+    "Return what has changed, as sentences, and the names of runs that cannot be compared"
     changed, unknown, gone = [], [], []
+    # starts come first: with a run that is trained anew goes what started from it
+    anew = set()
     for folder, (step, seed) in folders.items():
-        if not (is_done(folder) or _has_result(folder)): continue
+        if not (is_done(folder) or _has_result(folder)):
+            # one with a save goes on, to the weights that it always had
+            if not has_learnt(folder): anew.add(folder)
+            continue
+        start = _start_folder(folder, step, seed)
+        if start in anew:
+            anew.add(folder)
+            changed.append(f'{folder}: it started from {start.name}, which is to be trained anew')
+            continue
         kept = read_record(folder / 'data.json')
         if not kept:
             # an older run knows nothing of its data
@@ -148,7 +153,20 @@ def check_finished(
         except FileNotFoundError:
             gone.append(folder.name)
             continue
-        changed += [f'{folder}: {what}' for what in run_changes(kept, now)]
+        found = run_changes(kept, now)
+        if found: anew.add(folder)
+        changed += [f'{folder}: {what}' for what in found]
+    return changed, unknown, gone
+
+# %% ../../nbs/64_runner.ipynb #c010e
+def check_finished(
+    folders: dict,           # folder -> (job, seed), starts first
+    show: Callable = print,  # called with a line on results that cannot be compared
+) -> None:
+    """Compare the data and the starts of finished runs with what is there now.
+
+    Raises ValueError that names each run that has to be made anew, why, and the way out."""
+    changed, unknown, gone = _compare_finished(folders)
     # said, and used as they are
     if unknown:
         show(f'{len(unknown)} finished runs kept no fingerprint of their data '
@@ -157,9 +175,9 @@ def check_finished(
         show(f'the data of {len(gone)} finished runs is not here, '
              f'and they are used as they are: {", ".join(gone)}')
     if changed:
-        raise ValueError('finished runs are of other data than what is there now: bring the old '
-                         'data back, or move these folders away, and they are trained anew\n'
-                         + '\n'.join(changed))
+        raise ValueError('finished runs are of other data or starts than what is there now: bring '
+                         'the old ones back, or move these folders away, and they are trained '
+                         'anew\n' + '\n'.join(changed))
 
 # %% ../../nbs/64_runner.ipynb #c011
 def _leave(busy):
