@@ -19,7 +19,7 @@ from tools.cells import run_cells
 from tools.experiments import TEXT, shared
 from tools.processes import CONTEXT, take_environment
 from updetr.core.config import make_config
-from updetr.experiments import all_reports
+from updetr.experiments import all_reports, runner
 from updetr.experiments.experiment_report import (
     PARAMETERS,
     arm_bars,
@@ -32,7 +32,7 @@ from updetr.experiments.experiment_report import (
     study_command,
 )
 from updetr.experiments.jobs import configure, job, job_chain, job_folder
-from updetr.experiments.runner import run_jobs
+from updetr.experiments.runner import check_finished, data_now, in_order, run_jobs
 from updetr.experiments.tables import BASES, EXPERIMENTS, Scale, experiment
 from updetr.model.weights import load_updetr
 
@@ -381,3 +381,26 @@ def test_what_started_from_a_run_goes_with_it(tmp_path):
         if k < 2: assert refused() == [False, k < 1, True]
     run()
     assert all((folder / 'result.json').exists() for folder in folders)
+
+
+@pytest.mark.parametrize('photos, reads', [(0, 1), (2, 2)], ids=['all photos', 'some, drawn by the seed'])
+def test_photos_that_finished_runs_share_are_read_once(photos, reads, tmp_path, monkeypatch):
+    "Reading takes minutes at the paper's scale; the file that a run starts from is looked at for each"
+    data, wanted, opened = coco(tmp_path / 'data'), [], []
+    for name in ('a', 'b'):
+        weights = tmp_path / f'{name}.pth'
+        weights.write_text(name)
+        arm = job('finetune', 'demo', data=str(data), scenes=0, scenes_val=0, photos=photos, weights=str(weights))
+        wanted += [(arm, seed) for seed in (1, 2)]
+    folders = in_order(wanted, tmp_path / 'runs')
+    for folder, each in folders.items():
+        folder.mkdir(parents=True)
+        (folder / 'result.json').write_text('{}')
+        (folder / 'data.json').write_text(json.dumps(data_now(configure(*each))))
+    open_sets = runner.open_sets
+    monkeypatch.setattr(runner, 'open_sets', lambda cfg: opened.append(cfg) or open_sets(cfg))
+    check_finished(folders)
+    assert len(opened) == reads
+    weights.write_text('c')
+    with pytest.raises(ValueError, match='the file of CNN weights') as e: check_finished(folders)
+    assert [str(folder) in str(e.value) for folder in folders] == [False, False, True, True]

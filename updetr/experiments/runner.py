@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..model.backbone import fetch_weights
-from ..core.config import TrainConfig
+from ..core.config import LossConfig, ModelConfig, TrainConfig
 from ..core.signals import thread_variables, usable_cores
 from ..tasks.finetune import labelled_marks, open_sets
 from .jobs import Job, configure, job_chain, job_folder
@@ -25,7 +25,7 @@ from ..tasks.oneshot_task import oneshot_sets
 from ..tasks.panoptic_task import open_panoptic_sets
 from ..tasks.pretrain_task import find_photos, pretrain_marks
 from .results import finish, train_here
-from ..train.resume import has_learnt, run_changes
+from ..train.resume import file_marks, has_learnt, run_changes
 from ..train.progress import watch
 
 # %% ../../nbs/64_runner.ipynb #c005
@@ -127,10 +127,28 @@ def data_now(
     open_both = special.get(cfg.task, open_sets)
     return labelled_marks(cfg, *open_both(cfg)[:2])
 
+# %% ../../nbs/64_runner.ipynb #c010f
+def _photos_of(cfg):
+    "Return all that a run's photos depend on: runs that are alike in it have the same"
+    # how a model is built and trained picks no photos
+    apart = (TrainConfig, ModelConfig, LossConfig)
+    left_out = {field.name for kind in apart for field in dataclasses.fields(kind)} | {'pretrain'}
+    # the seed does where not all are taken
+    if getattr(cfg, 'photos', 0): left_out.remove('seed')
+    content = dataclasses.asdict(cfg)
+    return tuple((name, value) for name, value in content.items() if name not in left_out)
+
+def _data_once(cfg, read):
+    "Return `data_now`, but photos that another run has out of `read`; it keeps these, too"
+    photos = _photos_of(cfg)
+    if photos not in read: read[photos] = data_now(cfg)
+    # the files that a run starts from are its own
+    return read[photos] | {'files': file_marks(dataclasses.asdict(cfg))}
+
 # %% ../../nbs/64_runner.ipynb #c010d
 def _compare_finished(folders):
     "Return what has changed, as sentences, and the names of runs that cannot be compared"
-    changed, unknown, gone = [], [], []
+    changed, unknown, gone, read = [], [], [], {}
     # starts come first: with a run that is trained anew goes what started from it
     anew = set()
     for folder, (step, seed) in folders.items():
@@ -149,7 +167,7 @@ def _compare_finished(folders):
             unknown.append(folder.name)
             continue
         try:
-            now = data_now(_asked(folder, step, seed))
+            now = _data_once(_asked(folder, step, seed), read)
         except FileNotFoundError:
             gone.append(folder.name)
             continue
