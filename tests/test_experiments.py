@@ -227,6 +227,15 @@ def test_data_that_a_table_lacks_is_found_before_the_first_training(tmp_path, mo
     with pytest.raises(ValueError, match='photos 200: there are only(?s:.*)--only fig7_localization$'): all_reports.main()
 
 
+@pytest.mark.parametrize('asked', [['--plan'], ['-p', 'plan_only', 'True']], ids=' '.join)
+def test_a_plan_is_printed_and_nothing_is_trained(asked, tmp_path, monkeypatch, capsys):
+    "The parameter of the pages asks for it as well as the option does"
+    monkeypatch.setattr('sys.argv', ['make reports', '--scale', 'paper', '--only', 'fig7_localization', '--to', str(tmp_path), *asked])
+    monkeypatch.setattr(all_reports, 'run_jobs', lambda *args: pytest.fail('trained for a plan'))
+    all_reports.main()
+    assert '3 trainings' in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
 TINY = dict(views=16, view_size=64, patch_size=32, hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=10, num_patches=5,
             batch_size=4, epochs=6, save_every=10, log_every=1)
 

@@ -248,7 +248,7 @@ def main() -> None:
     "Run what `make reports scale=toy` asks for; exit with the number of notebooks that failed."
     args = _arguments()
     studies = _open_all(args)
-    if args.plan:
+    if args.plan or studies[0].given['plan_only']:
         print(*(s.plan() for s in studies), sep='\n\n')
         return
     # data that a table lacks is found before the first training, not before the table's own
