@@ -236,6 +236,27 @@ def test_a_plan_is_printed_and_nothing_is_trained(asked, tmp_path, monkeypatch, 
     assert '3 trainings' in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+def command_line(monkeypatch, *asked):
+    "What `make reports` reads of its command line"
+    monkeypatch.setattr('sys.argv', ['make reports', *asked])
+    return all_reports._arguments()
+
+
+@pytest.mark.parametrize('asked', [['--only', 'table1_voc,fig7_localization'], ['--only', 'table1_voc', '--only', 'fig7_localization'],
+                                   ['--only', 'table1_voc,,table1_voc', '--only', 'fig7_localization,table1_voc']], ids=' '.join)
+def test_pages_are_made_once_however_often_they_are_named(asked, monkeypatch):
+    "The last of several --only does not stand for all; a page named twice would be written into one file by two processes at once"
+    studies = all_reports._open_all(command_line(monkeypatch, *asked))
+    assert [study.e.id for study in studies] == ['table1_voc', 'fig7_localization']
+    assert len({study.folder for study in studies}) == 2
+
+
+def test_the_folder_of_one_page_is_not_given_to_all(tmp_path, monkeypatch):
+    assert len(all_reports._open_all(command_line(monkeypatch))) == len(EXPERIMENTS)
+    with pytest.raises(ValueError, match='is the folder of one page: name that of all with --to'):
+        all_reports._open_all(command_line(monkeypatch, '-p', 'report', str(tmp_path)))
+
+
 TINY = dict(views=16, view_size=64, patch_size=32, hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=10, num_patches=5,
             batch_size=4, epochs=6, save_every=10, log_every=1)
 

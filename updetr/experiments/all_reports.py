@@ -189,7 +189,8 @@ def _arguments():
     add = parser.add_argument
     add('--scale', default='toy', choices=DESCRIPTIONS)
     add('--to', default=REPORTS, help='folder of the reports and their index')
-    add('--only', default='', help='names of experiments, comma-separated; all')
+    add('--only', default=[], action='append',
+        help='names of experiments, comma-separated, here or in several; all')
     add('--plan', action='store_true',
         help='print what would be run, at any scale without data, and stop')
     add('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'),
@@ -197,11 +198,17 @@ def _arguments():
     return parser.parse_args()
 
 def _open_all(args):
-    "Return the studies that the command line asks for"
+    "Return the studies that the command line asks for, each once. Raises ValueError"
     values = PARAMETERS | {'scale': args.scale, 'plan_only': args.plan}
     for name, text in args.p: values[name] = parse_value(name, text)
+    # pages in one folder would write over one another
+    if values['report']:
+        raise ValueError(f'report {values["report"]!r} is the folder of one page: '
+                         'name that of all with --to (make: REPORTS=FOLDER)')
     studies = []
-    for id in [n for n in args.only.split(',') if n] or list(EXPERIMENTS):
+    # two of one name would be written into one file at once
+    asked = dict.fromkeys(name for name in ','.join(args.only).split(',') if name)
+    for id in asked or EXPERIMENTS:
         # the usual place is not named: it would stand in the recorded command
         place = {}
         if args.to != REPORTS: place['report'] = report_folder(id, args.scale, args.to)
@@ -259,8 +266,7 @@ def main() -> None:
     run_jobs(wanted, first.root, first.given['workers'], first.site.gpus, _show_line)
     # then the notebooks, which find their runs finished; each has a report of its own
     given = ['-p', 'scale', args.scale]
-    for name, text in args.p:
-        if name != 'report': given += ['-p', name, text]
+    for name, text in args.p: given += ['-p', name, text]
     with ThreadPoolExecutor(2) as pool:
         statuses = list(pool.map(lambda s: _execute(s, given), studies))
     write_index(first.site.root / args.to)
