@@ -54,13 +54,13 @@ def index_row(
     link: str,                  # its folder, relative to the index
     files: Sequence[str] = (),  # names of what lies there
 ) -> dict[str, str]:
-    "Return a report in one row: what its first claim compares."
+    "Return a report in one row: what its first claim compares, where the report has it."
     id = metrics['id']
     scale = metrics['scale']
     rows = {r['method']: r for r in metrics['rows']}
     claims = experiment(id, Scale(scale)).claims
-    # without a claim: the first number of the first two arms
-    if claims:
+    # without a claim, or with arms of an earlier time: the first number of the first two arms
+    if claims and {claims[0].worse, claims[0].better} <= set(rows):
         metric = claims[0].metric
         shown = [claims[0].worse, claims[0].better]
     else:
