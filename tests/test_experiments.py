@@ -104,6 +104,26 @@ def test_tables_5_and_6_are_the_papers():
     for name, j in arms('fig6_attention_mask').items(): values(j, **short | dict(attention_mask=name == 'with mask'))
 
 
+def site(scale): return Scale(scale) if scale in ('toy', 'paper') else Scale(scale, '/photos', '/labelled')
+
+
+@pytest.mark.parametrize('scale', BASES)
+def test_small_views_are_no_whole_photos(scale):
+    "They are the base's views where it has some; at the paper's scale its photos stay whole, and an arm of another name is another job"
+    rows = experiment('ablations_pretext', site(scale)).arms
+    live, cached = (configure(rows[name], 42) for name in ('small views', 'small views, cached features'))
+    assert live.views and (live.views, live.view_size) == (cached.views, cached.view_size) and not live.cache_features
+    assert scale != 'paper' or len(set(rows.values())) == len(rows)
+
+
+@pytest.mark.parametrize('scale', BASES)
+def test_more_epochs_are_compared_with_a_pretraining_of_as_many_queries(scale):
+    e = experiment('ablations_detr', site(scale))
+    claim, = (c for c in e.claims if c.text.startswith('three times the epochs'))
+    longer, pretrained = (configure(e.arms[name], 42) for name in (claim.better, claim.worse))
+    assert longer.num_queries == pretrained.num_queries and longer.epochs == 3 * pretrained.epochs
+
+
 @pytest.mark.parametrize('name', EXPERIMENTS)
 def test_the_papers_plan_is_complete(name):
     "Every training stands once, starts before what starts from it, and its steps are those of the drop-last loader."
@@ -161,8 +181,7 @@ def test_toy_scale_is_small_and_claims_nothing(tmp_path):
 @pytest.mark.parametrize('scale', ['toy', 'small', 'mini'])
 def test_no_training_has_fewer_photos_than_a_batch(scale):
     "It would be refused after the others have been trained, and its table could not be made"
-    site = Scale(scale) if scale == 'toy' else Scale(scale, '/photos', '/labelled')
-    steps = {step for id in EXPERIMENTS for arm in experiment(id, site).arms.values() for step in job_chain(arm)}
+    steps = {step for id in EXPERIMENTS for arm in experiment(id, site(scale)).arms.values() for step in job_chain(arm)}
     for cfg in (configure(step, 42) for step in steps):
         number = getattr(cfg, 'views', 0) or getattr(cfg, 'photos', 0) or getattr(cfg, 'scenes', 0)
         assert not number or number >= cfg.batch_size, cfg

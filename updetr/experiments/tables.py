@@ -452,10 +452,10 @@ def ablations_pretext(
     if scale.name == 'mini': changes, single = _PRETEXT_MINI, _PRETEXT_MINI_SINGLE
     arms = {'base': scale.base('short')}
     arms |= {n: scale.base('short', **change) for n, change in (changes | single).items()}
-    # features can be kept for fixed views only
-    cached = dict(views=1_281_167, view_size=480) if at_paper else {}
-    arms['small views'] = scale.base('live')
-    arms['small views, cached features'] = scale.base('live', cache_features=True, **cached)
+    # features can be kept for fixed views only; the paper's base has whole photos
+    views = dict(views=1_281_167, view_size=480) if at_paper else {}
+    arms['small views'] = scale.base('live', **views)
+    arms['small views, cached features'] = scale.base('live', cache_features=True, **views)
     claims = ()
     if not at_paper:
         own = 'matching within the own group is better than free matching'
@@ -541,7 +541,9 @@ def ablations_detr(
         arms[f'UP-DETR, N={n}'] = scale.pretrained('voc', num_queries=n, fresh_queries=not small)
     longer, matching = 'DETR, three times as long', 'DETR, matching start'
     epochs = configure(scale.base('voc'), 0).epochs
-    arms[longer] = scale.base('voc', epochs=3 * epochs, lr_drop=2 * epochs)
+    # as many queries as the pre-trained one that it is compared with; elsewhere the base has them
+    more = {'num_queries': 20} if scale.name == 'paper' else {}
+    arms[longer] = scale.base('voc', epochs=3 * epochs, lr_drop=2 * epochs, **more)
     few, many, pretrained = 'DETR, N=20', 'DETR, N=100', 'UP-DETR, N=20'
     claims = [Claim('three times the epochs make up for pre-training', longer, pretrained, 'AP50')]
     if many in arms:
