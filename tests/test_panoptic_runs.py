@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -21,6 +22,8 @@ from tools.cells import run_cells, run_report
 from tools.processes import in_processes
 from updetr.core.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.core.config import make_config, model_options
+from updetr.experiments.results import finish as keep_result
+from updetr.experiments.results import masks_result
 from updetr.model.detr import build_detr
 from updetr.model.updetr import build_updetr
 from updetr.predict.commands import answers_of, evaluate_command, predict_command
@@ -134,6 +137,44 @@ def test_masks_train_the_head_and_nothing_else(boxes, masks):
     assert losses[-1] < losses[0] and all(r['train_loss'] == pytest.approx(r['train_loss_mask'] + r['train_loss_dice'], rel=1e-4)
                                           for r in rows(masks) if 'train_loss' in r)
     assert [r['step'] for r in measured(masks)] == [12, 24] and 20 < measured(masks)[-1]['test_PQ'] < 100
+
+
+class Stuff(Fields):
+    """The same photos of a set that has no class of things."""
+    classes, isthing, category_ids = ['sky', 'soil'], [False, False], [70, 90]
+
+    def panoptic(self, i):
+        ids, info = super().panoptic(i)
+        return ids, [part | {'category_id': part['category_id'] - 1} for part in info]
+
+
+def result_on(run, data, folder):
+    """What a finished run of stage masks is worth on other photos."""
+    shutil.copytree(run, folder)
+    write_json(folder / 'cfg.json', json.loads((folder / 'cfg.json').read_text()) | {'data': str(data)})
+    return masks_result(folder)
+
+
+@pytest.mark.parametrize('crowd, shown', [(0, True), (1, False)], ids=['things', 'crowds alone'])
+def test_a_result_has_ap_of_masks_where_things_are_shown(crowd, shown, masks, fields, tmp_path):
+    shutil.copytree(fields, data := tmp_path / 'data')
+    file = data / 'annotations' / 'panoptic_val.json'
+    content = json.loads(file.read_text())
+    for photo in content['annotations']: photo['segments_info'][0] |= {'category_id': Fields.category_ids[0], 'iscrowd': crowd}
+    write_json(file, content)
+    assert ('APseg' in result_on(masks, data, tmp_path / 'run')) == shown
+
+
+def test_a_result_of_stuff_alone_lacks_the_numbers_of_things(masks, fields, tmp_path):
+    """No photo shows a thing; or no class is one, from the training of boxes on. A null of an earlier result is no number either."""
+    found = [result_on(masks, fields, tmp_path / 'no thing')]
+    for part, num in {'train': 8, 'val': 4}.items(): Stuff(num, 1).write(tmp_path / 'data', part)
+    finish(start := make_run(tmp_path / 'boxes', 'boxes', tmp_path / 'data', epochs=2, eval_every=2))
+    finish(run := make_run(tmp_path / 'masks', 'masks', tmp_path / 'data', pretrain=str(start / 'checkpoint.pth'), epochs=1, eval_every=1))
+    found.append(keep_result(run))
+    write_json(run / 'result.json', found[1] | {'APseg': None})
+    for result in (*found, keep_result(run)):
+        assert {'PQ', 'PQst'} <= result.keys() and not {'PQth', 'APseg'} & result.keys()
 
 
 def test_killed_twice_and_resumed_is_the_same_run(boxes, masks, fields, tmp_path, monkeypatch):

@@ -90,22 +90,28 @@ def masks_result(
     run_dir: str | Path,  # folder of a finished run of stage masks
     device: str = 'cpu',  # where it is measured
 ) -> dict[str, float]:    # PQ, SQ, ..., APseg
-    "Return the last evaluation of a log, and AP of the things' masks."
+    "Return the last evaluation of a log, and AP of the things' masks where photos show things."
     run = Path(run_dir)
+    log = log_result(read_log(run))
     content = read_json(run / 'cfg.json')
     fields = [field.name for field in dataclasses.fields(PanopticConfig)]
     cfg = PanopticConfig(**{name: content[name] for name in fields if name in content})
     _, val, *_ = open_panoptic_sets(cfg)
-    segmenter = PanopticSegmenter.from_checkpoint(run / 'checkpoint.pth', device)
     # masks of instances where a file has them, else those of the panoptic annotations
     truth = instance_truth(val, cfg.instances) if cfg.instances else coco_truth(val, masks=True)
+    # as in the log: no number where there is nothing to find
+    if not truth['annotations']: return log
+    segmenter = PanopticSegmenter.from_checkpoint(run / 'checkpoint.pth', device)
     evaluator = CocoEvaluator(truth, 'segm')
     places = classes_by_name(segmenter.classes, val.classes)
     for i in range(len(val)):
         found = segmenter.instances(val[i]['image'])
         evaluator.update([val.image_ids[i]], [by_name(found, places)])
-    return log_result(read_log(run)) | {'APseg': evaluator.summary()['AP']}
+    score = evaluator.summary()['AP']
+    # of crowds alone it is nan
+    return log | ({'APseg': score} if score == score else {})
 
+# %% ../../nbs/63_results.ipynb #c010f
 def finish(
     run_dir: str | Path,  # folder of a finished run
     device: str = 'cpu',  # where it is measured
@@ -114,7 +120,8 @@ def finish(
     run = Path(run_dir)
     file = run / 'result.json'
     found = read_record(file)
-    if found: return found
+    # what could not be measured is null in a file of an earlier time
+    if found: return {k: v for k, v in found.items() if v is not None}
     cfg = read_json(run / 'cfg.json')
     if cfg['task'] == 'pretrain': result = pretrain_result(run)
     elif cfg.get('stage') == 'masks': result = masks_result(run, device)
