@@ -40,7 +40,11 @@ const clamp = (v, low, high) => Math.max(low, Math.min(high, v));
 const size = s => [s.model.get('width'), s.model.get('height')];
 const color = (s, i) => { const c = s.model.get('colors'); return c[i % c.length]; };
 // photo pixels in one of the screen
-const unit = s => size(s)[0] / (s.svg.getBoundingClientRect().width || size(s)[0]);
+// by the side that fills its place: an upright photo stands between two empty bars
+const unit = s => {
+  const r = s.svg.getBoundingClientRect(), shown = [r.width, r.height];
+  return Math.max(...size(s).map((side, k) => side / (shown[k] || side)));
+};
 const keep = (s, change) => { change(); s.model.save_changes(); };
 
 // as many children as wanted; those that are there stay, or the focus would be lost
