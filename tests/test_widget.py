@@ -460,6 +460,20 @@ def test_labels_and_handles_are_as_large_on_every_photo(browser, size):
         assert heights == pytest.approx([24] * 5, abs=.5)
 
 
+@pytest.mark.parametrize('draws', [True, False])
+def test_a_finger_scrolls_the_page_where_nothing_is_drawn(browser, draws, tmp_path):
+    "On the photo of the target no box can be drawn; on the other one a finger draws, and the page stands still."
+    canvas = photo_canvas(draws=draws)
+    canvas.width, canvas.height = 300, 300
+    with bare(browser, canvas, **PHONE) as page:
+        page.add_style_tag(content='body {height: 3000px}')
+        hand = Hand(page, tmp_path)
+        hand.touch(100, 250, 140, 50)
+        page.wait_for_function('draws => draws ? document.querySelector("[data-box]") : scrollY > 50', arg=draws)
+        assert len(hand.drawn()) == draws and (page.evaluate('scrollY') == 0) == draws
+        assert hand.photo().evaluate('e => getComputedStyle(e).cursor') == ('crosshair' if draws else 'auto')
+
+
 def test_a_kernel_that_works_or_is_gone_is_seen(hand, lab, front, folder):
     "Working, restarted, killed: each is said, and answers of a kernel that is gone are faded."
     note = lab.locator('.updetr-state').first

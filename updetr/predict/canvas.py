@@ -352,12 +352,12 @@ function render({model, el}) {
   const stop = state(s, el), draw = () => { drawMarks(s); drawBoxes(s); };
   const shown = () => {
     picture(s, 'image', image, 'image/jpeg');
-    s.live = s.drag = null;
-    draw();
+    s.live = s.drag = null; draw();
   };
   const events = {'change:image change:width change:height change:label': shown,
                   'change:overlay': () => picture(s, 'overlay', heat, 'image/png'),
                   'change:boxes change:colors change:marks change:picked': draw,
+                  'change:draws': () => s.svg.classList.toggle('updetr-draws', model.get('draws')),
                   'change:busy': s.busy};
   const signs = {'msg:custom': s.hear, comm_live_update: s.live_update};
   for (const names in events) { model.on(names, events[names]); events[names](); }
@@ -379,8 +379,8 @@ export default {render};
 
 # %% ../../nbs/54_canvas.ipynb #c034
 _CSS = """
-.updetr-photo {display: block; width: 100%; max-height: 70vh; background: #8883}
-.updetr-photo {touch-action: none; cursor: crosshair; user-select: none}
+.updetr-photo {display: block; width: 100%; max-height: 70vh; background: #8883; user-select: none}
+.updetr-draws {touch-action: none; cursor: crosshair}
 .updetr-photo .heat {opacity: .75; pointer-events: none}
 .updetr-photo rect:not(.ground) {fill: none; pointer-events: none}
 .updetr-photo rect:not(.ground) {vector-effect: non-scaling-stroke}
