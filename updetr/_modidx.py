@@ -367,6 +367,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'updetr.core.photos.resize_shape': ('photos.html#resize_shape', 'updetr/core/photos.py'),
                                     'updetr.core.photos.walk_files': ('photos.html#walk_files', 'updetr/core/photos.py')},
             'updetr.core.pictures': { 'updetr.core.pictures._colors': ('pictures.html#_colors', 'updetr/core/pictures.py'),
+                                      'updetr.core.pictures._cut': ('pictures.html#_cut', 'updetr/core/pictures.py'),
                                       'updetr.core.pictures._draw_boxes': ('pictures.html#_draw_boxes', 'updetr/core/pictures.py'),
                                       'updetr.core.pictures._frame': ('pictures.html#_frame', 'updetr/core/pictures.py'),
                                       'updetr.core.pictures._patches_figure': ('pictures.html#_patches_figure', 'updetr/core/pictures.py'),

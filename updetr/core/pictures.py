@@ -141,6 +141,14 @@ def _patches_figure(m, size, photo_height):
     fig.subplots_adjust(.02, .02, .98, .98)
     return fig, grid
 
+def _cut(image, boxes):
+    "Return the part of an image (3, H, W) that lies in each box (k, 4) xyxy px, a pixel at least."
+    # a model's box may leave the photo, or be narrower than a pixel
+    last = boxes.new_tensor(image.shape[:0:-1]) - 1  # (2,) x, y
+    low = torch.minimum(boxes[:, :2].clamp(min=0), last)
+    corners = torch.cat([low, torch.maximum(boxes[:, 2:], low + 1)], 1).long()
+    return [image[:, y1:y2, x1:x2] for x1, y1, x2, y2 in corners.tolist()]
+
 # %% ../../nbs/01_pictures.ipynb #c024
 def show_patches(
     image,         # photo (3, H, W) torch
@@ -157,8 +165,7 @@ def show_patches(
     Returns the figure. Raises ValueError for wrong numbers."""
     boxes = torch.as_tensor(boxes).detach().cpu().reshape(-1, 4)
     if not len(boxes): raise ValueError('show_patches got no boxes')
-    if patches is None:
-        patches = [image[:, y1:y2, x1:x2] for x1, y1, x2, y2 in boxes.long().tolist()]
+    if patches is None: patches = _cut(image, boxes)
     if len(patches) != len(boxes):
         raise ValueError(f'{len(boxes)} boxes but {len(patches)} patches')
     colors = _colors(len(boxes))
