@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,8 @@ from updetr.core.config import make_config, model_options
 from updetr.core.photos import BadPhoto, builtin_photos
 from updetr.model.backbone import Backbone
 from updetr.model.updetr import build_updetr
+from updetr.predict.detector import Detections
+from updetr.predict.segmenter import Segments
 from updetr.tasks.finetune import finetune_config
 from updetr.tasks.finetune_task import build_module
 from updetr.tasks.oneshot import build_oneshot, oneshot_config
@@ -101,6 +104,20 @@ def test_results_are_drawn_shown_and_written(models, name):
     assert torch.allclose(torch.stack([x, y, x + w, y + h], 1), found.boxes, atol=1e-3)
     assert [r['category_id'] for r in rows] == found.labels.tolist()
     assert [r['score'] for r in rows] == sorted((r['score'] for r in rows), reverse=True)
+
+
+@pytest.mark.parametrize('kind', ['Detections', 'Segments'])
+def test_names_are_written_with_the_font_that_matplotlib_is_set_to(kind):
+    "A font with Chinese letters, say; by itself it is DejaVu Sans."
+    image, names = torch.zeros(3, 120, 240, dtype=torch.uint8), ('cat 猫',)
+    info = [dict(id=1, category_id=0, isthing=True, area=28800, bbox=[0, 0, 240, 120], score=.9, query=0)]
+    found = {'Detections': Detections(image, torch.tensor([[20., 30, 200, 100]]), torch.tensor([0]), torch.tensor([.9]), names),
+             'Segments': Segments(image, torch.ones(120, 240, dtype=torch.long), info, names, torch.rand(1, 1, 2, 2))}[kind]
+    drawn = {}
+    for font in ('DejaVu Sans', 'DejaVu Serif', 'STIXGeneral'):
+        with plt.style.context(['default', {'font.sans-serif': [font]}]): drawn[font] = found.plot().tobytes()
+    with plt.style.context('default'): assert found.plot().tobytes() == drawn['DejaVu Sans']
+    assert len(set(drawn.values())) == 3
 
 
 @pytest.mark.parametrize('name', ASK)

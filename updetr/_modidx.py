@@ -1854,6 +1854,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                    'updetr/predict/detector.py'),
                                          'updetr.predict.detector.drop_duplicates': ( 'detector.html#drop_duplicates',
                                                                                       'updetr/predict/detector.py'),
+                                         'updetr.predict.detector.label_font': ('detector.html#label_font', 'updetr/predict/detector.py'),
                                          'updetr.predict.detector.load_detector': ( 'detector.html#load_detector',
                                                                                     'updetr/predict/detector.py'),
                                          'updetr.predict.detector.own_ids': ('detector.html#own_ids', 'updetr/predict/detector.py'),

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import ImageDraw, ImageFont
@@ -26,7 +25,7 @@ from updetr.model.weights import (
     built, check_architecture, check_system, class_names, fill, plain_tensors, stored_config,
 )
 from ..core.config import is_place, model_options, require_imported
-from .detector import check_device, own_ids, picture_batch
+from .detector import check_device, label_font, own_ids, picture_batch
 from ..model.detr import build_detr
 from ..tasks.finetune import view_sizes
 from ..model.pretrained import foreign_weights, load_official, open_pretrained
@@ -76,8 +75,7 @@ class Segments:
         "Return the picture under the colours of its segments, with their names, as a PIL image."
         picture = F.to_pil_image(draw_segments(self.image, self.ids, self.info))
         draw = ImageDraw.Draw(picture)
-        file = f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf'
-        font = ImageFont.truetype(file, max(10, max(picture.size) // 40))
+        font = ImageFont.truetype(label_font(), max(10, max(picture.size) // 40))
         for i, name in enumerate(self.names):
             place = _widest_place(self.mask(i))
             draw.text(place, name, 'white', font, 'mm', stroke_width=2, stroke_fill='black')
