@@ -98,7 +98,7 @@ def show_image(
     white = 255 if pixels.dtype == np.uint8 else 1
     ax.imshow(pixels, cmap='gray' if grey else None, vmin=0, vmax=white)
     ax.axis('off')
-    if title: ax.set_title(title, fontsize=9)
+    if title: ax.set_title(plain_label(str(title)), fontsize=9)
     if boxes is not None: _draw_boxes(ax, boxes, colors, labels, width)
     return ax
 
@@ -177,7 +177,7 @@ def show_patches(
         _draw_boxes(top, truth, ['w'] * len(boxes), None, width=1.8)
         _draw_boxes(top, truth, colors, None, width=1.8, style=(0, (4, 2)))
     if title:
-        top.set_title(title, fontsize=8, pad=3)
+        top.set_title(plain_label(str(title)), fontsize=8, pad=3)
         fig.subplots_adjust(top=1 - .22 / fig.get_figheight())
     # the row of patches
     for i, (patch, color) in enumerate(zip(patches, colors)):
