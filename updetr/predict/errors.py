@@ -183,7 +183,9 @@ def draw_curves(
     for k, name in enumerate(c.classes):
         ap, curve = average_precision(class_curve(c, k)[1], c.objects(k))
         if np.isnan(ap): continue
-        style = {'label': f'{plain_label(name)} {100 * ap:.0f}'} if k < most else {'color': '.8'}
+        # the number stands first: matplotlib leaves out what begins with _
+        words = f'{100 * ap:.0f} {plain_label(name)}'
+        style = {'label': words} if len(curves) < most else {'color': '.8'}
         ax.plot(recall, curve, lw=1.2, **style)
         curves.append(curve)
     if curves: ax.plot(recall, np.mean(curves, 0), 'k', lw=2, label='mean')
