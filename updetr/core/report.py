@@ -9,6 +9,7 @@ __all__ = ['git_commit', 'hardware', 'versions', 'provenance', 'other_machine', 
 # %% ../../nbs/07_report.ipynb #c002
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from importlib import resources
@@ -102,8 +103,8 @@ def other_machine(
 class Markup(str):
     "Text that is markdown on purpose, such as a link: not escaped in a table."
 
-# what begins anything in HTML, markdown or a formula; _ within a word is a letter
-_SPECIAL = frozenset('<>&"|`[]*$\\')
+# what begins anything in HTML, markdown or a formula
+_SPECIAL = frozenset('<>&"|`[]*~$\\')
 
 def escape(
     text: str,  # names of classes, files and runs: whatever others have written
@@ -112,7 +113,9 @@ def escape(
 
     Nothing in it is a tag, a link, a formula or a cell's end."""
     line = ' '.join(text.split())
-    return ''.join(f'&#{ord(c)};' if c in _SPECIAL else c for c in line)
+    line = ''.join(f'&#{ord(c)};' if c in _SPECIAL else c for c in line)
+    # within a word _ is a letter, beside one it begins an emphasis
+    return re.sub(r'(?<![^\W_])_|_(?![^\W_])', f'&#{ord("_")};', line)
 
 def markdown_table(
     rows: list[Mapping],  # one a row; missing entries stay empty
