@@ -1,5 +1,6 @@
 """Launching, with real processes: what a notebook cannot show of notebooks 04, 34 and 35. The trainer here is a fake one that counts."""
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -17,8 +18,9 @@ import pytest
 import updetr.core.signals
 from test_resume import TINY
 from updetr.core.config import make_config
+from updetr.experiments.runner import run_jobs
 from updetr.train.launch import _members, attach, follow, is_alive, launch, read_log, stop, torchrun_command
-from updetr.train.progress import watch
+from updetr.train.progress import Screen, watch
 
 FAKE = '''
 import json, os, pathlib, sys, time
@@ -303,3 +305,32 @@ def test_no_shell_reads_what_the_user_gives(runs, monkeypatch):
     until(lambda: not is_alive(run))
     assert json.loads((run/'cfg.json').read_text())['note'] == evil and (run/'done.json').exists()
     assert not list(runs.rglob('MADE')) and not Path('MADE').exists()
+
+
+class Narrow(io.StringIO):
+    "A terminal of twenty columns."
+    def isatty(self): return True
+
+
+@pytest.mark.parametrize('kind', [Narrow, io.StringIO], ids=['terminal', 'file'])
+def test_a_line_fits_a_terminal_and_a_file_keeps_each_that_is_new(kind, tmp_path, monkeypatch):
+    "A longer one would wrap, and leave its begin behind; what comes afterwards begins a line."
+    monkeypatch.setenv('COLUMNS', '20')
+    monkeypatch.setattr('sys.stderr', stderr := kind())
+    screen, long = Screen(), 'step 2/9 · loss 0.25 · 3 min left'
+    for line in ('step 1', long, long, 'step 3'): screen(line)
+    run_jobs([], tmp_path, show=screen)
+    run_jobs([], tmp_path, show=screen)
+    lines = '\r\x1b[Kstep 1\r\x1b[Kstep 2/9 · loss 0.2\r\x1b[Kstep 3\n' if stderr.isatty() else f'step 1\n{long}\nstep 3\n'
+    assert stderr.getvalue() == lines
+
+
+@pytest.mark.parametrize('kind', [Narrow, io.StringIO], ids=['terminal', 'file'])
+def test_a_watched_run_ends_its_line(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '20')
+    monkeypatch.setattr('sys.stderr', stderr := kind())
+    (tmp_path/'log.txt').write_text('{"step": 9, "train_loss": 0.5, "epoch": 3}\n')
+    (tmp_path/'done.json').write_text('{"step": 9}')
+    watch(tmp_path)
+    line = 'step 9 · epoch 3 · loss 0.5'
+    assert stderr.getvalue() == (f'\r\x1b[K{line[:19]}\n' if stderr.isatty() else f'{line}\n')

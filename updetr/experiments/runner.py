@@ -26,7 +26,7 @@ from ..tasks.panoptic_task import open_panoptic_sets
 from ..tasks.pretrain_task import find_photos, pretrain_marks
 from .results import finish, train_here
 from ..train.resume import file_marks, has_learnt, run_changes
-from ..train.progress import watch
+from ..train.progress import Screen, watch
 
 # %% ../../nbs/64_runner.ipynb #c005
 def in_order(
@@ -276,8 +276,11 @@ def run_jobs(
         if line != last: show(line)
         last = line
 
-    if gpus: failed = _on_gpus(folders, gpus, changed, begun)
-    else: failed = _on_cpu(folders, workers, max(1, cores // workers), changed, begun)
+    try:
+        if gpus: failed = _on_gpus(folders, gpus, changed, begun)
+        else: failed = _on_cpu(folders, workers, max(1, cores // workers), changed, begun)
+    finally:
+        if isinstance(show, Screen): show.end()
     if failed:
         said = [f'{folder} ({folders[folder][0]}):\n{tail(folder, 5)}' for folder in sorted(failed)]
         raise RuntimeError(f'{len(failed)} of {len(folders)} runs failed; call again to go on.\n'

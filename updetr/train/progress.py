@@ -10,6 +10,7 @@ __all__ = ['seconds_left', 'status_line', 'skipped_photos', 'starting_line', 'dr
 import base64
 import io
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -182,6 +183,7 @@ class Screen:
         self.handle = None  # of the output that is replaced
         self.terminal = papermill_terminal() if in_kernel else None
         self.told = float('-inf')  # when the terminal was last written to
+        self.line = None  # that stands on stderr, without a notebook
 
     def __call__(
         self,
@@ -189,14 +191,28 @@ class Screen:
         fig: Figure | None = None,  # figure, or None for the line alone
     ):
         "Show this instead of what was there."
-        if self.display is None:
-            # back to the begin of the line, and clear it
-            print(f'\r\x1b[K{line}', end='', file=sys.stderr, flush=True)
+        if self.display is None: self._print(line)
         elif self.handle is None:
             self.handle = self.display(_bundle(line, fig), raw=True, display_id=True)
         else:
             self.handle.update(_bundle(line, fig), raw=True)
         if self.terminal is not None: self._tell(line)
+
+    def end(self):
+        "End the line of a terminal: what is written next stands below it."
+        if self.line is not None and sys.stderr.isatty(): print(file=sys.stderr, flush=True)
+        self.line = None
+
+    def _print(self, line):
+        "Write a line to stderr, unless it stands there."
+        if line == self.line: return
+        self.line = line
+        if not sys.stderr.isatty():
+            print(line, file=sys.stderr, flush=True)
+            return
+        # back to the begin of the line, and clear it; of a line that wraps a part would stay
+        room = shutil.get_terminal_size().columns - 1
+        print(f'\r\x1b[K{line[:room]}', end='', file=sys.stderr, flush=True)
 
     def _tell(self, line):
         "Write a line to the terminal, unless it was written to in the last half minute."
@@ -206,13 +222,14 @@ class Screen:
         over = '\r\x1b[K' if os.isatty(self.terminal) else ''
         os.write(self.terminal, f'{over}{line}\n'.encode())
 
-# %% ../../nbs/35_progress.ipynb #c026
+# %% ../../nbs/35_progress.ipynb #c026s
 def _steps(run_dir):
     "The step at which the run ends, if its configuration says so."
     cfg = read_record(Path(run_dir)/'cfg.json') or {}
     steps = cfg.get('steps')
     return steps if is_number(steps) and steps > 0 else None
 
+# %% ../../nbs/35_progress.ipynb #c026
 def watch(
     run_dir: str | Path,       # folder of the run, or the Run that `launch` returned
     steps: int | None = None,  # step at which it ends; None = 'steps' in cfg.json
@@ -246,4 +263,6 @@ def watch(
         how = 'saved and stopped' if stop(run_dir, timeout) else 'had to be killed'
         # again, so that no later cell takes half a run for a whole one
         raise KeyboardInterrupt(f'{Path(run_dir)} {how}: launch it again to go on') from None
+    finally:
+        if isinstance(show, Screen): show.end()
     return rows
