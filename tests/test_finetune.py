@@ -8,10 +8,13 @@ import torch
 from test_resume import as_in_the_processes, kill_twice, weights  # noqa: F401 (a fixture: one thread here, too)
 from tools.processes import trained
 from updetr.core.checkpoint import load_checkpoint, save_checkpoint, write_json
+from updetr.core.config import make_config
 from updetr.model.updetr import build_updetr
 from updetr.predict.detector import Detector
 from updetr.tasks.finetune import finetune_config, open_sets
 from updetr.tasks.finetune_task import TASK
+from updetr.tasks.oneshot import oneshot_config
+from updetr.tasks.panoptic_task import panoptic_config
 from updetr.train.launch import read_log
 from updetr.train.loop import Processes, run, train
 
@@ -100,6 +103,22 @@ def test_a_run_starts_from_the_checkpoint_and_no_longer_needs_it(pretrained, tmp
     again = TASK[1](cfg, folder, Processes())
     assert train(again, cfg, folder, Processes()).step == 4
     assert torch.equal(again.model.query_embed.weight, task.model.query_embed.weight)
+
+
+def test_a_large_start_with_the_recipe_of_a_small_one_is_said(tmp_path, capsys):
+    "Such as a pre-training by `paper`, where nobody names a preset; the numbers are those of the run."
+    large = dict(hidden_dim=256, enc_layers=1, dec_layers=1, dim_feedforward=16, num_queries=8)
+    args = dataclasses.asdict(make_config('paper', backbone='resnet18', weights='none', num_patches=4, **large))
+    save_checkpoint(path := tmp_path / 'large.pth', {'model': build_updetr('resnet18', num_patches=4, **large).state_dict(), 'args': args})
+    said = ('large.pth is 256 channels wide, and the recipe of preset demo is for 128: lr 0.0002, square 256, num_queries 20. '
+            'For a large model: -p preset ')
+    others_of = {finetune_config: 'voc150 or voc300 or coco150 or coco300', oneshot_config: 'voc', panoptic_config: 'coco'}
+    for configure, others in others_of.items():
+        configure(lr=2e-4, pretrain=str(path))
+        assert capsys.readouterr().out == f'{said}{others}\n'
+    finetune_config('coco150', pretrain=str(path))
+    finetune_config(hidden_dim=256)
+    assert not capsys.readouterr().out
 
 
 def test_evaluation_can_be_switched_off_and_on(tmp_path):

@@ -234,6 +234,17 @@ def start_file(
     path = os.path.expanduser(pretrain.replace('{seed}', str(seed)))
     return os.path.abspath(model_file(path))
 
+# %% ../../nbs/42_finetune.ipynb #c014r
+def _say_whose_recipe(cfg, preset, presets):
+    "Say that a large model is to be trained as a small one: its file brings no recipe"
+    small = presets[preset].get('hidden_dim', cfg.hidden_dim)
+    if cfg.hidden_dim <= small: return
+    others = ' or '.join(name for name in presets if name != preset)
+    # with the values of this run: some may be the caller's
+    print(f'{os.path.basename(cfg.pretrain)} is {cfg.hidden_dim} channels wide, and the recipe of '
+          f'preset {preset} is for {small}: lr {cfg.lr:g}, square {cfg.square}, num_queries '
+          f'{cfg.num_queries}. For a large model: -p preset {others}')
+
 # %% ../../nbs/42_finetune.ipynb #c015
 def transfer_config(
     preset: str,       # a name in `presets`
@@ -260,7 +271,9 @@ def transfer_config(
     queries = changes.get('num_queries') or preset_queries or pretrained.options['num_queries']
     # the CNN comes with the checkpoint
     start = {'pretrain': path, 'weights': 'none', 'num_queries': queries}
-    return make_config(preset, kind, presets, **changes | sizes | start)
+    cfg = make_config(preset, kind, presets, **changes | sizes | start)
+    _say_whose_recipe(cfg, preset, presets)
+    return cfg
 
 def finetune_config(
     preset: str = 'demo',  # a name in `FINETUNE_PRESETS`
