@@ -126,6 +126,22 @@ def test_stopped_run_goes_on_where_it_was(runs):
     assert more.how == 'started' and list(follow(more, .2))[-1][-1]['step'] == 32
 
 
+def test_a_living_run_is_not_asked_for_other_epochs(runs):
+    "It has read its configuration: what it would not do is refused, and not dropped; once it is stopped, it may."
+    run = runs/'a'
+    def ask(**changes): return start(run, **dict(schedule='step', epochs=3, patience=0, data='here', log_every=10) | changes)
+    ask()
+    held = (run/'cfg.json').read_text()
+    for changes, words in ((dict(epochs=4), 'epochs: 3 -> 4'), (dict(epochs=2), 'epochs: 3 -> 2'), (dict(patience=5), 'patience: 0 -> 5')):
+        with pytest.raises(ValueError, match=rf'goes on as it was started, without this change \({words}\): wait') as e: ask(**changes)
+        assert f"or stop it (updetr.train.launch.stop('{run}'))" in str(e.value)
+    with pytest.raises(ValueError, match='goes on as it was started, without this change .steps: 2000 -> 9'):
+        launch(run, json.loads(held) | {'steps': 9}, module='fake', may_change=('steps',))
+    # where its data lie now, and how often it says something, changes nothing
+    assert ask(data='there', log_every=1).how == 'attached' and (run/'cfg.json').read_text() == held
+    assert stop(run) and ask(epochs=4).how == 'started' and json.loads((run/'cfg.json').read_text())['epochs'] == 4
+
+
 def test_launches_at_once_make_one_run(runs):
     run, gate = runs/'a', threading.Barrier(6)
     run.mkdir()

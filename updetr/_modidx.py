@@ -2940,6 +2940,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'updetr.train.launch._record': ('launch.html#_record', 'updetr/train/launch.py'),
                                      'updetr.train.launch._refuse_fewer_epochs': ( 'launch.html#_refuse_fewer_epochs',
                                                                                    'updetr/train/launch.py'),
+                                     'updetr.train.launch._refuse_while_it_goes_on': ( 'launch.html#_refuse_while_it_goes_on',
+                                                                                       'updetr/train/launch.py'),
                                      'updetr.train.launch._require_json': ('launch.html#_require_json', 'updetr/train/launch.py'),
                                      'updetr.train.launch._row': ('launch.html#_row', 'updetr/train/launch.py'),
                                      'updetr.train.launch._said': ('launch.html#_said', 'updetr/train/launch.py'),

@@ -238,6 +238,13 @@ def _require_json(cfg):
         except ValueError as e:
             raise ValueError(f'{name} is {value}, but must be finite') from e
 
+def _refuse_while_it_goes_on(run, changed):
+    "ValueError if a living run is asked for what only its next launch can give."
+    if not changed: return
+    said = '; '.join(f'{k}: {v}' for k, v in changed.items())
+    raise ValueError(f'{run} goes on as it was started, without this change ({said}): wait for its '
+                     f"end, or stop it (updetr.train.launch.stop('{run}')), and launch it again")
+
 def _refuse_fewer_epochs(run, old, new):
     "ValueError if a finished run is asked for fewer epochs than it had."
     had, asked = old.get('epochs', 0), new.get('epochs', 0)
@@ -254,7 +261,7 @@ def prepare(
     """Write `cfg.json`, unless the run goes on.
 
     Raises ValueError that names what differs from the folder's configuration, or is not finite;
-    and for fewer epochs of a finished run."""
+    and for other epochs of a run that goes on, or fewer of a finished one."""
     _require_json(cfg)
     run = Path(run_dir)
     run.mkdir(parents=True, exist_ok=True)
@@ -264,10 +271,13 @@ def prepare(
     _refuse_fewer_epochs(run, old, cfg)
     # what was refused above is not here: weights may lie elsewhere, but have the same content
     moved = NEUTRAL + PLACES + ('weights',)
-    if not _goes_on(run):
-        # more epochs than it had: its end is no end any more
-        if cfg_changes(old, cfg, moved): (run/'done.json').unlink(missing_ok=True)
-        write_json(file, cfg)
+    changed = cfg_changes(old, cfg, moved)
+    if _goes_on(run):
+        _refuse_while_it_goes_on(run, changed)
+        return file
+    # more epochs than it had: its end is no end any more
+    if changed: (run/'done.json').unlink(missing_ok=True)
+    write_json(file, cfg)
     return file
 
 # %% ../../nbs/34_launch.ipynb #c026
