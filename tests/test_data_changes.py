@@ -14,9 +14,12 @@ from test_resume import TINY as PRETRAIN
 from test_resume import as_in_the_processes, finish, weights  # noqa: F401 (a fixture: one thread here, too)
 from updetr.core.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.core.config import make_config
+from updetr.core.fingerprint import set_rows
 from updetr.data.scenes import Scenes
+from updetr.predict.commands import training_set
 from updetr.tasks.finetune import FinetuneConfig, finetune_config, labelled_marks, open_sets
 from updetr.tasks.oneshot import oneshot_config
+from updetr.tasks.oneshot_task import oneshot_sets, open_run
 from updetr.tasks.panoptic import PanopticScenes, write_panoptic
 from updetr.tasks.panoptic_task import panoptic_config
 from updetr.train.launch import launch, prepare
@@ -263,6 +266,19 @@ def test_oneshot_and_panoptic_runs_refuse_alike(tmp_path):
     content['annotations'][2]['segments_info'][0]['bbox'][0] += 1
     write_json(file, content)
     with pytest.raises(ValueError, match=r'1 photo with other boxes or flags \(2.jpg\)'): finish(boxes)
+
+
+def test_a_finished_run_whose_data_moved_is_opened_where_they_are_now(copy, tmp_path):
+    "The checkpoint says where they were, cfg.json where they are: a finished run is not saved again."
+    cfg = oneshot_config('demo', **TINY | {'data': str(coco(tmp_path/'data')), 'unseen': 'dog', 'query_size': 32, 'cached_views': 0})
+    finish(run := configure(tmp_path/'runs/one', cfg))
+    cfg = dataclasses.replace(cfg, data=str((tmp_path/'data').rename(tmp_path/'moved')))
+    assert launch(run, dataclasses.asdict(cfg), data=labelled_marks(cfg, *oneshot_sets(cfg)[:2])).how == 'finished'
+    task = open_run(run)
+    assert task.cfg == cfg and str(tmp_path/'moved') in str(set_rows(task.val_set).paths[0])
+    # a detector's photos, too: has any been trained on?
+    paths = set_rows(training_set(copy/'runs/run', copy/'data', 'val')).paths
+    assert len(paths) == 4 and all(str(path).startswith(str(copy)) for path in paths)
 
 
 def pretrained(folder, data, **changes):

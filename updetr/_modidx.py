@@ -2948,6 +2948,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'updetr.train.launch._seems_alive': ('launch.html#_seems_alive', 'updetr/train/launch.py'),
                                      'updetr.train.launch._sound': ('launch.html#_sound', 'updetr/train/launch.py'),
                                      'updetr.train.launch._start': ('launch.html#_start', 'updetr/train/launch.py'),
+                                     'updetr.train.launch.at_present_places': ('launch.html#at_present_places', 'updetr/train/launch.py'),
                                      'updetr.train.launch.attach': ('launch.html#attach', 'updetr/train/launch.py'),
                                      'updetr.train.launch.death_note': ('launch.html#death_note', 'updetr/train/launch.py'),
                                      'updetr.train.launch.follow': ('launch.html#follow', 'updetr/train/launch.py'),

@@ -45,6 +45,7 @@ from .segmenter import PanopticSegmenter
 from ..tasks.finetune import FinetuneConfig, open_sets
 from ..tasks.panoptic import id2rgb
 from ..train.evaluate import CocoEvaluator
+from ..train.launch import at_present_places
 
 # %% ../../nbs/59_commands.ipynb #c008
 VIDEOS = ('.mp4', '.mov', '.avi', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg')
@@ -290,10 +291,11 @@ def predict(
 def run_config(
     checkpoint: str | Path,  # file of a detector, a run's folder, or one made for sharing
 ) -> FinetuneConfig | None:  # None: the file has none
-    "Return the configuration of the run that left a detector."
+    "Return the configuration of the run that left a detector, with its data where they lie now."
     try:
         file = model_file(shared_file(checkpoint), say=False)
-        return stored_config(file, FinetuneConfig, read_weights(file)[1])
+        args = at_present_places(file, read_weights(file)[1])
+        return stored_config(file, FinetuneConfig, args)
     except (ValueError, OSError): return None
 
 def evaluation_set(

@@ -35,6 +35,7 @@ from updetr.tasks.oneshot import (
 )
 from ..data.queries import Asker, QueryPool, answer_to, training_photos, unseen_classes
 from ..data.scenes import Scenes
+from ..train.launch import at_present_places
 from ..train.loop import Processes, progress_writer
 from ..model.backbone import eval_mode, prepare_images
 
@@ -525,6 +526,8 @@ def open_run(
     path = Path(run_dir) / 'checkpoint.pth'
     weights, args = read_weights(path)
     require_imported(args.get('system', ''), path)
+    # its data may have moved since it was saved
+    args = at_present_places(path, args)
     fields = {f.name for f in dataclasses.fields(OneShotConfig)}
     cfg = OneShotConfig(**{k: v for k, v in args.items() if k in fields})
     task = OneShotTask(cfg, run_dir, Processes(device=torch.device(device)))
