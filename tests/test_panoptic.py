@@ -451,6 +451,22 @@ def test_mean_mask_by_hand():
     assert [s['category_id'] for s in info] == [0, 1] and ids.shape == (16, 16) and sum(s['area'] for s in info) == 256
 
 
+def test_mean_mask_of_a_large_set_looks_at_some_of_its_photos():
+    "Evenly spread ones, each once; of a set that is no larger at all of them."
+    class Many:
+        classes = ['a', 'b']
+        def __init__(self, n): self.n, self.seen = n, []
+        def __len__(self): return self.n
+        def panoptic(self, i):
+            self.seen.append(i)
+            return torch.ones(1, 1, dtype=torch.int64), listed({1: i % 2})
+    for n, most, seen in ((7, 7, range(7)), (7, 8, range(7)), (13, 5, [0, 2, 5, 7, 10]), (11_000, 5000, None)):
+        share = mean_mask(many := Many(n), 1, most)
+        assert share.sum().item() == pytest.approx(1) and len(set(many.seen)) == len(many.seen) == min(n, most)
+        assert seen is None or many.seen == list(seen)
+    assert mean_mask(many := Many(5001), 1).sum().item() == pytest.approx(1) and len(many.seen) == 5000
+
+
 # ---- COCO's own files -----------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
