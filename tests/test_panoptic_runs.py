@@ -432,7 +432,8 @@ def front_end(monkeypatch, **parameters):
     ({'preset': 'coco', 'methods': 'updetr'}, '-p pretrain FILE, or ask for -p methods detr'), ({'methods': 'mask_rcnn'}, 'unknown'),
     ({'preset': 'coc'}, 'unknown'), ({'preset': 'coco'}, 'annotations/panoptic_train2017.json'),
     ({'preset': 'coco', 'data': 'nowhere'}, 'nothing at nowhere'), ({'boxes': 'nowhere.pth'}, 'nowhere.pth'),
-    ({'boxes': 'x.pth', 'methods': 'detr,updetr'}, 'boxes is one detector')])
+    ({'boxes': 'x.pth', 'methods': 'detr,updetr'}, 'boxes is one detector'),
+    ({'eval_every': 0}, 'eval_every 0: .* -p eval_every EPOCHS .* measures only at the end')])
 def test_the_impossible_stops_at_once(parameters, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=message): front_end(monkeypatch, **parameters)
@@ -440,8 +441,15 @@ def test_the_impossible_stops_at_once(parameters, message, tmp_path, monkeypatch
 
 
 def test_boxes_alone_decide_the_rest(boxes, fields, monkeypatch):
-    space = front_end(monkeypatch, boxes=str(boxes / 'checkpoint.pth'), data=str(fields), scenes=0, scenes_val=0, batch_size=4)
+    given = dict(boxes=str(boxes / 'checkpoint.pth'), data=str(fields), scenes=0, scenes_val=0, batch_size=4, eval_every=0)
+    space = front_end(monkeypatch, **given)
     assert space['chosen'] == ['detr'] and space['cfg'].stage == 'masks' and space['cfg'].num_queries == 8
+    assert space['cfg'].eval_every == 0     # the report has no number of the boxes then
+
+
+def test_a_report_of_neighbours_needs_an_evaluation(monkeypatch):
+    with pytest.raises(ValueError, match='eval_every EPOCHS'):
+        run_cells(PANOPTIC.with_name('panoptic_neighbours.ipynb'), monkeypatch, 'train_plan(cfg', eval_every=0)
 
 
 def test_every_hyper_parameter_can_be_given():

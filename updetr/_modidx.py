@@ -2042,6 +2042,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'updetr.predict.runs.Site.start': ('runs.html#site.start', 'updetr/predict/runs.py'),
                                      'updetr.predict.runs.Site.where': ('runs.html#site.where', 'updetr/predict/runs.py'),
                                      'updetr.predict.runs._field_comments': ('runs.html#_field_comments', 'updetr/predict/runs.py'),
+                                     'updetr.predict.runs._require_evaluations': ( 'runs.html#_require_evaluations',
+                                                                                   'updetr/predict/runs.py'),
                                      'updetr.predict.runs.command_line': ('runs.html#command_line', 'updetr/predict/runs.py'),
                                      'updetr.predict.runs.given_parameters': ('runs.html#given_parameters', 'updetr/predict/runs.py'),
                                      'updetr.predict.runs.hide_place': ('runs.html#hide_place', 'updetr/predict/runs.py'),

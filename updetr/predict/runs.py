@@ -20,6 +20,7 @@ import torch
 from ..model.backbone import fetch_weights
 from ..core.config import PLACES, check_devices, check_parameters, make_config, plain_variables
 from ..train.launch import launch, read_record
+from ..tasks.panoptic_task import PanopticConfig
 from ..tasks.pretrain_task import find_photos, pretrain_marks
 from ..core.report import mean_and_spread
 from ..train.progress import watch
@@ -94,6 +95,14 @@ def open_site(
     return Site(root, gpus, processes, nnodes, rdzv_endpoint)
 
 # %% ../../nbs/57_runs.ipynb #c011
+def _require_evaluations(kind, given):
+    "ValueError where the report of a notebook would miss what an evaluation measures"
+    # with -p boxes the masks alone are trained, and those are measured by the notebook itself
+    if kind is not PanopticConfig or given.get('eval_every') != 0 or given.get('boxes'): return
+    raise ValueError('eval_every 0: nothing is measured while training, but the report of this '
+                     'notebook has numbers of the last evaluation. -p eval_every EPOCHS (as many '
+                     'as epochs, or more) measures only at the end')
+
 def given_parameters(
     namespace: Mapping,   # the notebook's globals()
     kind: type,           # class of the configuration
@@ -102,13 +111,15 @@ def given_parameters(
 ) -> tuple[dict, dict]:   # all parameters, those that are fields of `kind`
     """Return what a notebook was started with.
 
-    Raises ValueError that names an unknown parameter and the closest known one."""
+    Raises ValueError that names an unknown parameter and the closest known one, and where the
+    report could not be made."""
     fields = {f.name for f in dataclasses.fields(kind)} - {'task'}
     known = fields | set(options.split())
     given = plain_variables(namespace)
     # a mistyped name must not train with the default
     if not again: check_parameters(namespace, sorted(known))
     parameters = {k: v for k, v in given.items() if k in known}
+    _require_evaluations(kind, parameters)
     return parameters, {k: v for k, v in given.items() if k in fields}
 
 # %% ../../nbs/57_runs.ipynb #c011p
