@@ -1,10 +1,12 @@
 "One process, several threads: a server's or a widget's. Answers are those of one thread, and copies answer for themselves."
 import copy
+import os
 import pickle
 import subprocess
 import sys
 import textwrap
 
+import pytest
 import torch
 
 from updetr import OneShotDetector
@@ -34,6 +36,31 @@ FIRST_USE = textwrap.dedent('''
 
 def test_the_first_pictures_may_come_in_several_threads():
     ran = subprocess.run([sys.executable, '-c', FIRST_USE], capture_output=True, text=True)
+    assert ran.stdout.strip().endswith('same'), ran.stderr[-2000:]
+
+
+# as `gunicorn --preload` does: the parent computes, then it is forked, and the children compute
+FORKED = textwrap.dedent('''
+    import multiprocessing
+    import torch
+    from updetr import Detector
+    from updetr.core.photos import builtin_photos
+    assert torch.get_num_threads() == 2
+    detector, files = Detector.demo(), [p.path for p in builtin_photos()[:2]]
+    def scores(path): return torch.get_num_threads(), detector(path, threshold=0).scores.tolist()
+    alone = [scores(f)[1] for f in files]
+    with multiprocessing.get_context('fork').Pool(2) as pool: found = pool.map(scores, files)
+    assert [threads for threads, _ in found] == [1, 1] and torch.get_num_threads() == 2
+    for a, (_, b) in zip(alone, found): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    print('same')
+''')
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='nothing is forked here')
+def test_a_forked_process_answers():
+    "Its parent's threads are not in it: to wait for them has no end, which only the limit of time shows"
+    ran = subprocess.run([sys.executable, '-c', FORKED], env=os.environ | {'OMP_NUM_THREADS': '2'},
+                         capture_output=True, text=True, timeout=300)
     assert ran.stdout.strip().endswith('same'), ran.stderr[-2000:]
 
 

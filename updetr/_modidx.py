@@ -415,6 +415,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'updetr.core.signals._groups': ('signals.html#_groups', 'updetr/core/signals.py'),
                                      'updetr.core.signals._limit': ('signals.html#_limit', 'updetr/core/signals.py'),
                                      'updetr.core.signals.file_locks': ('signals.html#file_locks', 'updetr/core/signals.py'),
+                                     'updetr.core.signals.fork_with_one_thread': ( 'signals.html#fork_with_one_thread',
+                                                                                   'updetr/core/signals.py'),
                                      'updetr.core.signals.ignore_stop': ('signals.html#ignore_stop', 'updetr/core/signals.py'),
                                      'updetr.core.signals.thread_variables': ('signals.html#thread_variables', 'updetr/core/signals.py'),
                                      'updetr.core.signals.usable_cores': ('signals.html#usable_cores', 'updetr/core/signals.py')},

@@ -36,6 +36,7 @@ from torchvision.models import feature_extraction
 from torchvision.ops import FrozenBatchNorm2d
 
 from ..core.shipped import WEIGHTS, fetch_weights, weights_path
+from ..core.signals import fork_with_one_thread
 from ..data.augment import Recurring, call_compiled, compiler_failed, lift_limits, normalize
 
 # %% ../../nbs/20_backbone.ipynb #c005
@@ -576,6 +577,8 @@ class Backbone(nn.Module):
         cfg = {} if name in RESNETS else timm.get_pretrained_cfg(name).to_dict()
         self.mean = tuple(cfg.get('mean', IMAGENET_MEAN))
         self.std = tuple(cfg.get('std', IMAGENET_STD))
+        # what has computed cannot be forked with its threads
+        fork_with_one_thread(torch.set_num_threads)
         probe = _map_of(self.body.eval(), name)
         self.num_channels, self.stride = probe.shape[1], 64 // probe.shape[3]
 
