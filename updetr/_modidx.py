@@ -1011,6 +1011,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                        'updetr/experiments/plan.py'),
                                          'updetr.experiments.plan._count': ('plan.html#_count', 'updetr/experiments/plan.py'),
                                          'updetr.experiments.plan._prepared': ('plan.html#_prepared', 'updetr/experiments/plan.py'),
+                                         'updetr.experiments.plan._rate': ('plan.html#_rate', 'updetr/experiments/plan.py'),
                                          'updetr.experiments.plan.count_flops': ('plan.html#count_flops', 'updetr/experiments/plan.py'),
                                          'updetr.experiments.plan.make_plan': ('plan.html#make_plan', 'updetr/experiments/plan.py'),
                                          'updetr.experiments.plan.photo_gflops': ('plan.html#photo_gflops', 'updetr/experiments/plan.py'),

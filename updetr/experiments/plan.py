@@ -88,6 +88,7 @@ class Plan:
     photos: int  # or views, seen in an epoch
     steps_per_epoch: int  # whole batches
     steps: int  # in all epochs
+    rate: str  # learning rate in words; '' where it falls all the time
     trainable: int  # parameters
     frozen: int  # parameters
     gflops: dict[str, float]  # a photo
@@ -105,13 +106,25 @@ class Plan:
         else: time = 'give a speed with -p img_s'
         rows = {'photos': f'{self.photos:,}',
                 'steps': f'{self.steps:,} = {self.steps_per_epoch:,} an epoch',
+                'learning rate': self.rate,
                 'parameters': f'{self.trainable:,} trained, {self.frozen:,} frozen',
                 'arithmetic': f'{total:.1f} GFLOP a photo: {parts}',
                 'memory a process': f'{memory:.1f} GiB = {self.fixed_gib:.2f} fixed + '
                                     f'{self.per_process} photos x {photo_mib:.0f} MiB '
                                     '(fp32; about half in bf16)',
                 'time': time}
-        return '\n'.join(f'{name:17} {text}' for name, text in rows.items())
+        return '\n'.join(f'{name:17} {text}' for name, text in rows.items() if text)
+
+# %% ../../nbs/61_plan.ipynb #c008r
+def _rate(cfg):
+    "Return the learning rate and its drops in words; nothing of a schedule without drops."
+    if cfg.schedule != 'step': return ''
+    # as `lr_factor` counts them
+    drops = (cfg.epochs - 1) // cfg.lr_drop
+    if not drops:
+        return f'{cfg.lr:g} to the end: lr_drop {cfg.lr_drop} is not reached in {cfg.epochs} epochs'
+    if drops == 1: return f'{cfg.lr:g}, a tenth after {cfg.lr_drop} epochs'
+    return f'{cfg.lr:g}, a tenth of it after every {cfg.lr_drop} epochs: {drops} drops'
 
 # %% ../../nbs/61_plan.ipynb #c009
 def _count(model, trainable):
@@ -140,6 +153,7 @@ def make_plan(
         photos=photos,
         steps_per_epoch=per_epoch,
         steps=per_epoch * cfg.epochs,
+        rate=_rate(cfg),
         trainable=trainable,
         frozen=frozen,
         gflops=photo_gflops(model, size, cfg.patch_size, cfg.cache_features),
