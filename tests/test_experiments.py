@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import test_bad_datasets as tiny
 from conftest import ROOT
 from test_data_changes import annotations, coco, corrected, fewer
 from tools.cells import run_cells
@@ -26,6 +27,7 @@ from updetr.experiments.experiment_report import (
     data_summary,
     disk_gib,
     open_study,
+    places,
     plan_rows,
     plan_text,
     show_claims,
@@ -244,6 +246,50 @@ def test_data_that_a_table_lacks_is_found_before_the_first_training(tmp_path, mo
     monkeypatch.setattr('sys.argv', [*command, '-p', 'photos', str(tmp_path / 'set/images'), '-p', 'labelled', str(tmp_path / 'set')])
     monkeypatch.setattr(all_reports, 'run_jobs', lambda *args: pytest.fail('trained before the data was looked at'))
     with pytest.raises(ValueError, match='photos 200: there are only(?s:.*)--only fig7_localization$'): all_reports.main()
+
+
+@pytest.fixture(scope='module')
+def papers_data(tmp_path_factory):
+    "VOC's folders, COCO's and one of photos, of a photo or two"
+    root = tmp_path_factory.mktemp('papers')
+    for year in (2007, 2012): tiny.voc(root / 'VOCdevkit', year=year)
+    lists = root / 'VOCdevkit/VOC2007/ImageSets/Main'
+    shutil.copy(lists / 'trainval.txt', lists / 'test.txt')
+    tiny.panoptic(tiny.coco(root / 'co,co'))
+    for path in [*(root / 'co,co').glob('**/*train2017*')]:
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        copy(path, path.with_name(path.name.replace('train', 'val')))
+    (root / 'photos').mkdir()
+    shutil.copy(tiny.PHOTO, root / 'photos')
+    (root / 'coco').symlink_to(root / 'co,co')
+    return root
+
+
+def papers_study(id, root, labelled): return open_study(id, dict(scale='paper', photos=str(root / 'photos'), labelled=labelled, gpus=0))
+
+
+# that one takes parts of VOC's 16,551 photos
+@pytest.mark.parametrize('id', sorted({*EXPERIMENTS} - {'label_fraction'}))
+def test_the_papers_scale_runs_on_voc_and_coco(id, papers_data):
+    "Tables of VOC, tables of COCO and those of both, with one command"
+    root = papers_data
+    study = papers_study(id, root, f'{root}/VOCdevkit, {root}/coco')
+    study.plan()
+    sets = {cfg.data for cfg in (configure(step, 42) for arm in study.e.arms.values() for step in job_chain(arm)) if cfg.task != 'pretrain'}
+    both, coco_only = ({f'{root}/VOCdevkit', f'{root}/coco'}, {f'{root}/coco'})
+    want = {'fig1_fig4_curves': both, 'table2_coco': coco_only, 'table4_panoptic': coco_only}
+    assert sets <= want.get(id, both - coco_only) and (id not in want or sets == want[id])
+    assert {*both, f'{root}/photos'} == {*places(study)}
+
+
+def test_what_is_asked_for_where_voc_and_coco_are_needed(papers_data):
+    "One set is enough for a table of one, and a folder with a comma in its name is one"
+    root = papers_data
+    study = papers_study('table2_coco', root, f'{root}/co,co')
+    assert study.plan() and f'{root}/co,co' in places(study)
+    for labelled in ('', f'{root}/VOCdevkit', f'{root}/co,co'):
+        with pytest.raises(ValueError, match='-p photos FOLDER and -p labelled VOC,COCO'): papers_study('fig1_fig4_curves', root, labelled)
+    with pytest.raises(ValueError, match='must be one set, or two: VOC,COCO'): papers_study('table1_voc', root, 'a,b,c')
 
 
 @pytest.mark.parametrize('asked', [['--plan'], ['-p', 'plan_only', 'True']], ids=' '.join)

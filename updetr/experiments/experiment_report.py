@@ -30,6 +30,7 @@ from ..model.detr import build_detr
 from ..model.pretrained import open_pretrained
 from updetr.experiments.tables import (
     BASES, DESCRIPTIONS, SEEDS, Claim, Experiment, Scale, experiment,
+    labelled_sets,
 )
 from ..tasks.finetune import checkpoint_sizes, open_sets, start_file
 from .jobs import Job, configure, job_chain, job_folder
@@ -444,9 +445,14 @@ _OF = {
 }
 _LABELLED = ('labelled', 'year', 'year_val', 'split', 'split_val', 'finetune_img_s')
 
+# %% ../../nbs/66_experiment_report.ipynb #c023s
+def _steps(e):
+    "All trainings that an experiment is made of"
+    return [step for arm in e.arms.values() for step in job_chain(arm)]
+
 def _tasks(e):
     "The kinds of training that an experiment is made of"
-    return {step.task for arm in e.arms.values() for step in job_chain(arm)}
+    return {step.task for step in _steps(e)}
 
 def needs_labels(
     id: str,     # of an experiment
@@ -547,15 +553,21 @@ def _scale(id, given):
 
 def _check_data(id, scale):
     "Raise ValueError or FileNotFoundError if data that the experiment needs is not there"
-    tasks, needed = _tasks(experiment(id, scale)), {}
+    steps = _steps(experiment(id, scale))
+    tasks, needed = {step.task for step in steps}, {}
     # with a checkpoint nothing may be left to pre-train
     if 'pretrain' in tasks: needed['-p photos FOLDER'] = scale.photos
-    if tasks - {'pretrain'}: needed['-p labelled FOLDER'] = scale.labelled
+    # at the paper's scale some pages are of both its sets
+    on_coco = {step.preset.startswith('coco') for step in steps if step.task != 'pretrain'}
+    if len(on_coco) == 2:
+        needed['-p labelled VOC,COCO (two folders)'] = len(labelled_sets(scale.labelled)) == 2
+    elif on_coco: needed['-p labelled FOLDER'] = scale.labelled
     if not all(needed.values()):
         words = ' and '.join(needed)
         raise ValueError(f'scale {scale.name} needs {words}, or -p plan_only True')
     if 'pretrain' in tasks: find_data(PretrainConfig(data=scale.photos))
 
+# %% ../../nbs/66_experiment_report.ipynb #c025s
 def _check_start(id, scale, seeds):
     """Raise ValueError or FileNotFoundError if a checkpoint cannot stand for the pre-training.
 
@@ -605,7 +617,8 @@ def places(
     "Return photos and weights on the user's machine, which a report does not name."
     # a CNN with a suffix is a file, one without is a name
     files = {w for w in study.scale.cnns if Path(w).suffix}
-    found = {study.given[name] for name in ('photos', 'labelled', 'pretrain')} | files
+    found = {study.given[name] for name in ('photos', 'pretrain')} | files
+    found |= {*labelled_sets(study.given['labelled'])}
     # the longest first: a folder may lie in another one
     return sorted(found - {''}, key=len, reverse=True)
 
