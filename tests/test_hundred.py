@@ -146,3 +146,19 @@ def test_it_trains():
     before = loss()
     module.train(model, photo, patches, boxes, 8)
     assert loss() < before
+
+
+@pytest.mark.parametrize('masked', [False, True], ids=['no mask', 'mask'])
+def test_what_changes_if_a_patch_is_exchanged(masked):
+    "Exercise 1: without the mask every query's answer, but not in the first layer, where all values are the same vector"
+    apart = 'group[:, None] != group'
+    assert TEXT.count(apart) == 1
+    model = small_models(load(MODEL if masked else MODEL.replace(apart, f'torch.zeros_like({apart})')))[0].eval()
+    photo, patches, others = torch.rand(1, 3, 64, 96), torch.rand(1, M, 3, 32, 32), torch.rand(1, M, 3, 32, 32)
+    others[:, 1:] = patches[:, 1:]
+    with torch.no_grad(): before, after = (model(photo, p)[:3] for p in (patches, others))
+    own = torch.arange(N) < N // M
+    for a, b in zip(before, after):
+        # (layers, 1, N, numbers)
+        moved = (a - b).abs().amax(-1)[:, 0] > 1e-6
+        assert moved[:, own].all() and moved[0].equal(own) and moved[1].equal(own if masked else own | True)
