@@ -16,6 +16,7 @@ from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook  # under its own name pytest would take it for a test
 
 from conftest import NOTEBOOKS, ROOT, give_back_memory
+from tools.cells import run_cells
 from updetr.core.fingerprint import set_rows
 from updetr.tasks.finetune import Subset
 
@@ -73,3 +74,12 @@ def test_globals_are_kept():
     assert set_rows.dispatch(Subset) is answer is not str
     assert torch.equal(torch.get_rng_state(), draw) and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     assert 'UPDETR_LEFT_BEHIND' not in os.environ and not plt.get_fignums() and sys.modules['__main__'] is main
+
+
+def test_the_hours_exercise_without_reconstruction_can_be_done(tmp_path, monkeypatch):
+    "The second one: `feature_recon=False` where `cfg` is made, then up to step 6"
+    text, made = (ROOT/'nbs/tutorials/updetr_in_60_minutes.ipynb').read_text('utf-8'), "make_config('demo', num_queries=10, num_patches=5"
+    assert text.count(made) == 1
+    (tmp_path/'hour.ipynb').write_text(text.replace(made, f'{made}, feature_recon=False'), 'utf-8')
+    with untouched(): space = run_cells(tmp_path/'hour.ipynb', monkeypatch, 'group_mask(10, 5)')
+    assert 'patch2query' in space['extra'] and 'feature_align' not in space['extra']
