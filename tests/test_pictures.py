@@ -83,6 +83,31 @@ def test_a_truncated_pil_image_is_a_bad_photo(tmp_path):
     with pytest.raises(BadPhoto, match='cannot be decoded'): as_image(Image.open(path))
 
 
+def tensor(pixels): return torch.from_numpy(pixels.copy())
+
+
+@pytest.mark.parametrize('frame', [RGB, RGB.transpose(2, 0, 1), RGB[..., 0], RGB[:, ::2], _alpha(), RGB / 255,
+                                   tensor(RGB), tensor(RGB[..., 0]), tensor(RGB).permute(2, 0, 1),
+                                   tensor(RGB.transpose(2, 0, 1)), tensor(RGB) / 255],
+                         ids=lambda x: f'{type(x).__name__} {x.dtype} {tuple(x.shape)}')
+def test_a_picture_stays_when_its_buffer_is_used_again(frame):
+    "A service writes the next frame into the same memory, and draws the answer to the last one"
+    kept = as_image(frame)
+    before, old = kept.clone(), frame + 0
+    frame[:] = 0
+    try: assert torch.equal(kept, before) and kept.any()
+    finally: frame[:] = old
+
+
+def test_a_detection_is_drawn_on_the_frame_that_was_asked():
+    from updetr import Detector
+    frame = RNG.integers(0, 256, (64, 96, 3), np.uint8)
+    found = Detector.demo()(frame, threshold=0)
+    before = np.asarray(found.plot())
+    frame[:] = 255
+    assert (np.asarray(found.plot()) == before).all()
+
+
 def test_every_reader_of_pictures_uses_this_one_function():
     from updetr.predict import detector, localizer, oneshot_detector, segmenter
     assert {m.as_image for m in (detector, localizer, oneshot_detector, segmenter)} == {as_image}

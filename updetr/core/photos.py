@@ -370,7 +370,7 @@ def _eight_bits(x):
 # %% ../../nbs/02_photos.ipynb #c030c
 def as_image(
     picture,        # path, PIL image, array or tensor, as described above
-) -> torch.Tensor:  # (3, H, W) uint8
+) -> torch.Tensor:  # (3, H, W) uint8, a copy
     """Return any usual picture as a tensor.
 
     Raises BadPhoto (files), or ValueError that says what was expected."""
@@ -379,14 +379,16 @@ def as_image(
     first = isinstance(picture, torch.Tensor)
     if first:
         done = picture.dtype == torch.uint8 and picture.ndim == 3 and len(picture) == 3
-        if done and picture.numel(): return picture.cpu()
+        # results keep it, and the caller may write the next frame into the same memory
+        if done and picture.numel(): return picture.to('cpu', copy=True)
         # numpy has no bfloat16
         if picture.is_floating_point(): picture = picture.float()
         picture = picture.detach().cpu().numpy()
     if not isinstance(picture, np.ndarray):
         raise ValueError('a picture must be a path, a PIL image, an array (H,W,3) '
                          f'or a tensor (3,H,W), not {type(picture).__name__}')
-    pixels = np.require(_eight_bits(_channels_last(picture, first)), requirements='CW')
+    # a copy, for the same reason
+    pixels = np.array(_eight_bits(_channels_last(picture, first)), order='C')
     if pixels.ndim == 2: return torch.from_numpy(pixels).expand(3, -1, -1)
     if pixels.shape[-1] == 3: return torch.from_numpy(pixels).permute(2, 0, 1)
     return _rgb(Image.fromarray(pixels))
