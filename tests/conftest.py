@@ -46,6 +46,15 @@ def copy_project(folder):
     return mine
 
 
+def fake_gpu_trouble():
+    "Why fake tensors on a GPU that is not there cannot be computed with, or None: PyTorch 2.9 asks the driver even for them."
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    try:
+        with FakeTensorMode(): torch.empty(2, device='cuda').uniform_()[0]
+    except RuntimeError as e: return f'fake tensors of PyTorch {torch.__version__} need a GPU: {str(e).splitlines()[0]}'
+
+
 def _lack(mark):
     "Why a test with `mark` cannot run here, or None."
     if mark == 'data':
@@ -56,6 +65,7 @@ def _lack(mark):
         import torch
         need = 1 if mark == 'cuda' else 2
         if torch.cuda.device_count() < need: return f'needs {need} CUDA GPU(s), {torch.cuda.device_count()} found'
+    if mark == 'fake_gpu': return fake_gpu_trouble()
 
 
 # What takes longest begins first, the longest in front: at the very end it would keep all other cores waiting.
@@ -89,7 +99,7 @@ def pytest_collection_modifyitems(items):
     place = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(unit(item.nodeid), len(LONG)))  # stable
     for item in items:
-        for mark in ('data', 'cuda', 'multigpu'):
+        for mark in ('data', 'cuda', 'multigpu', 'fake_gpu'):
             if item.get_closest_marker(mark) and (why := _lack(mark)): item.add_marker(pytest.mark.skip(reason=why))
 
 

@@ -57,6 +57,7 @@ def step(device, backward, own_group=False, padded=True, amp=False, **options):
     return losses, total, model
 
 
+@pytest.mark.fake_gpu
 @pytest.mark.parametrize('options', [dict(amp=True), dict(own_group=True, padded=False), dict(query_shuffle=True, attention_mask=False)],
                          ids=str)
 def test_no_step_on_a_gpu_asks_it(options):
@@ -123,6 +124,7 @@ def test_attention_has_a_mask_only_where_a_token_is_padding():
     assert [mask is None for mask in masks] == [False, True, False, True, False]
 
 
+@pytest.mark.fake_gpu
 def test_what_is_on_the_gpu_already_is_not_pinned():
     "As a mask that DDP has moved with the rest of its batch: only memory of the host can be pinned."
     pinned = []

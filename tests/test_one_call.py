@@ -178,6 +178,7 @@ def gpu():
     with FakeTensorMode(), Quiet(): yield torch.device('cuda')
 
 
+@pytest.mark.fake_gpu
 def test_one_pass_of_augmentation_asks_the_host_nothing(gpu):
     patches = torch.empty(64, 3, 32, 24, dtype=torch.uint8, device=gpu)
     out = one_pass(patches, torch.empty(64, 10, device=gpu))
