@@ -6,6 +6,7 @@ import multiprocessing.forkserver
 import os
 import shutil
 import time
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -20,6 +21,7 @@ from tools.cells import run_cells
 from tools.experiments import TEXT, shared
 from tools.processes import CONTEXT, take_environment
 from updetr.core.config import make_config
+from updetr.data import loader
 from updetr.experiments import all_reports, runner
 from updetr.experiments.experiment_report import (
     PARAMETERS,
@@ -37,6 +39,7 @@ from updetr.experiments.jobs import configure, job, job_chain, job_folder
 from updetr.experiments.runner import check_finished, data_now, in_order, run_jobs
 from updetr.experiments.tables import BASES, EXPERIMENTS, Scale, experiment
 from updetr.model.weights import load_updetr
+from updetr.train.launch import prepare
 
 PAPER, NOTEBOOKS = Scale('paper'), sorted((ROOT / 'nbs/experiments').glob('*.ipynb'))
 
@@ -324,6 +327,36 @@ def test_the_folder_of_one_page_is_not_given_to_all(tmp_path, monkeypatch):
 
 TINY = dict(views=16, view_size=64, patch_size=32, hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=10, num_patches=5,
             batch_size=4, epochs=6, save_every=10, log_every=1)
+
+
+class Waiting:
+    "What `launch` is asked for, and nothing is started; the folder is prepared as by itself."
+    def __init__(self, monkeypatch, cores, room):
+        self.decoders = []
+        monkeypatch.setattr(runner, 'usable_cores', lambda: cores)
+        monkeypatch.setattr(loader, '_shared_memory', lambda: ('/dev/shm', SimpleNamespace(free=room)))
+        monkeypatch.setattr(runner, 'launch', self.launch)
+        monkeypatch.setattr(runner, 'watch', lambda run: None)
+        monkeypatch.setattr(runner, 'finish', lambda *args: {})
+
+    def launch(self, folder, cfg, gpus, may_change):
+        prepare(folder, cfg, may_change)
+        self.decoders.append(cfg['num_workers'])
+
+
+@pytest.mark.parametrize('cores, gpus, room, decoders', [
+    (16, 1, 2**36, 8), (16, 4, 2**36, 4), (2, 4, 2**36, 0), (16, 1, 2**33, 4), (16, 2, 2**33, 2), (16, 1, 2**26, 0)])
+def test_on_a_gpu_other_processes_decode_what_is_not_cached(cores, gpus, room, decoders, tmp_path, monkeypatch):
+    "Else the GPU waits for one core. Who asks for a number has it; a bank is filled by all cores anyway. Folders are the same as ever."
+    no_cnn, live = dict(weights='none', standardize=False), dict(cache_features=False, cached_patches=0)
+    views, photos = TINY | no_cnn, dict(no_cnn, scenes=8, scenes_val=4)
+    arms = [job('pretrain', 'demo', **views | live), job('finetune', 'demo', **photos, cached_views=0),
+            job('pretrain', 'demo', **views), job('finetune', 'demo', **photos, cached_views=1),
+            job('pretrain', 'demo', **views | live | dict(views=20, num_workers=3))]
+    waiting = Waiting(monkeypatch, cores, room)
+    for _ in range(2): run_jobs([(arm, 1) for arm in arms], tmp_path, gpus=gpus, show=lambda line: None)
+    assert waiting.decoders == [decoders, decoders, 0, 0, 3] * 2
+    assert set(tmp_path.iterdir()) == {job_folder(tmp_path, arm, 1) for arm in arms}
 
 
 def run_alone(environment, jobs, root):

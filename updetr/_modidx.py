@@ -1036,6 +1036,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                             'updetr/experiments/runner.py'),
                                            'updetr.experiments.runner._data_once': ( 'runner.html#_data_once',
                                                                                      'updetr/experiments/runner.py'),
+                                           'updetr.experiments.runner._decoders': ('runner.html#_decoders', 'updetr/experiments/runner.py'),
                                            'updetr.experiments.runner._environment': ( 'runner.html#_environment',
                                                                                        'updetr/experiments/runner.py'),
                                            'updetr.experiments.runner._fetch_all': ( 'runner.html#_fetch_all',

@@ -18,6 +18,7 @@ from pathlib import Path
 from ..model.backbone import fetch_weights
 from ..core.config import LossConfig, ModelConfig, TrainConfig
 from ..core.signals import thread_variables, usable_cores
+from ..data.loader import safe_workers
 from ..tasks.finetune import labelled_marks, open_sets
 from .jobs import Job, configure, job_chain, job_folder
 from ..train.launch import is_done, launch, prepare, read_log, read_record, tail
@@ -233,11 +234,20 @@ def _on_cpu(folders, workers, threads, show, begun):
     return failed
 
 # %% ../../nbs/64_runner.ipynb #c011a
+def _decoders(cfg, gpus):
+    "Return how many processes decode for each GPU: as asked for, or what keeps it busy"
+    # a bank of features is filled by all cores already, and then nothing is decoded
+    cached = cfg.get('cache_features') or cfg.get('cached_views')
+    if cfg['num_workers'] or cached: return cfg['num_workers']
+    # the GPUs share the cores and the shared memory; a batch has some 150 MB
+    return safe_workers(min(8, usable_cores() // gpus), gpus * 2**28)
+
 def _on_gpus(folders, gpus, show, begun):
     "Run what is not finished, one after the other, each on all GPUs; a failure ends it"
     for folder, (step, seed) in folders.items():
         if _has_result(folder): continue
         cfg = write_start(folder, step, seed)
+        cfg['num_workers'] = _decoders(cfg, gpus)
         watch(launch(folder, cfg, gpus=gpus, may_change=_may_change(step)))
         finish(folder, 'cuda')
         show(describe(folders, {}, set(), begun))
