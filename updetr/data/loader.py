@@ -633,11 +633,16 @@ def filling(
     "Return how a bank is filled."
     if torch.device(device).type == 'cpu': return few, safe_workers(num_workers, few * nbytes)
     # processes on this machine share its cores
-    workers = num_workers or usable_cores() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    # many at a time, but some for every process
+    processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    workers = num_workers or usable_cores() // processes
+    # many at a time, but some for every worker ...
     share = math.ceil(num / (2 * max(1, workers)))
-    chunk = max(1, min(CHUNK // max(1, nbytes), share))
-    return chunk, safe_workers(workers, chunk * nbytes)
+    # ... and no more than all have room for; processes on this machine share that, too
+    nbytes = max(1, nbytes)
+    _, room = _shared_memory()
+    fits = room.free // (2 * AHEAD * processes * max(1, workers) * nbytes)
+    chunk = max(1, min(CHUNK // nbytes, share, fits))
+    return chunk, safe_workers(workers, chunk * nbytes * processes)
 
 # %% ../../nbs/12_loader.ipynb #c025
 def photo_loader(
