@@ -1,4 +1,5 @@
 "What follows the CNN in a pre-training step never asks the device, or it could not be recorded; attention has a mask only over padding."
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import pytest
@@ -12,8 +13,10 @@ from updetr.bench.step import OurStep, ReferenceStep, noise_batches
 from updetr.core.config import make_config
 from updetr.data.loader import send, to_device
 from updetr.model import matcher
+from updetr.model.detr import build_detr
 from updetr.model.losses import build_criterion, match_patches, matched_losses, patch_predictions
 from updetr.model.updetr import build_updetr
+from updetr.tasks.finetune_task import DetectStep
 from updetr.tasks.pretrain_task import encode
 
 SIZES = dict(hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=32, num_queries=20, num_patches=5)
@@ -147,3 +150,43 @@ def test_the_benchmark_leaves_a_mask_on_the_host_as_the_loader_does():
         assert all(b[k].device.type == 'meta' for b in batches for k in ('images', 'patches', 'boxes', 'keep'))
         masks = [b['mask'] for b in batches if b['mask'] is not None]
         assert masks and all(mask.device.type == home for mask in masks)
+
+
+class Copies(TorchDispatchMode):
+    "Within it, `waits` lists what comes from the host and lets it wait for the device."
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = operation(*args, **kwargs)
+        name, to = operation.overloadpacket.__name__, getattr(out, 'device', None)
+        # the last argument of `copy_` may be non_blocking, too
+        without = kwargs.get('non_blocking', name == 'copy_' and args[2:] and args[2])
+        source = args[1] if name == 'copy_' else args[0] if name == '_to_copy' else None
+        if source is not None and source.device.type == 'cpu' and to.type == 'cuda' and not without: self.waits.append(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize('share', [False, True])
+@pytest.mark.parametrize('numbers', [(2, 0, 3), (2, 2, 2)], ids=str)
+def test_a_step_on_labelled_photos_does_not_wait_for_the_gpu(numbers, share):
+    "How many objects there are is known to the host: it goes to the GPU without waiting, and so does all else."
+    with FakeTensorMode(), patch.object(matcher, '_gpu_program', lambda: on_device), patch.object(torch.Tensor, 'pin_memory', lambda x: x):
+        with torch.device('cuda'):
+            model = build_detr(4, 'resnet18', **{k: SIZES[k] for k in SIZES if k != 'num_patches'})
+            module = DetectStep(model, build_criterion(model))
+            targets = [{'labels': torch.zeros(n, dtype=torch.long), 'boxes': torch.rand(n, 4)} for n in numbers]
+            batch = {'feature': torch.randn(3, 512, 4, 5), 'mask': None, 'targets': targets}
+        with Copies() as copies, module.criterion.shared([targets]) if share else nullcontext(): module(batch)
+    assert not copies.waits
+
+
+@pytest.mark.parametrize('copy, wait', [(lambda: torch.as_tensor([1, 2], device='cuda'), True), (lambda: torch.ones(2).cuda(), True),
+                                        (lambda: torch.ones(1, device='cuda').new_tensor([1.]), True),
+                                        (lambda: torch.ones(2, device='cuda').copy_(torch.ones(2)), True),
+                                        (lambda: torch.ones(2).cuda(non_blocking=True), False)], ids=range(5))
+def test_who_waits_is_caught(copy, wait):
+    with FakeTensorMode(), Copies() as copies: copy()
+    assert bool(copies.waits) == wait

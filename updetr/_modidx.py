@@ -1302,6 +1302,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'updetr.model.losses.SetCriterion.total': ('losses.html#setcriterion.total', 'updetr/model/losses.py'),
                                      'updetr.model.losses.SetCriterion.total_of_layers': ( 'losses.html#setcriterion.total_of_layers',
                                                                                            'updetr/model/losses.py'),
+                                     'updetr.model.losses._counted': ('losses.html#_counted', 'updetr/model/losses.py'),
                                      'updetr.model.losses._matched_losses': ('losses.html#_matched_losses', 'updetr/model/losses.py'),
                                      'updetr.model.losses._named': ('losses.html#_named', 'updetr/model/losses.py'),
                                      'updetr.model.losses.average_over_processes': ( 'losses.html#average_over_processes',

@@ -20,7 +20,7 @@ from torchvision.ops import box_convert
 
 from ..core.boxes import paired_giou, paired_iou
 from ..core.config import not_known
-from ..data.loader import as_targets
+from ..data.loader import as_targets, send
 from .detr import DETR
 from .matcher import HungarianMatcher, pad_targets
 from .transformer import CompiledCalls, compile_options
@@ -117,6 +117,10 @@ def loss_feature(
     return (distance * real).sum((1, 2)) / num_boxes
 
 # %% ../../nbs/26_losses.ipynb #c015
+def _counted(counts, device):
+    "Return the numbers of objects on a device; nothing waits for it"
+    return send(torch.as_tensor(counts), torch.device(device))
+
 @torch.no_grad()
 def watch_predictions(
     stacked: dict[str, Tensor],  # predictions of `stack_layers`
@@ -133,7 +137,7 @@ def watch_predictions(
     right = (said[-1] == target_class[-1]) & matched
     # objects found, too many or too few
     found = (said != no_object).sum(2)                   # (L, B)
-    surplus = found - torch.as_tensor(counts, device=found.device)
+    surplus = found - _counted(counts, found.device)
     # how well the last layer's boxes lie on their targets
     real = match[-1] >= 0                                # (B, T)
     picked = pick(stacked['pred_boxes'], match)[-1]      # (B, T, 4)
@@ -153,7 +157,7 @@ def count_amounts(
     weight: Tensor | float = 1.,  # mean class weight of each photo's objects (photos,)
 ) -> Tensor:  # (2,): objects, and weights of all queries; on the device of `eos_coef`
     "Return what the losses of a batch are divided by."
-    objects = torch.as_tensor(counts, device=eos_coef.device)
+    objects = _counted(counts, eos_coef.device)
     # a photo with more objects than queries has all its queries matched
     matched = objects.clamp(max=num_queries)
     unmatched = num_queries * len(objects) - matched.sum()

@@ -27,8 +27,8 @@ def pad_targets(
     shape = len(targets), max(counts)
     # as if nothing were there ...
     labels = targets[0]['labels'].new_zeros(shape, dtype=torch.long)
-    whole_photo = targets[0]['boxes'].new_tensor([.5, .5, 1, 1], dtype=torch.float32)
-    boxes = whole_photo.repeat(*shape, 1)
+    boxes = targets[0]['boxes'].new_ones((*shape, 4), dtype=torch.float32)
+    boxes[..., :2] = .5
     # ... then what is there
     for b, (target, n) in enumerate(zip(targets, counts)):
         labels[b, :n] = target['labels']
