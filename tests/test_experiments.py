@@ -22,7 +22,7 @@ from tools.experiments import TEXT, shared
 from tools.processes import CONTEXT, take_environment
 from updetr.core.config import make_config
 from updetr.data import loader
-from updetr.experiments import all_reports, runner
+from updetr.experiments import all_reports, results, runner
 from updetr.experiments.experiment_report import (
     PARAMETERS,
     arm_bars,
@@ -364,6 +364,22 @@ def run_alone(environment, jobs, root):
     take_environment(environment)
     multiprocessing.forkserver._forkserver.__init__()
     run_jobs(jobs, root, workers=2, show=lambda line: None)
+
+
+@pytest.mark.parametrize('where', ['cpu', 'meta'])
+def test_a_pretraining_is_measured_where_it_is_asked_for(where, tmp_path, monkeypatch):
+    "After a training on a GPU a CPU would need minutes for it"
+    tiny = job('pretrain', 'demo', **TINY | dict(epochs=1))
+    run_jobs([(tiny, 1)], tmp_path, workers=1, show=lambda line: None)
+    folder, asked = job_folder(tmp_path, tiny, 1), []
+    (folder / 'result.json').unlink()
+
+    def answer(model):
+        asked.append({p.device.type for p in model.parameters()})
+        return lambda views, patches: (torch.full((*patches.shape[:2], 4), .5), torch.zeros(patches.shape[:2]))
+
+    monkeypatch.setattr(results, 'make_predict', answer)
+    assert results.finish(folder, where)['mid_heldout_mean_iou'] > 0 and asked == [{where}]
 
 
 def test_a_killed_runner_leaves_no_process_and_goes_on_to_the_same_numbers(tmp_path):

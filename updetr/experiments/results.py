@@ -61,11 +61,12 @@ def pretrain_result(
     run_dir: str | Path,  # folder of a finished run
     num_views: int = 16,  # views to ask about
     patches: int = 25,    # asked for in each
+    device: str = 'cpu',  # where it is measured
 ) -> dict[str, float]:    # mid_heldout_iou50, ..., late_loss, ...
     "Return what a pre-trained model finds, and how low its losses were at the end."
     run = Path(run_dir)
     model, cfg = load_updetr(run / 'checkpoint.pth')
-    predict = make_predict(model)
+    predict = make_predict(model.to(device))
     size = cfg.view_size if cfg.views else 416
     result = {}
     for part, file in (('trained', 'photos_train.json'), ('heldout', 'photos_heldout.json')):
@@ -123,7 +124,7 @@ def finish(
     # what could not be measured is null in a file of an earlier time
     if found: return {k: v for k, v in found.items() if v is not None}
     cfg = read_json(run / 'cfg.json')
-    if cfg['task'] == 'pretrain': result = pretrain_result(run)
+    if cfg['task'] == 'pretrain': result = pretrain_result(run, device=device)
     elif cfg.get('stage') == 'masks': result = masks_result(run, device)
     else: result = log_result(read_log(run))
     seconds = read_json(run / 'done.json')['seconds']
