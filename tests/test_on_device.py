@@ -169,6 +169,7 @@ class Copies(TorchDispatchMode):
         return out
 
 
+@pytest.mark.fake_gpu
 @pytest.mark.parametrize('share', [False, True])
 @pytest.mark.parametrize('numbers', [(2, 0, 3), (2, 2, 2)], ids=str)
 def test_a_step_on_labelled_photos_does_not_wait_for_the_gpu(numbers, share):
@@ -183,6 +184,7 @@ def test_a_step_on_labelled_photos_does_not_wait_for_the_gpu(numbers, share):
     assert not copies.waits
 
 
+@pytest.mark.fake_gpu
 @pytest.mark.parametrize('copy, wait', [(lambda: torch.as_tensor([1, 2], device='cuda'), True), (lambda: torch.ones(2).cuda(), True),
                                         (lambda: torch.ones(1, device='cuda').new_tensor([1.]), True),
                                         (lambda: torch.ones(2, device='cuda').copy_(torch.ones(2)), True),
