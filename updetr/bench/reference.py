@@ -49,8 +49,11 @@ class ReferenceAttention(nn.MultiheadAttention):
         self,
         ours: MultiheadAttention,  # whose weights are copied
     ):
-        super().__init__(ours.out_proj.in_features, ours.num_heads, ours.dropout)
+        super().__init__(ours.out_proj.in_features, ours.num_heads, ours.dropout,
+                         device=ours.in_proj_weight.device)
         self.load_state_dict(ours.state_dict())
+        # a detector that answers drops nothing out
+        self.train(ours.training)
 
     def forward(self, query, key, value, mask=None, need_weights=False):
         "Masks as ours: (B,1,1,S) for real tokens, (N,N) for groups."
