@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMULAS', 'ASPECTS', 'MACHINE', 'TRAINED', 'BEFORE', 'plain', 'Clock', 'ByteCounter', 'Counter', 'ceilings',
-           'floors', 'ratio_lines', 'imagenet_like', 'batch_sizes', 'real_share', 'noise_batch', 'as_floats',
-           'on_device', 'DetectorStep', 'detections', 'recorded', 'OurStep', 'ReferenceStep', 'build_step',
+           'phase_rows', 'floors', 'ratio_lines', 'imagenet_like', 'batch_sizes', 'real_share', 'noise_batch',
+           'as_floats', 'on_device', 'DetectorStep', 'detections', 'recorded', 'OurStep', 'ReferenceStep', 'build_step',
            'noise_batches', 'peak_gib', 'count_detection', 'imagenet_hours', 'imagenet_estimate', 'gpu_reports',
            'gpu_sentence']
 
 # %% ../../nbs/73_step.ipynb #c002
 import re
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -154,6 +155,42 @@ def ceilings(
         copy.append(clock.seconds['copy'])
     # a copy reads and writes four bytes a cell
     return {'gflop_s': 2 * n**3 / min(product) / 1e9, 'gb_s': 8 * cells / min(copy) / 1e9}
+
+# %% ../../nbs/73_step.ipynb #c010p
+def phase_rows(
+    steps: Mapping[str, Callable],  # ours and reference -> function of a piece, of one batch each
+    rounds: int,                    # number of rounds that count
+    device: torch.device | str,     # where they run
+    limits: Mapping[str, float],    # of `ceilings`
+) -> list[dict]:                 # name, ratio, and of each way ms, gflop, gb and two shares
+    """Return every piece of a step: its time, arithmetic, bytes, and shares of the ceilings.
+
+    Keys are name, ours_ms, ours_gflop, ours_gb, ours_of_matmul, ours_of_bandwidth, the same of the
+    reference, and ratio."""
+    # a size that is new to the device's memory is slow
+    for step in steps.values(): step(plain)
+    # timed in turn; counting is slow and takes a step of its own
+    clocks = {k: [Clock(device) for _ in range(rounds)] for k in steps}
+    counters = {k: Counter() for k in steps}
+    for r in range(rounds):
+        for k, step in steps.items(): step(clocks[k][r])
+    for k, step in steps.items(): step(counters[k])
+
+    rows = []
+    for name in clocks['ours'][0].seconds:
+        row = {'name': name}
+        for k in steps:
+            seconds = statistics.median(clock.seconds[name] for clock in clocks[k])
+            gflop = counters[k].gflop[name]
+            gb = counters[k].gb[name]
+            row[f'{k}_ms'] = 1000 * seconds
+            row[f'{k}_gflop'] = gflop
+            row[f'{k}_gb'] = gb
+            row[f'{k}_of_matmul'] = gflop / seconds / limits['gflop_s']
+            row[f'{k}_of_bandwidth'] = gb / seconds / limits['gb_s']
+        row['ratio'] = row['reference_ms'] / row['ours_ms']
+        rows.append(row)
+    return rows
 
 # %% ../../nbs/73_step.ipynb #c011b
 def floors(
