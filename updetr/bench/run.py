@@ -17,6 +17,7 @@ import itertools
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -714,6 +715,28 @@ def _hours(metrics, device):
     if device != 'cuda' or 'step' not in metrics: return {}
     return {'imagenet': imagenet_estimate(metrics)}
 
+# %% ../../nbs/74_run.ipynb #7f2e0003
+def _tried(name, part, show):
+    "Return the entries of a part and ''; or none, and why it failed, which is shown"
+    try: return part(), ''
+    except Exception as e:
+        show(f'{name}: failed\n{traceback.format_exc()}')
+        return {}, f'{type(e).__name__}: {e}'
+
+def _measure(metrics, name, part, show):
+    "Add a part's entries and seconds, or why it failed; return seconds, and whether all is well"
+    begun = time.time()
+    entries, failure = _tried(name, part, show)
+    spent = round(time.time() - begun, 1)
+    metrics |= entries
+    failed = metrics.pop('failed', {})
+    failed.pop(name, None)
+    if failure: failed[name] = failure
+    else: metrics['seconds'] |= {name: spent}
+    # where nothing has failed, nothing is said of it
+    if failed: metrics['failed'] = failed
+    return spent, not failure
+
 # %% ../../nbs/74_run.ipynb #c035
 def run_bench(
     size: str,               # key of `SIZES`
@@ -724,7 +747,7 @@ def run_bench(
     show: Callable = print,  # called with a line
     command: str = '',       # command that is recorded; '' = the module's own
     minutes: float = 0.,     # no second part is begun that would not end by then; 0 = no limit
-) -> dict:                   # metrics.json
+) -> dict:                   # metrics.json; failed: name -> error of each part that failed
     "Measure parts not there yet. Raises ValueError: unknown size or part, another machine's file."
     device = _device_of(size)
     known = bench_parts(size, device)
@@ -734,31 +757,33 @@ def run_bench(
     metrics = _begun(file, size, device, names, again)
     own = module_line('updetr.bench', size=size, out=str(out), parts=parts, again=again)
     start, longest = time.time(), 0.
-    for name in names:
-        if name in metrics['seconds'] and not again:
+    failed = set(metrics.get('failed', ()))
+    # what has failed before comes last, so that it holds up no other part
+    for name in sorted(names, key=failed.__contains__):
+        if name in metrics['seconds'] and name not in failed and not again:
             show(f'{name}: in {file} already; --again measures it anew')
             continue
-        begun = time.time()
         # a part may take as long as the longest did; the first one is begun whatever the limit
-        if longest and minutes and begun - start + longest > 60 * minutes:
+        if longest and minutes and time.time() - start + longest > 60 * minutes:
             show(f'{name}: left for the next call')
             continue
-        metrics |= known[name]()
-        metrics['seconds'] |= {name: round(time.time() - begun, 1)}
+        spent, fine = _measure(metrics, name, known[name], show)
         # written after each part, with the commit that it was measured at
         about = provenance(command or own, f"{size}: noise in ImageNet's sizes", [42],
                            sum(metrics['seconds'].values()), threads=torch.get_num_threads())
         metrics |= _hours(metrics, device) | {'provenance': about}
-        metrics['commits'] = metrics.get('commits', {}) | {name: about['commit']}
+        if fine: metrics['commits'] = metrics.get('commits', {}) | {name: about['commit']}
         save_metrics(out, metrics)
-        longest = max(longest, metrics['seconds'][name])
-        show(f'{name}: {metrics["seconds"][name]} s')
+        longest = max(longest, spent)
+        if fine: show(f'{name}: {spent} s')
         _let_go(device)
     return read_json(file)
 
 # %% ../../nbs/74_run.ipynb #d43e0005
 def main() -> None:
-    "Run the command line: `python -m updetr.bench`."
+    """Run the command line: `python -m updetr.bench`.
+
+    Raises RuntimeError at the end if a part that was asked for has failed."""
     about = "Measure ours and the reference's way in one run."
     names = 'names, comma-separated (a wrong one is answered with all there are); all'
     usual = 'gpu' if torch.cuda.is_available() else 'cpu'
@@ -773,6 +798,11 @@ def main() -> None:
     metrics = run_bench(args.size, args.out, args.parts, args.again, minutes=args.minutes)
     save_pictures(metrics, args.out)
     print(*ratio_lines(metrics), sep='\n')
+    wanted = [p for p in args.parts.split(',') if p]
+    failed = [p for p in metrics.get('failed', ()) if not wanted or p in wanted]
+    if not failed: return
+    raise RuntimeError(f'{", ".join(failed)} failed, see {Path(args.out) / "metrics.json"}; '
+                       'the next call tries again, after all other parts')
 
 # %% ../../nbs/74_run.ipynb #c037
 def phases_figure(
