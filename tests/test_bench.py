@@ -9,6 +9,7 @@ from updetr.bench import run
 from updetr.bench.step import Clock, Counter, DetectorStep, OurStep, noise_batches, plain
 from updetr.core.checkpoint import read_json
 from updetr.core.config import make_config
+from updetr.model import backbone
 
 
 def test_pieces_are_timed_and_counted_with_one_batch_of_the_usual_size(monkeypatch):
@@ -95,3 +96,15 @@ def test_who_stops_a_benchmark_stops_it(tmp_path, monkeypatch):
     monkeypatch.setattr(run, 'bench_parts', lambda *_: {'step': stop, 'growth': lambda: {'growth': 1}})
     with pytest.raises(KeyboardInterrupt): call(monkeypatch, tmp_path)
     assert not (tmp_path / 'metrics.json').exists()
+
+
+def test_curves_and_processes_need_no_package_with_weights(monkeypatch):
+    "The machine of a GPU may lack it; both compare ways, and speeds."
+    asked, started = [], []
+    monkeypatch.setattr(backbone, 'weights_path', lambda name, weights: asked.append(weights))
+    monkeypatch.setattr(run, 'launch', lambda folder, cfg, *counts: started.append(cfg))
+    monkeypatch.setattr(run, 'watch', lambda started, show: None)
+    monkeypatch.setattr(run, 'read_log', lambda folder: [{'img_s': 1.}])
+    run.bench_processes((1, 2))
+    run.bench_curves(1, (42,), kinds=('fp32',), backbone='test_resnet', features='layer2')
+    assert [cfg['weights'] for cfg in started] == ['none'] * 2 and not asked

