@@ -4,9 +4,10 @@ import sys
 import time
 
 import pytest
+import torch
 
 from updetr.bench import run
-from updetr.bench.step import Clock, Counter, DetectorStep, OurStep, noise_batches, plain
+from updetr.bench.step import Clock, Counter, DetectorStep, OurStep, noise_batch, noise_batches, plain
 from updetr.core.checkpoint import read_json
 from updetr.core.config import make_config
 from updetr.model import backbone
@@ -108,3 +109,20 @@ def test_curves_and_processes_need_no_package_with_weights(monkeypatch):
     run.bench_processes((1, 2))
     run.bench_curves(1, (42,), kinds=('fp32',), backbone='test_resnet', features='layer2')
     assert [cfg['weights'] for cfg in started] == ['none'] * 2 and not asked
+
+
+@pytest.mark.parametrize('device', ['cuda', 'cpu'])
+def test_photos_of_live_steps_are_pinned_as_by_a_loader(device, monkeypatch):
+    "200 MB a step from other memory are slow, and no loader hands them over so."
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda x: x + 0)
+    batch = noise_batch(make_config('paper', **run.TINY), [(32, 48)] * 2)
+    loaded = run._as_loaded(batch, device)
+    assert loaded.keys() == batch.keys()
+    for k, v in batch.items():
+        if isinstance(v, torch.Tensor): assert (loaded[k] is not v) == (device == 'cuda') and torch.equal(loaded[k], v)
+        else: assert loaded[k] is v
+    # and so they come to the steps
+    handed = []
+    monkeypatch.setattr(run, '_as_loaded', lambda batch, device: handed.append(device) or batch)
+    run.bench_cached(make_config('paper', **run.TINY), 1, 1, side=64)
+    assert handed == ['cpu']

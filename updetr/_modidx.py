@@ -100,6 +100,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                'updetr.bench.reference_loader.reference_collate': ( 'reference_loader.html#reference_collate',
                                                                                                     'updetr/bench/reference_loader.py')},
             'updetr.bench.run': { 'updetr.bench.run._amp': ('run.html#_amp', 'updetr/bench/run.py'),
+                                  'updetr.bench.run._as_loaded': ('run.html#_as_loaded', 'updetr/bench/run.py'),
                                   'updetr.bench.run._begun': ('run.html#_begun', 'updetr/bench/run.py'),
                                   'updetr.bench.run._chosen': ('run.html#_chosen', 'updetr/bench/run.py'),
                                   'updetr.bench.run._compiled_step': ('run.html#_compiled_step', 'updetr/bench/run.py'),

@@ -393,6 +393,11 @@ def growth_figure(
     return fig
 
 # %% ../../nbs/74_run.ipynb #c023
+def _as_loaded(batch, device):
+    "Return a batch in memory that a GPU fetches from by itself, as a loader hands it over"
+    if torch.device(device).type != 'cuda': return batch
+    return {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}
+
 def noise_bank(
     cfg: PretrainConfig,          # num_patches, num_queries and mask_ratio are read
     shape: tuple[int, int, int],  # (C, h, w) of a feature map
@@ -427,7 +432,7 @@ def bench_cached(
 
     On a GPU also launched_img_s: cached, without graphs; and compiled_img_s, if `compiled`."""
     way = build_step(OurStep, cfg, device)
-    photos = noise_batch(cfg, [(side, side)] * batch_size)
+    photos = _as_loaded(noise_batch(cfg, [(side, side)] * batch_size), device)
     with torch.no_grad():
         feature = way.model.backbone[0](torch.zeros(1, 3, side, side, device=device))
     bank = noise_bank(cfg, tuple(feature.shape[1:]), 2 * batch_size, device)
@@ -614,7 +619,7 @@ SIZES = {
     'cpu': _LARGE | dict(
         batch=4, rounds=3, steps_a_round=1, memory=(4,), detect_batch=2, infer=(1, 4),
         processes=(1, 2), fed=dict(steps=2, rounds=2, workers=0)),
-    # two calls of nine minutes
+    # about four calls with --minutes 9: a part is not begun that would not end by then
     'gpu': _LARGE | dict(
         batch=64, rounds=8, steps_a_round=8, memory=(64, 256), detect_batch=16, infer=(1, 16),
         compiled=True, growth=GROWTH | {'batch_size': (4, 32, 64, 128, 256)},
@@ -789,7 +794,7 @@ def main() -> None:
     parser = argparse.ArgumentParser('python -m updetr.bench', description=about)
     add = parser.add_argument
     add('--size', default=usual, choices=SIZES)
-    add('--out', default='runs/benchmark', help='folder for metrics.json and pictures')
+    add('--out', default='runs/benchmark', help='folder of the report; kept, the next call goes on')
     add('--parts', default='', help=names)
     add('--again', action='store_true', help='measure also what is there already')
     add('--minutes', default=0., type=float, help='begin no part that would not end by then')
