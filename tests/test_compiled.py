@@ -27,6 +27,9 @@ from updetr.model.updetr import build_updetr
 from updetr.train.graphs import compile_parts
 
 SIZES = dict(hidden_dim=32, nheads=4, enc_layers=2, dec_layers=3, dim_feedforward=32, num_queries=20, num_patches=5)
+# an older PyTorch compiles a backward pass where it runs first, and a failure ends the step
+at_once = pytest.mark.skipif(not hasattr(aot, 'force_non_lazy_backward_lowering'),
+                             reason=f'PyTorch {torch.__version__} compiles backward passes late')
 # what inductor makes of a graph before it writes code
 TRACED = dict(backend='aot_eager_decomp_partition', options=None, fullgraph=True)
 
@@ -130,7 +133,7 @@ def test_copies_and_files_know_nothing_of_the_compiler():
     assert list(module.state_dict()) == list(model.transformer.state_dict())
 
 
-@pytest.mark.parametrize('fails', ['forward', 'backward'])
+@pytest.mark.parametrize('fails', ['forward', pytest.param('backward', marks=at_once)])
 @pytest.mark.parametrize('error', [RuntimeError('Failed to find C compiler'), ImportError('no triton here')], ids=str)
 def test_without_a_compiler_it_says_why_once_and_goes_on(error, fails):
     def broken(graph, inputs): raise error
@@ -148,7 +151,7 @@ def test_without_a_compiler_it_says_why_once_and_goes_on(error, fails):
     assert len(said) == 4 - (fails == 'backward') and all(str(error) in s for s in said)
 
 
-@pytest.mark.parametrize('frozen', [True, False])
+@pytest.mark.parametrize('frozen', [True, pytest.param(False, marks=at_once)])
 def test_a_cnn_that_cannot_be_compiled_runs_as_it_is(frozen):
     def broken(graph, inputs): raise RuntimeError('Failed to find C compiler')
     cnn, photo = Backbone('resnet18', frozen=frozen).train(), torch.randn(1, 3, 64, 64)
@@ -250,6 +253,7 @@ class Losses(nn.Module):
     def forward(self, *tensors): return matched_losses(self.model, self.criterion, *tensors)
 
 
+@at_once
 def test_a_compiled_step_is_less_than_a_thousand_launches():
     "In half precision, behind the CNN. Counted, not timed; a GPU may split a long sum in two."
     model, criterion = make(enc_layers=6, dec_layers=6, dropout=0.)
