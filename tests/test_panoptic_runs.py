@@ -26,7 +26,7 @@ from updetr.experiments.results import finish as keep_result
 from updetr.experiments.results import masks_result
 from updetr.model.detr import build_detr
 from updetr.model.updetr import build_updetr
-from updetr.predict.commands import answers_of, evaluate_command, predict_command
+from updetr.predict.commands import answers_of, evaluate_command, open_model, predict_command
 from updetr.predict.detector import Detector
 from updetr.predict.export import save_huggingface
 from updetr.predict.segmenter import PanopticSegmenter, segments_by_name
@@ -230,6 +230,7 @@ def test_two_processes_measure_what_one_measures(masks):
 def test_the_boxes_answer_as_the_run_measured(boxes, fields, tmp_path):
     """Pictures have the run's sizes, also after they went through a folder for sharing: AP is the last one of the log."""
     save_huggingface(Detector.from_checkpoint(boxes / 'checkpoint.pth'), tmp_path / 'hub')
+    assert isinstance(open_model(boxes), Detector)
     for path in (boxes / 'checkpoint.pth', tmp_path / 'hub'):
         detector = Detector.from_checkpoint(path)
         assert (detector.square, detector.sizes.val, detector.cfg.stage) == (64, 64, 'boxes') and detector.category_ids == (4, 70, 90)

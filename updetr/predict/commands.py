@@ -176,7 +176,8 @@ def open_model(
     except (ValueError, OSError): names, args = (), {}
     # a published file does not say its task: a mask head shows it
     shown = 'panoptic' if any(name.startswith('mask_head.') for name in names) else None
-    if args.get('task', shown) != 'panoptic':
+    # the boxes of a panoptic run are a detector's
+    if args.get('task', shown) != 'panoptic' or args.get('stage') == 'boxes':
         return Detector.from_checkpoint(checkpoint, device, nms=nms)
     if nms: raise ValueError('segments do not overlap: --nms is for detectors')
     return PanopticSegmenter.from_checkpoint(checkpoint, device)
