@@ -119,7 +119,9 @@ def loss_feature(
 # %% ../../nbs/26_losses.ipynb #c015
 def _counted(counts, device):
     "Return the numbers of objects on a device; nothing waits for it"
-    return send(torch.as_tensor(counts), torch.device(device))
+    # pre-training has them there already
+    if not isinstance(counts, Tensor): counts = torch.tensor(counts, device='cpu')
+    return send(counts, torch.device(device))
 
 @torch.no_grad()
 def watch_predictions(
