@@ -125,3 +125,12 @@ def test_names_are_written_with_the_font_that_matplotlib_is_set_to(kind):
                          ids=['None', 'seven channels', 'empty', 'numbers too large', 'no file'])
 def test_what_is_no_picture_is_named(models, name, wrong):
     with pytest.raises((ValueError, BadPhoto), match='picture must be|numbers of a picture|no_such.jpg'): ASK[name](models[name], wrong)
+
+
+@pytest.mark.parametrize('threshold', [50, -.1, '.5', float('nan')])
+def test_a_threshold_is_a_score(threshold):
+    "Else 50, a percentage, would find nothing and say nothing."
+    photo = Image.new('RGB', (64, 48))
+    for model in (updetr.Detector.demo(), updetr.OneShotDetector.demo()):
+        asked = [photo] if isinstance(model, updetr.Detector) else [photo, photo]
+        with pytest.raises(ValueError, match='must be a score, a number from 0 to 1'): model(*asked, threshold=threshold)

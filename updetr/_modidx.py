@@ -1864,6 +1864,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                          'updetr.predict.detector.by_tiles': ('detector.html#by_tiles', 'updetr/predict/detector.py'),
                                          'updetr.predict.detector.check_device': ( 'detector.html#check_device',
                                                                                    'updetr/predict/detector.py'),
+                                         'updetr.predict.detector.check_threshold': ( 'detector.html#check_threshold',
+                                                                                      'updetr/predict/detector.py'),
                                          'updetr.predict.detector.coco_results': ( 'detector.html#coco_results',
                                                                                    'updetr/predict/detector.py'),
                                          'updetr.predict.detector.drop_duplicates': ( 'detector.html#drop_duplicates',

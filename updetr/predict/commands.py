@@ -35,7 +35,7 @@ from ..data.datasets import dataset_parts, open_dataset
 from ..model.pretrained import weights_and_options
 from ..model.weights import plain_tensors, stored_config
 from updetr.predict.detector import (
-    Detections, Detector, coco_results, drop_duplicates, shared_file,
+    Detections, Detector, check_threshold, coco_results, drop_duplicates, shared_file,
 )
 from updetr.predict.errors import (
     above, best_threshold, compare, confusion, draw_confusion, draw_curves, draw_errors, only,
@@ -265,7 +265,7 @@ def predict(
     If it is stopped, the lists have the pictures so far. Raises ValueError or OSError where there
     is nothing to be done."""
     if batch < 1: raise ValueError(f'batch {batch} must be at least 1')
-    if not 0 <= (threshold or 0) <= 1: raise ValueError(f'threshold {threshold} must lie in [0, 1]')
+    if threshold is not None: check_threshold(threshold)
     files, skipped = find_pictures(sources, out)
     answers = _Answers(open_model(checkpoint, device, nms), threshold, Path(out))
     show = progress_line(None if any(map(is_video, files.values())) else len(files))

@@ -17,7 +17,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from ..core.checkpoint import model_file, read_weights
 from ..core.config import find_builder, is_place, require_imported
 from ..model.weights import built, check_system, fill, plain_tensors, stored_config
-from .detector import Detections, check_device, drop_duplicates, picture_batch
+from updetr.predict.detector import (
+    Detections, check_device, check_threshold, drop_duplicates, picture_batch,
+)
 from ..tasks.finetune import view_sizes
 from ..model.pretrained import Pretrained, hand_over, open_pretrained
 from ..tasks.oneshot import OneShotConfig, build_oneshot, with_query
@@ -108,8 +110,7 @@ def photo_sizes(
 
 # %% ../../nbs/51_oneshot_detector.ipynb #c008
 class OneShotDetector:
-    """A one-shot detector for photos:
-    `detector(photo, query)` or `detector([photo, ...], query)` gives `Matches`."""
+    "Give `Matches`: `detector(photo, query)` or `detector([photo, ...], query)`."
     def __init__(
         self,
         model: nn.Module,             # model of `build_oneshot`, or another system
@@ -180,6 +181,7 @@ class OneShotDetector:
 
     def detect(self, image, asked, threshold=.5, overlap=1.):
         "Return the matches of one query (3,s,s) uint8 in one photo (3,H,W) uint8."
+        check_threshold(threshold)
         # photo and query go through the same CNN
         found, = self._answers(image, self._features(asked[None]))
         boxes, scores = found['boxes'], found['scores']
@@ -194,6 +196,7 @@ class OneShotDetector:
         a list of photos gives a list. `join`: 'mean', each class is one question, with the mean
         feature of its pictures; 'max', each picture is one, and the best answer to a place stays.
         Raises ValueError for a class without pictures."""
+        check_threshold(threshold)
         several = isinstance(photos, (list, tuple))
         images = [as_image(photo) for photo in (photos if several else [photos])]
         questions = self._questions(classes, join)

@@ -25,7 +25,9 @@ from updetr.model.weights import (
     built, check_architecture, check_system, class_names, fill, plain_tensors, stored_config,
 )
 from ..core.config import is_place, model_options, require_imported
-from .detector import check_device, label_font, own_ids, picture_batch
+from updetr.predict.detector import (
+    check_device, check_threshold, label_font, own_ids, picture_batch,
+)
 from ..model.detr import build_detr
 from ..tasks.finetune import view_sizes
 from ..model.pretrained import foreign_weights, load_official, open_pretrained
@@ -238,6 +240,7 @@ class PanopticSegmenter:
         if isinstance(pictures, (list, tuple)): return [self(p, threshold) for p in pictures]
         image = as_image(pictures)
         limit = self.threshold if threshold is None else threshold
+        check_threshold(limit)
         batch = self.prepare(image)
         if not self.is_detr:
             ids, info = self.model.segments(batch, limit)[0]
