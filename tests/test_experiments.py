@@ -238,24 +238,45 @@ def test_a_wrong_parameter_stops_at_once(parameters, message, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_data_that_a_table_lacks_is_found_before_the_first_training(tmp_path, monkeypatch):
-    "Of two pages the second asks for 200 labelled photos; there are six"
+def labelled_folder(root):
+    "Six photos with labels of two classes"
+    for kind in ('images', 'labels'): (root / kind).mkdir(parents=True)
     for k in range(6):
         pixels = np.random.default_rng(k).integers(0, 255, (64, 64, 3), np.uint8)
-        for kind in ('images', 'labels'): (tmp_path / 'set' / kind).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(tmp_path / 'set' / 'images' / f'{k}.png')
-        (tmp_path / 'set' / 'labels' / f'{k}.txt').write_text('0 .5 .5 .5 .5')
+        Image.fromarray(pixels).save(root / f'images/{k}.png')
+        (root / f'labels/{k}.txt').write_text(f'{k % 2} .5 .5 .5 .5')
+    return root
+
+
+def test_data_that_a_table_lacks_is_found_before_the_first_training(tmp_path, monkeypatch):
+    "Of two pages the second asks for 200 labelled photos; there are six"
+    labelled_folder(tmp_path / 'set')
     command = ['make reports', '--scale', 'small', '--only', 'fig7_localization,table1_voc', '--to', str(tmp_path / 'out')]
     monkeypatch.setattr('sys.argv', [*command, '-p', 'photos', str(tmp_path / 'set/images'), '-p', 'labelled', str(tmp_path / 'set')])
     monkeypatch.setattr(all_reports, 'run_jobs', lambda *args: pytest.fail('trained before the data was looked at'))
     with pytest.raises(ValueError, match='photos 200: there are only(?s:.*)--only fig7_localization$'): all_reports.main()
 
 
+def test_a_table_of_unseen_classes_asks_for_them_before_the_first_training(tmp_path, monkeypatch):
+    "The usual ones are those of the built-in scenes; own photos have other classes"
+    folder = labelled_folder(tmp_path / 'set')
+    (folder / 'labels/classes.txt').write_text('dog\nsheep')
+    task, small = BASES['small']['oneshot']
+    monkeypatch.setitem(BASES['small'], 'oneshot', (task, small | dict(photos=0)))
+    command = ['make reports', '--scale', 'small', '--only', 'table3_oneshot', '-p', 'photos', str(folder), '-p', 'labelled', str(folder)]
+    monkeypatch.setattr(all_reports, 'run_jobs', lambda *args: pytest.fail('trained before the classes were looked at'))
+    monkeypatch.setattr('sys.argv', command)
+    with pytest.raises(ValueError, match="unseen='scenes': the data has no cat, cup; name some of its classes: dog, sheep"):
+        all_reports.main()
+
+
 @pytest.fixture(scope='module')
 def papers_data(tmp_path_factory):
     "VOC's folders, COCO's and one of photos, of a photo or two"
     root = tmp_path_factory.mktemp('papers')
-    for year in (2007, 2012): tiny.voc(root / 'VOCdevkit', year=year)
+    # a class that is seen in Table 3, and the unseen ones
+    objects = ''.join(tiny.OBJECT.replace('rocket', name) for name in ('dog', 'aeroplane', 'cat', 'cow', 'sheep'))
+    for year in (2007, 2012): tiny.voc(root / 'VOCdevkit', objects, year=year)
     lists = root / 'VOCdevkit/VOC2007/ImageSets/Main'
     shutil.copy(lists / 'trainval.txt', lists / 'test.txt')
     tiny.panoptic(tiny.coco(root / 'co,co'))

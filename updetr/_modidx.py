@@ -1060,6 +1060,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                            'updetr.experiments.runner.data_now': ('runner.html#data_now', 'updetr/experiments/runner.py'),
                                            'updetr.experiments.runner.describe': ('runner.html#describe', 'updetr/experiments/runner.py'),
                                            'updetr.experiments.runner.in_order': ('runner.html#in_order', 'updetr/experiments/runner.py'),
+                                           'updetr.experiments.runner.open_labelled': ( 'runner.html#open_labelled',
+                                                                                        'updetr/experiments/runner.py'),
                                            'updetr.experiments.runner.run_jobs': ('runner.html#run_jobs', 'updetr/experiments/runner.py'),
                                            'updetr.experiments.runner.start_process': ( 'runner.html#start_process',
                                                                                         'updetr/experiments/runner.py'),

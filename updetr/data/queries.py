@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from ..core.config import check_names
 from .loader import read_or_next
 from .patches import crop_patches
 from ..core.photos import BadPhoto, resize
@@ -34,7 +33,10 @@ def unseen_classes(
     fourth = {f'coco{k + 1}': classes[k::4] for k in range(4)}
     named = (SPLITS | fourth).get(unseen, unseen.split(','))
     names = [name.strip() for name in named if name.strip()]
-    check_names(dict.fromkeys(names), list(classes))
+    strange = [name for name in names if name not in classes]
+    if strange:
+        raise ValueError(f'unseen={unseen!r}: the data has no {", ".join(strange)}; '
+                         f'name some of its classes: {", ".join(classes)}')
     if not 0 < len(names) < len(classes):
         left = f'{len(classes) - len(names)} of {len(classes)} classes'
         raise ValueError(f'unseen={unseen!r} leaves {left} to train on: name some, not all')

@@ -32,10 +32,9 @@ from updetr.experiments.tables import (
     BASES, DESCRIPTIONS, SEEDS, Claim, Experiment, Scale, experiment,
     labelled_sets,
 )
-from ..tasks.finetune import checkpoint_sizes, open_sets, start_file
+from ..tasks.finetune import checkpoint_sizes, start_file
 from .jobs import Job, configure, job_chain, job_folder
 from ..train.launch import read_log
-from ..tasks.panoptic_task import open_panoptic_sets
 from ..core.photos import walk_files
 from ..core.pictures import plain_label
 from updetr.core.report import (
@@ -44,7 +43,7 @@ from updetr.core.report import (
 from .results import finish
 from ..predict.runs import Site, command_line, open_site
 from ..train.progress import Screen
-from .runner import in_order, run_jobs
+from .runner import in_order, open_labelled, run_jobs
 from ..model.updetr import build_updetr
 
 # %% ../../nbs/66_experiment_report.ipynb #c005
@@ -79,13 +78,11 @@ def data_summary(
         usual = 'photos of your own' if cfg.data else 'built-in photos'
         return DataSummary(name or usual, cfg.views, 0)
     if cfg.scenes: return DataSummary('built-in scenes', cfg.photos or cfg.scenes, cfg.scenes_val)
-    panoptic = cfg.task == 'panoptic'
     if not cfg.data:
         # only a plan has no data: the paper's sets stand in
-        coco = panoptic or not cfg.year
+        coco = cfg.task == 'panoptic' or not cfg.year
         return DataSummary(*COCO) if coco else DataSummary(*VOC)
-    open_them = open_panoptic_sets if panoptic else open_sets
-    train, val = open_them(cfg)
+    train, val = open_labelled(cfg)
     return DataSummary(name or Path(cfg.data).name, len(train), len(val))
 
 # %% ../../nbs/66_experiment_report.ipynb #c008
