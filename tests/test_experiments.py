@@ -25,6 +25,7 @@ from updetr.data import loader
 from updetr.experiments import all_reports, results, runner
 from updetr.experiments.experiment_report import (
     PARAMETERS,
+    Study,
     arm_bars,
     data_summary,
     disk_gib,
@@ -32,6 +33,7 @@ from updetr.experiments.experiment_report import (
     places,
     plan_rows,
     plan_text,
+    run_study,
     show_claims,
     study_command,
 )
@@ -254,7 +256,35 @@ def test_data_that_a_table_lacks_is_found_before_the_first_training(tmp_path, mo
     command = ['make reports', '--scale', 'small', '--only', 'fig7_localization,table1_voc', '--to', str(tmp_path / 'out')]
     monkeypatch.setattr('sys.argv', [*command, '-p', 'photos', str(tmp_path / 'set/images'), '-p', 'labelled', str(tmp_path / 'set')])
     monkeypatch.setattr(all_reports, 'run_jobs', lambda *args: pytest.fail('trained before the data was looked at'))
-    with pytest.raises(ValueError, match='photos 200: there are only(?s:.*)--only fig7_localization$'): all_reports.main()
+    with pytest.raises(ValueError, match='photos 200: only [1-6] labelled(?s:.*)--only fig7_localization$'): all_reports.main()
+
+
+def test_fewer_photos_than_a_batch_are_found_before_the_first_training(tmp_path, monkeypatch):
+    folder = labelled_folder(tmp_path / 'set')
+    command = ['make reports', '--scale', 'mini', '--only', 'table2_coco', '-p', 'photos', str(folder), '-p', 'labelled', str(folder)]
+    monkeypatch.setattr(all_reports, 'run_jobs', lambda *args: pytest.fail('trained before the photos were counted'))
+    monkeypatch.setattr('sys.argv', command)
+    with pytest.raises(ValueError, match='finetune takes 64 photos a step, and set has [1-6] to train on'): all_reports.main()
+
+
+@pytest.mark.parametrize('id, pictures', [('fig7_localization', ('localization_0.png', 'localization_3.svg')),
+                                          ('fig8_finetuned', ('detections.png', 'detections.svg'))])
+def test_a_private_report_has_no_photos_of_an_earlier_call(id, pictures, tmp_path, monkeypatch):
+    for name in (*pictures, 'metrics.json'): (tmp_path / name).write_text('{}')
+    def trains(study, show): raise KeyboardInterrupt
+    monkeypatch.setattr(Study, 'run', trains)
+    with pytest.raises(KeyboardInterrupt): run_study(id, dict(private=True, report=str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ['metrics.json']
+
+
+def test_runs_that_never_began_are_not_said_to_have_failed(tmp_path):
+    "One starts from the other, which cannot read its photos"
+    start = job('pretrain', 'demo', **TINY | dict(data=str(tmp_path / 'no photos')))
+    later = job('finetune', 'demo', start, scenes=8, scenes_val=4)
+    with pytest.raises(RuntimeError) as e: run_jobs([(later, 1)], tmp_path, workers=1, show=lambda line: None)
+    said = str(e.value)
+    assert said.startswith('1 of 2 runs failed, 1 that start from them were left out; call again to go on.')
+    assert 'no photos' in said and job_folder(tmp_path, later, 1).name not in said
 
 
 def test_a_table_of_unseen_classes_asks_for_them_before_the_first_training(tmp_path, monkeypatch):

@@ -155,6 +155,9 @@ def plan_rows(
         speed = speeds.get(cfg.task, 0)
         # a last batch that is not full is left out
         steps = data.n_train // cfg.batch_size * cfg.epochs
+        if not steps:
+            raise ValueError(f'{step.task} takes {cfg.batch_size} photos a step, '
+                             f'and {data.name} has {data.n_train} to train on: give more')
         photos = steps * cfg.batch_size
         # where the data lies says nothing about the method
         changes = [f'{k}={v}' for k, v in step.changes if k not in ('data', 'pretrain')]
@@ -682,6 +685,12 @@ def show_claims(
     return 'At this scale nothing is decided.\n\n' + markdown_table(rows)
 
 # %% ../../nbs/66_experiment_report.ipynb #c027d
+def _remove_drawings(study):
+    "Remove the photos that an earlier call drew: it may have been of fewer, or not private"
+    for name in ('localization_*', 'detections'):
+        for kind in ('png', 'svg'):
+            for file in study.folder.glob(f'{name}.{kind}'): file.unlink()
+
 def run_study(
     id: str,             # of the experiment
     namespace: Mapping,  # the notebook's globals()
@@ -699,6 +708,7 @@ def run_study(
     if study.given['plan_only']:
         display(Markdown(f'{total}\n\n{trainings}'))
         return study
+    if id in _OF['private']: _remove_drawings(study)
     display(Markdown(fold(total, trainings)))
     study.run(Screen())
     display(Markdown(f'### Numbers\n\n{study.table()}'))

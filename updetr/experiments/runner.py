@@ -268,6 +268,17 @@ def _fetch_all(folders):
         cfg = configure(step, seed)
         if getattr(cfg, 'weights', 'none') != 'none': fetch_weights(cfg.backbone, cfg.weights)
 
+# %% ../../nbs/64_runner.ipynb #c012f
+def _failures(folders, failed):
+    "Say which runs failed, with the end of their logs, and how many were left out for it"
+    waited = {f for f in failed if _start_folder(f, *folders[f]) in failed}
+    # of what never began nothing can be said
+    begun = sorted(failed - waited)
+    rest = f', {len(waited)} that start from them were left out' if waited else ''
+    said = [f'{folder} ({folders[folder][0]}):\n{tail(folder, 5)}' for folder in begun]
+    head = f'{len(begun)} of {len(folders)} runs failed{rest}; call again to go on.'
+    return '\n'.join([head, *said])
+
 # %% ../../nbs/64_runner.ipynb #c012
 def run_jobs(
     wanted: Sequence[tuple[Job, int]],  # jobs and their seeds
@@ -299,8 +310,5 @@ def run_jobs(
         else: failed = _on_cpu(folders, workers, max(1, cores // workers), changed, begun)
     finally:
         if isinstance(show, Screen): show.end()
-    if failed:
-        said = [f'{folder} ({folders[folder][0]}):\n{tail(folder, 5)}' for folder in sorted(failed)]
-        raise RuntimeError(f'{len(failed)} of {len(folders)} runs failed; call again to go on.\n'
-                           + '\n'.join(said))
+    if failed: raise RuntimeError(_failures(folders, failed))
     return {(step, seed): finish(job_folder(root, step, seed)) for step, seed in wanted}

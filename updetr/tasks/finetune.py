@@ -382,7 +382,7 @@ def some_photos(
     """Return a random part of a detection set, with classes as even as they allow.
 
     Raises ValueError if there are not so many photos."""
-    if num > len(dataset): raise ValueError(f'photos {num}: there are only {len(dataset)}')
+    if num > len(dataset): raise ValueError(f'photos {num}: only {len(dataset)} labelled ones')
     truth = dataset.coco()
     place = {c['id']: i for i, c in enumerate(truth['categories'])}
     labels = {k: [] for k in dataset.image_ids}
