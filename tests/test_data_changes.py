@@ -13,7 +13,7 @@ from torchvision.io import write_png
 from test_resume import TINY as PRETRAIN
 from test_resume import as_in_the_processes, finish, weights  # noqa: F401 (a fixture: one thread here, too)
 from updetr.core.checkpoint import load_checkpoint, save_checkpoint, write_json
-from updetr.core.config import make_config
+from updetr.core.config import PretrainConfig, make_config
 from updetr.core.fingerprint import set_rows
 from updetr.data.scenes import Scenes
 from updetr.predict.commands import training_set
@@ -22,7 +22,9 @@ from updetr.tasks.oneshot import oneshot_config
 from updetr.tasks.oneshot_task import oneshot_sets, open_run
 from updetr.tasks.panoptic import PanopticScenes, write_panoptic
 from updetr.tasks.panoptic_task import panoptic_config
+from updetr.tasks.pretrain_task import PretrainTask
 from updetr.train.launch import launch, prepare
+from updetr.train.loop import Processes
 
 SIZES = dict(hidden_dim=16, nheads=2, dim_feedforward=16, enc_layers=1, dec_layers=1, num_queries=4)
 TINY = SIZES | dict(backbone='test_resnet', weights='none', features='layer1', standardize=False, scenes=0, scenes_val=0, val_size=64,
@@ -305,3 +307,20 @@ def test_pretraining_follows_moved_photos_and_refuses_changed_ones(tmp_path, cap
     with pytest.raises(ValueError, match=r'1 photo without a file \(deep/0.png\)'): finish(run)
     photo(tmp_path/'moved/deep/0.png', 55)
     with pytest.raises(ValueError, match=r'1 photo with another content \(deep/0.png\)'): finish(run)
+
+
+def test_a_pretraining_that_was_never_saved_looks_for_its_photos_again(tmp_path, capsys):
+    "Killed before its first save, while photos were still being unpacked: the next start takes all that are there."
+    def begin(): return PretrainTask(PretrainConfig(**json.loads((run/'cfg.json').read_text())), run, Processes())
+
+    for k in range(2): photo(tmp_path/'photos'/f'{k}.png', k)
+    run = pretrained(tmp_path/'runs/run', tmp_path/'photos')
+    assert begin().photos.paths == ['0.png', '1.png']
+    for k in range(2, 4): photo(tmp_path/'photos'/f'{k}.png', k)
+    task = begin()
+    assert task.photos.paths == [f'{k}.png' for k in range(4)] and len(task.marks['train']['each']) == 4
+    assert '4 photos to train on' in capsys.readouterr().out
+    # what has learnt keeps its list
+    finish(run)
+    photo(tmp_path/'photos/4.png', 4)
+    with pytest.raises(ValueError, match=r'1 photo more \(4.png\)'): finish(run)

@@ -35,7 +35,7 @@ from ..model.losses import (build_criterion, match_patches, matched_losses,
 from ..data.patches import crop_patches
 from ..core.photos import (MIN_SIDE, PRETRAIN_SIZES, PhotoIndex, builtin_photos, header_size,
                            index_photos, over_large, read_photo, resize, walk_files)
-from ..train.resume import HeldFolder, agree_on_data, file_marks
+from ..train.resume import HeldFolder, agree_on_data, file_marks, has_learnt
 from ..train.board import open_board
 from ..train.loop import Processes, progress_writer
 from ..model.updetr import UPDETR, best_of_group, build_updetr
@@ -117,11 +117,12 @@ def photo_lists(
     run_dir: Path,         # folder of the run
     processes: Processes,  # all of them call this
 ) -> list[PhotoIndex]:     # to train on, to measure on
-    "Return the photos of a run; a resumed run keeps the list it began with, wherever they lie now."
+    "Return the photos of a run; one that has learnt keeps those it began with."
     files = [run_dir / f'photos_{part}.json' for part in ('train', 'heldout')]
     # one process looks once, all read the same list
     if processes.rank == 0:
-        if any(file.exists() for file in files): _follow(cfg, files)
+        # a start that was never saved fixes nothing: photos may have been unpacked since
+        if has_learnt(run_dir) and any(file.exists() for file in files): _follow(cfg, files)
         else: _look(cfg, files)
     processes.barrier()
     return [PhotoIndex.load(file) for file in files]
