@@ -22,7 +22,7 @@ from updetr.tasks.oneshot import oneshot_config
 from updetr.tasks.oneshot_task import oneshot_sets, open_run
 from updetr.tasks.panoptic import PanopticScenes, write_panoptic
 from updetr.tasks.panoptic_task import panoptic_config
-from updetr.tasks.pretrain_task import PretrainTask
+from updetr.tasks.pretrain_task import PretrainTask, find_photos
 from updetr.train.launch import launch, prepare
 from updetr.train.loop import Processes
 
@@ -324,3 +324,21 @@ def test_a_pretraining_that_was_never_saved_looks_for_its_photos_again(tmp_path,
     finish(run)
     photo(tmp_path/'photos/4.png', 4)
     with pytest.raises(ValueError, match=r'1 photo more \(4.png\)'): finish(run)
+
+
+def test_parts_that_are_trained_on_together_are_told_once(tmp_path, capsys):
+    """COCO's folders, or a copy of ImageNet that begins further up: val and test are trained on, too. Rank 0 says so; so does a page,
+    which looks for the photos itself."""
+    for name in ('train2017/a', 'train2017/b', 'val2017/c', 'test2017/d'): photo(tmp_path/'coco'/f'{name}.png', ord(name[-1]))
+    said = 'all parts below coco are trained on (train 2, val 1, test 1)'
+    run = pretrained(tmp_path/'runs/run', tmp_path/'coco')
+    cfg = PretrainConfig(**json.loads((run/'cfg.json').read_text()))
+    PretrainTask(cfg, run, Processes())
+    assert capsys.readouterr().out.count(said) == 1
+    assert len(find_photos(cfg)[0]) == 4 and capsys.readouterr().out.count(said) == 1
+    # one part, and train/ beside val/
+    (tmp_path/'imagenet').mkdir()
+    for part in ('train', 'val', 'test'): (tmp_path/f'coco/{part}2017').rename(tmp_path/'imagenet'/part)
+    for data, photos in (('imagenet/train', (2, 0)), ('imagenet', (2, 1))):
+        found = find_photos(dataclasses.replace(cfg, data=str(tmp_path/data)))
+        assert tuple(map(len, found)) == photos and capsys.readouterr().out == ''

@@ -6,6 +6,7 @@ import multiprocessing.forkserver
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import nbformat
@@ -353,6 +354,21 @@ def test_a_plan_is_printed_and_nothing_is_trained(asked, tmp_path, monkeypatch, 
     monkeypatch.setattr(all_reports, 'run_jobs', lambda *args: pytest.fail('trained for a plan'))
     all_reports.main()
     assert '3 trainings' in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('asked', [['--plan'], []], ids=str)
+def test_all_pages_together_tell_once_of_parts_that_are_trained_on_together(asked, tmp_path, monkeypatch, capsys):
+    "Photos below train2017/ and val2017/; a text of labels there is no photo"
+    for name in ('train2017/1.jpg', 'val2017/2.jpg', 'labels/test2017/2.txt'):
+        (tmp_path / 'coco' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'coco' / name).touch()
+    command = ['make reports', '--scale', 'paper', '--only', 'fig7_localization,ablations_patches', '--to', str(tmp_path)]
+    monkeypatch.setattr('sys.argv', [*command, '-p', 'photos', str(tmp_path / 'coco'), '-p', 'gpus', '0', *asked])
+    class Begun(Exception): pass
+    def begin(*args): raise Begun
+    monkeypatch.setattr(all_reports, 'run_jobs', begin)
+    with nullcontext() if asked else pytest.raises(Begun): all_reports.main()
+    assert capsys.readouterr().out.count('all parts below coco are trained on (train 1, val 1):') == 1
 
 
 def command_line(monkeypatch, *asked):

@@ -456,7 +456,7 @@ def find_data(
         seen = ', '.join(sorted(p.name for p in nearest.iterdir())[:8])
         tree = TREE.format(data)
         raise FileNotFoundError(f'no folder {data}; {tree}\nseen in {nearest}: {seen}')
-    # ImageNet's layout, or any other
+    # ImageNet's layout, or any other: then all that is below is trained on
     train, val = root/'train', root/'val'
     if train.is_dir() and val.is_dir(): return str(train), str(val)
     return str(root), ''

@@ -20,7 +20,8 @@ from pathlib import Path
 from ..core.checkpoint import read_json, write_atomic
 from ..core.report import Markup, escape, markdown_table
 from updetr.experiments.experiment_report import (
-    PARAMETERS, REPORTS, Study, digits_of, open_study, places, report_folder, show_number,
+    PARAMETERS, REPORTS, Study, digits_of, open_study, photos_note, places, report_folder,
+    show_number,
 )
 from .runner import run_jobs
 from .tables import DESCRIPTIONS, EXPERIMENTS, Scale, experiment
@@ -251,15 +252,22 @@ def _check_data(studies):
     raise ValueError(f'{len(lacks)} of {len(studies)} cannot be made of this data:\n{said}\n'
                      f'Give them theirs{way}')
 
+def _tell_of_photos(studies):
+    "Print what is to be known of the photos, once for all pages"
+    note = photos_note(*studies)
+    if note: print(note, flush=True)
+
 def main() -> None:
     "Run what `make reports scale=toy` asks for; exit with the number of notebooks that failed."
     args = _arguments()
     studies = _open_all(args)
     if args.plan or studies[0].given['plan_only']:
         print(*(s.plan() for s in studies), sep='\n\n')
+        _tell_of_photos(studies)
         return
     # data that a table lacks is found before the first training, not before the table's own
     _check_data(studies)
+    _tell_of_photos(studies)
     # every training of every experiment, each once
     first = studies[0]
     wanted = [w for s in studies for w in s.e.wanted(s.seeds)]

@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET', 'VOC', 'COCO', 'REPORTS', 'GROUPS', 'PARAMETERS', 'STARTED', 'DataSummary', 'data_summary', 'disk_gib',
            'plan_rows', 'plan_text', 'table_rows', 'digits_of', 'show_number', 'show_rows', 'decide', 'verdict_of',
            'arm_bars', 'curve', 'arm_curves', 'catch_up', 'needs_labels', 'page_parameters', 'report_folder', 'Study',
-           'open_study', 'places', 'study_command', 'save_study', 'fold', 'show_claims', 'run_study']
+           'open_study', 'places', 'study_command', 'save_study', 'photos_note', 'fold', 'show_claims', 'run_study']
 
 # %% ../../nbs/66_experiment_report.ipynb #c002
 import dataclasses
@@ -33,9 +33,10 @@ from updetr.experiments.tables import (
     labelled_sets,
 )
 from ..tasks.finetune import checkpoint_sizes, start_file
+from ..tasks.pretrain_task import mixed_parts
 from .jobs import Job, configure, job_chain, job_folder
 from ..train.launch import read_log
-from ..core.photos import walk_files
+from ..core.photos import SUFFIXES, walk_files
 from ..core.pictures import plain_label
 from updetr.core.report import (
     escape, markdown_table, mean_and_spread, provenance, save_metrics, smooth,
@@ -665,6 +666,18 @@ def save_study(
     save_metrics(study.folder, metrics)
     return metrics
 
+# %% ../../nbs/66_experiment_report.ipynb #c027n
+def photos_note(
+    *studies: Study,  # of one scale
+) -> str:             # one line; '' where there is nothing to say
+    "Say that train, val or test are pre-trained on together, if they are."
+    photos = studies[0].scale.photos
+    if not photos or not any('pretrain' in _tasks(study.e) for study in studies): return ''
+    root, val = find_data(PretrainConfig(data=photos))
+    # labels may lie beside the photos, in folders of the same names
+    names = [] if val else walk_files(root)[0]
+    return mixed_parts(root, (n for n in names if Path(n).suffix.lower() in SUFFIXES))
+
 # %% ../../nbs/66_experiment_report.ipynb #c027e
 def fold(
     head: str,  # markdown of one line
@@ -705,6 +718,8 @@ def run_study(
     # a study is there: the cell is run again
     study = open_study(id, namespace, again='study' in namespace)
     total, trainings = study.plan().split('\n\n', 1)
+    note = photos_note(study)
+    if note: print(note)
     if study.given['plan_only']:
         display(Markdown(f'{total}\n\n{trainings}'))
         return study

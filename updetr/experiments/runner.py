@@ -133,7 +133,7 @@ def data_now(
     """Return the fingerprints of what a run would be trained and measured on now.
 
     Raises as whoever opens the data does."""
-    if cfg.task == 'pretrain': return pretrain_marks(cfg, *find_photos(cfg))
+    if cfg.task == 'pretrain': return pretrain_marks(cfg, *find_photos(cfg, quiet=True))
     return labelled_marks(cfg, *open_labelled(cfg))
 
 # %% ../../nbs/64_runner.ipynb #c010f
