@@ -3,6 +3,7 @@ import dataclasses
 import json
 import shutil
 import signal
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -151,3 +152,14 @@ def test_two_processes_that_are_stopped_are_two_undisturbed_ones(in_two):
     assert len((stopped / 'before.txt').read_text().splitlines()) == 2
     assert logged(stopped) == logged(whole) and json.loads((stopped / 'done.json').read_text())['step'] == 4
     assert all(torch.equal(a, b) for a, b in zip(weights(stopped).values(), weights(whole).values(), strict=True))
+
+
+def test_processes_wait_for_hours_while_one_reads(monkeypatch):
+    "PyTorch's half hour would end a run whose first process reads the headers of a million photos on a slow drive."
+    asked = {}
+    monkeypatch.setattr(dist, 'init_process_group', lambda backend, **given: asked.update(given))
+    monkeypatch.delenv('UPDETR_MEET', raising=False)
+    for name, value in dict(RANK=1, WORLD_SIZE=2, LOCAL_RANK=0).items(): monkeypatch.setenv(name, str(value))
+    joined = loop.join_processes()
+    assert (joined.rank, joined.world, asked['rank'], asked['world_size']) == (1, 2, 1, 2)
+    assert asked['timeout'] >= timedelta(hours=12)

@@ -16,6 +16,7 @@ import os
 import socket
 import time
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -28,9 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from updetr.core.checkpoint import (
-    gather_rng, json_text, read_json, save_checkpoint, write_json,
-)
+from ..core.checkpoint import gather_rng, json_text, read_json, save_checkpoint, write_json
 from ..core.config import TrainConfig, check_config
 from .graphs import Peers, RecordedStep, compile_parts, record_task
 from .resume import (SAVED, HeldFolder, keep_data, last_logged, last_saved, put_away,
@@ -131,7 +130,9 @@ def join_processes() -> Processes:
         meet = os.environ.get('UPDETR_MEET')
         store = None if meet is None else dist.FileStore(meet, world)
         backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        # all wait for one that reads a million photos, maybe for hours; one that dies is noticed
+        dist.init_process_group(backend, timeout=timedelta(hours=12), store=store, rank=rank,
+                                world_size=world)
     return Processes(rank, world, torch.device('cuda', local) if cuda else torch.device('cpu'))
 
 # %% ../../nbs/33_loop.ipynb #c012
