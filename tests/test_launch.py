@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import updetr.core.signals
+import updetr.train.launch
 from test_resume import TINY
 from updetr.core.config import make_config
 from updetr.experiments.runner import run_jobs
@@ -350,3 +351,15 @@ def test_a_watched_run_ends_its_line(kind, tmp_path, monkeypatch):
     watch(tmp_path)
     line = 'step 9 · epoch 3 · loss 0.5'
     assert stderr.getvalue() == (f'\r\x1b[K{line[:19]}\n' if stderr.isatty() else f'{line}\n')
+
+
+def test_who_looks_on_takes_a_tenth_of_the_time(tmp_path, monkeypatch):
+    "The log of days is long: to read it and to draw its curves may take longer than the time between two looks; an hour is no look."
+    clock, slept = [0.], []
+    monkeypatch.setattr(time, 'perf_counter', lambda: clock[0])
+    monkeypatch.setattr(time, 'sleep', slept.append)
+    monkeypatch.setattr(updetr.train.launch, '_seems_alive', lambda run: True)
+    for look, _ in enumerate(follow(tmp_path, every=5)):
+        clock[0] += (.1, 3., 3600., 0.)[look]
+        if look == 2: (tmp_path/'done.json').write_text('{}')
+    assert slept == [5, 27, 60]

@@ -479,13 +479,14 @@ def _seems_alive(run):
 
 def follow(
     run_dir: str | Path,  # folder of the run
-    every: float = 2.0,   # seconds between two looks
+    every: float = 2.0,   # seconds between two looks, at least
 ):                        # yields lists of rows
     """Yield `read_log(run_dir)` every so often until the run has reached its end.
 
     Raises RuntimeError if it ends before."""
     run = Path(run_dir)
     while True:
+        begun = time.perf_counter()
         # the process first: what ends between two looks has written its files by the second
         alive = _seems_alive(run)
         done = is_done(run)
@@ -497,4 +498,7 @@ def follow(
             raise RuntimeError(f'{run} ended {reached}, not at its end.\n{death_note(run)}\n'
                                f'All output: {run}/train.log and {run}/ranks. '
                                'Launch it again to go on from its last checkpoint.')
-        time.sleep(every)
+        # the log of days is long: a look, and what is made of it, take a tenth of the time;
+        # a minute is enough, since this process may have been held up
+        took = time.perf_counter() - begun
+        time.sleep(max(every, min(9*took, 60)))

@@ -233,7 +233,7 @@ def _steps(run_dir):
 def watch(
     run_dir: str | Path,       # folder of the run, or the Run that `launch` returned
     steps: int | None = None,  # step at which it ends; None = 'steps' in cfg.json
-    every: float = 5.0,        # seconds between two looks; a drawing costs about 0.15 s of one core
+    every: float = 5.0,        # seconds between two looks, at least; a drawing costs about 0.15 s
     draw=draw_curves,          # (rows, preview file) -> figure; None = only a line
     show=None,                 # (line, figure) -> shown; None = a `Screen`
     timeout: float = 300,      # seconds that an interrupted run gets to save
