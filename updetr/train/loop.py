@@ -130,8 +130,8 @@ def join_processes() -> Processes:
         meet = os.environ.get('UPDETR_MEET')
         store = None if meet is None else dist.FileStore(meet, world)
         backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
-        # all wait for one that reads a million photos, maybe for hours; one that dies is noticed
-        dist.init_process_group(backend, timeout=timedelta(hours=12), store=store, rank=rank,
+        # one may read a million photos while all wait; a call that hangs is noticed as late
+        dist.init_process_group(backend, timeout=timedelta(hours=3), store=store, rank=rank,
                                 world_size=world)
     return Processes(rank, world, torch.device('cuda', local) if cuda else torch.device('cpu'))
 
