@@ -463,6 +463,16 @@ def test_a_fold_beside_other_photos_to_evaluate_on_is_refused(make):
     assert make('demo', data='here', split_val='fold 1 of 3').fold == (1, 3) and make('demo').fold is None
 
 
+@pytest.mark.parametrize('make', [finetune_config, panoptic_config, oneshot_config, cnn_config])
+@pytest.mark.parametrize('changes, why', [
+    (dict(exif='sidewys'), "exif 'sidewys' must be one of"), (dict(missing='skp'), "missing 'skp' must be one of"),
+    (dict(val_share=20.), 'val_share 20.0 must lie between 0 and 1'), (dict(scenes_val=0), 'belong together'),
+    (dict(photos=-3), 'photos, scenes, .* must not be negative'), (dict(scenes=-5, scenes_val=-5), 'must not be negative'),
+    (dict(eval_every=-1), 'eval_every.* must not be negative'), (dict(scene_size=8), 'scene_size 8 must be at least 32')], ids=str)
+def test_photos_are_asked_for_alike_in_every_kind_of_run(make, changes, why):
+    with pytest.raises(ValueError, match=why): make('demo', **changes)
+
+
 def test_folds_of_the_part_to_train_on(pictures, tmp_path):
     "Where there are parts, the folds are those of `split`: the photos to evaluate on stay unseen."
     PARTED['ultralytics'](pictures, tmp_path)

@@ -2262,6 +2262,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'updetr.tasks.finetune.FinetuneConfig.problems': ( 'finetune.html#finetuneconfig.problems',
                                                                                           'updetr/tasks/finetune.py'),
                                        'updetr.tasks.finetune.LabelledConfig': ('finetune.html#labelledconfig', 'updetr/tasks/finetune.py'),
+                                       'updetr.tasks.finetune.LabelledConfig.data_problems': ( 'finetune.html#labelledconfig.data_problems',
+                                                                                               'updetr/tasks/finetune.py'),
                                        'updetr.tasks.finetune.LabelledConfig.fold': ( 'finetune.html#labelledconfig.fold',
                                                                                       'updetr/tasks/finetune.py'),
                                        'updetr.tasks.finetune.LabelledConfig.fold_problems': ( 'finetune.html#labelledconfig.fold_problems',

@@ -56,9 +56,7 @@ class CNNConfig(TrainConfig, LabelledConfig):
         "Yield what is wrong between fields."
         if not self.features:
             yield "features must name a layer to cut after, e.g. 'blocks.4' or 'layer3'"
-        yield from self.fold_problems()
-        if bool(self.scenes) != bool(self.scenes_val):
-            yield 'scenes and scenes_val belong together: give both or none'
+        yield from self.data_problems()
         if self.crop_size < 32: yield f'crop_size {self.crop_size} must be at least 32'
         if self.projection < 1 or self.temperature <= 0:
             yield 'projection and temperature must be positive'

@@ -86,6 +86,26 @@ class LabelledConfig:
         elif self.scenes and not self.data:
             yield f'{said}, but scenes are painted for evaluation: leave it out'
 
+    def data_problems(self):
+        "Yield what is wrong between the fields of the photos, in whatever kind of run."
+        if self.exif not in EXIF:
+            yield f'exif {self.exif!r} must be one of {", ".join(EXIF)}'
+        if self.missing not in MISSING:
+            yield f'missing {self.missing!r} must be one of {", ".join(MISSING)}'
+        if not 0 < self.val_share < 1:
+            yield f'val_share {self.val_share} must lie between 0 and 1'
+        yield from self.fold_problems()
+        if bool(self.scenes) != bool(self.scenes_val):
+            yield 'scenes and scenes_val belong together: give both or none'
+        # one kind of run has more of these than another
+        counts = 'photos scenes scenes_val square cached_views eval_every patience'.split()
+        counts = [k for k in counts if hasattr(self, k)]
+        if min(getattr(self, k) for k in counts) < 0:
+            yield f'{", ".join(counts[:-1])} and {counts[-1]} must not be negative'
+        if self.scene_size < 32 or self.val_size < 1:
+            yield (f'scene_size {self.scene_size} must be at least 32, '
+                   f'val_size {self.val_size} at least 1')
+
 # %% ../../nbs/42_finetune.ipynb #c008
 BOX_METRICS = ('AP', 'AP50', 'AP75', 'APS', 'APM', 'APL', 'AR1', 'AR10', 'AR100', 'ARS', 'ARM',
                'ARL', 'recall50', 'best_iou')
@@ -135,18 +155,7 @@ class TransferConfig(TrainConfig, LabelledConfig, SetLossConfig, DetectorConfig)
         if self.cached_views and not (self.frozen_backbone and self.square):
             yield ('cached_views needs frozen_backbone=True and square > 0: '
                    'features of fixed views by a fixed CNN')
-        if self.exif not in EXIF:
-            yield f'exif {self.exif!r} must be one of {", ".join(EXIF)}'
-        if self.missing not in MISSING:
-            yield f'missing {self.missing!r} must be one of {", ".join(MISSING)}'
-        if not 0 < self.val_share < 1:
-            yield f'val_share {self.val_share} must lie between 0 and 1'
-        yield from self.fold_problems()
-        if bool(self.scenes) != bool(self.scenes_val):
-            yield 'scenes and scenes_val belong together: give both or none'
-        counts = 'photos scenes scenes_val square cached_views eval_every patience'.split()
-        if min(getattr(self, k) for k in counts) < 0:
-            yield f'{", ".join(counts[:-1])} and {counts[-1]} must not be negative'
+        yield from self.data_problems()
         if self.best_metric not in ('', *self.metrics):
             yield (f'best_metric {self.best_metric!r} is not measured here: '
                    f'choose {", ".join(self.metrics)}')
@@ -154,9 +163,6 @@ class TransferConfig(TrainConfig, LabelledConfig, SetLossConfig, DetectorConfig)
             yield 'patience counts evaluations: it needs eval_every above 0'
         if self.best_metric and not self.eval_every:
             yield 'best_metric chooses among evaluations: it needs eval_every above 0'
-        if self.scene_size < 32 or self.val_size < 1:
-            yield (f'scene_size {self.scene_size} must be at least 32, '
-                   f'val_size {self.val_size} at least 1')
 
 # %% ../../nbs/42_finetune.ipynb #c010
 @dataclass(frozen=True)
