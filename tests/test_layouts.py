@@ -473,6 +473,11 @@ def test_photos_are_asked_for_alike_in_every_kind_of_run(make, changes, why):
     with pytest.raises(ValueError, match=why): make('demo', **changes)
 
 
+@pytest.mark.parametrize('changes', [dict(square=64), dict(cached_views=2)], ids=str)
+def test_a_cnn_refuses_views_that_it_does_not_see(changes):
+    with pytest.raises(ValueError, match='square and cached_views are for detectors'): cnn_config('demo', **changes)
+
+
 def test_folds_of_the_part_to_train_on(pictures, tmp_path):
     "Where there are parts, the folds are those of `split`: the photos to evaluate on stay unseen."
     PARTED['ultralytics'](pictures, tmp_path)

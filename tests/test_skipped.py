@@ -30,8 +30,8 @@ from updetr.train.progress import skipped_photos
 ONE_SHOT = dict(unseen='dog', query_size=32, unseen_objects='background')
 LIVE = dict(cached_views=0, frozen_backbone=False)
 def cnn_config(preset, **changes):
-    """The training of a CNN, which has fewer parameters than that of a detector."""
-    fields = {f.name for f in dataclasses.fields(CNNConfig)}
+    """The training of a CNN, which has fewer parameters than that of a detector, and no views but crops."""
+    fields = {f.name for f in dataclasses.fields(CNNConfig)} - {'square', 'cached_views'}
     return make_config(preset, CNNConfig, CNN_PRESETS, **{k: v for k, v in changes.items() if k in fields})
 
 

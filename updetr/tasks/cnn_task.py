@@ -62,6 +62,9 @@ class CNNConfig(TrainConfig, LabelledConfig):
             yield 'projection and temperature must be positive'
         if self.compile or self.gradient_checkpointing or self.accumulate > 1:
             yield 'compile, gradient_checkpointing and accumulate are for detectors'
+        if self.square or self.cached_views:
+            yield ('square and cached_views are for detectors: '
+                   'a CNN sees crops of crop_size, live')
 
 # %% ../../nbs/44_cnn_task.ipynb #c007
 CNN_PRESETS = {
