@@ -15,8 +15,10 @@ import updetr
 from updetr.core.checkpoint import save_checkpoint
 from updetr.core.config import make_config, model_options
 from updetr.core.photos import BadPhoto, builtin_photos
+from updetr.core.shipped import shipped
 from updetr.model.backbone import Backbone
 from updetr.model.updetr import build_updetr
+from updetr.predict.commands import evaluate
 from updetr.predict.detector import Detections
 from updetr.predict.segmenter import Segments
 from updetr.tasks.finetune import finetune_config
@@ -134,3 +136,11 @@ def test_a_threshold_is_a_score(threshold):
     for model in (updetr.Detector.demo(), updetr.OneShotDetector.demo()):
         asked = [photo] if isinstance(model, updetr.Detector) else [photo, photo]
         with pytest.raises(ValueError, match='must be a score, a number from 0 to 1'): model(*asked, threshold=threshold)
+
+
+@pytest.mark.parametrize('nms', [50, 0, 1., '.5', float('nan')], ids=repr)
+def test_a_limit_of_nms_is_an_iou(nms, tmp_path):
+    "Of the class, and of the command that reports errors; both say it alike."
+    file = shipped('detector')
+    for asked in (lambda: updetr.Detector.from_checkpoint(file, nms=nms), lambda: evaluate(file, tmp_path, tmp_path / 'out', nms=nms)):
+        with pytest.raises(ValueError, match='nms .* must be an IoU between 0 and 1, such as 0.5'): asked()

@@ -35,7 +35,8 @@ from ..data.datasets import dataset_parts, open_dataset
 from ..model.pretrained import weights_and_options
 from ..model.weights import plain_tensors, stored_config
 from updetr.predict.detector import (
-    Detections, Detector, check_threshold, coco_results, drop_duplicates, shared_file,
+    Detections, Detector, check_nms, check_threshold, coco_results, drop_duplicates,
+    shared_file,
 )
 from updetr.predict.errors import (
     above, best_threshold, compare, confusion, draw_confusion, draw_curves, draw_errors, only,
@@ -528,8 +529,7 @@ def evaluate(
     if not isinstance(detector, Detector):
         raise ValueError(f'{printable(checkpoint)} is a segmenter: its numbers are those of '
                          'nbs/panoptic.ipynb, here detectors are evaluated')
-    if nms is not None and not 0 < nms < 1:
-        raise ValueError(f'nms {nms} must be an IoU between 0 and 1, such as 0.5')
+    check_nms(nms)
     dataset = evaluation_set(checkpoint, data, split, year, images)
     print(getattr(dataset, 'note', '') or dataset, file=sys.stderr)
     trained = training_set(checkpoint, data, split, year, images)

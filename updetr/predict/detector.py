@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['own_ids', 'label_font', 'Detections', 'shared_file', 'check_device', 'load_detector', 'check_threshold',
-           'drop_duplicates', 'picture_batch', 'Detector', 'coco_results', 'tile_starts', 'by_tiles']
+           'drop_duplicates', 'check_nms', 'picture_batch', 'Detector', 'coco_results', 'tile_starts', 'by_tiles']
 
 # %% ../../nbs/50_detector.ipynb #c002
 import dataclasses
@@ -240,10 +240,13 @@ def drop_duplicates(
     # classes are moved apart, which needs coordinates from 0
     return batched_nms(boxes - boxes.min(), scores, labels, iou)
 
-def _checked_nms(iou):
-    "Return the limit of NMS, None for no NMS; ValueError for what is no IoU."
-    if iou is None or 0 < iou < 1: return iou
-    raise ValueError(f'nms {iou} must be an IoU between 0 and 1, such as 0.5')
+def check_nms(
+    nms: float | None,  # answers of one class that overlap more are one; None: no NMS
+) -> None:
+    "Raise ValueError for a limit of NMS that is no IoU, before anything is computed."
+    try: fine = nms is None or 0 < nms < 1
+    except TypeError: fine = False
+    if not fine: raise ValueError(f'nms {nms!r} must be an IoU between 0 and 1, such as 0.5')
 
 # %% ../../nbs/50_detector.ipynb #p4e90010
 def picture_batch(
@@ -273,13 +276,14 @@ class Detector:
         category_ids: Sequence | None = None,  # its classes' ids in the data set's own files
         nms: float | None = None,  # answers of one class that overlap more are one; None: DETR's
     ):
+        check_nms(nms)
         self.module = module.to(device).eval()
         self.classes = tuple(classes)
         self.category_ids = _checked_ids(category_ids, self.classes)
         self.sizes = sizes
         self.square = square
         self.device = device
-        self.nms = _checked_nms(nms)
+        self.nms = nms
         # a baseline says by itself how pictures are normalised
         self.cnn = module.model.backbone[0] if isinstance(module, DetectStep) else module
 
