@@ -447,7 +447,7 @@ def _join(boxes, labels, scores, cut):
     "Return numbers of the boxes that stay, the highest score first."
     # pieces of what another tile sees whole go, then what several tiles see
     whole = (~_pieces(boxes, labels, cut)).nonzero()[:, 0]
-    return whole[batched_nms(boxes[whole], scores[whole], labels[whole], .5)]
+    return whole[drop_duplicates(boxes[whole], labels[whole], scores[whole], .5)]
 
 # %% ../../nbs/50_detector.ipynb #f5000010
 def _views(photo, size, overlap):
