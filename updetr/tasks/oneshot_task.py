@@ -98,11 +98,10 @@ class SystemStep(nn.Module):
 # %% ../../nbs/46_oneshot_task.ipynb #c008
 @torch.no_grad()
 def picture_features(
-    cnn: nn.Module,                      # CNN, a `Backbone`
-    pictures: Tensor,                    # query pictures (k,3,s,s), uint8
-    device: torch.device | str = 'cpu',  # device of the CNN
-    pooled: bool = True,                 # the mean of the map, as in `encode_patches`
-) -> Tensor:                             # (k,C), or (k,C,h,w) of the whole map, on the CPU
+    cnn: nn.Module,       # CNN, a `Backbone`, on any device
+    pictures: Tensor,     # query pictures (k,3,s,s), uint8
+    pooled: bool = True,  # the mean of the map, as in `encode_patches`
+) -> Tensor:              # (k,C), or (k,C,h,w) of the whole map, on the CPU
     "Return the features of pictures by the shared CNN."
     feature = cnn(prepare_images(cnn, pictures))
     if pooled: feature = feature.mean((2, 3))
@@ -120,19 +119,18 @@ def both_ways(
 
 # %% ../../nbs/46_oneshot_task.ipynb #c008a
 def picture_source(
-    cnn: nn.Module,                      # frozen `Backbone`
-    pool: QueryPool,                     # pool of training or test photos
-    device: torch.device | str = 'cpu',  # device of the CNN
-    replace: bool = False,               # in training: another picture for one that cannot be read
-    pooled: bool = True,                 # means of maps, or whole maps
-) -> Source:                             # as a feature bank wants it
+    cnn: nn.Module,         # frozen `Backbone`
+    pool: QueryPool,        # pool of training or test photos
+    replace: bool = False,  # in training: another picture for one that cannot be read
+    pooled: bool = True,    # means of maps, or whole maps
+) -> Source:                # as a feature bank wants it
     "Return the features of all pictures of a pool, each plain and mirrored, to be computed."
     skipped = []
     note = skipped.extend if replace else None
 
     def compute(rows):
         pictures = [both_ways(pool, row, note) for row in rows]
-        features = [picture_features(cnn, both, device, pooled) for both in pictures]
+        features = [picture_features(cnn, both, pooled) for both in pictures]
         return {'feature': torch.stack(features).half()}, []
 
     def what():
@@ -152,7 +150,7 @@ def cached_pictures(
     "Return the features of all pictures of a pool, from the disk; computed first if not there yet."
     if not len(pool): return torch.zeros(0, 2, task.cnn.num_channels, dtype=torch.half)
     training = pool is task.pools[0]
-    source = picture_source(task.cnn, pool, task.processes.device, training, task.pooled)
+    source = picture_source(task.cnn, pool, training, task.pooled)
     stored = open_bank(task, source, "the frozen CNN's features of query pictures")
     return stored.arrays['feature']
 
@@ -177,7 +175,7 @@ def live_pictures(
     "Return the features of all pictures of a pool by the CNN as it is now, each process its share."
     p, pooled = task.processes, task.pooled
     black = torch.zeros(1, 3, pool.size, pool.size, dtype=torch.uint8)
-    shape = picture_features(cnn, black, p.device, pooled).shape
+    shape = picture_features(cnn, black, pooled).shape
     mine = torch.zeros(len(pool), *shape, device=p.device)
     for start in range(0, len(pool), at_once * p.world):
         if p.any(bool(stop)): return None
@@ -185,7 +183,7 @@ def live_pictures(
         rows = range(first, min(first + at_once, len(pool)))
         # the last round may have none for this process
         if not rows: continue
-        features = picture_features(cnn, _pictures(pool, rows), p.device, pooled)
+        features = picture_features(cnn, _pictures(pool, rows), pooled)
         mine[first:rows.stop, 0] = features.to(p.device)
     # what others have is zero here: the sum has all
     return (p.mean(mine) * p.world).cpu()
@@ -220,7 +218,7 @@ def _live_features(task, rows, at_once=64):
     for start in range(0, len(rows), at_once):
         some = rows[start:start + at_once]
         pictures = torch.stack([task.pools[0].picture_or_next(row)[0] for row in some])
-        features.append(picture_features(task.cnn, pictures, task.processes.device))
+        features.append(picture_features(task.cnn, pictures))
         progress(start + len(some), len(rows))
     return torch.cat(features)
 
@@ -428,7 +426,7 @@ def answer_one(
     # photo and picture through the CNN as it is now
     device, cnn = task.processes.device, task.cnn
     photo = cnn(prepare_images(cnn, image[None]))
-    feature = picture_features(cnn, picture[None], device, task.pooled).to(device)
+    feature = picture_features(cnn, picture[None], task.pooled).to(device)
     target = {k: target[k].to(device) for k in ('size', 'orig_size')}
     with eval_mode(model): found = task.answer(model)(photo, feature, target)[0]
     boxes, scores = found['boxes'].cpu(), found['scores'].cpu()
