@@ -1,5 +1,6 @@
 "Machines that lack something: Unix (fcntl, resource, SIGUSR1, process groups), a compiler, a package; or are not the one of before."
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
@@ -71,6 +72,29 @@ for start in (lambda: launch({str(tmp_path / 'run')!r}, {{}}), lambda: only_trai
     assert 'all of it\n' in done.stdout, done.stderr[-2000:]
     assert done.stdout.splitlines()[1:] and done.stdout.count('WSL') == 2, done.stdout + done.stderr[-2000:]
     assert '\n5\n' in '\n' + done.stdout
+
+
+def test_what_a_run_and_its_reports_say_is_utf_8_wherever_they_are_read(tmp_path):
+    "Names of photos and the words around an index are anybody's: a machine with another locale reads the same."
+    code = f'''
+import warnings
+from pathlib import Path
+from updetr.experiments.all_reports import write_index
+from updetr.tasks.pretrain_task import note_skipped
+from updetr.train.progress import skipped_photos
+warnings.filterwarnings('error', category=EncodingWarning, module='updetr')
+folder = Path({str(tmp_path)!r})
+for name in ('кот', '猫'): note_skipped(folder, [f'{{name}}.jpg: no photo'], set())
+assert skipped_photos(folder) == '2 photos could not be read: кот.jpg, 猫.jpg'
+write_index(folder)
+index = folder / 'README.md'
+index.write_text('Müllers Berichte' + index.read_text('utf-8'), encoding='utf-8')
+write_index(folder)
+assert index.read_text('utf-8').startswith('Müllers Berichte# Reports')'''
+    surroundings = os.environ | {'PYTHONUTF8': '0', 'PYTHONIOENCODING': 'utf-8'}
+    command = [sys.executable, '-X', 'warn_default_encoding', '-W', 'ignore', '-c', code]
+    done = subprocess.run(command, text=True, capture_output=True, cwd=ROOT, env=surroundings)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_tests_of_a_gpu_need_no_jupyter():

@@ -117,13 +117,13 @@ def write_index(
     # what stands around the marks is somebody's own and is kept
     file = folder / 'README.md'
     begin, end = MARKS
-    old = file.read_text() if file.exists() else f'# Reports\n\n{begin}\n{end}\n'
+    old = file.read_text('utf-8') if file.exists() else f'# Reports\n\n{begin}\n{end}\n'
     if old.count(begin) != 1 or old.count(end) != 1:
         raise ValueError(f'{folder}/README.md lacks its marks {" and ".join(MARKS)}: put them back')
     before = old.split(begin)[0]
     after = old.split(end)[1]
     new = f'{before}{begin}\n\n{text}\n\n{end}{after}'
-    write_atomic(file, lambda p: Path(p).write_text(new))
+    write_atomic(file, lambda p: Path(p).write_text(new, encoding='utf-8'))
     return text
 
 # %% ../../nbs/67_all_reports.ipynb #e56afa15

@@ -282,10 +282,10 @@ def note_skipped(
     if known.issuperset(messages): return
     # what other processes, or the run before it was resumed, have noted
     file = run_dir / 'skipped.txt'
-    if file.exists(): known.update(file.read_text(errors='replace').splitlines())
+    if file.exists(): known.update(file.read_text('utf-8', errors='replace').splitlines())
     new = [message for message in dict.fromkeys(messages) if message not in known]
     known.update(new)
-    with open(file, 'a') as f: f.writelines(f'{message}\n' for message in new)
+    with open(file, 'a', encoding='utf-8') as f: f.writelines(f'{message}\n' for message in new)
     if new: print(*(f'photo skipped: {message}' for message in new), sep='\n', flush=True)
 
 def open_bank(

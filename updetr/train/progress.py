@@ -74,7 +74,7 @@ def skipped_photos(
     "Return how many photos a run could not read and left out, with the names of the first."
     path = Path(run_dir)/'skipped.txt'
     if not path.exists(): return ''
-    lines = path.read_text(errors='replace').splitlines()
+    lines = path.read_text('utf-8', errors='replace').splitlines()
     # every process writes what it met, and a run that goes on meets it again
     files = list(dict.fromkeys(line.split(': ')[0] for line in lines if ': ' in line))
     if not files: return ''
