@@ -26,7 +26,6 @@ from updetr.data.annotations import (
 from ..core.checkpoint import write_atomic, write_json
 from ..data.datasets import class_color, photo_ids
 from ..train.evaluate import from_all_processes, postprocess
-from ..model.losses import process_count
 from .masks import DETRsegm
 from ..data.photo_files import find_files, read_as_said, size_trouble
 from ..core.photos import BadPhoto, printable, read_photo
@@ -678,9 +677,8 @@ class PanopticEvaluator:
 
     def gather(self):
         "Exchange what all processes have: to be called by all of them."
-        if process_count() > 1:
-            parts = from_all_processes(self.stats)
-            self.stats = {i: stat for part in parts for i, stat in part.items()}
+        parts = from_all_processes(self.stats)
+        self.stats = {i: stat for part in parts for i, stat in part.items()}
         return self
 
     def summary(self):
