@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['git_commit', 'hardware', 'versions', 'provenance', 'other_machine', 'Markup', 'escape', 'markdown_table',
-           'mean_and_spread', 'smooth', 'loss_curves', 'by_epoch', 'epoch_curves', 'save_figure', 'save_metrics']
+           'mean_and_spread', 'show_number', 'smooth', 'loss_curves', 'by_epoch', 'epoch_curves', 'save_figure',
+           'save_metrics']
 
 # %% ../../nbs/07_report.ipynb #c002
 import os
@@ -143,6 +144,15 @@ def mean_and_spread(
     # one seed has no spread; 0 would claim one
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {'mean': float(np.mean(values)), 'std': std, 'per_seed': [float(v) for v in values]}
+
+def show_number(
+    m: Mapping,       # of `mean_and_spread`
+    digits: int = 1,  # after the point
+) -> str:             # 'mean ± spread', or the mean of one
+    "Return a number with its spread."
+    text = f'{m["mean"]:.{digits}f}'
+    if m['std'] is None: return text
+    return f'{text} ± {m["std"]:.{digits}f}'
 
 # %% ../../nbs/07_report.ipynb #c011
 def smooth(

@@ -18,10 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..core.checkpoint import read_json, write_atomic
-from ..core.report import Markup, escape, markdown_table
+from ..core.report import Markup, escape, markdown_table, show_number
 from updetr.experiments.experiment_report import (
     PARAMETERS, REPORTS, Study, digits_of, open_study, photos_note, places, report_folder,
-    show_number,
 )
 from .runner import run_jobs
 from .tables import DESCRIPTIONS, EXPERIMENTS, Scale, experiment

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGENET', 'VOC', 'COCO', 'REPORTS', 'GROUPS', 'PARAMETERS', 'STARTED', 'DataSummary', 'data_summary', 'disk_gib',
-           'plan_rows', 'plan_text', 'table_rows', 'digits_of', 'show_number', 'show_rows', 'decide', 'verdict_of',
-           'arm_bars', 'curve', 'arm_curves', 'catch_up', 'needs_labels', 'page_parameters', 'report_folder', 'Study',
-           'open_study', 'places', 'study_command', 'save_study', 'photos_note', 'fold', 'show_claims', 'run_study']
+           'plan_rows', 'plan_text', 'table_rows', 'digits_of', 'show_rows', 'decide', 'verdict_of', 'arm_bars',
+           'curve', 'arm_curves', 'catch_up', 'needs_labels', 'page_parameters', 'report_folder', 'Study', 'open_study',
+           'places', 'study_command', 'save_study', 'photos_note', 'fold', 'show_claims', 'run_study']
 
 # %% ../../nbs/66_experiment_report.ipynb #c002
 import dataclasses
@@ -39,7 +39,7 @@ from ..train.launch import read_log
 from ..core.photos import SUFFIXES, walk_files
 from ..core.pictures import plain_label
 from updetr.core.report import (
-    escape, markdown_table, mean_and_spread, provenance, save_metrics, smooth,
+    escape, markdown_table, mean_and_spread, provenance, save_metrics, show_number, smooth,
 )
 from .results import finish
 from ..predict.runs import Site, command_line, open_site
@@ -233,15 +233,6 @@ def digits_of(
     # shares of one; the others are points of a hundred
     small = any(word in metric for word in ('iou', 'loss', 'recall'))
     return 3 if small else 1
-
-def show_number(
-    m: Mapping,       # of `mean_and_spread`
-    digits: int = 1,  # after the point
-) -> str:             # 'mean ± spread', or the mean of one
-    "Return a number with its spread."
-    text = f'{m["mean"]:.{digits}f}'
-    if m['std'] is None: return text
-    return f'{text} ± {m["std"]:.{digits}f}'
 
 def show_rows(
     rows: list[dict],  # of `table_rows`

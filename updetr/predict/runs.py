@@ -22,7 +22,7 @@ from ..core.config import PLACES, check_devices, check_parameters, make_config, 
 from ..train.launch import launch, read_record
 from ..tasks.panoptic_task import PanopticConfig
 from ..tasks.pretrain_task import find_photos, pretrain_marks
-from ..core.report import mean_and_spread
+from ..core.report import mean_and_spread, show_number
 from ..train.progress import watch
 
 # %% ../../nbs/57_runs.ipynb #c005
@@ -219,7 +219,4 @@ def spread_text(
     digits: int = 1,      # digits after the point
 ) -> str:                 # 'mean ± spread', or only the mean of one
     "Return the numbers of several seeds in one word."
-    # one seed has no spread
-    m = mean_and_spread(values)
-    mean = f'{m["mean"]:.{digits}f}'
-    return mean if m['std'] is None else f'{mean} ± {m["std"]:.{digits}f}'
+    return show_number(mean_and_spread(values), digits)
