@@ -24,6 +24,7 @@ from ..core.boxes import paired_iou
 from ..model.detr import as_batch
 from ..data.loader import random_crop
 from ..data.patches import crop_patches, sample_boxes
+from ..core import report
 from ..core.photos import BadPhoto, builtin_photos, read_photo, resize
 from ..core.pictures import show_patches
 from ..model.updetr import UPDETR, best_of_group
@@ -462,13 +463,11 @@ def markdown_table(
     corner: str = 'mean IoU / share > 0.5',  # text of the upper left cell
 ) -> str:
     "Return measurements as a markdown table."
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [[corner, *columns], ['---'] * (len(columns) + 1)]
-    for name, row in rows.items():
-        measured = [row.get(column) for column in columns]
-        cells = [f'{m["mean_iou"]:.2f} / {m["iou50"]:.2f}' if m else '' for m in measured]
-        lines.append([name, *cells])
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+    def show(m): return f'{m["mean_iou"]:.2f} / {m["iou50"]:.2f}' if m else ''
+    # the corner is the page's own text, a name is anybody's
+    lines = [{report.Markup(corner): name} | {column: show(m) for column, m in row.items()}
+             for name, row in rows.items()]
+    return report.markdown_table(lines)
 
 # %% ../../nbs/41_pretext.ipynb #c056
 def pretext_metrics(
