@@ -32,10 +32,9 @@ from torch import Tensor
 # %% ../../nbs/74_run.ipynb #d43f0009
 from .data import (bench_evaluation, bench_loader, imagenet_sized, plot_evaluation,
                                plot_loader)
-from ..core.boxes import pad_images
 from ..core.checkpoint import read_json
 from ..core.config import PretrainConfig, make_config, model_options
-from ..model.detr import build_detr
+from ..model.detr import as_batch, build_detr
 from ..train.features import FeatureBank, Stored
 from ..train.graphs import compile_parts, record_graph
 from ..train.launch import launch, read_log
@@ -156,13 +155,8 @@ def detection_batch(
     "Return noise in ImageNet's sizes, and seven boxes a photo."
     g = torch.Generator().manual_seed(0)
     images = [torch.randn(3, *s, generator=g) for s in detection_shapes(size, batch_size)]
-    if len({i.shape for i in images}) == 1:
-        # nothing to pad
-        images = torch.stack(images)
-        mask = None
-    else:
-        images, mask = pad_images(images)
-        mask = mask.to(device)
+    images, mask = as_batch(images)
+    if mask is not None: mask = mask.to(device)
     targets = []
     for _ in range(batch_size):
         labels = torch.randint(20, (7,), generator=g)
