@@ -354,7 +354,6 @@ def arm_curves(
     seeds: Sequence[int],     # of all runs
     keys: Mapping[str, str],  # log key -> title of its panel
     width: float = 0.,        # of the running mean, as a share of the curve
-    logy: bool = False,       # a logarithmic axis
 ) -> plt.Figure:
     "Draw one panel a number, one colour an arm; return the figure."
     size = 3.6 * len(keys), 2.8
@@ -366,7 +365,6 @@ def arm_curves(
             steps, values = curve(logs, key, width)
             # an arm without this number is left out
             if steps: _draw_arm(ax, steps, values, arm)
-        if logy: ax.set_yscale('log')
         ax.set_title(title, fontsize=9)
         ax.set_xlabel('step', fontsize=8)
         ax.tick_params(labelsize=8)
