@@ -245,7 +245,7 @@ def open_checked(
 class LabelledRun:
     """The common part of all runs on labelled photos.
 
-    A task adds `build` (the module to train), `draw`, `batches`, `measure`."""
+    A task adds `build` (the module to train), `draw`, `measure`."""
     def __init__(
         self,
         cfg: TransferConfig,   # configuration of the run
@@ -302,6 +302,10 @@ class LabelledRun:
             self.cached = [open_cache(self, kind) for kind in ('train', 'val')]
         standardize = isinstance(getattr(self.model, 'feature_norm', None), Standardize)
         if standardize and not (resumed or self.cfg.pretrain): fit_statistics(self)
+
+    def batches(self, start, total):
+        "Yield this process's micro-batches between two steps, on its device."
+        return train_batches(self, start, total)
 
     def measured(self, folder, state, model):
         "Keep the best weights of the run, and the last evaluations (notebook 37)."
@@ -394,12 +398,13 @@ def train_batches(
     task: LabelledRun,  # task that has begun
     start: int,         # first step
     total: int,         # steps in all
+    cached: Callable[[list], dict] | None = None,  # a plan's items -> cached batch; None: as stored
 ) -> Iterator[dict]:    # batches on the task's device
     "Yield this process's micro-batches between two steps."
     cfg, p = task.cfg, task.processes
     plan = train_plan(cfg, task.train_set, start, total, p.rank, p.world)
     if task.cached:
-        batches = map(task.cached[0].batch, plan)
+        batches = map(cached or task.cached[0].batch, plan)
     else:
         batches = view_loader(task.views, plan, cfg.num_workers)
     moved = (batch_to_device(b, p.device, task.cnn.mean, task.cnn.std) for b in batches)
@@ -496,10 +501,6 @@ class FinetuneTask(LabelledRun):
         torchvision's detectors are their own."""
         if isinstance(self.module, DetectStep): return super().parts()
         return self.module, self.module
-
-    def batches(self, start, total):
-        "Return this process's micro-batches between two steps, on its device."
-        return train_batches(self, start, total)
 
     def measure(self, model, stop):
         "Return COCO's numbers and the early signals, for the log; None if a stop came in between."

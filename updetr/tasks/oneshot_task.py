@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TASK', 'OneShotStep', 'SystemStep', 'picture_features', 'both_ways', 'picture_source', 'cached_pictures',
            'live_pictures', 'oneshot_sets', 'some_features', 'fit_picture_statistics', 'fit_first_comparison',
-           'with_question', 'oneshot_batches', 'val_photos', 'other_rows', 'evaluate_oneshot', 'model_answer',
-           'matching_answer', 'chance_answer', 'system_answer', 'draw_oneshot', 'answer_one', 'OneShotTask', 'open_run']
+           'with_question', 'val_photos', 'other_rows', 'evaluate_oneshot', 'model_answer', 'matching_answer',
+           'chance_answer', 'system_answer', 'draw_oneshot', 'answer_one', 'OneShotTask', 'open_run']
 
 # %% ../../nbs/46_oneshot_task.ipynb #c002
 import dataclasses
@@ -24,10 +24,8 @@ from ..core.checkpoint import read_weights
 from ..core.config import find_builder, loss_options, model_options, require_imported
 from ..model.detr import as_batch
 from ..train.features import Source, cnn_key, set_key
-from updetr.tasks.finetune import (
-    Subset, batch_to_device, open_sets, some_photos, train_plan, view_loader,
-)
-from .finetune_task import LabelledRun, open_bank, skips_noted, val_batches
+from .finetune import Subset, open_sets, some_photos
+from .finetune_task import LabelledRun, open_bank, train_batches, val_batches
 from ..model.losses import build_criterion
 from updetr.tasks.oneshot import (
     OneShotConfig, OneShotEvaluator, OneShotViews, build_oneshot, by_question, fit_comparison,
@@ -272,19 +270,6 @@ def with_question(
             targets.append(answer_to(target, label, task.match) | {'query_feature': feature})
     return batch | {'targets': targets}
 
-def oneshot_batches(
-    task: LabelledRun,  # one-shot run, begun
-    start: int,         # first step
-    total: int,         # number of steps in all
-) -> Iterator[dict]:    # on the task's device
-    "Yield this process's micro-batches between two steps."
-    cfg, p = task.cfg, task.processes
-    plan = train_plan(cfg, task.train_set, start, total, p.rank, p.world)
-    if task.cached: batches = (with_question(task, items) for items in plan)
-    else: batches = view_loader(task.views, plan, cfg.num_workers)
-    on_device = (batch_to_device(b, p.device, task.cnn.mean, task.cnn.std) for b in batches)
-    yield from skips_noted(task.run_dir, on_device)
-
 # %% ../../nbs/46_oneshot_task.ipynb #c014
 def val_photos(
     task: LabelledRun,  # one-shot run, begun
@@ -495,7 +480,7 @@ class OneShotTask(LabelledRun):
 
     def batches(self, start, total):
         "Yield this process's micro-batches between two steps, on its device."
-        return oneshot_batches(self, start, total)
+        return train_batches(self, start, total, lambda items: with_question(self, items))
 
     def answer(self, model):
         "Return a function for `evaluate_oneshot` that gives the answers of a model of this run."

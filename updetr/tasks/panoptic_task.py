@@ -27,7 +27,7 @@ from updetr.tasks.finetune import (
     start_file, transfer_config,
 )
 from .finetune_task import (DetectStep, LabelledRun, draw_answer, evaluate, measurement,
-                                  train_batches, val_batches)
+                                  val_batches)
 from ..model.pretrained import hand_over, open_pretrained, weights_and_options
 from ..model.losses import build_criterion
 from .masks import DETRsegm, MaskStep
@@ -393,10 +393,6 @@ class PanopticTask(LabelledRun):
         check_start(self.cfg.stage, pretrained.path)
         if self.cfg.stage == 'boxes': return super().hand_over(pretrained)
         return start_masks(self.model, pretrained.path, self.val_set.classes)
-
-    def batches(self, start, total):
-        "Yield this process's micro-batches between two steps, on its device."
-        return train_batches(self, start, total)
 
     def measure(self, model, stop):
         "Return AP of boxes, or PQ, for the log; None if a stop came in between."
