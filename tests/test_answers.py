@@ -6,6 +6,7 @@ import json
 import warnings
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from pycocotools.coco import COCO
@@ -94,6 +95,27 @@ def test_photos_with_texts_for_ids_are_written_with_them(noise, run, tmp_path):
     assert len(theirs.anns) == len(rows)
     part = coco_results(detector, Subset(data, [1, 4]))
     assert part == [r for r in rows if r['image_id'] in (names[FAR + 1], names[FAR + 4])]
+
+
+class _Numpys(torch.utils.data.Dataset):
+    """A labelled set whose ids are numbers of numpy."""
+    classes, category_ids, image_ids = ['cat', 'cow', 'dog', 'horse', 'sheep'], np.arange(5) * 10, np.array([FAR, 5])
+    def __getitem__(self, i): return {'image': torch.zeros(3, 80, 120, dtype=torch.uint8)}
+    def __len__(self): return 2
+
+
+def test_results_have_a_place_and_ids_that_json_can_hold(tmp_path):
+    """All photos were asked, and then the answers were lost over an id of numpy or a folder that is not there."""
+    detector, taken = Detector.demo(), []
+    photos = {np.int64(FAR): (80, 120), torch.tensor(4): (60, 60), 'b': (50, 60)}
+    pictures = {k: torch.zeros(3, *size, dtype=torch.uint8) for k, size in photos.items()}
+    file = tmp_path / 'not/there/results.json'
+    rows = coco_results(detector, pictures, file, take=lambda image_id, found: taken.append(image_id))
+    assert taken == [FAR, 4, 'b'] and {r['image_id'] for r in rows} == set(taken) and json.loads(file.read_text()) == rows
+    rows = coco_results(detector, _Numpys(), file)
+    assert json.loads(file.read_text()) == rows and {r['image_id'] for r in rows} == {FAR, 5}
+    assert {r['category_id'] for r in rows} <= {0, 10, 20, 30, 40}
+    with pytest.raises(IsADirectoryError, match='name a file in it'): coco_results(None, {}, tmp_path)
 
 
 def test_ids_go_with_the_checkpoint_and_an_old_one_says_what_it_gives(noise, run, tmp_path):

@@ -1861,6 +1861,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                          'updetr.predict.detector._cut_off': ('detector.html#_cut_off', 'updetr/predict/detector.py'),
                                          'updetr.predict.detector._file_ids': ('detector.html#_file_ids', 'updetr/predict/detector.py'),
                                          'updetr.predict.detector._join': ('detector.html#_join', 'updetr/predict/detector.py'),
+                                         'updetr.predict.detector._make_place': ('detector.html#_make_place', 'updetr/predict/detector.py'),
                                          'updetr.predict.detector._of_set': ('detector.html#_of_set', 'updetr/predict/detector.py'),
                                          'updetr.predict.detector._open': ('detector.html#_open', 'updetr/predict/detector.py'),
                                          'updetr.predict.detector._own_detector': ( 'detector.html#_own_detector',

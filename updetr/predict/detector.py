@@ -377,12 +377,18 @@ def _of_set(detector, photos):
     names = getattr(photos, 'classes', None)
     if names is None: return lambda found: found
     places = classes_by_name(detector.classes, names)
-    ids = getattr(photos, 'category_ids', range(len(names)))
+    ids = _checked_ids(list(getattr(photos, 'category_ids', range(len(names)))), names)
     def own(found):
         answer = {'boxes': found.boxes, 'labels': found.labels, 'scores': found.scores}
         ours = by_name(answer, places)
-        return dataclasses.replace(found, **ours, classes=tuple(names), category_ids=tuple(ids))
+        return dataclasses.replace(found, **ours, classes=tuple(names), category_ids=ids)
     return own
+
+def _make_place(file):
+    "Make the folder of a file, before hours of work, not after; IsADirectoryError for a folder."
+    file = Path(file)
+    if file.is_dir(): raise IsADirectoryError(f'{file} is a folder: name a file in it')
+    file.parent.mkdir(parents=True, exist_ok=True)
 
 # %% ../../nbs/50_detector.ipynb #c017c
 def coco_results(
@@ -397,7 +403,8 @@ def coco_results(
     """Return what a detector finds in many photos.
 
     In a labelled set's own classes, matched by name (`classes_by_name`). Raises ValueError where
-    the two share no class."""
+    the two share no class, IsADirectoryError where `file` is a folder."""
+    if file is not None: _make_place(file)
     own, rows = _of_set(detector, photos), []
     written = _file_ids(photos)
     if isinstance(photos, Mapping):
@@ -406,6 +413,8 @@ def coco_results(
         # photos are read one at a time
         pairs = ((k, photos[i]['image']) for i, k in enumerate(photos.image_ids))
     for done, (image_id, picture) in enumerate(pairs, 1):
+        # a number of numpy or a tensor, as one that JSON can hold
+        if hasattr(image_id, 'item'): image_id = image_id.item()
         found = own(detector.detect(as_image(picture), threshold, clip))
         take(image_id, found)
         rows += found.to_dict(written.get(image_id, image_id))
