@@ -299,6 +299,22 @@ def test_a_bare_state_dict_of_a_wrapped_model_is_opened(tmp_path):
     assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
 
 
+@unread
+@pytest.mark.parametrize('before', ['module.', 'model.', 'model.module.', '_orig_mod.'])
+@pytest.mark.parametrize('content', ['bare', 'state_dict', 'model', 'args'])
+def test_a_module_around_a_panoptic_model_takes_no_part_of_it(tmp_path, before, content):
+    "The detector's own `detr.` was taken for a part of the wrapper's name, and the mask head was dropped without a word."
+    state = {before + k: v for k, v in _file('panoptic')['model'].items()}
+    whole = {'bare': state, 'state_dict': {'state_dict': state}, 'model': {'model': state}, 'args': {'model': state, 'args': {}}}
+    torch.save(whole[content], path := tmp_path / 'wrapped.pth')
+    again = PanopticSegmenter.from_checkpoint(path).model.state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in _file('panoptic')['model'].items())
+    with pytest.raises(ValueError, match='is a panoptic model'): Detector.from_checkpoint(path, nheads=4)
+    # a detector alone may have any name
+    torch.save({f'{before}detr.{k}': v for k, v in _detr().state_dict().items()}, path)
+    Detector.from_checkpoint(path, nheads=4)
+
+
 class _Named: pass
 
 

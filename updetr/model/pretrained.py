@@ -128,14 +128,16 @@ def _is_plain(v):
 
 # %% ../../nbs/29_pretrained.ipynb #c008
 def _inner(state):
-    "Return the model's part of what a Lightning module holds, without the attribute's name."
+    "Return the model's part of what a module around it holds, without the attribute's name."
     if not isinstance(state, dict): return state
     # the attribute that has the model is whatever stands before a name that every DETR has
     ends = [str(k) for k in state if str(k).endswith('query_embed.weight')]
     prefix = ends[0].removesuffix('query_embed.weight') if ends else ''
-    # 'detr.' is a panoptic model's own
-    if prefix in ('', 'detr.'): return state
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    # 'detr.' is a panoptic model's own: its mask head stands beside it
+    whole = prefix.removesuffix('detr.')
+    if any(str(k).startswith(f'{whole}mask_head.') for k in state): prefix = whole
+    if not prefix: return state
+    return {k.removeprefix(prefix): v for k, v in state.items() if str(k).startswith(prefix)}
 
 def load_official(
     path: str | Path,                 # .pth or .safetensors: of the reference code, or a state dict
@@ -150,14 +152,14 @@ def load_official(
     if 'state_dict' in content and 'model' not in content:
         return plain_tensors(path, _inner(content['state_dict'])), {}
     # a bare state dict has no arguments
-    state, args = _inner(content), None
+    state, args = content, None
     if 'model' in content: state, args = content['model'], content.get('args')
     args = vars(args) if isinstance(args, argparse.Namespace) else args or {}
     if not isinstance(args, dict):
         raise ValueError(f'{path}: its arguments are a {type(args).__name__}, not a dictionary')
     odd = [f'{k} ({type(v).__name__})' for k, v in args.items() if not _is_plain(v)]
     if odd: raise ValueError(f'{path}: arguments that are no plain values: {", ".join(odd)}')
-    return plain_tensors(path, state), args
+    return plain_tensors(path, _inner(state)), args
 
 # %% ../../nbs/29_pretrained.ipynb #c013
 PARTS = {  # beginning of tensors' names -> part of the model
@@ -249,7 +251,8 @@ def weights_and_options(
     """Return what a checkpoint holds, whoever wrote it.
 
     Raises FileNotFoundError, or ValueError for a file that is none."""
-    return _own(path) or load_official(path)
+    own = _own(path)
+    return (_inner(own[0]), own[1]) if own else load_official(path)
 
 # %% ../../nbs/29_pretrained.ipynb #c019d
 def _detector(path, weights, detector_part):

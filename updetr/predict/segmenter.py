@@ -20,7 +20,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
-from ..core.checkpoint import model_file, read_weights
+from ..core.checkpoint import model_file
 from updetr.model.weights import (
     built, check_architecture, check_system, class_names, fill, plain_tensors, stored_config,
 )
@@ -30,7 +30,7 @@ from updetr.predict.detector import (
 )
 from ..model.detr import build_detr
 from ..tasks.finetune import view_sizes
-from ..model.pretrained import foreign_weights, load_official, open_pretrained
+from ..model.pretrained import foreign_weights, open_pretrained, weights_and_options
 from ..tasks.masks import DETRsegm
 from ..tasks.panoptic import draw_segments, instance_masks, panoptic_segments
 from ..tasks.panoptic_task import STAGES, PanopticConfig, build_panoptic
@@ -174,8 +174,7 @@ def load_segmenter(
     Raises FileNotFoundError, or ValueError for a file without masks.
     """
     path = model_file(path)
-    try: weights, args = read_weights(path)
-    except ValueError: weights, args = load_official(path)
+    weights, args = weights_and_options(path)
     weights = plain_tensors(path, weights)
     weights = {k: v for k, v in weights.items() if not k.endswith('.num_batches_tracked')}
     # ours or a published one
