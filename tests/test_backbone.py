@@ -1,4 +1,5 @@
 "A CNN where a notebook cannot show it: trained in DDP, pickled, after inference mode, compiled; with other people's weights."
+import argparse
 import copy
 import pickle
 
@@ -281,6 +282,18 @@ def test_of_a_detectors_file_the_cnn_alone_is_taken(name, project, tmp_path):
     del theirs[before + next(iter(named))]
     torch.save({'model': theirs}, path)
     with pytest.raises(ValueError, match='1 tensors missing'): build_backbone(name, str(path))
+
+
+@pytest.mark.parametrize('where, before', [('model', 'backbone.0.body.'), ('teacher', 'backbone.')])
+def test_a_checkpoint_with_its_arguments_is_taken_and_any_other_object_refused(where, before, tmp_path):
+    "As the reference code and DINO write it; it was refused for its `argparse.Namespace`."
+    named = Backbone('resnet18').body.state_dict()
+    state = {where: {before + k: v for k, v in named.items()}, 'args': argparse.Namespace(lr=1e-4), 'epoch': 3, 'optimizer': {'state': {}}}
+    torch.save(state, path := tmp_path / 'checkpoint.pth')
+    body = build_backbone('resnet18', str(path)).body.state_dict()
+    assert all(torch.equal(body[k], v) for k, v in named.items())
+    torch.save(state | {'task': pickle.PickleBuffer}, path)
+    with pytest.raises(ValueError, match='no file of plain tensors'): build_backbone('resnet18', str(path))
 
 
 @pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'halonet26t', 'inception_v3', 'mambaout_femto', 'sequencer2d_s'])

@@ -10,6 +10,7 @@ __all__ = ['NORMS', 'RESNETS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'KINDS', 'STEM',
            'WEIGHTS', 'fetch_weights', 'weights_path']
 
 # %% ../../nbs/20_backbone.ipynb #c002
+import argparse
 import copy
 import math
 import operator
@@ -682,16 +683,16 @@ def read_state_dict(
     Raises FileNotFoundError, or ValueError if it holds no state dict."""
     if not Path(path).is_file(): raise FileNotFoundError(f'weights file {path} does not exist')
     try:
-        if Path(path).suffix == '.safetensors': state = load_file(path)
-        else: state = torch.load(path, map_location='cpu', weights_only=True)
+        # the one class that published files have; any other one is refused
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            if Path(path).suffix == '.safetensors': state = load_file(path)
+            else: state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f'{path} is no file of plain tensors: {e}') from e
-    if not isinstance(state, dict): raise ValueError(f'{path} holds no state dict of tensors')
     # where training loops put the weights; averaged ones first
-    for k in ('ema', 'model', 'state_dict', 'teacher'):
-        if isinstance(state.get(k), dict):
-            state = state[k]
-            break
-    if all(isinstance(v, Tensor) for v in state.values()): return state
+    places = 'ema', 'model', 'state_dict', 'teacher'
+    if isinstance(state, dict):
+        state = next((state[k] for k in places if isinstance(state.get(k), dict)), state)
+        if all(isinstance(v, Tensor) for v in state.values()): return state
     raise ValueError(f'{path} holds no state dict of tensors')
 
 # %% ../../nbs/20_backbone.ipynb #c033a
