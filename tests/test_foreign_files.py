@@ -201,6 +201,19 @@ def test_a_panoptic_file_can_be_told_that_it_is_dilated(tmp_path):
     assert PanopticSegmenter.from_checkpoint(path).model.detr.backbone[0].stride == 32
 
 
+def test_a_panoptic_file_of_other_classes_than_cocos_can_say_its_things(tmp_path, capsys):
+    "Its 3 classes were taken for COCO's ids without a word: class 0 for none, so that it was never answered, the others for things."
+    torch.save(_file('panoptic')['model'], path := tmp_path / 'bare.pth')
+    assert PanopticSegmenter.from_checkpoint(path).isthing == [None, True, True]
+    assert "its 3 classes are taken for COCO's ids" in capsys.readouterr().out
+    told = PanopticSegmenter.from_checkpoint(path, isthing=np.array([True, True, False]))
+    assert told.isthing == [True, True, False] and 'COCO' not in capsys.readouterr().out and told.category_ids == (0, 1, 2)
+    said = _refused(lambda path: load_segmenter(path, isthing=[True]), path)
+    assert 'has 3 classes, but isthing has 1' in said
+    save_checkpoint(path, _file('panoptic'))
+    assert 'says itself' in _refused(lambda path: load_segmenter(path, isthing=[True, True, False]), path)
+
+
 @unread
 @pytest.mark.parametrize('kind', ['bare', 'Namespace', 'dict', 'DataParallel'])
 def test_the_commands_know_a_published_panoptic_file(tmp_path, kind):

@@ -2111,6 +2111,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                        'updetr/predict/segmenter.py'),
                                           'updetr.predict.segmenter._published': ( 'segmenter.html#_published',
                                                                                    'updetr/predict/segmenter.py'),
+                                          'updetr.predict.segmenter._things': ('segmenter.html#_things', 'updetr/predict/segmenter.py'),
                                           'updetr.predict.segmenter._widest_place': ( 'segmenter.html#_widest_place',
                                                                                       'updetr/predict/segmenter.py'),
                                           'updetr.predict.segmenter.load_segmenter': ( 'segmenter.html#load_segmenter',

@@ -151,9 +151,22 @@ def _published(path, weights, args, told):
     num = pretrained.num_classes
     detector = built(path, build_detr, num, **pretrained.options)
     model = DETRsegm(detector, per_head=pretrained.options['pre_norm'])
-    # ids that COCO does not use are neither thing nor stuff
-    isthing = [k <= COCO_THINGS if 0 < k <= COCO_IDS else None for k in range(num)]
-    return model, None, {'classes': None, 'isthing': isthing, 'category_ids': list(range(num))}
+    return model, None, {'classes': None, 'category_ids': list(range(num))}
+
+def _things(path, num, told):
+    """Return which classes of a published file are things: as told, else as COCO's ids say it.
+
+    ValueError unless each class is told True or False, or None for neither."""
+    if told is None:
+        # COCO's own head is wider than its ids
+        if num <= COCO_IDS:
+            print(f"{Path(path).name}: its {num} classes are taken for COCO's ids (0 is none, 1 to "
+                  f'{COCO_THINGS} are things). If they are others, say isthing=[True, ...]')
+        # ids that COCO does not use are neither thing nor stuff
+        return [k <= COCO_THINGS if 0 < k <= COCO_IDS else None for k in range(num)]
+    things = [t if t is None else bool(t) for t in told]
+    if len(things) == num: return things
+    raise ValueError(f'{path} has {num} classes, but isthing has {len(things)}')
 
 # %% ../../nbs/52_segmenter.ipynb #d3600001
 def _check_masks(path, weights):
@@ -167,11 +180,13 @@ def _check_masks(path, weights):
 def load_segmenter(
     path: str | Path,  # .pth or .safetensors of stage masks, of a system of one stage, or published
     per_head: bool | None = None,  # softmax of the attention maps; None: by the file's origin
+    isthing: Sequence[bool] | None = None,  # of a published file; None: its classes are COCO's ids
     **told,  # options of `build_detr` that a published file does not tell: dilation
 ) -> tuple[nn.Module, PanopticConfig | None, dict]:  # model, configuration, what its classes are
     """Return a segmenter rebuilt from its file, in eval mode.
 
-    Raises FileNotFoundError, or ValueError for a file without masks.
+    Raises FileNotFoundError, or ValueError for a file without masks, or if `isthing` is not of
+    its classes.
     """
     path = model_file(path)
     weights, args = weights_and_options(path)
@@ -184,6 +199,10 @@ def load_segmenter(
         _check_masks(path, weights)
         rebuild = _own_segmenter if args.get('task') == 'panoptic' else _published
     model, cfg, known = rebuild(path, weights, args, told)
+    if rebuild is _published:
+        known['isthing'] = _things(path, len(known['category_ids']), isthing)
+    elif isthing is not None:
+        raise ValueError(f'{path} says itself which classes are things: leave isthing out')
     fill(path, model, weights)
     if per_head is not None and rebuild is not _one_stage: model.bbox_attention.per_head = per_head
     return model.eval(), cfg, known
@@ -210,14 +229,16 @@ class PanopticSegmenter:
         self.prepare = partial(picture_batch, cnn=cnn, sizes=sizes, square=square)
 
     @classmethod
-    def from_checkpoint(cls, path, device='cpu', classes=None, per_head=None, **told):
+    def from_checkpoint(cls, path, device='cpu', classes=None, per_head=None, isthing=None,
+                        **told):
         """Return one from a file of stage masks or of a system of one stage, or a published DETR.
 
-        `classes` names them where the file does not. `told` are options that a published file
-        does not tell: dilation=True for a DC5 model.
+        `classes` names them where the file does not; `isthing` says of each class of a published
+        file whether it is a thing, if they are not COCO's. `told` are options that a published
+        file does not tell: dilation=True for a DC5 model.
         """
         device = check_device(device)
-        model, cfg, known = load_segmenter(path, per_head, **told)
+        model, cfg, known = load_segmenter(path, per_head, isthing, **told)
         # nobody trains it here: its CNN is folded once, not for every picture
         model.requires_grad_(False)
         num = len(known['isthing'])
