@@ -1,12 +1,15 @@
 "What follows the CNN in a pre-training step never asks the device, or it could not be recorded; attention has a mask only over padding."
+import types
 from contextlib import nullcontext
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.ops import batched_nms
 
 from updetr.bench.run import TINY
 from updetr.bench.step import OurStep, ReferenceStep, noise_batches
@@ -16,6 +19,10 @@ from updetr.model import matcher
 from updetr.model.detr import build_detr
 from updetr.model.losses import build_criterion, match_patches, matched_losses, patch_predictions
 from updetr.model.updetr import build_updetr
+from updetr.predict.detector import Detections, by_tiles
+from updetr.predict.localizer import QueryPatchLocalizer
+from updetr.predict.oneshot_detector import OneShotDetector
+from updetr.predict.segmenter import Segments, segments_by_name
 from updetr.tasks.finetune_task import DetectStep
 from updetr.tasks.pretrain_task import encode
 
@@ -192,3 +199,29 @@ def test_a_step_on_labelled_photos_does_not_wait_for_the_gpu(numbers, share):
 def test_who_waits_is_caught(copy, wait):
     with FakeTensorMode(), Copies() as copies: copy()
     assert bool(copies.waits) == wait
+
+
+def test_answers_lie_on_the_host_whatever_device_is_the_default(monkeypatch):
+    "Under torch.set_default_device('cuda') tiles and the localizer ended in two devices, and labels of one-shot answers lay on the GPU."
+    def apart(*args):  # torchvision has a number on the default device, which a GPU's may be
+        with torch.device('cpu'): return batched_nms(*args)
+
+    for module in ('detector', 'localizer'): monkeypatch.setattr(f'updetr.predict.{module}.batched_nms', apart)
+    photo, pictures = torch.zeros(3, 200, 200, dtype=torch.uint8), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    boxes, scores = torch.tensor([[.1, .1, .5, .5]]).repeat(4, 1) * torch.arange(1, 5)[:, None] / 4, torch.tensor([.1, .4, .3, .2])
+    found = Detections(photo, boxes * 100, torch.zeros(4, dtype=torch.long), scores, ('a',))
+    tiles = types.SimpleNamespace(detect=lambda *args: found)
+    asked = OneShotDetector.demo()
+    monkeypatch.setattr(asked, '_answers', lambda image, features: [{'boxes': boxes, 'scores': scores}] * len(features))
+    monkeypatch.setattr(asked, '_features', lambda queries: queries.flatten(1).float())
+    monkeypatch.setattr(asked, 'query', lambda *picture: pictures[0])
+    localizer = QueryPatchLocalizer.demo()
+    monkeypatch.setattr(localizer, 'answers', lambda *args: (scores, boxes, None))
+    opened = localizer.open(photo)
+    assert opened.encoded
+    segments = Segments(photo, torch.ones(200, 200, dtype=torch.long), [{'id': 1, 'category_id': 0}], ('a',), None)
+    with torch.device('meta'):
+        answers = [by_tiles(tiles, photo, size=100, threshold=0), asked.detect(photo, pictures[0], 0),
+                   asked.few_shot(photo, {'a': [photo], 'b': [photo]}, 0), opened.ask(pictures), opened.ask(pictures, best_of_group=False)]
+        kept, _ = segments_by_name(segments, np.array([0]))
+    assert all(v.is_cpu and len(v) for a in answers for v in (a.boxes, a.labels, a.scores)) and kept.all()

@@ -15,13 +15,14 @@ from .detr import DETR, MLP, Standardize, as_batch, build_parts
 def group_of(
     num_queries: int,  # N
     num_patches: int,  # M, divides N
+    device: torch.device | None = None,  # where the answer lies; None: torch's default
 ) -> Tensor:  # (N,) int, the patch each query belongs to
     "Return the group of every object query. Raises ValueError unless M divides N."
     if num_patches < 1 or num_queries % num_patches:
         fits = [m for m in range(1, num_queries + 1) if num_queries % m == 0]
         raise ValueError(f'num_queries {num_queries} cannot be divided into num_patches '
                          f'{num_patches} equal groups; possible: {fits}')
-    return torch.arange(num_queries) // (num_queries // num_patches)
+    return torch.arange(num_queries, device=device) // (num_queries // num_patches)
 
 def group_mask(
     num_queries: int,  # N

@@ -440,8 +440,8 @@ def _cut_off(boxes, tile, photo, near):
     "Return which boxes (k, 4) of a tile end within `near` px of a border inside the photo, (k,)."
     x0, y0, x1, y1 = tile
     height, width = photo
-    inner = torch.tensor([x0 > 0, y0 > 0, x1 < width, y1 < height])
-    return ((boxes - torch.tensor(tile)).abs().le(near) & inner).any(1)
+    inner = torch.tensor([x0 > 0, y0 > 0, x1 < width, y1 < height], device=boxes.device)
+    return ((boxes - boxes.new_tensor(tile)).abs().le(near) & inner).any(1)
 
 def _pieces(boxes, labels, cut):
     "Return which cut boxes are pieces of an uncut one of their class, (k,) bool."
@@ -486,7 +486,7 @@ def by_tiles(
     for x0, y0, x1, y1 in views:
         found = detector.detect(image[:, y0:y1, x0:x1], threshold)
         if len(views) == 1: return found
-        boxes = found.boxes + torch.tensor([x0, y0, x0, y0])
+        boxes = found.boxes + found.boxes.new_tensor([x0, y0, x0, y0])
         cut = _cut_off(boxes, (x0, y0, x1, y1), photo, near=max(2, size / 50))
         parts.append((boxes, found.labels, found.scores, cut))
     boxes, labels, scores, cut = [torch.cat(x) for x in zip(*parts)]

@@ -149,10 +149,12 @@ def choose_answers(
     overlap: float = 1.,  # IoU above which an answer is left out beside a better one of its patch
 ) -> Tensor:  # object queries (k,), int, the highest score first
     "Return which object queries are answers."
-    group = group_of(len(scores), num_patches)
+    group = group_of(len(scores), num_patches, scores.device)
     if best_of_group:
         each = len(scores) // num_patches
-        index = scores.view(num_patches, each).argmax(1) + each * torch.arange(num_patches)
+        # the best of each group, and where its group begins
+        best = scores.view(num_patches, each).argmax(1)
+        index = best + each * torch.arange(num_patches, device=scores.device)
     else:
         index = batched_nms(boxes, scores, group, overlap)
     index = index[scores[index] >= threshold]
@@ -242,7 +244,7 @@ def likeness_of(
     found: Found,  # its answer
 ) -> Tensor:       # (k,), -1..1: cosine of the features of query and box, as the decoder has them
     "Return how like their queries the boxes of an answer look to the CNN."
-    if not len(found): return torch.zeros(0)
+    if not len(found): return found.scores.new_zeros(0)
     # a box may be narrower than a pixel; its centre is in the photo
     low, high = found.boxes[:, :2].floor(), found.boxes[:, 2:].ceil()
     boxes = torch.cat([low, torch.maximum(high, low + 1)], 1)
@@ -298,11 +300,11 @@ class OpenPhoto:
         scores, boxes, attention = self.localizer.answers(encoded, pictures, maps)
         # boxes in px, attention as maps
         height, width = self.image.shape[1:]
-        boxes = boxes * torch.tensor([width, height, width, height])
+        boxes = boxes * boxes.new_tensor([width, height, width, height])
         if maps: attention = attention.unflatten(-1, shape)  # (layers, heads, m n, h, w)
         # the answers among all object queries
         chosen = choose_answers(scores, boxes, m, threshold, best_of_group, overlap)
-        labels = group_of(len(scores), m)[chosen]
+        labels = group_of(len(scores), m, chosen.device)[chosen]
         names = tuple(f'patch {i + 1}' for i in range(m))
         found = Found(self.image, boxes[chosen], labels, scores[chosen], names, pictures, chosen,
                       attention)
@@ -434,7 +436,7 @@ def random_questions(
         # sides of 15 to 60 %, anywhere in the photo
         sides = rng.uniform(.15, .6, (each, 2)) * size
         corners = rng.uniform(0, 1, (each, 2)) * (size - sides)
-        boxes = torch.tensor(np.concatenate([corners, corners + sides], 1)).round().float()
+        boxes = torch.from_numpy(np.concatenate([corners, corners + sides], 1)).round().float()
         for box in boxes:
             found = photo.find(box[None], likeness=True)
             iou = box_iou(found.boxes[:1], box[None])[0, 0]

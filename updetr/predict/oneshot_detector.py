@@ -188,7 +188,7 @@ class OneShotDetector:
         # highest scores first; of answers for one place only the highest
         order = [k for k in nms(boxes, scores, overlap).tolist() if scores[k] >= threshold]
         boxes = clip_boxes_to_image(boxes, image.shape[1:])
-        labels = torch.zeros(len(order), dtype=torch.long)
+        labels = boxes.new_zeros(len(order), dtype=torch.long)
         return Matches(image, boxes[order], labels, scores[order], ('match',), asked)
 
     def few_shot(self, photos, classes, threshold=.5, overlap=.5, join='mean'):
@@ -205,7 +205,7 @@ class OneShotDetector:
         return found if several else found[0]
 
     def _questions(self, classes, join):
-        "Return a feature for each question, (m,C) or (m,C,h,w), and its class (m,)."
+        "Return a feature for each question, (m,C) or (m,C,h,w), and its class (m,), on the host."
         if join not in ('mean', 'max'): raise ValueError(f"join {join!r} must be 'mean' or 'max'")
         if not classes: raise ValueError('no class is given: {name: [picture, ...]}')
         features, labels = [], []
@@ -218,12 +218,12 @@ class OneShotDetector:
             if join == 'mean': own = own.mean(0, keepdim=True)
             features.append(own)
             labels += [label] * len(own)
-        return torch.cat(features), torch.tensor(labels)
+        return torch.cat(features), torch.tensor(labels, device='cpu')
 
     def _find(self, image, features, labels, names, threshold, overlap):
         "Return the answers to all questions about one photo, the highest score first."
         found = self._answers(image, features)
-        labels = labels.repeat_interleave(torch.tensor([len(a['scores']) for a in found]))
+        labels = labels.repeat_interleave(labels.new_tensor([len(a['scores']) for a in found]))
         boxes, scores = [torch.cat([a[k] for a in found]) for k in ('boxes', 'scores')]
         kept = drop_duplicates(boxes, labels, scores, overlap)
         kept = kept[scores[kept] >= threshold]

@@ -265,7 +265,7 @@ class PanopticSegmenter:
         if not self.is_detr:
             ids, info = self.model.segments(batch, limit)[0]
             # no queries, so no attention of theirs
-            attention = torch.zeros(len(info), 0, 1, 1)
+            attention = torch.zeros(len(info), 0, 1, 1, device='cpu')
             return Segments(image, ids, info, self.classes, attention,
                             category_ids=self.category_ids)
         # once through the model, then segments out of its masks
@@ -300,5 +300,5 @@ def segments_by_name(
     for segment in found.info:
         place = int(places[segment['category_id']])
         if place >= 0: kept.append(segment | {'category_id': place})
-    numbers = torch.tensor([s['id'] for s in kept], dtype=found.ids.dtype)
+    numbers = found.ids.new_tensor([s['id'] for s in kept])
     return found.ids.where(torch.isin(found.ids, numbers), 0), kept
