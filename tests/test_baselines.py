@@ -1,19 +1,21 @@
 "The baselines against torchvision's own detectors: same losses, same boxes, and labels and sizes that come back right."
 import copy
 from functools import lru_cache
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from conftest import undrawn
 from updetr.core.boxes import pad_images
-from updetr.model.baselines import TORCHVISION, Baseline, build_baseline
+from updetr.model.baselines import BASELINES, TORCHVISION, TWO_STAGE, Baseline, build_baseline
 
 C, SIZES, PHOTOS = 3, [(64, 96), (96, 64)], [(128, 192), (48, 32)]
 BOXES = [[[8., 8, 40, 56], [50, 10, 90, 34]], [[4., 20, 60, 90]]]
@@ -226,6 +228,30 @@ def test_bfloat16_moves_no_anchor(name):
         with torch.autocast('cpu', torch.bfloat16, enabled=on): loss, _ = model(dict(images=image, mask=None, targets=[target]))
         assert loss.isfinite()
     assert seen[0].max() > 256 and torch.equal(*seen)
+
+
+def spied(method, seen):
+    "The method of a coder, which writes down the formats of what it is given and of what it returns."
+    def spy(self, *boxes):
+        out = method(self, *boxes)
+        seen.extend(x.dtype for x in (*boxes, out))
+        return out
+    return spy
+
+
+@pytest.mark.parametrize('name', BASELINES)
+def test_bfloat16_moves_no_box(name):
+    "Proposals, the true boxes that are sampled with them, targets of the loss and answers: all in float32, also in a copy as EMA's."
+    few = FEW | dict(box_batch_size_per_image=8) if name in TWO_STAGE else {}
+    model = copy.deepcopy(build_baseline(name, C, 'resnet18', channels=32, **few)).train()
+    batch, seen = make_batch()[0], []
+    places = [(BoxCoder, 'encode_single'), (BoxCoder, 'decode_single'), (BoxLinearCoder, 'encode'), (BoxLinearCoder, 'decode')]
+    spies = [patch.object(coder, method, spied(getattr(coder, method), seen)) for coder, method in places]
+    with spies[0], spies[1], spies[2], spies[3], torch.autocast('cpu', torch.bfloat16):
+        loss, _ = model(batch)
+        learned = len(seen)
+        model.predict(batch)
+    assert loss.isfinite() and 0 < learned < len(seen) and set(seen) == {torch.float32}
 
 
 @pytest.mark.parametrize('features', [['blocks.4'], ['blocks.2', 'blocks.4']])

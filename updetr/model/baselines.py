@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torchvision import models
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -34,6 +35,25 @@ class _AsGiven(GeneralizedRCNNTransform):
     def normalize(self, image): return image
     def resize(self, image, target=None): return image, target
     def postprocess(self, result, image_shapes, original_image_sizes): return result
+
+# %% ../../nbs/27_baselines.ipynb #c009c
+class _BoxCoder(BoxCoder):
+    "Boxes moved in float32, whatever the format of what was said"
+    def decode_single(self, rel_codes, boxes):
+        return super().decode_single(rel_codes.float(), boxes)
+
+class _BoxLinearCoder(BoxLinearCoder):
+    "The same for FCOS, which says distances to the sides"
+    def decode(self, rel_codes, boxes): return super().decode(rel_codes.float(), boxes)
+
+def _move_in_float32(model):
+    "Let every part of a detector of torchvision move boxes in float32"
+    for part in model.modules():
+        coder = getattr(part, 'box_coder', None)
+        if isinstance(coder, BoxCoder):
+            part.box_coder = _BoxCoder(coder.weights, coder.bbox_xform_clip)
+        if isinstance(coder, BoxLinearCoder):
+            part.box_coder = _BoxLinearCoder(coder.normalize_by_size)
 
 # %% ../../nbs/27_baselines.ipynb #c011
 def _image_id(target): return int(target['image_id']) if 'image_id' in target else '?'
@@ -88,6 +108,7 @@ class Baseline(nn.Module):
     ):
         super().__init__()
         model.transform = _AsGiven()
+        _move_in_float32(model)
         self.model = model
         self.num_classes = num_classes
         self.mean, self.std = cnn.mean, cnn.std
