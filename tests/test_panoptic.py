@@ -3,6 +3,7 @@ import json
 import math
 from fractions import Fraction
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,12 +17,14 @@ from test_masks import SIZES, make, photos
 from tools.processes import in_processes
 from updetr.core.checkpoint import write_json
 from updetr.core.photos import read_photo
+from updetr.data import transforms
 from updetr.data.check import start_notes
 from updetr.data.scenes import Scenes
-from updetr.data.transforms import DetectionViews
+from updetr.data.transforms import SMALL_SIZES, Changes, DetectionViews
 from updetr.model.detr import build_detr
 from updetr.model.losses import build_criterion
-from updetr.tasks.finetune_task import DetectStep
+from updetr.tasks.finetune import val_views
+from updetr.tasks.finetune_task import DetectStep, PhotoLooks
 from updetr.tasks.masks import DETRsegm, MaskStep
 from updetr.tasks.panoptic import (
     PanopticEvaluator,
@@ -428,6 +431,22 @@ def test_crowds_are_no_targets(scenes):
         def __getitem__(self, i): return sample
     target = DetectionViews(One(), train=False, square=64)[0, 0][1]
     assert len(target['labels']) == len(target['masks']) == len(sample['labels']) - 1
+
+
+def test_masks_that_nobody_reads_are_not_moved(scenes):
+    "Of a view to evaluate on, and of views whose features are cached; boxes and labels are the same without."
+    cfg = panoptic_config('demo', 'boxes', val_size=32)
+    train = DetectionViews(scenes, sizes=SMALL_SIZES, square=48, changes=Changes(augment='turn'))
+    with_masks = val_views(cfg, scenes)
+    with_masks.masks = True
+    want = [with_masks[0, 2], *[train[k, 2] for k in (0, 1)]]
+    assert all(len(target['masks']) == len(target['labels']) > 0 for _, target in want)
+    with patch.object(transforms, 'Mask', side_effect=AssertionError('a mask is moved')):
+        images, targets, _ = PhotoLooks(train, 2)[2]
+        got = [val_views(cfg, scenes)[0, 2], *zip(images, targets)]
+    for (image, target), (first, full) in zip(got, want, strict=True):
+        assert torch.equal(image, first) and target.keys() == full.keys() - {'masks'}
+        assert all(torch.equal(target[k], full[k]) for k in target)
 
 
 def test_numbers_as_colours():

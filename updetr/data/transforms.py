@@ -338,9 +338,10 @@ class DetectionViews(Dataset):
         train: bool = True,         # False: the view for evaluation, whatever the epoch
         square: int = 0,            # side that all views are squashed to, px; 0: aspect kept
         changes: Changes = DETR_CHANGES,  # what is not as DETR does it; in training only
+        masks: bool = True,         # False: targets have none, whatever the samples have
     ):
         self.dataset, self.seed, self.sizes = dataset, seed, sizes
-        self.train, self.square, self.changes = train, square, changes
+        self.train, self.square, self.changes, self.masks = train, square, changes, masks
         self.places, self.pixels = changes.chosen(PLACES), changes.chosen(PIXELS)
 
     def __len__(self): return len(self.dataset)
@@ -364,6 +365,8 @@ class DetectionViews(Dataset):
     def look(self, sample, epoch, index, size=None):
         "Return the view of epoch `epoch` of a sample that is at hand."
         orig_size, skipped = sample['image'].shape[-2:], []
+        # before they are resized, which takes longer than all the rest
+        if not self.masks: sample = {k: v for k, v in sample.items() if k != 'masks'}
         # everything random comes from these numbers
         draw = self.seed, epoch, index
         if self.train:

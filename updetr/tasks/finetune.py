@@ -515,8 +515,10 @@ def val_views(
     cfg: TransferConfig,  # configuration of the run
     dataset,              # detection set to evaluate on
 ) -> DetectionViews:      # one view a photo
-    "Return the views for evaluation: the whole photo, nothing random."
-    return DetectionViews(dataset, cfg.seed, view_sizes(cfg), train=False, square=cfg.square)
+    "Return the views for evaluation: the whole photo, nothing random, targets without masks."
+    # answers are compared with the truth of the photo's own size: nobody asks for masks of a view
+    return DetectionViews(dataset, cfg.seed, view_sizes(cfg), train=False, square=cfg.square,
+                          masks=False)
 
 def train_plan(
     cfg: TransferConfig,  # configuration of the run

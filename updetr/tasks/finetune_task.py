@@ -122,10 +122,10 @@ class PhotoLooks(Dataset):
     def __getitem__(self, i):
         # the photo is read once, whatever the number of its views
         sample, skipped = self.views.read(i)
+        # masks are neither moved nor kept: no cached view is trained on them
+        sample = {k: v for k, v in sample.items() if k != 'masks'}
         images, targets = zip(*(self.views.look(sample, k, i) for k in range(self.num_views)))
         for target in targets: skipped = skipped + target.pop('skipped', [])
-        # masks of the photo's size are not kept: no cached view is trained on them
-        targets = [{k: v for k, v in t.items() if k != 'masks'} for t in targets]
         return torch.stack(images), targets, skipped
 
 @torch.no_grad()
