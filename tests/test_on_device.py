@@ -23,6 +23,7 @@ from updetr.predict.detector import Detections, by_tiles
 from updetr.predict.localizer import QueryPatchLocalizer
 from updetr.predict.oneshot_detector import OneShotDetector
 from updetr.predict.segmenter import Segments, segments_by_name
+from updetr.tasks.finetune import targets_to_device
 from updetr.tasks.finetune_task import DetectStep
 from updetr.tasks.pretrain_task import encode
 
@@ -189,6 +190,23 @@ def test_a_step_on_labelled_photos_does_not_wait_for_the_gpu(numbers, share):
             batch = {'feature': torch.randn(3, 512, 4, 5), 'mask': None, 'targets': targets}
         with Copies() as copies, module.criterion.shared([targets]) if share else nullcontext(): module(batch)
     assert not copies.waits
+
+
+@pytest.mark.fake_gpu
+@pytest.mark.parametrize('side, pinned_as', [(800, [(5, 800, 800), (7, 800, 800)]), (8, [(12 * 64,)])], ids=['large', 'small'])
+def test_large_targets_are_not_joined(side, pinned_as):
+    "What the loader has pinned goes to the GPU as it is; joined it would be written to the host's memory and pinned once more."
+    pinned = []
+
+    def pin(x):
+        pinned.append(tuple(x.shape))
+        return x
+    with FakeTensorMode(), patch.object(torch.Tensor, 'pin_memory', pin), Copies() as copies:
+        targets = [{'masks': torch.zeros(n, side, side, dtype=torch.bool)} for n in (5, 7)]
+        there = targets_to_device(targets, torch.device('cuda'))
+    assert pinned == pinned_as and not copies.waits
+    assert [tuple(t['masks'].shape) for t in there] == [(5, side, side), (7, side, side)]
+    assert {t['masks'].device.type for t in there} == {'cuda'}
 
 
 @pytest.mark.fake_gpu

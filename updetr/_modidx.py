@@ -2290,7 +2290,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'updetr.tasks.finetune.TransferConfig.view_changes': ( 'finetune.html#transferconfig.view_changes',
                                                                                               'updetr/tasks/finetune.py'),
                                        'updetr.tasks.finetune._': ('finetune.html#_', 'updetr/tasks/finetune.py'),
-                                       'updetr.tasks.finetune._in_one_copy': ('finetune.html#_in_one_copy', 'updetr/tasks/finetune.py'),
+                                       'updetr.tasks.finetune._moved': ('finetune.html#_moved', 'updetr/tasks/finetune.py'),
                                        'updetr.tasks.finetune._say_whose_recipe': ( 'finetune.html#_say_whose_recipe',
                                                                                     'updetr/tasks/finetune.py'),
                                        'updetr.tasks.finetune._training_part': ('finetune.html#_training_part', 'updetr/tasks/finetune.py'),

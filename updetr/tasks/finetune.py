@@ -550,8 +550,12 @@ def collate_targets(
     return {'images': padded, 'mask': mask, 'targets': targets}
 
 # %% ../../nbs/42_finetune.ipynb #c026t
-def _in_one_copy(tensors, device):
-    "Return tensors of one type on the device"
+_LARGE = 2**20  # bytes of a batch's tensors of one name, from which each travels alone
+
+def _moved(tensors, device):
+    "Return tensors of one type on the device, small ones in one copy"
+    # the loader has pinned large ones, as masks: joined they would be written and pinned once more
+    if sum(v.nbytes for v in tensors) > _LARGE: return [send(v, device) for v in tensors]
     flat = send(torch.cat([v.reshape(-1) for v in tensors]), device)
     pieces = flat.split([v.numel() for v in tensors])
     return [piece.view(v.shape) for piece, v in zip(pieces, tensors)]
@@ -560,13 +564,13 @@ def targets_to_device(
     targets: list[dict],   # of each photo: tensors by name, and whatever else
     device: torch.device,  # where they go
 ) -> list[dict]:           # the same; `image_id`, which only the host reads, stays
-    "Return the targets of a batch on the device, all of one name in one copy."
+    "Return the targets of a batch on the device; small ones of one name in one copy."
     moved = [dict(target) for target in targets]
     for name in dict.fromkeys(name for target in targets for name in target):
         places = [i for i, target in enumerate(targets) if isinstance(target.get(name), Tensor)]
         values = [targets[i][name] for i in places]
         if name == 'image_id' or not values or values[0].device.type == device.type: continue
-        for i, value in zip(places, _in_one_copy(values, device)): moved[i][name] = value
+        for i, value in zip(places, _moved(values, device)): moved[i][name] = value
     return moved
 
 def batch_to_device(
