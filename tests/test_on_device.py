@@ -1,6 +1,7 @@
 "What follows the CNN in a pre-training step never asks the device, or it could not be recorded; attention has a mask only over padding."
 import types
 from contextlib import nullcontext
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -15,7 +16,7 @@ from updetr.bench.run import TINY
 from updetr.bench.step import OurStep, ReferenceStep, noise_batches
 from updetr.core.config import make_config
 from updetr.data.loader import send, to_device
-from updetr.model import matcher
+from updetr.model import baselines, matcher
 from updetr.model.detr import build_detr
 from updetr.model.losses import build_criterion, match_patches, matched_losses, patch_predictions
 from updetr.model.updetr import build_updetr
@@ -23,6 +24,7 @@ from updetr.predict.detector import Detections, by_tiles
 from updetr.predict.localizer import QueryPatchLocalizer
 from updetr.predict.oneshot_detector import OneShotDetector
 from updetr.predict.segmenter import Segments, segments_by_name
+from updetr.neighbours import upsnet
 from updetr.tasks.finetune import targets_to_device
 from updetr.tasks.finetune_task import DetectStep
 from updetr.tasks.pretrain_task import encode
@@ -207,6 +209,25 @@ def test_large_targets_are_not_joined(side, pinned_as):
     assert pinned == pinned_as and not copies.waits
     assert [tuple(t['masks'].shape) for t in there] == [(5, side, side), (7, side, side)]
     assert {t['masks'].device.type for t in there} == {'cuda'}
+
+
+@pytest.mark.fake_gpu
+def test_masks_are_painted_in_boxes_that_the_host_knows():
+    "torchvision asks for the sides of one box after the other, thirteen times a mask."
+    painted = []
+
+    def paint(masks, boxes, size):
+        painted.append((masks.device.type, boxes.device.type))
+        return masks.new_zeros(len(masks), 1, *size)
+    with FakeTensorMode(), torch.device('cuda'):
+        boxes, kinds, masks = torch.rand(3, 4), torch.zeros(3, dtype=torch.long), torch.zeros(3, 28, 28)
+        with patch.object(upsnet, 'paste_masks_in_image', paint):
+            logits = upsnet.panoptic_logits(torch.zeros(5, 40, 50), masks, boxes, kinds, 2)
+        found = {'boxes': boxes, 'labels': kinds, 'scores': torch.rand(3), 'masks': masks[:, None]}
+        with patch.object(baselines, 'paste_masks_in_image', paint):
+            said = baselines.Baseline._in_photo(SimpleNamespace(first_label=1), found, {'size': (40, 50), 'orig_size': (80, 99)})
+    assert painted == [('cuda', 'cpu')] * 2
+    assert logits.device.type == said['boxes'].device.type == said['masks'].device.type == 'cuda'
 
 
 @pytest.mark.fake_gpu

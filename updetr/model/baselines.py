@@ -141,7 +141,9 @@ class Baseline(nn.Module):
         prediction = {'scores': found['scores'].float(), 'labels': labels, 'boxes': boxes}
         if 'masks' in found:
             # from 28 x 28 cells in the box straight to the photo's pixels
-            painted = paste_masks_in_image(found['masks'].float(), boxes, photo)  # (k, 1, H, W)
+            # torchvision asks for the sides of each box: on a GPU each question would be a wait
+            sides = boxes.cpu()
+            painted = paste_masks_in_image(found['masks'].float(), sides, photo)  # (k, 1, H, W)
             prediction['masks'] = painted[:, 0] >= .5
         return prediction
 

@@ -31,7 +31,9 @@ def panoptic_logits(
     size = semantic.shape[-2:]
     if not len(boxes):
         return torch.cat((stuff, things.amax(0, keepdim=True)))
-    painted = paste_masks_in_image(masks[:, None], boxes, size)[:, 0]  # (k, H, W)
+    # torchvision asks for the sides of each box: on a GPU each question would be a wait
+    sides = boxes.cpu()
+    painted = paste_masks_in_image(masks[:, None], sides, size)[:, 0]  # (k, H, W)
     # which pixels lie in each box
     y = torch.arange(size[0], device=boxes.device) + .5
     x = torch.arange(size[1], device=boxes.device) + .5
