@@ -384,6 +384,10 @@ def test_pictures_are_looked_at_photo_by_photo_and_many_at_once(two_kinds, tmp_p
         read.clear()
         assert torch.allclose(oneshot_task.live_pictures(task, pool, cnn, at_once=at_once), alone, atol=1e-5) and read == photos
     assert shown == [1, 6, 1, 4, 2] and len(pool) == 6  # one black picture first, for the shape
+    # features are collected on the host, whatever computes them: this device would forget them
+    task.processes = Processes(device=torch.device('meta'))
+    assert torch.allclose(oneshot_task.live_pictures(task, pool, cnn), alone, atol=1e-5)
+    task.processes = Processes()
     assert oneshot_task.live_pictures(task, pool, cnn, stop=True) is None
     assert evaluate_oneshot(task, model_answer(task.model.eval()), stop=True) is None
 

@@ -174,17 +174,18 @@ def live_pictures(
     p, pooled = task.processes, task.pooled
     black = torch.zeros(1, 3, pool.size, pool.size, dtype=torch.uint8)
     shape = picture_features(cnn, black, pooled).shape
-    mine = torch.zeros(len(pool), *shape, device=p.device)
+    # on the host, where they are wanted: maps of many pictures would fill a GPU
+    mine = torch.zeros(len(pool), *shape)
     for start in range(0, len(pool), at_once * p.world):
         if p.any(bool(stop)): return None
         first = start + at_once * p.rank
         rows = range(first, min(first + at_once, len(pool)))
         # the last round may have none for this process
         if not rows: continue
-        features = picture_features(cnn, _pictures(pool, rows), pooled)
-        mine[first:rows.stop, 0] = features.to(p.device)
+        mine[first:rows.stop, 0] = picture_features(cnn, _pictures(pool, rows), pooled)
+    if p.world == 1: return mine
     # what others have is zero here: the sum has all
-    return (p.mean(mine) * p.world).cpu()
+    return p.mean(mine).mul_(p.world)
 
 # %% ../../nbs/46_oneshot_task.ipynb #c010
 def oneshot_sets(
