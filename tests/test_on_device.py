@@ -20,11 +20,11 @@ from updetr.model import baselines, matcher
 from updetr.model.detr import build_detr
 from updetr.model.losses import build_criterion, match_patches, matched_losses, patch_predictions
 from updetr.model.updetr import build_updetr
+from updetr.neighbours import upsnet
 from updetr.predict.detector import Detections, by_tiles
 from updetr.predict.localizer import QueryPatchLocalizer
 from updetr.predict.oneshot_detector import OneShotDetector
 from updetr.predict.segmenter import Segments, segments_by_name
-from updetr.neighbours import upsnet
 from updetr.tasks.finetune import targets_to_device
 from updetr.tasks.finetune_task import DetectStep
 from updetr.tasks.pretrain_task import encode

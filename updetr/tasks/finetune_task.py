@@ -432,7 +432,7 @@ def in_half_precision(
     task: LabelledRun,  # task that has begun
 ) -> bool:              # True on a GPU, unless `amp` is switched off
     "Return whether a DETR answers in bf16, as it is trained."
-    # torchvision's detectors would round the pixels of their boxes
+    # a detector of one's own may round the pixels of its boxes
     half = task.cfg.amp and task.processes.device.type == 'cuda'
     return half and isinstance(task.module, DetectStep)
 
