@@ -8,9 +8,9 @@ import timm
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch.nn.parallel import DistributedDataParallel
 
 from updetr.model.backbone import NORMS, Backbone, TrainedFold, build_backbone, eval_mode, fold_norms, fold_pairs, join_features
+from updetr.train.graphs import data_parallel
 
 
 @pytest.fixture
@@ -35,12 +35,12 @@ def gradients(run, cnn, x):
 def plain(cnn): return lambda x: join_features(cnn.body(x))
 
 
-@pytest.mark.filterwarnings('error:Grad strides')
+@pytest.mark.filterwarnings('error:Grad strides', 'error:.*deprecated')
 def test_ddp_reduces_the_gradients_of_a_folded_cnn(cnn, x, tmp_path):
     want = gradients(plain(cnn), cnn, x)
     dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path / 'meet'), 1), rank=0, world_size=1)
     try:
-        module, buckets = DistributedDataParallel(cnn, broadcast_buffers=False, gradient_as_bucket_view=True), []
+        module, buckets = data_parallel(cnn, torch.device('cpu')), []
 
         def doubled(state, bucket):
             buckets.append(bucket.buffer().numel())

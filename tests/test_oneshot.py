@@ -304,7 +304,7 @@ def test_a_run_that_is_opened_again_answers_as_it_measured(pretrained, tmp_path)
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(unseen='dragon'), 'unknown parameter: dragon'), (dict(unseen=','.join(CLASSES)), 'leaves 0 of 8'),
+    (dict(unseen='dragon'), 'the data has no dragon; name some of its classes'), (dict(unseen=','.join(CLASSES)), 'leaves 0 of 8'),
     (dict(query_shape='round'), 'query_shape'), (dict(absent=1.5), 'must lie in'), (dict(query_augment=True), 'needs live views'),
     (dict(frozen_backbone=False), 'cached_views needs'), (dict(questions=0), 'must be positive'),
     (dict(questions=2, cached_views=0), 'questions above 1 needs cached_views'),

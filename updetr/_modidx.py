@@ -2950,6 +2950,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'updetr.train.graphs._read_from_device': ('graphs.html#_read_from_device', 'updetr/train/graphs.py'),
                                      'updetr.train.graphs._rehearse': ('graphs.html#_rehearse', 'updetr/train/graphs.py'),
                                      'updetr.train.graphs.compile_parts': ('graphs.html#compile_parts', 'updetr/train/graphs.py'),
+                                     'updetr.train.graphs.data_parallel': ('graphs.html#data_parallel', 'updetr/train/graphs.py'),
                                      'updetr.train.graphs.launch_each': ('graphs.html#launch_each', 'updetr/train/graphs.py'),
                                      'updetr.train.graphs.leave_default_stream': ( 'graphs.html#leave_default_stream',
                                                                                    'updetr/train/graphs.py'),

@@ -26,12 +26,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..core.checkpoint import gather_rng, json_text, read_json, save_checkpoint, write_json
 from ..core.config import TrainConfig, check_config
-from .graphs import Peers, RecordedStep, compile_parts, record_task
+from updetr.train.graphs import (
+    Peers, RecordedStep, compile_parts, data_parallel, record_task,
+)
 from .resume import (SAVED, HeldFolder, keep_data, last_logged, last_saved, put_away,
                            refuse_changes, refuse_data, saved_marks, seed_again, short_marks)
 from ..core.signals import StopFlag, file_locks
@@ -629,9 +630,7 @@ def _prepare(task, cfg, processes):
         if hasattr(part, 'strict'): part.strict = not cfg.max_skips
     if cfg.compile: compile_parts(module)
     if processes.world == 1 or getattr(task, 'record', None): return module
-    devices = [processes.device] if processes.device.type == 'cuda' else None
-    return DistributedDataParallel(module, devices, broadcast_buffers=False,
-                                   gradient_as_bucket_view=True)
+    return data_parallel(module, processes.device)
 
 # %% ../../nbs/33_loop.ipynb #c029t
 def train(
