@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from updetr.core.shipped import shipped
 from updetr.data.transforms import DETR_SIZES, SMALL_SIZES
 from updetr.model.detr import build_detr
 from updetr.model.losses import build_criterion
@@ -136,6 +137,14 @@ def test_sizes_of_a_detector_that_was_built_by_hand_come_back_or_are_refused(how
     assert not (tmp_path/'ours').exists()
     save_huggingface(Detector(DetectStep(ours, build_criterion(ours)), NAMES), tmp_path/'ours')
     assert Detector.from_checkpoint(tmp_path/'ours').sizes == DETR_SIZES
+
+
+def test_a_card_says_that_answers_were_without_duplicates(tmp_path):
+    "The folder holds what was trained: whoever opens it has to say nms= again."
+    for nms, said in ((.5, 1), (None, 0)):
+        save_huggingface(Detector.from_checkpoint(shipped('detector'), nms=nms), tmp_path/str(nms))
+        card = (tmp_path/str(nms)/'README.md').read_text('utf-8')
+        assert card.count('| duplicates | answers with nms=0.5: say so at its opening |') == said
 
 
 def test_transformers_opens_the_folder_and_prepares_pictures_alike(tmp_path):

@@ -277,6 +277,8 @@ def _known(detector):
     rows = {'detector': f'DETR, {step.model.num_queries} queries' if is_detr else cfg.detector,
             'CNN': cnn, 'classes': f'{len(detector.classes)}: {", ".join(detector.classes)}',
             'size of pictures': ', '.join(f'{k} {v} px' for k, v in _sizes(detector).items())}
+    # the folder holds what was trained; how it is asked stands in no configuration
+    if detector.nms: rows['duplicates'] = f'answers with nms={detector.nms}: say so at its opening'
     # stage masks of a panoptic run has not trained its detector
     if cfg and getattr(cfg, 'stage', 'boxes') == 'boxes':
         photos = f'{cfg.scenes} painted scenes' if cfg.scenes and not cfg.data else 'TODO: which?'
