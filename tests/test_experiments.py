@@ -320,11 +320,18 @@ def papers_data(tmp_path_factory):
     return root
 
 
+@pytest.fixture
+def one_a_step(monkeypatch):
+    "The paper's trainings with a batch of one photo: the sets of these tests have as few"
+    monkeypatch.setitem(BASES, 'paper', {kind: (preset, own | dict(batch_size=1)) for kind, (preset, own) in BASES['paper'].items()})
+
+
 def papers_study(id, root, labelled): return open_study(id, dict(scale='paper', photos=str(root / 'photos'), labelled=labelled, gpus=0))
 
 
 # that one takes parts of VOC's 16,551 photos
 @pytest.mark.parametrize('id', sorted({*EXPERIMENTS} - {'label_fraction'}))
+@pytest.mark.usefixtures('one_a_step')
 def test_the_papers_scale_runs_on_voc_and_coco(id, papers_data):
     "Tables of VOC, tables of COCO and those of both, with one command"
     root = papers_data
@@ -337,6 +344,7 @@ def test_the_papers_scale_runs_on_voc_and_coco(id, papers_data):
     assert {*both, f'{root}/photos'} == {*places(study)}
 
 
+@pytest.mark.usefixtures('one_a_step')
 def test_what_is_asked_for_where_voc_and_coco_are_needed(papers_data):
     "One set is enough for a table of one, and a folder with a comma in its name is one"
     root = papers_data
@@ -356,6 +364,7 @@ def test_a_plan_is_printed_and_nothing_is_trained(asked, tmp_path, monkeypatch, 
     assert '3 trainings' in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures('one_a_step')
 @pytest.mark.parametrize('asked', [['--plan'], []], ids=str)
 def test_all_pages_together_tell_once_of_parts_that_are_trained_on_together(asked, tmp_path, monkeypatch, capsys):
     "Photos below train2017/ and val2017/; a text of labels there is no photo"
