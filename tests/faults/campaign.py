@@ -543,7 +543,7 @@ def soak(root, minutes, between=(60, 240), rest=.2, least=1):
     assert follower.wait() == [0], follower.said()
     assert f'stopped after step {step} of' in follower.said(), follower.said()
     same = losses(whole) == losses(killed) and same_weights(whole, killed) and max(losses(whole)) == step
-    memory, handles = zip(*undisturbed)
+    memory, handles = zip(*undisturbed) if undisturbed else ((), ())
     return {'minutes': round((time.monotonic() - start) / 60, 1), 'steps': step, 'kills': len(lives) - 1, 'weights_equal': same,
             'repeated_steps': len((killed / 'log.txt').read_text().splitlines()) - step,
             'rss_growth_mb': rounded(largest([growth(memory), *(x['memory'] for x in lives)])),

@@ -142,7 +142,12 @@ def resize_sample(
     if old == tuple(size): return sample
     height, width = size
     nearest = F.InterpolationMode.NEAREST_EXACT
-    moved = _move(sample, lambda x: F.resize(x, [height, width], interpolation=nearest))
+    def to_size(x):
+        # torchvision 0.24 has a way of its own for masks, which moves them by up to a pixel or two
+        if isinstance(x, Mask): x = x.as_subclass(torch.Tensor)
+        return F.resize(x, [height, width], interpolation=nearest)
+
+    moved = _move(sample, to_size)
     # an area grows as the picture's does
     growth = height * width / (old[0] * old[1])
     image = resize(sample['image'], height, width)
