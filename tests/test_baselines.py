@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import resnet18
-from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet, fcos, retinanet
 from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.ops import FrozenBatchNorm2d, sigmoid_focal_loss
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from conftest import undrawn
@@ -239,15 +240,33 @@ def spied(method, seen):
     return spy
 
 
+def spied_loss(seen):
+    "torchvision's focal loss, which writes down the format of what it judges."
+    def spy(inputs, *more, **options):
+        seen.append(inputs.dtype)
+        return sigmoid_focal_loss(inputs, *more, **options)
+    return spy
+
+
+def spied_scores(seen, ranked=RegionProposalNetwork.filter_proposals):
+    "torchvision's choice of proposals, which writes down the format of the scores that it ranks."
+    def spy(self, proposals, scores, *more):
+        seen.append(scores.dtype)
+        return ranked(self, proposals, scores, *more)
+    return spy
+
+
 @pytest.mark.parametrize('name', BASELINES)
 def test_bfloat16_moves_no_box(name):
-    "Proposals, the true boxes that are sampled with them, targets of the loss and answers: all in float32, also in a copy as EMA's."
+    "Scores, proposals, the true boxes sampled with them, targets of the loss and answers: all in float32, also in a copy as EMA's."
     few = FEW | dict(box_batch_size_per_image=8) if name in TWO_STAGE else {}
     model = copy.deepcopy(build_baseline(name, C, 'resnet18', channels=32, **few)).train()
     batch, seen = make_batch()[0], []
     places = [(BoxCoder, 'encode_single'), (BoxCoder, 'decode_single'), (BoxLinearCoder, 'encode'), (BoxLinearCoder, 'decode')]
     spies = [patch.object(coder, method, spied(getattr(coder, method), seen)) for coder, method in places]
-    with spies[0], spies[1], spies[2], spies[3], torch.autocast('cpu', torch.bfloat16):
+    judged = [patch.object(retinanet, 'sigmoid_focal_loss', spied_loss(seen)), patch.object(fcos, 'sigmoid_focal_loss', spied_loss(seen)),
+              patch.object(RegionProposalNetwork, 'filter_proposals', spied_scores(seen))]
+    with spies[0], spies[1], spies[2], spies[3], judged[0], judged[1], judged[2], torch.autocast('cpu', torch.bfloat16):
         loss, _ = model(batch)
         learned = len(seen)
         model.predict(batch)

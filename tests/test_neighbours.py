@@ -13,6 +13,7 @@ from updetr.core.config import LATER, NEIGHBOURS, cfg_changes, find_builder
 from updetr.data.scenes import Scenes
 from updetr.data.transforms import DetectionViews, Sizes
 from updetr.model.backbone import prepare_images
+from updetr.neighbours import siamese
 from updetr.neighbours.tracking import track
 from updetr.neighbours.upsnet import upsnet
 from updetr.predict.detector import Detector
@@ -50,6 +51,19 @@ class Cells(nn.Module):
 
 def build(cfg): return Cells(cfg)
 '''
+
+
+def test_windows_are_compared_in_single_precision(monkeypatch):
+    "Neither in bf16, nor with the ten bits that GPUs take for float32 in a convolution; outside all is as before."
+    seen, whole = [], torch.backends.cudnn
+    def of_shape(*shape, made=siamese.window_filter):
+        seen.append((whole.allow_tf32, torch.is_autocast_enabled('cpu')))
+        return made(*shape)
+    monkeypatch.setattr(siamese, 'window_filter', of_shape)
+    this = SimpleNamespace(scale=10., offset=-5., stride=16)
+    before = whole.enabled, whole.allow_tf32
+    with torch.autocast('cpu', torch.bfloat16): siamese.SiamFC.windows(this, torch.randn(1, 8, 6, 6), torch.randn(1, 8, 2, 2))
+    assert set(seen) == {(False, False)} and (whole.enabled, whole.allow_tf32) == before
 
 
 def test_a_system_of_ones_own_is_trained_and_asked(tmp_path, monkeypatch):

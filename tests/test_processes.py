@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import test_oneshot as oneshot
 import test_panoptic_runs as panoptic
@@ -20,6 +21,7 @@ from updetr.core.checkpoint import read_json, write_json
 from updetr.core.config import make_config
 from updetr.tasks.cnn_task import CNN_PRESETS, CNNConfig
 from updetr.train import loop as loop
+from updetr.train.graphs import data_parallel
 from updetr.train.loop import Processes, find_task
 
 
@@ -152,6 +154,23 @@ def test_two_processes_that_are_stopped_are_two_undisturbed_ones(in_two):
     assert len((stopped / 'before.txt').read_text().splitlines()) == 2
     assert logged(stopped) == logged(whole) and json.loads((stopped / 'done.json').read_text())['step'] == 4
     assert all(torch.equal(a, b) for a, b in zip(weights(stopped).values(), weights(whole).values(), strict=True))
+
+
+def learn_statistics(rank, world, meet, out):
+    dist.init_process_group('gloo', init_method=f'file://{meet}', rank=rank, world_size=world)
+    norm = nn.BatchNorm1d(2)
+    module = data_parallel(norm, torch.device('cpu'))
+    # what one process sees is far from what the other does
+    for _ in range(50): module(10. * rank + torch.randn(8, 2)).sum().backward()
+    torch.save(norm.running_mean, out / str(rank))
+    dist.destroy_process_group()
+
+
+def test_statistics_that_learn_are_those_of_the_first_process(tmp_path):
+    "A detector of one's own may have norms that learn: all processes evaluate the one that is saved, but for the last step's tenth."
+    in_processes(learn_statistics, 2, tmp_path / 'meet', tmp_path)
+    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    assert first.abs().max() < 1 and (second - first).abs().max() < 2
 
 
 def test_processes_wait_for_hours_while_one_reads(monkeypatch):

@@ -1270,6 +1270,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                    'updetr/model/baselines.py'),
                                         'updetr.model.baselines._features': ('baselines.html#_features', 'updetr/model/baselines.py'),
                                         'updetr.model.baselines._image_id': ('baselines.html#_image_id', 'updetr/model/baselines.py'),
+                                        'updetr.model.baselines._in_float32': ('baselines.html#_in_float32', 'updetr/model/baselines.py'),
                                         'updetr.model.baselines._move_in_float32': ( 'baselines.html#_move_in_float32',
                                                                                      'updetr/model/baselines.py'),
                                         'updetr.model.baselines._on_pyramid': ('baselines.html#_on_pyramid', 'updetr/model/baselines.py'),

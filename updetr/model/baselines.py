@@ -15,9 +15,12 @@ from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import (FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign,
                              box_convert)
@@ -46,9 +49,16 @@ class _BoxLinearCoder(BoxLinearCoder):
     "The same for FCOS, which says distances to the sides"
     def decode(self, rel_codes, boxes): return super().decode(rel_codes.float(), boxes)
 
+def _in_float32(head, inputs, said):
+    "Return in float32 what a head said: scores are ranked, and focal losses need what is near 1"
+    if isinstance(said, dict): return {name: x.float() for name, x in said.items()}
+    return tuple([x.float() for x in maps] for maps in said)
+
 def _move_in_float32(model):
-    "Let every part of a detector of torchvision move boxes in float32"
+    "Let every part of a detector of torchvision score and move boxes in float32"
     for part in model.modules():
+        if isinstance(part, (RPNHead, RetinaNetHead, FCOSHead)):
+            part.register_forward_hook(_in_float32)
         coder = getattr(part, 'box_coder', None)
         if isinstance(coder, BoxCoder):
             part.box_coder = _BoxCoder(coder.weights, coder.bbox_xform_clip)

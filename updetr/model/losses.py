@@ -136,7 +136,7 @@ def watch_predictions(
     no_object = stacked['pred_logits'].shape[-1] - 1
     # of the matched queries of the last layer: how many say another class
     matched = target_class[-1] != no_object              # (B, N)
-    right = (said[-1] == target_class[-1]) & matched
+    wrong = matched & (said[-1] != target_class[-1])
     # objects found, too many or too few
     found = (said != no_object).sum(2)                   # (L, B)
     surplus = found - _counted(counts, found.device)
@@ -146,7 +146,7 @@ def watch_predictions(
     iou = paired_iou(box_convert(picked, 'cxcywh', 'xyxy'), box_convert(boxes, 'cxcywh', 'xyxy'))
     # how far apart the queries of one photo put their boxes
     centres = stacked['pred_boxes'][-1, ..., :2]         # (B, N, 2)
-    return {'class_error': 100 - 100 * right.sum() / matched.sum().clamp(min=1),
+    return {'class_error': 100 * wrong.sum() / matched.sum().clamp(min=1),
             'cardinality_error': surplus.abs().float().mean(1),
             'matched_iou': (iou * real).sum() / real.sum().clamp(min=1),
             'query_spread': centres.std(1, correction=0).mean()}

@@ -167,8 +167,10 @@ class SiamFC(Neighbour):
         "Return all windows (n,4) xyxy px of the view, and how they agree with the queries (B,n)."
         height, width = photos.shape[2:]
         boxes, agreements = [], []
-        # windows are ranked by small differences: single precision, also where the run is in half
-        with torch.autocast(photos.device.type, enabled=False):
+        # windows are ranked by small differences: single precision, also where the run is in half,
+        # and not what GPUs take for it, with 10 bits
+        whole = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.autocast(photos.device.type, enabled=False), whole:
             # every cell has length 1, so that agreement is the mean cosine
             cells = compare_cells(F.normalize(photos, dim=1), F.normalize(queries, dim=1))
             for shape in window_shapes(height, width):

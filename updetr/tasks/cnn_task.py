@@ -200,7 +200,9 @@ def contrast_loss(
 ) -> tuple[Tensor, Tensor]:   # loss; share of views with the partner nearest, 0..1
     "Return the loss of finding each view's partner among all views of the batch."
     z = F.normalize(z.float(), dim=-1).flatten(0, 1)  # (2 B, d)
-    alike = z @ z.T / temperature                     # (2 B, 2 B)
+    # near ones differ by little: single precision, also where the run is in half
+    with torch.autocast(z.device.type, enabled=False):
+        alike = z @ z.T / temperature                 # (2 B, 2 B)
     # a view is not compared with itself
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     alike = alike.masked_fill(itself, -torch.inf)

@@ -18,6 +18,7 @@ from warnings import catch_warnings, simplefilter
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.checkpoint import first_line
@@ -135,12 +136,14 @@ def data_parallel(
     module: nn.Module,      # that every process trains, on its share of each batch
     device: torch.device,   # of this process
 ) -> DistributedDataParallel:
-    "Return the module in DDP: its gradients are the mean over all processes."
-    # statistics are frozen, so nothing is sent before a step; PyTorch 2.14 gave that another name
+    "Return the module in DDP: gradients are the mean of all, statistics those of the first."
+    # statistics that learn are sent before each step, frozen ones are alike everywhere
+    learn = any(isinstance(m, _BatchNorm) and m.training for m in module.modules())
+    # PyTorch 2.14 gave it another name
     known = signature(DistributedDataParallel).parameters
     sync = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
     devices = [device] if device.type == 'cuda' else None
-    return DistributedDataParallel(module, devices, gradient_as_bucket_view=True, **{sync: False})
+    return DistributedDataParallel(module, devices, gradient_as_bucket_view=True, **{sync: learn})
 
 # %% ../../nbs/31_graphs.ipynb #d15a0020
 class _Places:
