@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._dynamo.exc import UserError, UserErrorType
 
 from updetr.core.shipped import shipped
 from updetr.data.transforms import DETR_SIZES, SMALL_SIZES
@@ -165,10 +166,24 @@ def test_transformers_opens_the_folder_and_prepares_pictures_alike(tmp_path):
 def test_any_number_of_photos_of_any_size():
     "Also with learned positions, whose table ends: larger photos are refused when the program is called."
     model = spread_out(build_detr(3, 'resnet18', **SMALL | {'position': 'learned', 'enc_layers': 1, 'dec_layers': 1}))
-    program = export_program(model).module()
+    try: program = export_program(model).module()
+    except ValueError as e:
+        if torch.__version__ >= '2.14': raise
+        pytest.skip(str(e))
     images = torch.randn(3, 3, 70, 110)
     with torch.no_grad(): torch.testing.assert_close(program(images)['pred_boxes'], model(images)['pred_boxes'], rtol=0, atol=1e-3)
     with pytest.raises(Exception, match='1600'): program(torch.zeros(1, 3, 64, 1632))
+
+
+def test_a_pytorch_that_cannot_take_any_size_is_named(monkeypatch):
+    "As 2.9, for a ResNet; with one size it can."
+    def refuses(*args, dynamic_shapes):
+        if dynamic_shapes: raise UserError(UserErrorType.CONSTRAINT_VIOLATION, 'Constraints violated (height, width)!')
+        return 'a program'
+    monkeypatch.setattr(torch.export, 'export', refuses)
+    model = build_detr(3, 'resnet18', **SMALL)
+    with pytest.raises(ValueError, match='cannot record resnet18 for photos of any size: give size='): export_program(model)
+    assert export_program(model, (64, 64)) == 'a program'
 
 
 def test_onnxruntime_answers_as_the_shipped_detector(tmp_path):

@@ -424,7 +424,8 @@ def export_program(
 ) -> torch.export.ExportedProgram:  # images (B, 3, H, W) to pred_logits and pred_boxes
     """Record a detector for a photo of one size, or for any number of photos of any size.
 
-    The images are normalised. Raises ValueError for a size that leaves no features."""
+    The images are normalised. Raises ValueError for a size that leaves no features, or for any size
+    where this PyTorch cannot record it: 2.9 cannot for a ResNet."""
     stride = model.backbone[0].stride
     if size and min(size) < stride:
         raise ValueError(f'size {tuple(size)} must be at least the stride of the CNN, {stride}')
@@ -436,7 +437,12 @@ def export_program(
     if not size and step > 1: _padded_by_constants(model.backbone[0].body)
     shape = (1, 3, *size) if size else (2, 3, 4 * stride, 6 * stride)
     images = torch.zeros(shape, device=model.query_embed.weight.device)
-    return torch.export.export(model, (images,), dynamic_shapes=shapes)
+    try: return torch.export.export(model, (images,), dynamic_shapes=shapes)
+    except torch._dynamo.exc.UserError as e:
+        if size: raise
+        said = f'PyTorch {torch.__version__} cannot record {model.backbone[0].name}'
+        raise ValueError(f'{said} for photos of any size: give size=(height, width), '
+                         'or take a newer one') from e
 
 # %% ../../nbs/56_export.ipynb #f5600003
 def _onnx_notes(detector):
