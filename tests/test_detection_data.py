@@ -153,3 +153,24 @@ def test_boxes_only_for_evaluation_teach_and_ask_nothing():
     assert len(pool) == len(real) and all(min(a['bbox'][2:]) > 0 for a in real)
     assert {(k, c) for k, some in pool.present.items() for c in some} == {(a['image_id'], a['category_id']) for a in real}
     assert len(some_photos(ds, 5, 0)) == 5
+
+
+def some_of(things, num, seed, **more):
+    "Photos drawn from a COCO file of (photo, class, crowd): their ids"
+    data = {'images': [{'id': i, 'file_name': f'{i}.jpg', 'width': 60, 'height': 40} for i in range(60)],
+            'categories': [{'id': k, 'name': 'abc'[k]} for k in range(3)],
+            'annotations': [dict(id=j + 1, image_id=i, category_id=k, bbox=[5, 5, 20, 20], area=400, iscrowd=crowd)
+                            for j, (i, k, crowd) in enumerate(things)]}
+    return set(some_photos(DetectionSet(coco_table(data, '.', 'truth.json')), num, seed, **more).image_ids)
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_what_is_not_trained_on_has_no_say_in_which_photos_are_drawn(seed):
+    """Photos of a rare class were drawn for a one-shot training that keeps it unseen, and shows it as background; photos with a crowd or a
+    difficult object were drawn for its class."""
+    rare = [(i, 1, 0) for i in range(50, 60)]
+    common = [(i, 0, 0) for i in range(50)]
+    assert len(some_of(common + rare, 10, seed) & set(range(50, 60))) == 5
+    assert not some_of(common + rare, 10, seed, wanted=[0]) & set(range(50, 60))
+    crowds = [(i, 2, 1) for i in range(50, 59)]
+    assert 59 in some_of([*common, *crowds, (59, 2, 0)], 4, seed)

@@ -3,6 +3,7 @@ and `nbs/finetune.ipynb`."""
 import dataclasses
 import json
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from updetr.data.datasets import open_dataset
 from updetr.model.updetr import build_updetr
 from updetr.predict.detector import Detector
 from updetr.tasks.finetune import FinetuneConfig, finetune_config
-from updetr.tasks.finetune_task import FinetuneTask, evaluate, measurement
+from updetr.tasks.finetune_task import FinetuneTask, evaluate, fit_statistics, measurement
 from updetr.train.evaluate import CocoEvaluator
 from updetr.train.loop import Processes, train
 
@@ -289,3 +290,14 @@ def test_workers_of_the_evaluation_live_as_long_as_the_run(labelled, tmp_path):
             if num_workers: workers.append([w.pid for w in task.val_loader._iterator._workers])
     assert workers[0] == workers[1] and len(workers[0]) == 1
     assert all(np.array_equal(p[k], other[i][k]) for other in found[1:] for i, p in found[0].items() for k in p)
+
+
+def test_statistics_of_the_cnn_are_those_of_all_photos():
+    "Files may be in the order of their classes: here the second thousand is brighter."
+    fitted = []
+    bank = SimpleNamespace(batch=lambda items: {'feature': torch.tensor([float(i >= 1000) for _, i in items]).view(-1, 1, 1, 1)})
+    task = SimpleNamespace(processes=Processes(), views=range(2000), cfg=SimpleNamespace(seed=42), cached=[bank],
+                           model=SimpleNamespace(feature_norm=SimpleNamespace(fit=fitted.append)))
+    fit_statistics(task)
+    tokens, = fitted
+    assert tokens.numel() == 256 and abs(tokens.mean() - .5) < .1

@@ -336,7 +336,7 @@ def fig8_finetuned(
 def table3_oneshot(
     scale: Scale,  # scale with its data
 ) -> Experiment:   # Table 3
-    "Return detectors that are asked with a picture, also of classes that no training photo shows."
+    "Return detectors that are asked with a picture, also of classes that no training asks for."
     arms = both_arms(scale, 'oneshot')
     claims = tuple(Claim(f'pre-training finds more of {kind} classes', 'UP-DETR', 'DETR',
                          f'{kind}_AP50') for kind in ('unseen', 'seen'))

@@ -14,7 +14,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -384,6 +384,7 @@ def some_photos(
     dataset: DetectionSet,  # set whose photos are taken
     num: int,               # photos to take
     seed: int,              # seed of the draw
+    wanted: Sequence[int] | None = None,  # labels that are to be even; None: all
 ) -> Subset:                # part of the set
     """Return a random part of a detection set, with classes as even as they allow.
 
@@ -393,7 +394,10 @@ def some_photos(
     place = {c['id']: i for i, c in enumerate(truth['categories'])}
     labels = {k: [] for k in dataset.image_ids}
     for thing in truth['annotations']:
-        if not thing.get('empty'): labels[thing['image_id']].append(place[thing['category_id']])
+        label = place[thing['category_id']]
+        # what is not trained on has no say
+        learnt = not (thing.get('empty') or thing.get('iscrowd'))
+        if learnt and (wanted is None or label in wanted): labels[thing['image_id']].append(label)
     chosen = draw_evenly(list(labels.values()), len(place), num, seed)
     return Subset(dataset, np.sort(chosen))
 

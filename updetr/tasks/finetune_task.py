@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -361,14 +362,17 @@ def fit_statistics(
     n: int = 256,       # largest number of photos
 ) -> None:
     "Set the mean and spread of the CNN's channels from up to `n` training photos."
-    n, device = min(n, len(task.views)), task.processes.device
+    device = task.processes.device
+    # drawn, since files may be in the order of their classes
+    some = np.random.default_rng(task.cfg.seed).permutation(len(task.views))[:n]
+    some = np.sort(some).tolist()
     # the first view of each photo, with one column a place of its map: (C, n h w)
     if task.cached:
-        feature = task.cached[0].batch([(0, i) for i in range(n)])['feature']  # (n, C, h, w)
+        feature = task.cached[0].batch([(0, i) for i in some])['feature']  # (n, C, h, w)
         tokens = feature.flatten(2).transpose(0, 1).flatten(1)
     else:
         looks = PhotoLooks(task.views, 1)
-        maps = [image_features(task.cnn, looks[i][0]).cpu() for i in range(n)]
+        maps = [image_features(task.cnn, looks[i][0]).cpu() for i in some]
         tokens = torch.cat([m.flatten(2)[0] for m in maps], 1)
     task.model.feature_norm.fit(tokens[None].to(device))
 

@@ -204,7 +204,8 @@ def oneshot_sets(
         train = Scenes(cfg.scenes, cfg.scene_size, classes=[train.classes[k] for k in seen])
     else:
         train = Subset(train, training_photos(train, seen, cfg.unseen_objects))
-    if cfg.photos: train = some_photos(train, cfg.photos, cfg.seed)
+    # unseen classes have no say in which photos are drawn
+    if cfg.photos: train = some_photos(train, cfg.photos, cfg.seed, seen)
     return train, val, unseen
 
 # %% ../../nbs/46_oneshot_task.ipynb #c012
