@@ -1,5 +1,6 @@
 """Features that are kept: used where they belong to what is asked for and are whole, else made anew; what the notebook 30
 shows with a toy is shown here with the tasks, with processes, and with anything that a file can hold."""
+import fcntl
 import json
 import multiprocessing
 import os
@@ -458,3 +459,14 @@ def test_photos_that_are_missing_have_a_key(tmp_path):
     before = photos_key([str(path)])
     path.unlink()
     assert photos_key([str(path)]) != before
+
+
+def test_machines_that_write_one_file_send_their_rows_alone(tmp_path, monkeypatch):
+    "NFS sends whole pages, with the old bytes of others' rows, unless the file is open for synchronous writes."
+    (tmp_path / 'rows').write_bytes(b'rows')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    assert features._opener(Processes(0, 2)) is None
+    with open(tmp_path / 'rows', 'r+b', opener=features._opener(Processes(0, 4))) as file:
+        assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DSYNC
+        file.write(b'R')
+    assert (tmp_path / 'rows').read_bytes() == b'Rows'

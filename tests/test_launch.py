@@ -1,5 +1,6 @@
 """Launching, with real processes: what a notebook cannot show of notebooks 04, 34 and 35. The trainer here is a fake one that counts."""
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -363,3 +365,13 @@ def test_who_looks_on_takes_a_tenth_of_the_time(tmp_path, monkeypatch):
         clock[0] += (.1, 3., 3600., 0.)[look]
         if look == 2: (tmp_path/'done.json').write_text('{}')
     assert slept == [5, 27, 60]
+
+
+def test_a_disk_without_locks_is_named_where_they_are_needed(tmp_path):
+    "Lustre without flock, NFS without a lock service: several machines meet over the network, one in a file."
+    def none(*asked): raise OSError(errno.ENOSYS, 'Function not implemented')
+    locks = SimpleNamespace(LOCK_EX=2, flock=none)
+    with open(tmp_path / 'lock', 'w') as file:
+        updetr.train.launch._lock(file, locks, needed=False)
+        with pytest.raises(OSError, match='Function not implemented: a run needs a disk where files can be locked.*lock'):
+            updetr.train.launch._lock(file, locks, needed=True)

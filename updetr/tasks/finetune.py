@@ -380,6 +380,7 @@ def draw_evenly(
     # the rest follows at random
     return list({**taken, **dict.fromkeys(order)})[:num]
 
+# %% ../../nbs/42_finetune.ipynb #c019s
 def some_photos(
     dataset: DetectionSet,  # set whose photos are taken
     num: int,               # photos to take

@@ -349,9 +349,15 @@ def _write_rows(file, start, numbers, rows):
         file.seek(start + i * row.nbytes)
         file.write(row.tobytes())
 
-def _fill(folder, about, token, source, mine, progress):
+def _opener(processes):
+    "Return how `open` opens a file that all write to, each its rows; None: as ever"
+    if processes.world <= int(os.environ.get('LOCAL_WORLD_SIZE', processes.world)): return None
+    # on several machines NFS would send whole pages, with old bytes in the place of others' rows
+    return lambda path, flags: os.open(path, flags | os.O_DSYNC)
+
+def _fill(folder, about, token, source, mine, progress, opener=None):
     "Compute the items `mine` and write them; return their targets"
-    files = {k: open(folder/f'{k}.npy{token}', 'r+b') for k in about['arrays']}
+    files = {k: open(folder/f'{k}.npy{token}', 'r+b', opener=opener) for k in about['arrays']}
     starts = {k: len(_header(*v)) for k, v in about['arrays'].items()}
     targets = []
     try:
@@ -457,7 +463,7 @@ def _make(folder, about, source, processes, locked, progress):
     token = _by_first(processes, lambda: _begin(folder, about, locked))
     mine = range(processes.rank, source.num, processes.world)
     try:
-        targets = _fill(folder, about, token, source, mine, progress)
+        targets = _fill(folder, about, token, source, mine, progress, _opener(processes))
         # of all processes: packed, or a million small tensors would travel
         counts = [len(t) for t in targets]
         packed = _packed([t for item in targets for t in item])

@@ -290,6 +290,16 @@ def at_present_places(
     return args | {k: now[k] for k in (*PLACES, 'weights') if isinstance(now.get(k), str)}
 
 # %% ../../nbs/34_launch.ipynb #c026
+def _lock(lock, locks, needed):
+    "Take the lock of a run. OSError that says why, where one is needed and the disk has none"
+    try: locks.flock(lock, locks.LOCK_EX)
+    except OSError as e:
+        # several machines meet without files, and a training goes on unguarded, too
+        if needed:
+            said = f'{e.strerror}: a run needs a disk where files can be locked'
+            raise OSError(e.errno, said, lock.name) from e
+
+# %% ../../nbs/34_launch.ipynb #c026l
 def launch(
     run_dir: str | Path,               # folder of the run, e.g. 'runs/demo'; made if missing
     cfg: dict,                         # configuration; what JSON can hold, and paths
@@ -310,7 +320,7 @@ def launch(
     run.mkdir(parents=True, exist_ok=True)
     # two notebooks may launch at the same moment: the second finds the first one's run
     with open(run/'lock', 'w') as lock:
-        locks.flock(lock, locks.LOCK_EX)
+        _lock(lock, locks, needed=nnodes == 1)
         goes_on = _goes_on(run)
         if data is not None: check_data(run, data, cfg)
         prepare(run, cfg, may_change)

@@ -210,10 +210,14 @@ def last_saved(
     processes,      # of `join_processes`; all of them call this
 ) -> tuple[dict | None, Path | None, dict]:  # state, its file, {damaged file: what is wrong}
     """Return the last state that all processes can read; None, None if nothing was saved.
-    Raises ValueError if no save is whole."""
+    Raises ValueError if no save is whole, or if not all see the same ones."""
     damaged = {}
-    for path in [run_dir/name for name in SAVED]:
-        if not path.is_file(): continue
+    seen = processes.gather([name for name in SAVED if (run_dir/name).is_file()])
+    # one that sees none would go on, and the others wait for it
+    if any(names != seen[0] for names in seen):
+        raise ValueError(f'{run_dir}: not all machines see the same saves ({seen}). It must lie on '
+                         'a disk that they share; if it does, launch again in a minute')
+    for path in [run_dir/name for name in seen[0]]:
         saved = None
         try: saved = load_checkpoint(path)
         except ValueError as e: damaged[path] = str(e)
