@@ -144,7 +144,7 @@ def resize_sample(
     nearest = F.InterpolationMode.NEAREST_EXACT
     def to_size(x):
         # torchvision 0.24 has a way of its own for masks, which moves them by up to a pixel or two
-        if isinstance(x, Mask): x = x.as_subclass(torch.Tensor)
+        if not isinstance(x, BoundingBoxes): x = x.as_subclass(torch.Tensor)
         return F.resize(x, [height, width], interpolation=nearest)
 
     moved = _move(sample, to_size)
