@@ -216,7 +216,6 @@ def module_line(
 
 def spread_text(
     values: list[float],  # numbers, one a seed
-    digits: int = 1,      # digits after the point
 ) -> str:                 # 'mean ± spread', or only the mean of one
     "Return the numbers of several seeds in one word."
-    return show_number(mean_and_spread(values), digits)
+    return show_number(mean_and_spread(values))
