@@ -97,8 +97,7 @@ def find_photos(
     if not root: return builtin_index('train'), builtin_index('heldout')
     index = index_photos(root, reduce=True)
     if val: return index, index_photos(val, reduce=True)
-    mixed = mixed_parts(root, index.paths)
-    if mixed and not quiet: print(mixed, flush=True)
+    if not quiet and (mixed := mixed_parts(root, index.paths)): print(mixed, flush=True)
     train = choose(index, lambda path: not is_heldout(path, cfg.heldout))
     heldout = choose(index, lambda path: is_heldout(path, cfg.heldout))
     return train, heldout
