@@ -19,12 +19,11 @@ from safetensors.torch import save_file
 
 from test_bad_datasets import UNOPENED, UNSOUND, change, coco, content, voc
 from test_bad_photos import CORPUS, JPEG, PNG, _png_claiming
-from updetr.core.checkpoint import load_checkpoint, read_weights
+from updetr.core.checkpoint import load_checkpoint, read_state_dict, read_weights
 from updetr.core.config import make_config
 from updetr.core.photos import BadPhoto, PhotoIndex, index_photos, read_photo
 from updetr.data.check import check_dataset
 from updetr.data.datasets import open_dataset
-from updetr.model.backbone import read_state_dict
 from updetr.model.pretrained import load_official, open_pretrained
 from updetr.model.weights import load_updetr
 from updetr.predict.detector import Detector

@@ -293,7 +293,7 @@ def test_a_checkpoint_with_its_arguments_is_taken_and_any_other_object_refused(w
     body = build_backbone('resnet18', str(path)).body.state_dict()
     assert all(torch.equal(body[k], v) for k, v in named.items())
     torch.save(state | {'task': pickle.PickleBuffer}, path)
-    with pytest.raises(ValueError, match='no file of plain tensors'): build_backbone('resnet18', str(path))
+    with pytest.raises(ValueError, match='holds a pickled'): build_backbone('resnet18', str(path))
 
 
 @pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'halonet26t', 'inception_v3', 'mambaout_femto', 'sequencer2d_s'])

@@ -218,6 +218,13 @@ def too_long(source):
 
 
 @each_notebook
+def test_cells_have_ids_of_their_own(path):
+    "nbformat gives the second of two cells another one, another each time: whoever names a cell by its id would be wrong."
+    ids = [cell['id'] for cell in json.loads(path.read_text(encoding='utf-8'))['cells']]
+    assert len(set(ids)) == len(ids), f'{path.name}: cells of one id: {[i for i in ids if ids.count(i) > 1]}'
+
+
+@each_notebook
 def test_sizes(path):
     cells = code_cells(path)
     long = [found for cell in cells if exported(cell) for found in too_long(no_directives(cell.source))]

@@ -53,7 +53,7 @@ print('all of it')
 import torch
 from updetr import Detector, build_detr
 from updetr.train.launch import launch
-from updetr.train.loop import only_trainer
+from updetr.train.resume import only_trainer
 small = dict(hidden_dim=32, nheads=4, enc_layers=1, dec_layers=1, dim_feedforward=16, num_queries=5)
 torch.save(build_detr(3, 'resnet18', **small).state_dict(), path := {str(tmp_path / 'detr.pth')!r})
 detector = Detector.from_checkpoint(path, nheads=4, classes=['hund', 'кот', '猫'])

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['NO_ROOM', 'MODELS', 'write_atomic', 'json_text', 'write_json', 'read_json', 'save_checkpoint', 'first_line',
            'check_sums', 'check_file', 'load_checkpoint', 'model_file', 'rng_state', 'set_rng_state', 'gather_rng',
-           'save_tensors', 'export_weights', 'read_weights']
+           'save_tensors', 'export_weights', 'read_weights', 'read_plain', 'read_state_dict']
 
 # %% ../../nbs/06_checkpoint.ipynb #c002
+import argparse
 import errno
 import json
 import math
@@ -312,3 +313,54 @@ def read_weights(
     "Return weights and configuration of a file. Raises FileNotFoundError or ValueError."
     if Path(path).suffix == '.safetensors': return _read_safetensors(path)
     return _read_pth(path)
+
+# %% ../../nbs/06_checkpoint.ipynb #fs000002
+def _refusal(path, error, owners):
+    "Return the ValueError that says why a file cannot be read."
+    # torch names the class that it does not allow
+    foreign = re.search(r'GLOBAL (\S+)', str(error))
+    if not foreign:
+        return ValueError(f'{path} cannot be read: it is cut off, or no file of weights '
+                          f'({first_line(error)})')
+    named = f'{foreign[1]}.'
+    owner = next((words for package, words in owners.items()
+                  if named.startswith(f'{package}.')), '')
+    return ValueError(
+        f'{path} holds a pickled {foreign[1]}{owner}. Only tensors, plain values and '
+        'argparse.Namespace are read: any other object could run code while it is unpickled. '
+        'Ask its author for the state dict alone, or, if you trust the file, make one: '
+        'found = torch.load(path, weights_only=False), then '
+        'torch.save(found["model"], "weights.pth"), or found["state_dict"], or '
+        'found.state_dict(), whichever are its tensors')
+
+def read_plain(
+    path: str | Path,            # .pth, .pt, .tar (torch) or .safetensors
+    owners: dict | None = None,  # package of a class -> words on whose files have such
+):                               # content, on the CPU
+    """Return what a file holds, without running any code in it.
+
+    Raises FileNotFoundError, or ValueError for a damaged file and for one of other objects."""
+    check_file(path)
+    try:
+        if Path(path).suffix == '.safetensors': return load_file(path)
+        check_sums(path)
+        # the one class that published files have; any other one is refused
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise _refusal(path, e, owners or {}) from e
+
+# %% ../../nbs/06_checkpoint.ipynb #fs000004
+def read_state_dict(
+    path: str | Path,  # of weights, see `read_plain`
+) -> dict[str, Tensor]:
+    """Return the tensors of a file, whatever a training loop has put them into.
+
+    Raises FileNotFoundError, or ValueError if it holds no state dict."""
+    state = read_plain(path)
+    # where training loops put the weights; averaged ones first
+    places = 'ema', 'model', 'state_dict', 'teacher'
+    if isinstance(state, dict):
+        state = next((state[k] for k in places if isinstance(state.get(k), dict)), state)
+        if all(isinstance(v, Tensor) for v in state.values()): return state
+    raise ValueError(f'{path} holds no state dict of tensors')

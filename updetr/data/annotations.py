@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LISTS', 'ID', 'BOX', 'SIDE', 'NUMBER', 'FLAG', 'NAME', 'OPTIONAL_NUMBER', 'OPTIONAL_FLAG', 'SEGMENT',
            'read_annotations', 'is_number', 'as_float', 'require_keys', 'require_values', 'require_unique',
-           'require_inside', 'by_id', 'panoptic_entries', 'read_text', 'text_number', 'yolo_objects', 'labelme_objects',
-           'csv_columns', 'csv_rows', 'csv_objects', 'unpack_runs', 'outline_trouble']
+           'require_inside', 'choose_classes', 'coco_classes', 'by_id', 'panoptic_entries', 'read_text', 'text_number',
+           'yolo_objects', 'labelme_objects', 'csv_columns', 'csv_rows', 'csv_objects', 'unpack_runs',
+           'outline_trouble']
 
 # %% ../../nbs/14_annotations.ipynb #c002
 import codecs
@@ -166,6 +167,73 @@ def require_inside(
         if is_text and not _OUTSIDE.match(name) and _can_be_stored(name): continue
         raise ValueError(f'{source}: file name {reprlib.repr(name)} leads out of the folder of '
                          'photos: use names relative to it')
+
+# %% ../../nbs/14_annotations.ipynb #k1000001
+def _without_parent(categories, used):
+    "Categories without the one that is only the others' supercategory (Roboflow)"
+    # who stands above each, and who stands above anybody
+    above = [c.get('supercategory') for c in categories]
+    parents = {name for name in above if isinstance(name, str) and name != 'none'}
+    kept = []
+    for category, parent in zip(categories, above):
+        is_parent = parent == 'none' and category['name'] in parents
+        if category['id'] in used or not is_parent: kept.append(category)
+    return kept
+
+# %% ../../nbs/14_annotations.ipynb #k1000002
+def _wanted(classes, names):
+    "{new name: names that are put together in it} of classes asked for, such as 'pet=cat+dog'"
+    wanted = {}
+    for text in classes:
+        # a class of the file may be called so
+        new, sign, old = text.partition('=')
+        if text in names or not sign: new, old = text, ''
+        members = [name.strip() for name in old.split('+')] if old else [new]
+        wanted[new.strip() if old else new] = members
+    return wanted
+
+def choose_classes(
+    names: list,    # of the classes in a file or folder
+    classes,        # those wanted, in order, such as 'dog' or 'pet=cat+dog'; None: all
+    source: str,    # where they are from
+    notes: list,    # texts: what was decided in reading; grows
+) -> tuple:         # the C classes; name -> 0..C-1, or -2 for one that was not asked for
+    "Return which classes there are. Raises ValueError where none of those wanted is here."
+    if classes is None: return list(names), {name: i for i, name in enumerate(names)}
+    wanted = _wanted(classes, names)
+    members = [name for some in wanted.values() for name in some]
+    require_unique([*classes], 'the classes asked for', source)
+    require_unique(members, 'the classes asked for and put together', source)
+    if not set(members) & set(names):
+        raise ValueError(f'{source}: none of the classes {list(classes)} is here, but '
+                         f'{sorted(names)}')
+    lost = [name for some in wanted.values() if len(some) > 1 for name in some if name not in names]
+    if lost: notes.append(f'classes to be put together that are not here: {", ".join(lost)}')
+    place = {name: i for i, some in enumerate(wanted.values()) for name in some}
+    return list(wanted), {name: place.get(name, -2) for name in names}
+
+# %% ../../nbs/14_annotations.ipynb #k1000003
+def coco_classes(
+    data: dict,   # content of a COCO file
+    source: str,  # its name
+    classes,      # names of those wanted, see `choose_classes`; None: all, by their ids
+    notes: list,  # texts: what was decided in reading; grows
+) -> tuple:       # C names; their category ids, None: not in the file; category id -> 0..C-1, or -2
+    "Return the classes of a COCO file. Raises ValueError for ids or names that are there twice."
+    rows = data['categories']
+    require_unique([c['id'] for c in rows], 'category ids', source)
+    rows = _without_parent(rows, {a['category_id'] for a in data['annotations']})
+    # in the order of their ids, numbers before texts
+    rows = sorted(rows, key=lambda c: (isinstance(c['id'], str), c['id']))
+    names = [c['name'] for c in rows]
+    require_unique(names, 'category names', source)
+    classes, label = choose_classes(names, classes, source, notes)
+    ids = {c['name']: c['id'] for c in rows}
+    # classes put together have the id of the first of them
+    first = {}
+    for name, i in ids.items(): first.setdefault(label[name], i)
+    return (classes, [first.get(k) for k in range(len(classes))],
+            {i: label[name] for name, i in ids.items()})
 
 # %% ../../nbs/14_annotations.ipynb #p002
 def _is_segment(value): return type(value) is int and 0 < value < 2**24

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torchvision.utils import draw_bounding_boxes
 
-from updetr.data.annotations import (
-    ID, NAME, OPTIONAL_FLAG, OPTIONAL_NUMBER, as_float, csv_objects, labelme_objects,
-    read_annotations, require_inside, require_keys, require_unique, require_values, text_number,
-    yolo_objects)
+from .annotations import (
+    ID, NAME, OPTIONAL_FLAG, OPTIONAL_NUMBER, as_float, choose_classes, coco_classes, csv_objects,
+    labelme_objects, read_annotations, require_inside, require_keys, require_unique,
+    require_values, text_number, yolo_objects)
 from ..core.fingerprint import SetRows, column_rows, set_rows
 from .photo_files import (
     EXIF, find_files, find_layout, names_below, part_of, parts_of, photos_by_stem, pick_part,
@@ -201,63 +201,6 @@ def _coco(ds):
     categories = [{'id': k, 'name': name} for k, name in enumerate(t.classes)]
     return {'images': images, 'categories': categories, 'annotations': annotations}
 
-# %% ../../nbs/16_datasets.ipynb #c022
-def _without_parent(categories, used):
-    "Categories without the one that is only the others' supercategory (Roboflow)"
-    # who stands above each, and who stands above anybody
-    above = [c.get('supercategory') for c in categories]
-    parents = {name for name in above if isinstance(name, str) and name != 'none'}
-    kept = []
-    for category, parent in zip(categories, above):
-        is_parent = parent == 'none' and category['name'] in parents
-        if category['id'] in used or not is_parent: kept.append(category)
-    return kept
-
-# %% ../../nbs/16_datasets.ipynb #c022b
-def _wanted(classes, names):
-    "{new name: names that are put together in it} of classes asked for, such as 'pet=cat+dog'"
-    wanted = {}
-    for text in classes:
-        # a class of the file may be called so
-        new, sign, old = text.partition('=')
-        if text in names or not sign: new, old = text, ''
-        members = [name.strip() for name in old.split('+')] if old else [new]
-        wanted[new.strip() if old else new] = members
-    return wanted
-
-def _choose(names, classes, source, notes):
-    "The class list, and the place of each name in it; -2 for one that was not asked for"
-    if classes is None: return list(names), {name: i for i, name in enumerate(names)}
-    wanted = _wanted(classes, names)
-    members = [name for some in wanted.values() for name in some]
-    require_unique([*classes], 'the classes asked for', source)
-    require_unique(members, 'the classes asked for and put together', source)
-    if not set(members) & set(names):
-        raise ValueError(f'{source}: none of the classes {list(classes)} is here, but '
-                         f'{sorted(names)}')
-    lost = [name for some in wanted.values() if len(some) > 1 for name in some if name not in names]
-    if lost: notes.append(f'classes to be put together that are not here: {", ".join(lost)}')
-    place = {name: i for i, some in enumerate(wanted.values()) for name in some}
-    return list(wanted), {name: place.get(name, -2) for name in names}
-
-# %% ../../nbs/16_datasets.ipynb #c022d
-def _categories(data, source, classes, notes):
-    "class names, their category ids (None: not in the file), category id -> label"
-    rows = data['categories']
-    require_unique([c['id'] for c in rows], 'category ids', source)
-    rows = _without_parent(rows, {a['category_id'] for a in data['annotations']})
-    # in the order of their ids, numbers before texts
-    rows = sorted(rows, key=lambda c: (isinstance(c['id'], str), c['id']))
-    names = [c['name'] for c in rows]
-    require_unique(names, 'category names', source)
-    classes, label = _choose(names, classes, source, notes)
-    ids = {c['name']: c['id'] for c in rows}
-    # classes put together have the id of the first of them
-    first = {}
-    for name, i in ids.items(): first.setdefault(label[name], i)
-    return (classes, [first.get(k) for k in range(len(classes))],
-            {i: label[name] for name, i in ids.items()})
-
 # %% ../../nbs/16_datasets.ipynb #c025
 def _floats(rows, width):
     "Lists of numbers -> (m, width) float64; a row that is none becomes NaN"
@@ -383,7 +326,7 @@ def coco_table(
     _required(data, source)
     if files is None: files = [p['file_name'] for p in data['images']]
     require_inside(files, source)
-    names, category_ids, label = _categories(data, source, classes, notes)
+    names, category_ids, label = coco_classes(data, source, classes, notes)
     # photos that are there, and what is said of them
     there = _there(root, files, missing, notes)
     photos, files = _kept(data['images'], there), _kept(files, there)
@@ -454,7 +397,7 @@ def _objects_table(source, root, files, objects, sizes, names, classes, one_base
                    stated=True):
     "Table of photos with their objects, where classes are known by names only"
     found = [(i, *thing) for i, some in enumerate(objects) for thing in some]
-    classes, label = _choose(names, classes, source, notes)
+    classes, label = choose_classes(names, classes, source, notes)
     sizes = _sizes(_floats(sizes, 2), root, files, exif, notes, source)
     ids = voc_ids([os.path.splitext(os.path.basename(file))[0] for file in files])
     table = Table(source, root, files, ids, sizes, classes, list(range(1, len(classes) + 1)),

@@ -6,11 +6,10 @@
 __all__ = ['NORMS', 'RESNETS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'KINDS', 'STEM', 'MOST_SIZES', 'PREFIXES', 'HEADS', 'cut',
            'make_body', 'cnn_numbers', 'join_features', 'fold_pairs', 'refold', 'as_autocast', 'conv_relu',
            'join_calls', 'four_channels', 'widen_stem', 'FrozenFold', 'fold_norms', 'TrainedFold', 'Backbone',
-           'prepare_images', 'eval_mode', 'open_levels', 'pyramid', 'read_state_dict', 'load_weights', 'build_backbone',
-           'WEIGHTS', 'fetch_weights', 'weights_path']
+           'prepare_images', 'eval_mode', 'open_levels', 'pyramid', 'load_weights', 'build_backbone', 'WEIGHTS',
+           'fetch_weights', 'weights_path']
 
 # %% ../../nbs/20_backbone.ipynb #c002
-import argparse
 import copy
 import math
 import operator
@@ -21,13 +20,11 @@ from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from itertools import chain
-from pathlib import Path
 from unittest.mock import patch
 
 import timm
 import torch
 import torchvision
-from safetensors.torch import load_file
 from timm.layers.norm_act import FrozenBatchNormAct2d, freeze_batch_norm_2d
 from torch import Tensor, fx, nn
 from torch.func import functional_call
@@ -36,6 +33,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models import feature_extraction
 from torchvision.ops import FrozenBatchNorm2d
 
+from ..core.checkpoint import read_state_dict
 from ..core.shipped import WEIGHTS, fetch_weights, weights_path
 from ..core.signals import fork_with_one_thread
 from ..data.augment import Recurring, call_compiled, compiler_failed, lift_limits, normalize
@@ -674,26 +672,6 @@ HEADS = 'fc.', 'classifier.', 'head.', 'projection_head.', 'prototypes.', 'conv_
 def _strip(key: str) -> str:
     prefix = next((p for p in PREFIXES if key.startswith(p)), '')
     return _strip(key[len(prefix):]) if prefix else key
-
-def read_state_dict(
-    path: str | Path,  # .pth, .pt, .tar (torch) or .safetensors
-) -> dict[str, Tensor]:
-    """Return the tensors of a file, without running any code in it.
-
-    Raises FileNotFoundError, or ValueError if it holds no state dict."""
-    if not Path(path).is_file(): raise FileNotFoundError(f'weights file {path} does not exist')
-    try:
-        # the one class that published files have; any other one is refused
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            if Path(path).suffix == '.safetensors': state = load_file(path)
-            else: state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f'{path} is no file of plain tensors: {e}') from e
-    # where training loops put the weights; averaged ones first
-    places = 'ema', 'model', 'state_dict', 'teacher'
-    if isinstance(state, dict):
-        state = next((state[k] for k in places if isinstance(state.get(k), dict)), state)
-        if all(isinstance(v, Tensor) for v in state.values()): return state
-    raise ValueError(f'{path} holds no state dict of tensors')
 
 # %% ../../nbs/20_backbone.ipynb #c033a
 def _network_name(key, want):

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .backbone import RESNETS
-from ..core.checkpoint import check_file, check_sums, first_line, read_weights
+from ..core.checkpoint import read_plain, read_weights
 from .weights import architecture, check_cnn, plain_tensors
 from ..core.config import check_names
 from .detr import DETR
@@ -88,37 +87,13 @@ def foreign_weights(
     return None
 
 # %% ../../nbs/29_pretrained.ipynb #c005
-def _refusal(path, error):
-    "Return the ValueError that says why a file cannot be read."
-    # torch names the class that it does not allow
-    foreign = re.search(r'GLOBAL (\S+)', str(error))
-    if Path(path).suffix == '.pkl':
-        return ValueError(f'{path} is a pickle, as of {FOREIGN["Detectron2"]}')
-    if not foreign:
-        return ValueError(f'{path} cannot be read: it is cut off, or no file of weights '
-                          f'({first_line(error)})')
-    named = f'{foreign[1]}.'
-    owner = next((words for package, words in PICKLES.items()
-                  if named.startswith(f'{package}.')), '')
-    return ValueError(
-        f'{path} holds a pickled {foreign[1]}{owner}. Only tensors, plain values and '
-        'argparse.Namespace are read: any other object could run code while it is unpickled. '
-        'Ask its author for the state dict alone, or, if you trust the file, make one: '
-        'found = torch.load(path, weights_only=False), then '
-        'torch.save(found["model"], "weights.pth"), or found["state_dict"], or '
-        'found.state_dict(), whichever are its tensors')
-
 def _read(path):
     "Return what a .pth or .safetensors file holds, without running anything in it."
-    check_file(path)
     try:
-        if Path(path).suffix == '.safetensors': return load_file(path)
-        check_sums(path)
-        # the one class that published files have; any other one is refused
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:
-        raise _refusal(path, e) from e
+        return read_plain(path, PICKLES)
+    except ValueError as e:
+        if Path(path).suffix != '.pkl': raise
+        raise ValueError(f'{path} is a pickle, as of {FOREIGN["Detectron2"]}') from e
 
 def _is_plain(v):
     "Return whether a value is made of numbers, texts, lists and dictionaries only."

@@ -25,7 +25,8 @@ from updetr.data.annotations import (
 )
 from ..core.checkpoint import write_atomic, write_json
 from ..data.datasets import class_color, photo_ids
-from ..train.evaluate import from_all_processes, postprocess
+from ..train.evaluate import postprocess
+from ..model.losses import from_all_processes
 from .masks import DETRsegm
 from ..data.photo_files import find_files, read_as_said, size_trouble
 from ..core.photos import BadPhoto, printable, read_photo

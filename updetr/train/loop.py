@@ -5,17 +5,15 @@
 # %% auto #0
 __all__ = ['lr_factor', 'build_optimizer', 'Processes', 'join_processes', 'TrainState', 'image_ids', 'memory_advice', 'first_bad',
            'clipped_gradients', 'train_step', 'overfit_one_batch', 'peak_memory_mb', 'RunLog', 'not_finite',
-           'skip_step', 'progress_writer', 'train', 'find_task', 'only_trainer', 'run', 'main']
+           'skip_step', 'progress_writer', 'train', 'find_task', 'run', 'main']
 
 # %% ../../nbs/33_loop.ipynb #c002
 import argparse
 import dataclasses
-import errno
 import math
 import os
-import socket
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
@@ -30,12 +28,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..core.checkpoint import gather_rng, json_text, read_json, save_checkpoint, write_json
 from ..core.config import TrainConfig, check_config
+from ..model.losses import from_all_processes
 from updetr.train.graphs import (
     Peers, RecordedStep, compile_parts, data_parallel, record_task,
 )
-from .resume import (SAVED, HeldFolder, keep_data, last_logged, last_saved, put_away,
-                           refuse_changes, refuse_data, saved_marks, seed_again, short_marks)
-from ..core.signals import StopFlag, file_locks
+from .resume import (
+    SAVED, HeldFolder, keep_data, last_logged, last_saved, only_trainer, put_away, refuse_changes,
+    refuse_data, saved_marks, seed_again, short_marks)
+from ..core.signals import StopFlag
 
 # %% ../../nbs/33_loop.ipynb #c005
 def lr_factor(
@@ -112,10 +112,7 @@ class Processes:
         x,      # plain data of this process
     ) -> list:  # one a process, in order; the same on all
         "Return what each process has."
-        if self.world == 1: return [x]
-        parts = [None] * self.world
-        dist.all_gather_object(parts, x)
-        return parts
+        return from_all_processes(x)
 
 # %% ../../nbs/33_loop.ipynb #80948c78
 def join_processes() -> Processes:
@@ -678,29 +675,6 @@ def find_task(
     if name not in known:
         raise ValueError(f'task {repr(name)[:60]} is unknown: choose {", ".join(known)}')
     return import_module(f'updetr.tasks.{name}_task').TASK
-
-@contextmanager
-def only_trainer(
-    run_dir: str | Path,  # folder of the run
-):                        # context
-    """Let nobody else train in this folder meanwhile, else raise RuntimeError.
-
-    The lock is the process's: it ends with it, however that is."""
-    with open(Path(run_dir) / 'training.lock', 'a+') as lock:
-        fcntl = file_locks()
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            # other errors: a file system without locks, where training goes on unguarded
-            if e.errno in (errno.EACCES, errno.EAGAIN):
-                lock.seek(0)
-                owner = lock.read().strip()
-                raise RuntimeError(f'{run_dir} is being trained already, by {owner}: '
-                                   'attach to it, or stop it first') from e
-        # for the message above
-        lock.truncate(0)
-        print(f'process {os.getpid()} on {socket.gethostname()}', file=lock, flush=True)
-        yield
 
 # %% ../../nbs/33_loop.ipynb #c048
 def run(

@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['SAVED', 'PARTS', 'FILES', 'free_keys', 'way_out', 'refuse_changes', 'has_learnt', 'file_marks', 'run_changes',
            'saved_marks', 'short_marks', 'refuse_data', 'check_data', 'agree_on_data', 'keep_data', 'HeldFolder',
-           'last_saved', 'put_away', 'seed_again', 'last_logged']
+           'only_trainer', 'last_saved', 'put_away', 'seed_again', 'last_logged']
 
 # %% ../../nbs/32_resume.ipynb #c002
+import errno
 import os
 import re
+import socket
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +21,7 @@ import torch
 from ..core.checkpoint import load_checkpoint, read_json, set_rng_state, write_json
 from ..core.config import NEUTRAL, PLACES, cfg_changes
 from ..core.fingerprint import class_changes, data_changes, file_digest, short_mark
+from ..core.signals import file_locks
 
 # %% ../../nbs/32_resume.ipynb #c005
 SAVED = ('checkpoint.pth', 'checkpoint_previous.pth')  # the last state of a run, and the one before
@@ -203,6 +207,30 @@ class HeldFolder:
             self.path = Path(where)
             self.first = where
         return self.path
+
+# %% ../../nbs/32_resume.ipynb #lk000002
+@contextmanager
+def only_trainer(
+    run_dir: str | Path,  # folder of the run
+):                        # context
+    """Let nobody else train in this folder meanwhile, else raise RuntimeError.
+
+    The lock is the process's: it ends with it, however that is."""
+    with open(Path(run_dir) / 'training.lock', 'a+') as lock:
+        fcntl = file_locks()
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            # other errors: a file system without locks, where training goes on unguarded
+            if e.errno in (errno.EACCES, errno.EAGAIN):
+                lock.seek(0)
+                owner = lock.read().strip()
+                raise RuntimeError(f'{run_dir} is being trained already, by {owner}: '
+                                   'attach to it, or stop it first') from e
+        # for the message above
+        lock.truncate(0)
+        print(f'process {os.getpid()} on {socket.gethostname()}', file=lock, flush=True)
+        yield
 
 # %% ../../nbs/32_resume.ipynb #c016
 def last_saved(
