@@ -308,6 +308,30 @@ def test_boxes_that_fit_only_upright_prove_it(tmp_path):
     assert any('fit only upright: 1, first a.png' in n for n in check_dataset(ds).warnings) and tuple(ds[0]['image'].shape) == (3, 100, 40)
 
 
+def test_what_one_box_proves_holds_for_the_file(tmp_path):
+    "A box that fits both ways does not tell; unless another one denies it, it was drawn as those that do tell."
+    root = turned_set(tmp_path, 6, (40, 100), STORED)
+    tells, silent, denies = [5, 60, 9, 30], upright_box(root), [60, 5, 30, 9]
+    for name in 'bc': turned_set(tmp_path, 8, (40, 100), STORED, name=name)
+    Image.new('RGB', (100, 40)).save(root / 'train2017/plain.png')  # no note turns it: it stays as it is
+
+    def opened(**boxes):
+        names = [*boxes, 'plain']
+        content = {'images': [{'id': i, 'file_name': f'{n}.png', 'height': 40, 'width': 100} for i, n in enumerate(names)],
+                   'categories': [{'id': 1, 'name': 'x'}],
+                   'annotations': [{'id': i + 1, 'image_id': i, 'category_id': 1, 'bbox': box} for i, box in enumerate(boxes.values())]}
+        (root / 'annotations/instances_train2017.json').write_text(json.dumps(content))
+        ds = open_dataset(root, 'train')
+        return ds, ' '.join(ds.table.notes)
+    ds, said = opened(a=silent, b=tells)
+    assert ds.sizes.tolist() == [[100, 40], [100, 40], [40, 100]] and 'which do not tell: 1' in said
+    image, (x1, y1, x2, y2) = ds[0]['image'], ds[0]['boxes'][0].int().tolist()
+    assert image[:, y1:y2, x1:x2].float().mean() > 250  # the object that was drawn upright
+    ds, said = opened(a=silent, b=tells, c=denies)
+    assert ds.sizes.tolist() == [[40, 100], [100, 40], [40, 100], [40, 100]] and '2 are taken as stated' in said
+    assert opened(a=silent, c=denies)[0].sizes.tolist() == [[40, 100]] * 3
+
+
 def test_a_set_of_two_ways_is_refused(tmp_path):
     "Where the other turned photos were drawn on as stored, an undecided one shown upright is an error."
     root = turned_set(tmp_path, 6, (40, 100), STORED)

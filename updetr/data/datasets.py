@@ -250,26 +250,39 @@ def _sizes(said, root, files, exif, notes, source):
     return sizes
 
 # %% ../../nbs/16_datasets.ipynb #c025u
-def _upright_sizes(table):
-    """Exchange the sizes of photos turned by EXIF whose boxes fit only upright: the file states
-    those of the stored pixels"""
-    # how far the boxes of each photo reach: (n, 2), height and width
+def _reach(table):
+    "(n, 2) float64: how far down and to the right the boxes of each photo reach, px"
     known = (table.image >= 0) & np.isfinite(table.boxes).all(1)
     boxes = table.boxes[known]
     ends = np.zeros_like(table.sizes, float)
     np.maximum.at(ends, table.image[known], (boxes[:, :2] + boxes[:, 2:])[:, ::-1])
+    return ends
+
+def _states_stored(table, i):
+    "True if an EXIF note lays photo i on its side, and the file states the size of those pixels"
+    path, said = os.path.join(table.root, table.files[i]), tuple(table.sizes[i].tolist())
+    return said[0] != said[1] and photo_turn(path) >= 5 and header_size(path) == said[::-1]
+
+def _upright_sizes(table):
+    """Exchange the sizes of photos turned by EXIF where boxes that fit only upright show that the
+    file states those of the stored pixels"""
+    ends = _reach(table)
     too_far = (ends > table.sizes + 1).any(1)
-    fits_turned = (ends <= table.sizes[:, ::-1] + 1).all(1)
-    # only photos that an EXIF note lays on their side
-    turned = []
-    for i in np.flatnonzero(too_far & fits_turned):
-        if photo_turn(os.path.join(table.root, table.files[i])) >= 5: turned.append(i)
+    upright = (ends <= table.sizes[:, ::-1] + 1).all(1)
+    turned = [i for i in np.flatnonzero(too_far & upright) if _states_stored(table, i)]
+    if not turned: return table
+    first = turned[0]
+    text = f'photos turned by an EXIF note whose boxes fit only upright: {len(turned):,}'
+    # what they show holds for all that state the stored pixels, unless one of these denies it
+    others = [i for i in np.flatnonzero(~too_far) if _states_stored(table, i)]
+    if upright[others].all():
+        turned += others
+        if others: text += f', and of the same file, which do not tell: {len(others):,}'
+    elif others: text += f' (of others only as stored, so {len(others):,} are taken as stated)'
     table.sizes[turned] = table.sizes[turned, ::-1]
-    if turned:
-        table.notes.append(
-            f'photos turned by an EXIF note whose boxes fit only upright: {len(turned):,}, first '
-            f'{printable(table.files[turned[0]])}. The file states the size of the stored pixels: '
-            'exchanged')
+    table.notes.append(
+        f'{text}, first {printable(table.files[first])}. The file states the size of the stored '
+        'pixels: exchanged')
     return table
 
 # %% ../../nbs/16_datasets.ipynb #c026
