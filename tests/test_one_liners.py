@@ -18,7 +18,7 @@ from updetr.core.photos import BadPhoto, builtin_photos
 from updetr.core.shipped import shipped
 from updetr.model.backbone import Backbone
 from updetr.model.updetr import build_updetr
-from updetr.predict.commands import evaluate
+from updetr.predict.commands import evaluate, without_duplicates
 from updetr.predict.detector import Detections
 from updetr.predict.segmenter import Segments
 from updetr.tasks.finetune import finetune_config
@@ -142,5 +142,6 @@ def test_a_threshold_is_a_score(threshold):
 def test_a_limit_of_nms_is_an_iou(nms, tmp_path):
     "Of the class, and of the command that reports errors; both say it alike."
     file = shipped('detector')
-    for asked in (lambda: updetr.Detector.from_checkpoint(file, nms=nms), lambda: evaluate(file, tmp_path, tmp_path / 'out', nms=nms)):
+    for asked in (lambda: updetr.Detector.from_checkpoint(file, nms=nms), lambda: evaluate(file, tmp_path, tmp_path / 'out', nms=nms),
+                  lambda: without_duplicates(None, nms)):
         with pytest.raises(ValueError, match='nms .* must be an IoU between 0 and 1, such as 0.5'): asked()

@@ -372,7 +372,8 @@ def without_duplicates(
     evaluator: CocoEvaluator,  # with the answers of all photos
     nms: float,                # answers of a class that overlap more are one, 0..1
 ) -> CocoEvaluator:            # fewer answers
-    "Return an evaluator with what NMS leaves."
+    "Return an evaluator with what NMS leaves. Raises ValueError for what is no IoU."
+    check_nms(nms)
     def keep(p):
         parts = [torch.from_numpy(p[k]) for k in ('boxes', 'labels', 'scores')]
         return drop_duplicates(*parts, nms).numpy()
