@@ -353,6 +353,7 @@ class _Answers:
         self.c, self.silence = c, silence
         self.found = None  # the last answer, a Found
         self.want = -1  # the object query that was picked; -1: none
+        self.each = 1  # object queries a patch of the weights that answered last
 
     def clear(self):
         "Take the last answer from the page."
@@ -363,6 +364,9 @@ class _Answers:
 
     def show(self, found, same, each):
         "Draw an answer on the photo itself (`same`) or on the other one."
+        # other weights may count their object queries otherwise: the patch stays picked
+        if self.want >= 0 and each != self.each: self.want = self.want // self.each * each
+        self.each = each
         self.found = found
         c, marks = self.c, _marks(found)
         # the canvas without an answer loses the old one
