@@ -372,6 +372,21 @@ def test_as_many_photos_are_drawn_as_the_run_says(two_kinds):
     with pytest.raises(ValueError, match='photos 5: only 4 labelled ones'): drawn(5)
 
 
+def test_what_a_configuration_says_of_questions_arrives(tmp_path):
+    "In training, in the test, and in the name of what is kept on the disk."
+    law = dict(class_sampling='inverse', query_flip=.25, own_queries=False, absent=.5, seed=7)
+    task = make_task(tmp_path / 'run', **LIVE, **law, query_shape='letterbox', query_augment=True, gradient_checkpointing=True)
+    asker, layers = task.asker, task.model.transformer
+    assert (asker.flip, asker.own, asker.absent, asker.seed, len(set(asker.weight.values())) > 1) == (.25, False, .5, 7, True)
+    assert {(pool.size, pool.shape) for pool in task.pools} == {(32, 'letterbox')} and task.views.augment
+    assert layers.encoder.gradient_checkpointing and layers.decoder.gradient_checkpointing
+    assert not evaluate_oneshot(task, oneshot_task.chance_answer()).own
+    pool = task.pools[0]
+    others = [QueryPool(pool.dataset, 48, 'letterbox'), QueryPool(pool.dataset, 32), task.pools[1]]
+    names = [json.dumps(oneshot_task.picture_source(task.cnn, some).what()) for some in (pool, *others)]
+    assert len({*names, json.dumps(oneshot_task.picture_source(task.cnn, pool, pooled=False).what())}) == 5
+
+
 def test_pictures_are_looked_at_photo_by_photo_and_many_at_once(two_kinds, tmp_path, monkeypatch):
     task = make_task(tmp_path / 'run', data=str(two_kinds), scenes=0, scenes_val=0, unseen='b', **LIVE)
     pool, cnn = task.pools[1], task.cnn
