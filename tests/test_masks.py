@@ -126,11 +126,12 @@ def slow_forward(model, batch):
 def test_outputs_losses_and_gradients_agree_with_the_slow_way(per_head):
     model = make(per_head)
     batch = as_batch(images := photos(), targets_of(images))
-    step = MaskStep(model, build_criterion(model.detr))
+    step = MaskStep(model, build_criterion(model.detr), mask_loss_coef=2., dice_loss_coef=3.)
     loss, numbers = step(batch)
     want, masks = slow_forward(model, batch)
     for k, v in want.items(): torch.testing.assert_close(numbers[k], v, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(loss, sum(want.values()), rtol=1e-4, atol=1e-6)
+    weighted = 2 * want['loss_mask'] + 3 * want['loss_dice']
+    torch.testing.assert_close(loss, weighted, rtol=1e-4, atol=1e-6)
     outputs, seen = model.look(batch['images'], batch['mask'])
     labels = build_criterion(model.detr).matcher(outputs, batch['targets'])
     for b, (queries, objects) in enumerate(labels):
@@ -139,7 +140,7 @@ def test_outputs_losses_and_gradients_agree_with_the_slow_way(per_head):
     head = {k: p for k, p in model.named_parameters() if p.requires_grad}
     assert len(head) == 32
     loss.backward()
-    for (k, p), g in zip(head.items(), torch.autograd.grad(sum(want.values()), list(head.values())), strict=True):
+    for (k, p), g in zip(head.items(), torch.autograd.grad(weighted, list(head.values())), strict=True):
         torch.testing.assert_close(p.grad, g, rtol=2e-3, atol=2e-5, msg=k)
 
 
