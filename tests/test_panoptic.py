@@ -347,6 +347,21 @@ def test_layouts(layout, scenes, tmp_path):
     assert again.classes == scenes.classes and again.isthing == scenes.isthing
 
 
+def test_a_run_finds_photos_and_pngs_in_folders_of_their_own(scenes, tmp_path):
+    "Those of each part; one folder above the photos of both will do."
+    away = tmp_path / 'away'
+    (tmp_path / 'coco/annotations').mkdir(parents=True)
+    for part in ('train', 'val'):
+        write_photos(away / f'{part}2017', scenes)
+        write_panoptic(file := tmp_path / f'coco/annotations/panoptic_{part}2017.json', {i: scenes.panoptic(i) for i in range(6)}, scenes)
+        file.with_suffix('').rename(away / f'png_{part}')
+    places = dict(data=str(tmp_path / 'coco'), pngs=str(away / 'png_train'), pngs_val=str(away / 'png_val'), exif='stored')
+    for images in (dict(images=str(away)), dict(images=str(away / 'train2017'), images_val=str(away / 'val2017'))):
+        sets = open_panoptic_sets(panoptic_config('demo', **places, **images))
+        found = [(ds.photos.name, ds.pngs.name, ds.exif) for ds in sets]
+        assert found == [('train2017', 'png_train', 'stored'), ('val2017', 'png_val', 'stored')]
+
+
 def test_two_numberings_of_classes(scenes, tmp_path):
     """COCO's own ids with gaps: renumbered in the order of the ids, or kept among 250."""
     ids = {k: 3 * k + 7 for k in range(12)}
@@ -381,6 +396,25 @@ def test_without_masks_no_png_is_read(scenes, tmp_path):
     boxes = open_panoptic(tmp_path, 'val', masks=False)
     assert torch.equal(boxes[2]['boxes'], scenes[2]['boxes']) and 'masks' not in boxes[2]
     assert boxes.coco()['annotations'] == scenes.coco()['annotations']
+
+
+def test_a_crowd_stays_one_in_files(scenes, tmp_path):
+    "Written and read, in samples and in the truth of boxes and masks; and in an instances file."
+    (tmp_path / 'annotations').mkdir()
+    write_photos(tmp_path / 'val2017', scenes)
+    answers = {i: scenes.panoptic(i) for i in range(6)}
+    marked = next(s for s in answers[0][1] if s['isthing'])['id']
+    answers[0] = answers[0][0], [s | {'iscrowd': int(s['id'] == marked)} for s in answers[0][1]]
+    write_panoptic(tmp_path / 'annotations/panoptic_val2017.json', answers, scenes)
+    val = open_panoptic(tmp_path, 'val')
+    want = [s['iscrowd'] for s in answers[0][1]]
+    assert sum(want) == 1 and [s['iscrowd'] for s in val.segments(0)] == want == val[0]['iscrowd'].tolist()
+    truth = coco_truth(val, masks=True)
+    rows = [a | {'category_id': val.category_ids[a['category_id']], 'segmentation': a['segmentation'] | {
+            'counts': a['segmentation']['counts'].decode()}} for a in truth['annotations']]
+    write_json(tmp_path / 'instances.json', {'images': truth['images'], 'categories': [], 'annotations': rows})
+    for some in (val.coco(), truth, instance_truth(val, tmp_path / 'instances.json')):
+        assert [a['image_id'] for a in some['annotations'] if a['iscrowd']] == [0]
 
 
 def test_names_that_lead_out_are_refused(scenes, tmp_path):
