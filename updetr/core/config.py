@@ -368,7 +368,9 @@ POSITIVE = ('hidden_dim nheads enc_layers dec_layers dim_feedforward num_queries
             'log_every save_every channels query_std sort_aspects').split()
 SHARES = 'dropout mask_ratio heldout warmup ema'.split()
 COUNTS = ('weight_decay lr_backbone eos_coef views cached_patches num_workers keep_every '
-          'max_skips seed focal').split()
+          'max_skips seed focal '
+          'set_cost_class set_cost_bbox set_cost_giou '
+          'bbox_loss_coef giou_loss_coef feature_loss_coef').split()
 
 # %% ../../nbs/05_config.ipynb #c014a
 def _wrong_values(cfg):
