@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 
+from test_data_changes import coco
 from test_resume import as_in_the_processes, kill_twice, weights  # noqa: F401 (a fixture: one thread here, too)
 from tools.processes import trained
 from updetr.core.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.core.config import make_config
+from updetr.core.photos import read_photo
 from updetr.model.updetr import build_updetr
 from updetr.predict.detector import Detector
 from updetr.tasks.finetune import finetune_config, open_sets
@@ -157,6 +159,20 @@ def test_what_cannot_be_is_refused(changes, why, tmp_path, monkeypatch):
 
 
 def test_year_may_be_a_number(): assert finetune_config('voc150', year=2007).year == '2007'
+
+
+def test_photos_to_evaluate_on_have_the_labels_of_the_training(tmp_path):
+    "Whatever the order of classes in a file of their own, and wherever their photos lie."
+    ours, theirs = coco(tmp_path / 'ours'), coco(tmp_path / 'theirs', names=('dog', 'cat'))
+    (theirs / 'val').rename(elsewhere := tmp_path / 'elsewhere')
+    files = dict(data=ours / 'annotations/instances_train.json', data_val=theirs / 'annotations/instances_val.json')
+    files |= dict(images=ours / 'train', images_val=elsewhere)
+    train_set, val_set = open_sets(finetune_config('demo', **TINY | dict(scenes=0, scenes_val=0) | {k: str(v) for k, v in files.items()}))
+    assert list(train_set.classes) == list(val_set.classes) == ['cat', 'dog']
+    for part, names in ((train_set, ['cat', 'dog']), (val_set, ['dog', 'cat'])):
+        assert [part.classes[k] for i in range(4) for k in part[i]['labels']] == names * 2
+    # photos of the same names lie in both folders
+    assert torch.equal(val_set[0]['image'], read_photo(elsewhere / '0.png'))
 
 
 def small(data, **changes):
