@@ -172,7 +172,21 @@ def test_the_commit_is_the_package_s_own(tmp_path, monkeypatch):
     assert git_commit() == mine and git_commit(tmp_path / 'env' / 'updetr') == 'unknown'
     git('add', '.')
     git('commit', '-m', 'tracked')
-    assert len(git_commit(tmp_path / 'env' / 'updetr')) >= 12
+    at = tmp_path / 'env' / 'updetr'
+    assert len(git_commit(at)) == 12
+    # a changed package or notebook is another code; a log, and what nobody tracks, is not
+    tracked = [tmp_path / name for name in ('updetr/a.py', 'nbs/a.ipynb', 'log.txt')]
+    for file in tracked:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    git('add', '.')
+    git('commit', '-m', 'all')
+    clean = git_commit(at)
+    (tmp_path / 'updetr' / 'new.py').touch()
+    for file in tracked:
+        file.write_text('x')
+        assert git_commit(at) == clean + '+changes' * (file.name != 'log.txt')
+        git('checkout', str(file))
 
 
 @pytest.mark.parametrize('size', [240, 300])
