@@ -93,6 +93,18 @@ def test_what_was_answered_is_kept_when_it_is_stopped(photos, tmp_path, monkeypa
     assert 'notes.txt: not an image' in (tmp_path / 'found/skipped.txt').read_text()
 
 
+@pytest.mark.parametrize('batch', [1, 2, 8])
+def test_the_line_of_progress_ends_once(batch, photos, tmp_path, monkeypatch, capsys):
+    "Also where fewer pictures are read than there are files: the shell's prompt would stand in it."
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    few = sorted(photos.iterdir())[:2]
+    (broken := tmp_path / 'broken.jpg').write_bytes(b'no photo')
+    for files in (few, [*few, broken]):
+        predict(shipped('detector'), [str(f) for f in files], tmp_path / f'out{len(files)}', batch=batch)
+        shown = capsys.readouterr().err
+        assert shown.endswith('\n') and shown.count('\n') == 1 and '2 pictures' in shown.split('\r')[-1]
+
+
 def test_names_of_skipped_files_with_line_breaks_and_colons(photos, tmp_path, capsys):
     for name in ('a\nb.txt', 'c: d.txt', 'e\u2028.txt'): (photos / name).write_text('no photo')
     predict_command([str(shipped('detector')), str(photos), '--out', str(tmp_path / 'found')])

@@ -598,8 +598,7 @@ class Backbone(nn.Module):
 
     def maps(self, x):
         "Return the maps of all layers that the body is cut after; no gradients if it is frozen."
-        trained = not self.frozen and (self.training or torch.is_grad_enabled())
-        with nullcontext() if trained else torch.no_grad():
+        with torch.no_grad() if self.frozen else nullcontext():
             return self._folds.run(self.body, x, self.training)
 
     def forward(self, x):

@@ -150,15 +150,17 @@ def progress_line(
     total: int | None,  # pictures there are; None: nobody knows
 ):                      # function, called with the number of those that are done
     "Return a function that keeps a line on the terminal: how many, how many a second, time left."
-    start, shown = time.monotonic(), [0.]
-    def show(done, *_):
-        now = time.monotonic()
+    start, shown, ended = time.monotonic(), 0., False
+    def show(done, *_, last=False):
+        nonlocal shown, ended
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        last = last or done == total
         # some terminals are slow, and a file wants few lines
-        if done != total and now - shown[0] < (.5 if sys.stderr.isatty() else 30): return
-        shown[0] = now
+        if ended or not last and now - shown < (.5 if terminal else 30): return
+        shown, ended = now, last
         speed = done / max(now - start, 1e-9)
         left = f' of {total:,}, {max(total - done, 0) / speed:.0f} s left' if total else ''
-        end = '\r' if sys.stderr.isatty() and done != total else '\n'
+        end = '\r' if terminal and not last else '\n'
         line = f'{done:,} pictures{left}, {speed:.1f} a second   '
         print(line, end=end, file=sys.stderr, flush=True)
     return show
@@ -279,7 +281,8 @@ def predict(
             waiting.clear()
             show(answers.done)
         answers.take(waiting)
-        show(answers.done)
+        # how many there will be is not known of films, nor which photos cannot be read
+        show(answers.done, last=True)
     # whatever stops it, Ctrl-C too: what has been answered is kept
     finally: answers.save(skipped)
     if not answers.done:
