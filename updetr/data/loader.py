@@ -217,8 +217,12 @@ def random_view(
         return photos[-1].shape[1:]
 
     parts = draw_parts(rng, sides, num_photos, collage)
-    shape = (size, size) if len(parts) == 1 else (size // 2, size - size // 2)
-    crops = [cut_crop(photo, *part[1:], shape) for photo, part in zip(photos, parts)]
+    # of an odd side the second half has a pixel more
+    near, far = size // 2, size - size // 2
+    four = [(near, near), (near, far), (far, near), (far, far)]
+    shapes = [(size, size)] if len(parts) == 1 else four
+    crops = [cut_crop(photo, *part[1:], shape)
+             for photo, part, shape in zip(photos, parts, shapes)]
     if len(crops) == 1: return crops[0]
     a, b, c, d = crops
     above, below = torch.cat((a, b), 2), torch.cat((c, d), 2)
