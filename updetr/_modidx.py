@@ -862,6 +862,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                            'updetr/data/transforms.py'),
                                         'updetr.data.transforms.DetectionViews._changed': ( 'transforms.html#detectionviews._changed',
                                                                                             'updetr/data/transforms.py'),
+                                        'updetr.data.transforms.DetectionViews._wanted': ( 'transforms.html#detectionviews._wanted',
+                                                                                           'updetr/data/transforms.py'),
                                         'updetr.data.transforms.DetectionViews.look': ( 'transforms.html#detectionviews.look',
                                                                                         'updetr/data/transforms.py'),
                                         'updetr.data.transforms.DetectionViews.read': ( 'transforms.html#detectionviews.read',

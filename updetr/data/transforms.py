@@ -371,7 +371,7 @@ class DetectionViews(Dataset):
         "Return the view of epoch `epoch` of a sample that is at hand."
         orig_size, skipped = sample['image'].shape[-2:], []
         # before they are resized, which takes longer than all the rest
-        if not self.masks: sample = {k: v for k, v in sample.items() if k != 'masks'}
+        sample = self._wanted(sample)
         # everything random comes from these numbers
         draw = self.seed, epoch, index
         if self.train:
@@ -388,13 +388,17 @@ class DetectionViews(Dataset):
         image, target = as_target(seen, orig_size)
         return image, target | ({'skipped': skipped} if skipped else {})
 
+    def _wanted(self, sample):
+        "Return a sample, without masks if nobody asks for them."
+        return sample if self.masks else {k: v for k, v in sample.items() if k != 'masks'}
+
     def _changed(self, sample, draw):
         "Return a sample as DETR would not show it, and what was wrong with photos beside it."
         rng, skipped = np.random.default_rng((*draw, 4)), []
         if rng.random() < self.changes.mosaic:
             others = [self.read(int(i)) for i in rng.integers(len(self), size=3)]
             skipped = [message for _, messages in others for message in messages]
-            sample = join_four(rng, [sample, *(other for other, _ in others)])
+            sample = join_four(rng, [sample, *(self._wanted(other) for other, _ in others)])
         if self.places:
             with drawn_from(*draw, 5): sample = move_sample(sample, self.places)
         return sample, skipped
