@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torchvision.ops import box_iou
 
 from test_oneshot import LIVE, TINY, make_run, make_task
 from test_resume import as_in_the_processes, finish  # noqa: F401 (a fixture: one thread here, too)
@@ -14,14 +15,18 @@ from updetr.data.scenes import Scenes
 from updetr.data.transforms import DetectionViews, Sizes
 from updetr.model.backbone import prepare_images
 from updetr.neighbours import siamese
-from updetr.neighbours.tracking import track
-from updetr.neighbours.upsnet import upsnet
+from updetr.neighbours.heads import grid_rcnn
+from updetr.neighbours.panoptic_fpn import panoptic_fpn
+from updetr.neighbours.tracking import match_frames, moving_scene, track
+from updetr.neighbours.upsnet import UPSNet, upsnet
 from updetr.predict.detector import Detector
 from updetr.predict.oneshot_detector import OneShotDetector
 from updetr.tasks.cnn_task import CNN, object_features
 from updetr.tasks.oneshot import oneshot_config, oneshot_summary, oneshot_table
 from updetr.tasks.oneshot_task import evaluate_oneshot, open_run
 from updetr.tasks.panoptic import PanopticScenes
+
+PYRAMID = dict(backbone='tf_efficientnet_lite0', features=['blocks.1', 'blocks.2', 'blocks.4'], weights='builtin', frozen=True, channels=16)
 
 # where a cell of the photo agrees with the mean of the query's map, there is a box of two cells
 MINE = '''
@@ -114,7 +119,7 @@ def test_photos_as_they_are_train_the_cnn_too(system, tmp_path):
 
 @pytest.mark.parametrize('system', NEIGHBOURS['oneshot'])
 def test_a_photo_twice_as_large_has_boxes_twice_as_large(system):
-    "The view is no multiple of the stride, and not square."
+    "The view is no multiple of the stride, and not square; no two answers are of one place, and all lie in the view's cells."
     torch.manual_seed(0)
     model = find_builder('oneshot', system)(oneshot_config('demo', **TINY, system=system)).eval()
     channels = model.backbone[0].num_channels
@@ -125,6 +130,8 @@ def test_a_photo_twice_as_large_has_boxes_twice_as_large(system):
         twice = model.answer(feature, pictures, {'size': size, 'orig_size': 2 * size})
     for a, b in zip(once, twice, strict=True):
         assert len(a['boxes']) and torch.allclose(a['boxes'] * 2, b['boxes']) and torch.equal(a['scores'], b['scores'])
+        assert len(a['boxes']) <= 100 and box_iou(a['boxes'], a['boxes']).triu(1).max() <= .5
+        assert a['boxes'].min() >= 0 and (a['boxes'][:, 2:].amax(0) <= torch.tensor([72, 56])).all()
 
 
 @pytest.mark.parametrize('system, times', [('compnet', 1), ('coae', 3), ('siamrpn', 3)])
@@ -154,8 +161,7 @@ def test_a_mask_may_stick_out_of_its_box(share):
     images, targets = zip(*[views[0, i] for i in range(2)])
     targets = [t | {'boxes': t['boxes'] * torch.tensor([1, 1, share, share])} for t in targets]
     torch.manual_seed(0)
-    model = upsnet(scenes.isthing, backbone='tf_efficientnet_lite0', features=['blocks.1', 'blocks.2', 'blocks.4'],
-                   weights='builtin', frozen=True, channels=16)
+    model = upsnet(scenes.isthing, **PYRAMID)
     _, losses = model.train()({'images': torch.stack(images).float() / 255, 'mask': None, 'targets': targets})
     assert .1 < losses['loss_panoptic'] < 10
 
@@ -163,8 +169,7 @@ def test_a_mask_may_stick_out_of_its_box(share):
 @pytest.mark.parametrize('side', [16, 32, 64])
 def test_upsnet_keeps_the_edge_of_a_thing(side):
     "A perfect square with perfect maps: what lies between two cells of the map is not lost"
-    model = upsnet([True, False], backbone='tf_efficientnet_lite0', features=['blocks.1', 'blocks.2', 'blocks.4'],
-                   weights='builtin', frozen=True, channels=16).eval()
+    model = upsnet([True, False], **PYRAMID).eval()
     inside = torch.zeros(64, 64, dtype=torch.bool)
     cells = slice(64 // model.stride, (64 + side) // model.stride)
     inside[cells, cells] = True
@@ -178,6 +183,87 @@ def test_upsnet_keeps_the_edge_of_a_thing(side):
     truth[64:64 + side, 64:64 + side] = True
     thing, = [s['id'] for s in info if s['category_id'] == 0]
     assert (truth & (ids == thing)).sum() / (truth | (ids == thing)).sum() > .95
+
+
+@pytest.mark.parametrize('build', [panoptic_fpn, upsnet])
+def test_padding_says_nothing_and_answers_have_the_photos_size(build):
+    "A view that is wider than high, of a photo of another size"
+    torch.manual_seed(0)
+    model = build([True, False, False], **PYRAMID)
+    view, target = torch.randn(3, 96, 128), {'size': torch.tensor([96, 128]), 'orig_size': torch.tensor([60, 90])}
+    padded = torch.randn(1, 3, 128, 192)
+    padded[0, :, :96, :128] = view
+    mask = torch.ones(1, 128, 192, dtype=torch.bool)
+    mask[0, :96, :128] = False
+    (want, info), = model.segments({'images': view[None], 'mask': None, 'targets': [target]}, .1)
+    (ids, same), = model.segments({'images': padded, 'mask': mask, 'targets': [target]}, .1)
+    assert ids.shape == (60, 90) and torch.equal(ids, want) and info == same
+
+
+@pytest.mark.parametrize('share, kept', [(0., 1), (1., 0)])
+def test_upsnet_asks_for_the_things_that_are_not_held_back(share, kept):
+    "Where they are, in a view that is wider than high."
+    torch.manual_seed(0)
+    model, seen = upsnet([True, False], **PYRAMID), []
+    model.held_back = share
+    model._mask_logits = lambda levels, boxes, *more: seen.extend(boxes) or UPSNet._mask_logits(model, levels, boxes, *more)
+    masks = torch.zeros(1, 64, 128, dtype=torch.bool)
+    masks[0, 16:48, 32:64] = True
+    target = {'labels': torch.tensor([0]), 'boxes': torch.tensor([[.375, .5, .25, .5]]), 'masks': masks, 'size': torch.tensor([64, 128])}
+    model.train()({'images': torch.randn(1, 3, 64, 128), 'mask': None, 'targets': [target]})
+    assert seen[0].tolist() == [[32, 16, 64, 48]][:kept]
+
+
+def test_upsnet_says_a_thing_once_and_no_crumb_of_stuff():
+    "Of two boxes at one place the surer one, whatever the pixels say; classes in any order."
+    model = upsnet([False, None, True, False, True], **PYRAMID).eval()
+    cells = slice(64 // model.stride, 128 // model.stride)
+    # stuff 0 and 3, things 2 and 4; a cell of stuff 3
+    semantic = torch.full((4, 64, 64), -8.)
+    semantic[0], semantic[1, 0, 0] = 8, 30
+    semantic[0, cells, cells], semantic[2, cells, cells], semantic[3, cells, cells] = -8, 9, 8
+    found = dict(boxes=torch.tensor([[64., 64., 128., 128.]] * 2), scores=torch.tensor([.9, .8]), labels=torch.tensor([2, 1]),
+                 masks=torch.ones(2, 1, 28, 28))
+    size = torch.tensor([256, 256])
+    _, info = model.join(found, semantic, dict(size=size, orig_size=size), .5)
+    assert sorted(s['category_id'] for s in info) == [0, 4]
+
+
+def test_grids_that_lead_to_one_box_answer_once_and_in_the_photo():
+    "Two proposals that hardly overlap, whose maps lead beyond the photo."
+    heads = grid_rcnn(1, **PYRAMID).model.roi_heads
+    proposals = [torch.tensor([[10., 10, 50, 50], [30, 10, 70, 50]])]
+    heads._logits = lambda *_: torch.tensor([[0., 3], [0, 2]])
+    maps = torch.zeros(2, 3, 3, 56, 56)
+    for i, right in enumerate((54, 40)):
+        for row, y in enumerate((1, 28, 54)):
+            for column, x in enumerate((1, 28, right)): maps[i, row, column, y, x] = 20
+    heads.maps = lambda *_: maps.flatten(1, 2)
+    answer, = heads._find(None, proposals, [(64, 66)])
+    assert answer['boxes'].round().tolist() == [[0, 0, 66, 64]]
+
+
+def test_a_track_goes_on_from_the_last_frame():
+    "Not from the first one, where something else is nearer."
+    class Localizer:
+        query_size, query_shape, seen = 32, 'squash', 0
+        def open(self, frame): return self
+        def ask(self, pictures, best_of_group):
+            self.seen += 1
+            boxes = torch.tensor([[100., 100, 120, 120], [62., 100, 82, 120]])
+            boxes[0] += torch.tensor([20., 0, 20, 0]) * self.seen
+            return SimpleNamespace(scores=torch.tensor([.5, .5]), boxes=boxes)
+
+    frames = torch.zeros(4, 3, 400, 400, dtype=torch.uint8)
+    assert track(Localizer(), frames, [100, 100, 120, 120], .5)[0][:, 0].tolist() == [100, 120, 140, 160]
+
+
+def test_a_template_is_found_in_frames_that_are_not_square():
+    clip = moving_scene(2, 1)
+    frame, box = clip.frames[0][:, :, 20:], clip.boxes[0] - torch.tensor([20, 0, 20, 0])
+    frame = torch.cat([frame, frame.flip(2)], 2)[:, :, :400]
+    found = match_frames([frame, frame], box.tolist())
+    assert box_iou(found[1:], box[None]).item() > .7
 
 
 def test_a_prior_of_nearly_nothing_takes_the_nearest():
