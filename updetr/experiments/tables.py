@@ -603,7 +603,7 @@ def _other_photos(scale, photos):
     epochs = steps // (photos // batch)
     lr_drop = max(1, epochs * cfg.lr_drop // cfg.epochs)
     # as many measurements as with the usual photos
-    eval_every = max(1, round(cfg.eval_every * usual / photos))
+    eval_every = max(1, round(epochs * cfg.eval_every / cfg.epochs))
     changes = dict(photos=photos, epochs=epochs, lr_drop=lr_drop, eval_every=eval_every)
     return changes if batch == cfg.batch_size else changes | {'batch_size': batch}
 
