@@ -115,6 +115,33 @@ def test_tables_5_and_6_are_the_papers():
 def site(scale): return Scale(scale) if scale in ('toy', 'paper') else Scale(scale, '/photos', '/labelled')
 
 
+CLAIMS = {  # what a reader is told -> the arm that is said to be better, the other one
+    'ten patches at a time are better than one': ('UP-DETR, M=10', 'UP-DETR, M=1'),
+    'also one patch at a time is better than no pre-training': ('UP-DETR, M=1', 'DETR'),
+    'a frozen CNN is essential (with reconstruction)': ('(d) CNN frozen, reconstruction', '(c) CNN trained, reconstruction'),
+    'a frozen CNN is essential (without reconstruction)': ('(b) CNN frozen, no reconstruction', '(a) CNN trained, no reconstruction'),
+    'reconstruction helps early': ('(d) CNN frozen, reconstruction', '(b) CNN frozen, no reconstruction'),
+    'the attention mask lowers the loss late in pre-training': ('with mask', 'without mask'),
+    'matching within the own group is better than free matching': ('base', 'free matching'),
+    'starting as an appearance matcher is better than the default initialisation': ('base', 'default initialisation'),
+    'fifty patches at a time are better than twenty': ('M=50, N=100', 'M=20, N=40'),
+    'labels help a CNN to localise': ('own photos, with labels', 'own photos, without labels'),
+    'training a CNN without labels helps it to localise': ('own photos, without labels', 'not trained'),
+    'with five times as many queries a scratch transformer learns less': ('DETR, N=20', 'DETR, N=100'),
+    'three times the epochs make up for pre-training': ('DETR, three times as long', 'UP-DETR, N=20'),
+    'pre-training is more than its initialisation': ('UP-DETR, N=20', 'DETR, matching start')}
+
+
+def test_a_claim_compares_the_arms_that_it_speaks_of():
+    "Exchanged, a report would say that the contrary holds."
+    for name in EXPERIMENTS:
+        for claim in experiment(name, site('mini')).claims:
+            pair = CLAIMS.get(claim.text, ('UP-' + claim.worse, claim.worse))
+            assert (claim.better, claim.worse) == pair, claim
+            assert claim.lower == ('loss' in claim.metric), claim
+            assert claim.metric.startswith('early') == any(word in claim.text for word in ('early', 'speeds up')), claim
+
+
 @pytest.mark.parametrize('scale', BASES)
 def test_small_views_are_no_whole_photos(scale):
     "They are the base's views where it has some; at the paper's scale its photos stay whole, and an arm of another name is another job"
@@ -403,6 +430,50 @@ def test_the_folder_of_one_page_is_not_given_to_all(tmp_path, monkeypatch):
 
 TINY = dict(views=16, view_size=64, patch_size=32, hidden_dim=32, nheads=4, dim_feedforward=32, dec_layers=2, num_queries=10, num_patches=5,
             batch_size=4, epochs=6, save_every=10, log_every=1)
+
+
+def test_the_call_fails_with_as_many_pages_as_failed(tmp_path, monkeypatch):
+    "And the index of the reports that are there is written where they are."
+    indices, pages = [], iter((1, 0, 2))
+    monkeypatch.setattr('sys.argv', ['make reports', '--only', 'table1_voc,fig7_localization,label_fraction', '--to', str(tmp_path)])
+    monkeypatch.setattr(all_reports, 'run_jobs', lambda *args: {})
+    monkeypatch.setattr(all_reports, '_execute', lambda study, given: next(pages))
+    monkeypatch.setattr(all_reports, 'write_index', indices.append)
+    with pytest.raises(SystemExit) as left: all_reports.main()
+    assert left.value.code == 2 and indices == [tmp_path]
+
+
+def test_no_more_trainings_run_at_a_time_than_are_asked_for(tmp_path, monkeypatch):
+    "They share the cores; of five two run, and the next begins when one has ended."
+    running, most, asked = [], [], []
+
+    class Training:
+        sentinel, left = None, 3
+        def __init__(self, folder, threads):
+            self.folder = folder
+            folder.mkdir(parents=True)
+            running.append(folder)
+            most.append(len(running))
+            asked.append(threads)
+
+        def is_alive(self):
+            self.left -= 1
+            if self.left: return True
+            (self.folder / 'result.json').write_text('{}')
+            running.remove(self.folder)
+
+        def join(self): pass
+
+    monkeypatch.setattr(runner, 'start_process', Training)
+    monkeypatch.setattr(runner, 'write_start', lambda *args: None)
+    monkeypatch.setattr(runner.multiprocessing.connection, 'wait', lambda *args: None)
+    monkeypatch.setattr(runner, 'usable_cores', lambda: 8)
+    monkeypatch.setattr(runner, 'finish', lambda folder: {})
+    small = job('pretrain', 'demo', **TINY | dict(weights='none', standardize=False))
+    for workers, at_once, threads in ((2, 2, 4), (0, 5, 1)):
+        run_jobs([(small, seed) for seed in range(5)], tmp_path / str(workers), workers, show=lambda line: None)
+        assert len(most) == 5 and max(most) == at_once and set(asked) == {threads}
+        most.clear(), asked.clear()
 
 
 class Waiting:
