@@ -6,7 +6,9 @@ import os
 import runpy
 import shutil
 import sys
+from contextlib import nullcontext
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,6 +105,25 @@ def test_the_line_of_progress_ends_once(batch, photos, tmp_path, monkeypatch, ca
         predict(shipped('detector'), [str(f) for f in files], tmp_path / f'out{len(files)}', batch=batch)
         shown = capsys.readouterr().err
         assert shown.endswith('\n') and shown.count('\n') == 1 and '2 pictures' in shown.split('\r')[-1]
+
+
+@pytest.mark.parametrize('terminal', [True, False])
+def test_where_nothing_can_be_read_the_first_file_is_named(terminal, tmp_path, monkeypatch):
+    "Not what is no photo, nor the last one; the line of progress divides by no speed."
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: terminal, raising=False)
+    (folder := tmp_path / 'photos').mkdir()
+    (folder / 'notes.txt').write_text('no photo')
+    good = Path(builtin_photos()[0].path).read_bytes()
+    for name in ('1.jpg', '2.jpg'): (folder / name).write_bytes(good[:-700])
+    with pytest.raises(ValueError, match='none of the 2 files could be read, first .*1.jpg: cannot be decoded'):
+        predict(shipped('detector'), [folder], tmp_path / 'found')
+    assert not (tmp_path / 'found/results.json').exists()
+    # a film without a frame is one that cannot be read
+    (film := tmp_path / 'a.mp4').write_bytes(b'')
+    video = nullcontext(SimpleNamespace(decode=lambda video: []))
+    monkeypatch.setitem(sys.modules, 'av', SimpleNamespace(open=lambda file: video, FFmpegError=OSError))
+    with pytest.raises(ValueError, match='none of the 1 files could be read, first .*a.mp4: .* no frame'):
+        predict(shipped('detector'), [film], tmp_path / 'found')
 
 
 def test_names_of_skipped_files_with_line_breaks_and_colons(photos, tmp_path, capsys):

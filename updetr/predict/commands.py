@@ -126,10 +126,12 @@ def video_frames(
                           f'make photos of it: mkdir frames; {frames}') from e
     try:
         with av.open(file) as video:
+            frame = None
             for frame in video.decode(video=0):
                 pixels = torch.from_numpy(frame.to_ndarray(format='rgb24')).permute(2, 0, 1)
                 # how a phone was held
                 yield torch.rot90(pixels, round(frame.rotation / 90), (1, 2)).contiguous()
+            if frame is None: raise BadPhoto(file, 'cannot be read as a video: it has no frame')
     except (av.FFmpegError, IndexError) as e:
         raise BadPhoto(file, f'cannot be read as a video: {e}') from e
 
@@ -159,7 +161,9 @@ def progress_line(
         if ended or not last and now - shown < (.5 if terminal else 30): return
         shown, ended = now, last
         speed = done / max(now - start, 1e-9)
-        left = f' of {total:,}, {max(total - done, 0) / speed:.0f} s left' if total else ''
+        left = f' of {total:,}' if total else ''
+        # nothing done has no speed
+        if total and done: left += f', {max(total - done, 0) / speed:.0f} s left'
         end = '\r' if terminal and not last else '\n'
         line = f'{done:,} pictures{left}, {speed:.1f} a second   '
         print(line, end=end, file=sys.stderr, flush=True)
@@ -270,6 +274,7 @@ def predict(
     if batch < 1: raise ValueError(f'batch {batch} must be at least 1')
     if threshold is not None: check_threshold(threshold)
     files, skipped = find_pictures(sources, out)
+    others = len(skipped)  # what is no photo
     answers = _Answers(open_model(checkpoint, device, nms), threshold, Path(out))
     show = progress_line(None if any(map(is_video, files.values())) else len(files))
     waiting = []
@@ -286,8 +291,9 @@ def predict(
     # whatever stops it, Ctrl-C too: what has been answered is kept
     finally: answers.save(skipped)
     if not answers.done:
+        file, reason = skipped[others]
         raise ValueError(f'none of the {len(files):,} files could be read, first '
-                         f'{printable(skipped[-1][0])}: {skipped[-1][1]}')
+                         f'{printable(file)}: {reason}')
     reasons = Counter(reason.split(':')[0] for _, reason in skipped)
     return {'pictures': answers.done, 'answers': len(answers.table), 'skipped': len(skipped),
             'reasons': dict(reasons.most_common())}
