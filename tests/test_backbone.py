@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from updetr.model.backbone import NORMS, Backbone, TrainedFold, build_backbone, eval_mode, fold_norms, fold_pairs, join_features
+from updetr.model.backbone import (NORMS, Backbone, TrainedFold, build_backbone, eval_mode, fold_norms, fold_pairs, join_features,
+                                   open_levels, pyramid)
 from updetr.train.graphs import data_parallel
 
 
@@ -317,3 +318,17 @@ def test_the_layout_of_a_folded_network_is_torchs(cnn):
     theirs = copy.deepcopy(folded).to(memory_format=torch.contiguous_format).to(memory_format=torch.channels_last)
     strides = zip(folded.parameters(), theirs.parameters(), strict=True)
     assert all(a.stride() == b.stride() for a, b in strides)
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_levels_change_neither_what_a_backbone_gives_nor_what_it_learns(frozen):
+    "Layers named in another order than the network's, dilated, opened twice: the same channels in the same order, the same gradients."
+    cnn, x = Backbone('resnet50', ['layer4', 'layer3'], dilation=True, frozen=frozen), torch.randn(1, 3, 64, 96)
+    learns = [p.requires_grad for p in cnn.parameters()]
+    want, stride = cnn(x), cnn.stride
+    for levels, strides in ((['layer2'], [8]), (['layer1', 'layer4'], [4, 16])):
+        open_levels(cnn, levels)
+        feature, maps = pyramid(cnn, x)
+        for got in (cnn(x), feature): torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+        assert [x.shape[3] // m.shape[3] for m in maps] == strides and stride == 16
+        assert [p.requires_grad for p in cnn.parameters()] == learns and feature.requires_grad == (not frozen)

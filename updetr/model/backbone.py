@@ -603,8 +603,8 @@ class Backbone(nn.Module):
 
     def forward(self, x):
         maps = self.maps(x)
-        # other levels are for those who ask for `maps`
-        if self.levels: maps = {k: maps[k] for k in self.features}
+        # other levels are for those who ask for `maps`; the order is the network's, as without them
+        if self.levels: maps = {k: m for k, m in maps.items() if k in self.features}
         return join_features(maps)
 
 # %% ../../nbs/20_backbone.ipynb #p4e90002
@@ -657,7 +657,7 @@ def pyramid(
 ) -> tuple[Tensor, list[Tensor]]:  # the backbone's feature map; a map of each level
     "Return feature map and finer maps, of one pass."
     maps = backbone.maps(x)
-    feature = join_features({k: maps[k] for k in backbone.features})
+    feature = join_features({k: m for k, m in maps.items() if k in backbone.features})
     return feature, [maps[k] for k in backbone.levels]
 
 # %% ../../nbs/20_backbone.ipynb #c028a
