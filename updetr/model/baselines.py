@@ -341,6 +341,8 @@ def build_baseline(
     Raises ValueError for what cannot be built, FileNotFoundError for weights not there."""
     if name in NEIGHBOURS['finetune'] or is_place(name):
         build = find_builder('finetune', name)
+        # only who has anchors must know of them
+        if anchor_sizes is not None: settings['anchor_sizes'] = anchor_sizes
         return build(num_classes, backbone=backbone, weights=weights, features=features,
                      frozen=frozen, channels=channels, **settings)
     _check_settings(name, settings)
