@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from updetr.model.backbone import (NORMS, Backbone, TrainedFold, build_backbone, eval_mode, fold_norms, fold_pairs, join_features,
-                                   open_levels, pyramid)
+from updetr.model import backbone
+from updetr.model.backbone import NORMS, Backbone, TrainedFold, build_backbone, eval_mode, fold_norms, fold_pairs, join_features
 from updetr.train.graphs import data_parallel
 
 
@@ -327,8 +327,19 @@ def test_levels_change_neither_what_a_backbone_gives_nor_what_it_learns(frozen):
     learns = [p.requires_grad for p in cnn.parameters()]
     want, stride = cnn(x), cnn.stride
     for levels, strides in ((['layer2'], [8]), (['layer1', 'layer4'], [4, 16])):
-        open_levels(cnn, levels)
-        feature, maps = pyramid(cnn, x)
+        backbone.open_levels(cnn, levels)
+        feature, maps = backbone.pyramid(cnn, x)
         for got in (cnn(x), feature): torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
         assert [x.shape[3] // m.shape[3] for m in maps] == strides and stride == 16
         assert [p.requires_grad for p in cnn.parameters()] == learns and feature.requires_grad == (not frozen)
+
+
+@pytest.mark.parametrize('name, features, fixed', [
+    ('resnet18', ['layer2'], {'conv1', 'layer1'}), ('tf_efficientnet_lite0', ['blocks.4'], {'conv_stem', 'blocks.0'}),
+    ('convnext_atto', None, {'stem_0', 'stem_1', 'stages_0'}), ('convnext_atto', ['stages.2'], {'stem.0', 'stem.1', 'stages.0'}),
+    ('pvt_v2_b0', None, {'patch_embed', 'stages_0'})])
+def test_stem_and_first_stage_are_not_trained(name, features, fixed):
+    cnn = Backbone(name, features, frozen=False)
+    still = [k for k, p in cnn.body.named_parameters() if not p.requires_grad]
+    assert all(any(k.startswith(f'{part}.') for k in still) for part in fixed)
+    assert {k for k, _ in cnn.body.named_parameters() if k.startswith(tuple(f'{part}.' for part in fixed))} == set(still)

@@ -126,6 +126,45 @@ def test_where_nothing_can_be_read_the_first_file_is_named(terminal, tmp_path, m
         predict(shipped('detector'), [film], tmp_path / 'found')
 
 
+def test_what_the_command_lines_say_arrives(photos, tmp_path, monkeypatch):
+    asked, told = [], {}
+    def opened(*words):
+        asked.append(words)
+        return Detector.demo(*words[1:2])
+
+    def evaluated(**options):
+        told.update(options)
+        kinds = [{'kind': kind, 'AP50 to win': won} for kind, won in (('little', 1.), ('much', 2.))]
+        return {'AP': {'AP': 1., 'AP50': 2.}, 'kinds': kinds}
+
+    monkeypatch.setattr(commands, 'open_model', opened)
+    predict_command(['x.pth', str(photos), '--out', str(tmp_path / 'found'), '--nms', '.6', '--device', 'cpu'])
+    assert asked == [('x.pth', 'cpu', .6)]
+    # without a threshold: .5
+    with open(tmp_path / 'found/answers.csv') as file: scores = [float(row['score']) for row in csv.DictReader(file)]
+    detector = Detector.demo()
+    assert len(scores) == sum(len(detector(photos / f'{i}.jpg', .5)) for i in range(3))
+    assert len(scores) < sum(len(detector(photos / f'{i}.jpg', .2)) for i in range(3))
+    monkeypatch.setattr(commands, 'evaluate', evaluated)
+    commands.evaluate_command('x.pth data --out found --split val --year 2007 --images photos --nms .6 --device cuda'.split())
+    assert told == dict(checkpoint='x.pth', data='data', out='found', split='val', year='2007', images='photos', nms=.6, device='cuda')
+
+
+def test_photos_of_the_training_part_are_listed_ones(photos):
+    "Both parts in one folder: only what neither has lies there unlisted, and only what both have was trained on."
+    def part(name, *files):
+        images = [{'id': 9 - int(f[0]), 'file_name': f, 'width': 8, 'height': 8} for f in files]
+        write_json(file := photos.parent / f'{name}.json', {'images': images, 'categories': [{'id': 3, 'name': 'a'}], 'annotations': []})
+        return commands.open_dataset(file, images=photos)
+
+    shutil.copy(photos / '0.jpg', photos / '3.jpg')
+    val, train = part('val', '0.jpg'), part('train', '1.jpg', '3.jpg')
+    def named(findings): return [[os.path.basename(f) for f in pair] for pair in findings['both']], \
+        [os.path.basename(f) for f in findings['unlisted']], findings['trained']
+    assert named(commands.photo_findings(val, train)) == ([['0.jpg', '3.jpg']], ['2.jpg'], True)
+    assert named(commands.photo_findings(val, None)) == ([], ['1.jpg', '2.jpg', '3.jpg'], False)
+
+
 def test_names_of_skipped_files_with_line_breaks_and_colons(photos, tmp_path, capsys):
     for name in ('a\nb.txt', 'c: d.txt', 'e\u2028.txt'): (photos / name).write_text('no photo')
     predict_command([str(shipped('detector')), str(photos), '--out', str(tmp_path / 'found')])
@@ -157,7 +196,8 @@ def test_evaluate_counts_as_the_run_did(tmp_path, monkeypatch):
 def test_a_folder_made_for_sharing_counts_as_the_run_did(tmp_path):
     "`evaluate` knows the run's rules, and which photos of a set without parts it kept, as from the run's own file."
     detector = Detector.demo()
-    detector.cfg = dataclasses.replace(detector.cfg, classes='kind 1, kind 0', year='', difficult='keep', missing='skip', exif='stored')
+    rules = dict(difficult='keep', missing='skip', exif='stored')
+    detector.cfg = dataclasses.replace(detector.cfg, classes='kind 1, kind 0', year='', photos=5, **rules)
     save_huggingface(detector, tmp_path / 'hub')
     assert commands.run_config(tmp_path / 'hub') == commands.run_config(tmp_path / 'hub/model.safetensors') == detector.cfg
     save_photos(tmp_path / 'photos', 10, (48, 32))
