@@ -20,7 +20,8 @@ from updetr.core.checkpoint import export_weights, load_checkpoint, read_weights
 from updetr.data.datasets import open_dataset
 from updetr.data.transforms import Sizes
 from updetr.model.detr import build_detr
-from updetr.predict.detector import Detections, Detector, coco_results
+from updetr.predict import detector as predict_detector
+from updetr.predict.detector import Detections, Detector, by_tiles, check_threshold, coco_results
 from updetr.predict.export import to_huggingface
 from updetr.predict.oneshot_detector import Matches, OneShotDetector
 from updetr.tasks.finetune import Subset, finetune_config
@@ -239,6 +240,25 @@ def test_a_score_is_called_a_score():
     """Its correlation with the IoU is about zero (notebook 53), so no page of the kit calls it confidence."""
     said = [(f.name, c.id, c.source) for f in (ROOT / 'nbs').rglob('*.ipynb') for c in nbformat.read(f, 4).cells]
     assert not [(name, cell) for name, cell, text in said if 'confiden' in text.lower().replace('no confidence', '')]
+
+
+def test_tiles_are_joined_by_their_limits(monkeypatch):
+    "Half of a cut box in a whole one is enough, an IoU of .5 is not; a border is near within a fiftieth of a tile, 2 px at least."
+    boxes = torch.tensor([[0., 0, 100, 10], [80, 0, 120, 10], [81, 0, 121, 10]])
+    assert predict_detector._pieces(boxes, torch.zeros(3), torch.tensor([False, True, True])).tolist() == [False, True, False]
+    for height, left in ((6., 1), (4., 2)):
+        two = torch.tensor([[0., 0, 10, 10], [0, 0, 10, height]])
+        kept = predict_detector._join(two, torch.zeros(2), torch.tensor([.8, .9]), torch.zeros(2).bool())
+        assert kept.tolist() == [1, 0][:left]
+    detector = Detector.demo()
+    assert not any(p.requires_grad for p in detector.module.parameters()), 'it would be folded for every picture'
+    nothing = Detections(boxes, torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0), ('a',))
+    monkeypatch.setattr(detector, 'detect', lambda image, threshold: nothing)
+    monkeypatch.setattr(predict_detector, '_cut_off', lambda *args, near: seen.append(near) or torch.zeros(0).bool())
+    for size, px in ((64, 2), (200, 4)):
+        seen = []
+        assert len(by_tiles(detector, torch.zeros(3, 250, 450, dtype=torch.uint8), size)) == 0 and set(seen) == {px}
+    for limit in (0, 1): check_threshold(limit)
 
 
 # ---- spread: one definition, in the log, in finetune's last table and in the guide -----------------------------------
