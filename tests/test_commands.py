@@ -196,8 +196,7 @@ def test_evaluate_counts_as_the_run_did(tmp_path, monkeypatch):
 def test_a_folder_made_for_sharing_counts_as_the_run_did(tmp_path):
     "`evaluate` knows the run's rules, and which photos of a set without parts it kept, as from the run's own file."
     detector = Detector.demo()
-    rules = dict(difficult='keep', missing='skip', exif='stored')
-    detector.cfg = dataclasses.replace(detector.cfg, classes='kind 1, kind 0', year='', photos=5, **rules)
+    detector.cfg = dataclasses.replace(detector.cfg, classes='kind 1, kind 0', year='', difficult='keep', missing='skip', exif='stored')
     save_huggingface(detector, tmp_path / 'hub')
     assert commands.run_config(tmp_path / 'hub') == commands.run_config(tmp_path / 'hub/model.safetensors') == detector.cfg
     save_photos(tmp_path / 'photos', 10, (48, 32))

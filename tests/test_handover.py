@@ -200,6 +200,10 @@ def test_panoptic_files_are_taken_apart_on_request(tmp_path):
     state = {f'detr.{k}': v for k, v in detector.state_dict().items()} | masks
     torch.save({'model': state, 'args': argparse.Namespace(**ARGS)}, tmp_path/'panoptic.pth')
     with pytest.raises(ValueError, match='panoptic.*detector_part=True'): open_pretrained(tmp_path/'panoptic.pth')
+    # so is one that stood in a module around it
+    torch.save({f'module.{k}': v for k, v in state.items()}, tmp_path/'wrapped.pth')
+    wrapped = open_pretrained(tmp_path/'wrapped.pth', detector_part=True, nheads=4)
+    assert wrapped.weights.keys() == {*masks, *detector.state_dict()}
     pretrained = open_pretrained(tmp_path/'panoptic.pth', detector_part=True)
     report = hand_over(model := marked(5, **pretrained.options), pretrained)
     assert report.total('loaded', 'dropped')[0] == len(state) and pretrained.num_classes == 250
@@ -212,6 +216,23 @@ def test_dilation_that_differs_is_noted(tmp_path):
     for dilation, noted in ((False, True), (True, False)):
         pretrained = open_pretrained(tmp_path/'bare.pth', nheads=4, dilation=dilation)
         assert bool(hand_over(build_detr(2, **options, dilation=True), pretrained).notes) == noted
+    # what was assumed was spoken of when the file was opened
+    assert not hand_over(build_detr(2, **options, dilation=True), open_pretrained(tmp_path/'bare.pth', nheads=4)).notes
+
+
+def test_what_nobody_said_is_asked_of_the_caller_only_then(updetr, tmp_path, capsys):
+    "Not where the file or the caller says it; and a name that says DC5, in any case, is spoken of."
+    torch.save(official(updetr), tmp_path/'said.pth')
+    torch.save(updetr.state_dict(), tmp_path/'R50-DC5.pth')
+    asked = {'nheads': 2, 'hidden_dim': 64, 'pos_in_input': True}
+    said = open_pretrained(tmp_path/'said.pth', otherwise=asked)
+    assert (said.options['nheads'], said.options['pos_in_input'], said.assumed) == (4, True, ())
+    capsys.readouterr()
+    bare = open_pretrained(tmp_path/'R50-DC5.pth', otherwise=asked, nheads=4)
+    assert [bare.options[k] for k in ('nheads', 'hidden_dim', 'pos_in_input')] == [4, 32, True] and bare.assumed == ('dilation',)
+    assert 'ITS NAME SAYS DC5' in capsys.readouterr().out
+    open_pretrained(tmp_path/'R50-DC5.pth', nheads=4, dilation=False)
+    assert 'DC5' not in capsys.readouterr().out.replace('R50-DC5.pth', '')
 
 
 def test_a_published_file_starts_a_run(updetr, tmp_path):
