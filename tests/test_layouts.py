@@ -407,6 +407,35 @@ def test_files_that_list_no_photo_divide_nothing(said, pictures, tmp_path):
     assert dataset_parts(tmp_path) == [] and len(open_dataset(tmp_path)) == 5
 
 
+@pytest.mark.parametrize('said', ['labels', 'docs'])
+def test_folders_of_a_yaml_without_photos_divide_nothing(said, pictures, tmp_path):
+    "data.yaml may name the folders of the labels, or such as hold no photo: no part was left, and that was an IndexError"
+    for part, names in (('train', TRAIN), ('val', VAL)):
+        photos(pictures, tmp_path / 'images' / part, names)
+        texts(tmp_path / 'labels' / part, '.txt', yolo, names)
+        text(tmp_path / 'docs' / part / 'readme.md', 'nothing')
+    text(tmp_path / 'data.yaml', f'names: {CLASSES}\ntrain: {said}/train\nval: {said}/val')
+    for part, names in (('train', TRAIN), ('val', VAL)): assert content(open_dataset(tmp_path, part)).keys() == set(names)
+
+
+def test_photos_with_two_labels_are_counted_once(pictures, tmp_path):
+    "Labels and a copy of them, of 3 of 5 photos: '-1 photos' were left out"
+    photos(pictures, tmp_path / 'images')
+    for folder in ('annotations', 'backup'): texts(tmp_path / folder, '.xml', xml, TRAIN)
+    ds = open_dataset(tmp_path)
+    assert ds.table.notes == ['photos without a .xml file are left out: 2'] and len(ds) == 6
+    assert any('listed more than once: 3' in warning for warning in check_dataset(ds).warnings)
+
+
+def test_two_numbers_of_one_name_are_one_class(tmp_path):
+    "One of the two was a class without a box"
+    grey(tmp_path / 'images/a.png', 50)
+    text(tmp_path / 'labels/a.txt', '0 .5 .5 .2 .2\n1 .3 .3 .2 .2\n2 .6 .6 .2 .2')
+    text(tmp_path / 'data.yaml', 'names: [cat, cat, dog]')
+    ds = open_dataset(tmp_path)
+    assert ds.classes == ['cat', 'dog'] and ds.columns['labels'].tolist() == [0, 0, 1]
+
+
 def test_lists_of_voc_without_jpegimages_are_not_passed_over_in_silence(pictures, tmp_path):
     "And what is advised takes them"
     for part, names in (('train', TRAIN), ('val', VAL)): voc_lists(pictures, tmp_path, part, names)

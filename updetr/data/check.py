@@ -128,7 +128,7 @@ def _box_warnings(table):
     finite = np.isfinite(table.boxes).all(1)
     flat = finite & ((w == 0) | (h == 0)) & (w >= 0) & (h >= 0)
     # real boxes of known photos: quite outside, or in part
-    real = (table.image >= 0) & (w > 0) & (h > 0)
+    real = finite & (table.image >= 0) & (w > 0) & (h > 0)
     away = real & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
     over = real & ~away & ((x < 0) | (y < 0) | (x + w > width) | (y + h > height))
     # one pixel too early, all of them: counted from 0 and read as counted from 1

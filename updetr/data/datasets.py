@@ -509,7 +509,8 @@ def _open_pairs(layout, split, classes, one_based, exif, missing):
         notes += _thin_boxes(objects, [layout.root / label for label, _ in pairs])
     names = _names(objects)
     if classes is None: names |= _other_names(layout, split)
-    names = list(layout.names.values()) or sorted(names, key=_by_name)
+    # two numbers may have one name
+    names = list(dict.fromkeys(layout.names.values())) or sorted(names, key=_by_name)
     if not names: raise ValueError(f'{source}: no label file has an object')
     return _objects_table(source, root, files, objects, sizes, names, classes,
                           one_based and kind == 'XML', exif, notes, stated=kind != 'YOLO')
