@@ -400,9 +400,7 @@ def _paired(kind, suffix, root, tree, images, photos, notes=()):
     if not pairs: return None
     # a label without a photo: the photo is missing from where the others are
     place = Counter(os.path.dirname(photo) for _, photo, _ in pairs).most_common(1)[0][0]
-    # one photo may have two labels, in two folders
-    labelled = {photo for _, photo, _ in pairs}
-    without = sum(len(_photos(names)) for names in photos.values()) - len(labelled)
+    without = sum(len(_photos(n)) for n in photos.values()) - len({photo for _, photo, _ in pairs})
     for label in alone:
         stem = os.path.splitext(os.path.basename(label))[0]
         pairs.append((label, os.path.join(place, f'{stem}.jpg'), part_of(os.path.dirname(label))))
@@ -542,8 +540,7 @@ def _find_yolo(root, tree, images, photos, file=None):
     notes = [f'photos without a label file, taken as photos without objects: {len(empty):,}']
     notes = notes if empty else []
     said = _yaml_parts(data, root, photos)
-    # folders without photos divide nothing, as train: labels/train
-    if all(_yaml_part(photo, said) is None for _, photo, _ in pairs): said = []
+    if all(_yaml_part(photo, said) is None for _, photo, _ in pairs): said = []  # has no photos
     where = file.name if said else 'the lists of photos'
     said = said or _listed_parts(root, tree, pairs)
     if said:
