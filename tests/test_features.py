@@ -22,13 +22,14 @@ from PIL import Image
 from test_resume import as_in_the_processes  # noqa: F401 (a fixture: one thread)
 from test_task import make_task as pretrain_task
 from test_task import save_photos
+from updetr.data.loader import PatchTask, data_loader
 from updetr.model.backbone import Backbone
 from updetr.tasks.finetune import finetune_config
 from updetr.tasks.finetune_task import FinetuneTask
 from updetr.tasks.oneshot import oneshot_config
 from updetr.tasks.oneshot_task import OneShotTask
 from updetr.train import features
-from updetr.train.features import Source, cnn_key, open_features, photos_key
+from updetr.train.features import FeatureBank, Source, Stored, cnn_key, common_sides, open_features, photos_key
 from updetr.train.loop import Processes
 
 CNN = dict(backbone='test_resnet', features='layer1')
@@ -161,6 +162,48 @@ def test_a_dilated_cnn_has_the_weights_of_the_plain_one():
     plain, dilated = (Backbone('resnet50', dilation=d) for d in (False, True))
     dilated.load_state_dict(plain.state_dict())
     assert features.weights_key(plain) == features.weights_key(dilated) and cnn_key(plain) != cnn_key(dilated)
+
+
+@pytest.mark.parametrize('change', [dict(mean=(.4, .4, .4)), dict(std=(.3, .3, .3)), dict(name='b'), dict(features=['a'])], ids=str)
+def test_all_that_features_depend_on_is_in_the_key_of_a_cnn(change, monkeypatch):
+    cnn = Backbone('test_resnet', ['layer4'])
+    before = cnn_key(cnn)
+    for name, value in change.items(): monkeypatch.setattr(cnn, name, value)
+    assert cnn_key(cnn) == before | change
+
+
+def test_broken_photos_of_views_are_told(tmp_path):
+    photos = save_photos(tmp_path / 'photos')
+    (broken := photos / '1.jpg').write_bytes(broken.read_bytes()[:700])
+    pretrained_parts(tmp_path / 'run', data=str(photos))
+    said, = tmp_path.glob('banks/*/skipped.json')
+    assert '1.jpg' in said.read_text()
+
+
+def test_a_quarter_of_the_queries_loses_its_patch():
+    stored = Stored({'feature': torch.zeros(2, 8, 1, 1), 'patch_feature': torch.zeros(2, 4, 8), 'boxes': torch.zeros(2, 4, 4)}, [])
+    bank = FeatureBank(stored, PatchTask(4, 10_000, 32, mask_ratio=.25))
+    chosen, keep = bank.draw([(0, 1, 32), (3, 1, 32)])
+    assert chosen.tolist() == [[0, 1, 2, 3]] * 2 and keep.float().mean(1).tolist() == pytest.approx([.75, .75], abs=.02)
+    assert not torch.equal(*keep)
+
+
+def test_photos_that_have_room_on_a_gpu(tmp_path, monkeypatch):
+    "Limits that are hit exactly; height before width; broken ones take no room."
+    folder = save_photos(tmp_path / 'photos', 2, size=(90, 60))
+    (folder / '2.jpg').write_bytes(b'')
+    paths = sorted(map(str, folder.iterdir()))
+    room = 3 * 90 * 60 * len(paths)
+    assert len(paths) == 3 and common_sides(paths, room) == (60, 90) and common_sides(paths, room - 1) is None
+    assert common_sides(paths[2:], room) is None
+    for largest, fits in ((90 * 60, True), (90 * 60 - 1, False)):
+        monkeypatch.setattr(features, 'WHOLE_PIXELS', largest)
+        assert bool(common_sides(paths, room)) == fits
+
+
+def test_features_are_the_same_up_to_rounding():
+    x = torch.rand(4, 5)
+    assert features._same(x, x * 1.01) and not features._same(x, x * 1.05)
 
 
 # ---- labelled photos ------------------------------------------------------------------------------------------------
@@ -452,6 +495,33 @@ def test_where_nothing_can_be_locked(tmp_path, monkeypatch):
     runs = [fork(one_run, tmp_path, 6, .05) for _ in range(2)]
     for run in runs: run.join(60)
     assert [run.exitcode for run in runs] == [0, 0] and is_whole(open_features(tmp_path / 'banks', toy(6), ALONE), 6)
+
+
+def test_more_processes_than_items(tmp_path):
+    together(tmp_path, 3, 1)
+    assert items(tmp_path) == {'0': 2}
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_a_process_without_items_needs_no_helpers(num_workers):
+    source = Source(dict, 1, list, load=lambda chunks, workers: data_loader([5], chunks, list, workers), num_workers=num_workers)
+    assert list(source.computed([])) == [] and list(source.computed([[0]])) == [[5]]
+
+
+def test_progress_is_of_what_a_process_does_itself(tmp_path):
+    told, source = [], Source(dict, 5, lambda numbers: ({}, []))
+    features._fill(tmp_path, {'arrays': {}}, '', source, range(1, 5, 2), lambda *numbers: told.append(numbers))
+    assert told == [(1, 2), (2, 2)]
+
+
+def test_a_large_photo_that_was_touched_has_another_key(tmp_path, monkeypatch):
+    "Only blocks of it were read, and what lies between them may have changed."
+    paths = [str(save_photos(tmp_path / 'photos', 1) / '0.jpg')]
+    for whole, same in ((2**20, True), (10, False)):
+        monkeypatch.setattr(features, 'WHOLE', whole)
+        before = photos_key(paths)
+        os.utime(paths[0], (1, whole))
+        assert (photos_key(paths) == before) == same
 
 
 def test_photos_that_are_missing_have_a_key(tmp_path):

@@ -116,8 +116,8 @@ class Source:
 
     def computed(self, chunks):
         "Yield arrays and targets of lists of items."
-        # a single chunk comes sooner than a process
-        workers = min(self.num_workers, len(chunks) - 1)
+        # a single chunk comes sooner than a process; none at all needs nobody
+        workers = min(self.num_workers, max(0, len(chunks) - 1))
         yield from map(self.compute, self.load(chunks, workers) if self.load else chunks)
 
 @dataclass
