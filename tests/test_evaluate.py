@@ -86,11 +86,21 @@ def test_voc_costs_nothing_where_nothing_was_found(case, monkeypatch):
 
 
 def part_of(case, rank, world, images=None):
-    "Return what process `rank` evaluates: the last image is shown to all, as a sampler does that fills up."
+    "Return what process `rank` evaluates: the last image is shown to all, as a sampler does that fills up; the first one's answer counts."
     coco, predictions = case
     order = list(predictions)[:images]
-    mine = order[rank::world] + order[-1:]
-    return CocoEvaluator(coco).update(mine, [predictions[i] for i in mine])
+    mine = order[rank::world]
+    ev = CocoEvaluator(coco).update(mine, [predictions[i] for i in mine])
+    return ev.update(order[-1:], [dict(scores=[], labels=[], boxes=[]) if rank else predictions[order[-1]]])
+
+
+def one_class(case):
+    "Return class 1 alone, with another id."
+    coco, predictions = case
+    kept = [a | dict(category_id=5) for a in coco['annotations'] if a['category_id'] == 1]
+    found = {i: {k: v[p['labels'] == 1] for k, v in p.items()} for i, p in predictions.items()}
+    found = {i: p | dict(labels=p['labels'] + 4) for i, p in found.items()}
+    return coco | dict(annotations=kept, categories=[dict(id=5, name='class 1')]), found
 
 
 def numbers(ev):
@@ -101,7 +111,7 @@ def numbers(ev):
 def evaluate_part(rank, world, store, out, case):
     dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=world)
     ev = part_of(case, rank, world).gather()
-    said = [numbers(ev), numbers(ev.gather())]
+    said = [numbers(ev), numbers(ev.gather()), numbers(part_of(one_class(case), rank, world).gather())]
     try: part_of(case, rank, world, images=20).gather()
     except ValueError as e: said.append(str(e))
     (out/f'{rank}.json').write_text(json.dumps(said))
@@ -111,10 +121,12 @@ def evaluate_part(rank, world, store, out, case):
 @pytest.mark.parametrize('world', [2, 3])
 def test_processes_give_the_numbers_of_one(world, case, tmp_path):
     in_processes(evaluate_part, world, tmp_path/'store', tmp_path, case)
-    expected = numbers(filled(*case))
+    expected, alone = filled(*case), filled(*one_class(case))
+    # a class is worth the same among others; more processes than classes
+    assert alone.per_class()['class 1'] == pytest.approx(expected.per_class()['class 1']) and alone.summary()['AP'] > 0
     for rank in range(world):
-        first, again, missing = json.loads((tmp_path/f'{rank}.json').read_text())
-        assert first == again == expected and '4 of 24 images' in missing
+        first, again, few, missing = json.loads((tmp_path/f'{rank}.json').read_text())
+        assert first == again == numbers(expected) and few == numbers(alone) and '4 of 24 images' in missing
 
 
 # ---- the fast back end ----------------------------------------------------------------------------------------------

@@ -2848,6 +2848,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'updetr.train.evaluate._copied': ('evaluate.html#_copied', 'updetr/train/evaluate.py'),
                                        'updetr.train.evaluate._evaluated': ('evaluate.html#_evaluated', 'updetr/train/evaluate.py'),
                                        'updetr.train.evaluate._gathered': ('evaluate.html#_gathered', 'updetr/train/evaluate.py'),
+                                       'updetr.train.evaluate._in_order': ('evaluate.html#_in_order', 'updetr/train/evaluate.py'),
                                        'updetr.train.evaluate._is_hard': ('evaluate.html#_is_hard', 'updetr/train/evaluate.py'),
                                        'updetr.train.evaluate._mask_results': ('evaluate.html#_mask_results', 'updetr/train/evaluate.py'),
                                        'updetr.train.evaluate._mean': ('evaluate.html#_mean', 'updetr/train/evaluate.py'),

@@ -80,6 +80,10 @@ def _backend(name):
                           "or backend='pycocotools'") from e
     return hotcoco.COCO, hotcoco.COCOeval
 
+def _in_order(ids):
+    "Ids of images sorted, numbers before texts"
+    return sorted(ids, key=lambda i: (isinstance(i, str), i))
+
 def _copied(coco, places, kinds=None):
     "The parts of a COCO dict that are needed, images by their places: of all classes or of some"
     wanted = set(kinds or ())
@@ -121,6 +125,9 @@ def _checked(image_id, prediction, last_label, masks):
     _check_prediction(image_id, p, last_label)
     if masks:
         bitmaps = _as_numpy(prediction['masks'], np.uint8)
+        if len(bitmaps) != len(p['scores']):
+            raise ValueError(f'image {image_id}: {len(p["scores"])} scores, but {len(bitmaps)} '
+                             'masks: the numbers must agree')
         p['masks'] = [rle.encode(np.asfortranarray(m)) for m in bitmaps]
     return p
 
@@ -186,9 +193,7 @@ class CocoEvaluator:
         self.coco = coco
         self.iou_type = iou_type
         self.backend = backend
-        # numbers before texts
-        ids = (image['id'] for image in coco['images'])
-        self.image_ids = sorted(ids, key=lambda k: (isinstance(k, str), k))
+        self.image_ids = _in_order(image['id'] for image in coco['images'])
         self.names = dict(sorted((c['id'], c['name']) for c in coco['categories']))
         self.predictions = {}
         self._result = None
@@ -362,7 +367,8 @@ def _best_match(coco, predictions, kind):
     # a thing's key: its image, and its place there, from 1
     hard = {(i, k): _is_hard(a) for i, things in truth.items() for k, a in enumerate(things, 1)}
     keys, ious, scores = [], [], []
-    for i, p in sorted(predictions.items()):
+    for i in _in_order(predictions):
+        p = predictions[i]
         mine = p['labels'] == kind
         # of many photos and classes most pairs are empty
         if not mine.any(): continue
