@@ -449,10 +449,11 @@ def test_two_runs_at_once_compute_once(tmp_path, capfd):
 
 def test_the_maker_is_killed(tmp_path):
     """The one that waits makes it; a later one uses it; nothing half made is left."""
-    maker = fork(one_run, tmp_path, 12, .1)
-    wait_for(lambda: sum(items(tmp_path).values()) > 4)
+    maker = fork(one_run, tmp_path, 12, .4)
+    wait_for(lambda: sum(items(tmp_path).values()) > 2)
     waiting = fork(one_run, tmp_path, 12, .0)
     time.sleep(.3)
+    # far from its end, on a busy machine, too
     assert sum(items(tmp_path).values()) < 12
     os.kill(maker.pid, signal.SIGKILL)
     waiting.join(60)
