@@ -295,6 +295,8 @@ def test_a_checkpoint_with_its_arguments_is_taken_and_any_other_object_refused(w
     assert all(torch.equal(body[k], v) for k, v in named.items())
     torch.save(state | {'task': pickle.PickleBuffer}, path)
     with pytest.raises(ValueError, match='holds a pickled'): build_backbone('resnet18', str(path))
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match='weights file .*checkpoint.pth does not exist'): build_backbone('resnet18', str(path))
 
 
 @pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'halonet26t', 'inception_v3', 'mambaout_femto', 'sequencer2d_s'])

@@ -198,7 +198,8 @@ def choose_classes(
     source: str,    # where they are from
     notes: list,    # texts: what was decided in reading; grows
 ) -> tuple:         # the C classes; name -> 0..C-1, or -2 for one that was not asked for
-    "Return which classes there are. Raises ValueError where none of those wanted is here."
+    """Return which classes there are.
+    Raises ValueError where none of those wanted is here, or one of them is asked for twice."""
     if classes is None: return list(names), {name: i for i, name in enumerate(names)}
     wanted = _wanted(classes, names)
     members = [name for some in wanted.values() for name in some]

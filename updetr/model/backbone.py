@@ -711,7 +711,8 @@ def load_weights(
     Raises FileNotFoundError or ValueError; nothing is half-loaded."""
     name, body = backbone.name, backbone.body
     path, source = weights_path(name, weights), WEIGHTS.get((name, weights))
-    if not path.is_file() and source:
+    if not path.is_file():
+        if not source: raise FileNotFoundError(f'weights file {path} does not exist')
         raise FileNotFoundError(
             f"weights '{weights}' are not here. Run `updetr.model.backbone.fetch_weights('{name}', "
             f"'{weights}')`, or copy {source.url}\nto {path}")
