@@ -23,7 +23,7 @@ from updetr.data.datasets import dataset_parts, open_dataset
 from updetr.predict.commands import evaluate
 from updetr.predict.detector import Detector
 from updetr.tasks.cnn_task import CNN_PRESETS, CNNConfig
-from updetr.tasks.finetune import finetune_config, open_sets
+from updetr.tasks.finetune import finetune_config, open_sets, train_views
 from updetr.tasks.finetune_task import TASK
 from updetr.tasks.oneshot import oneshot_config
 from updetr.tasks.panoptic_task import panoptic_config
@@ -549,6 +549,24 @@ def test_what_is_suggested_is_printed(pictures, tmp_path):
     assert suggest(ds) == {'num_queries': 20, 'epochs': 100, 'minutes': 1}
     assert '-p num_queries 20 -p epochs 100 (about 1 min' in str(check_dataset(ds, queries=20))
     assert not check_dataset(ds).advice
+
+
+def test_four_photos_in_a_view_are_counted(pictures, tmp_path, capsys):
+    "Three photos of ten objects: a view of four has more than ten of them, `auto` has a query for each, and the run tells who has not."
+    photos(pictures, tmp_path, ('a', 'b', 'g'))
+    rows = [f'{name}.jpg,{x},{x},{x + 9},{x + 9},cat' for name in ('a', 'b', 'g') for x in range(10)]
+    (tmp_path / 'train.csv').write_text('\n'.join(['filename,xmin,ymin,xmax,ymax,class', *rows]))
+    asked = dict(data=str(tmp_path), weights='none', square=64, val_size=64, batch_size=2)
+    assert finetune_config('demo', **asked, num_queries='auto').num_queries == 20
+    cfg = finetune_config('demo', **asked, num_queries='auto', mosaic=1.)
+    assert cfg.num_queries == 40 and '2 photos, four in a view (mosaic)' in capsys.readouterr().out
+    views = train_views(cfg, open_sets(cfg)[0])
+    assert 20 < max(len(views[epoch, 0][1]['labels']) for epoch in range(8)) <= 40
+    for queries, told in ((40, False), (39, True)):
+        run = tmp_path / f'{queries}'
+        run.mkdir()
+        TASK[1](dataclasses.replace(cfg, num_queries=queries), run, Processes())
+        assert ('num_queries 40 or more' in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize('make', [_csv_sides, PARTED['ultralytics']], ids=['csv', 'yolo'])

@@ -239,19 +239,43 @@ def object_counts(
         return np.array([sum(not s['iscrowd'] for s in ds.segments(i)) for i in range(len(ds))])
     return None
 
+# %% ../../nbs/17_check.ipynb #c009v
+_JOINED = 4  # photos in a view of a mosaic (notebook 18)
+
+def _share_beyond(counts, queries):
+    "Share of views of four photos with more objects than queries, if no object is cut off"
+    photos = np.bincount(counts) / len(counts)
+    pairs = np.convolve(photos, photos)
+    return np.convolve(pairs, pairs)[queries + 1:].sum()
+
+def _what_is_beyond(counts, queries):
+    "Say of photos that they have more objects than queries, or of views of four of them"
+    more = f'more objects than the model has queries ({queries:,})'
+    most = int(counts.max())
+    if most > queries:
+        return (f'photos with {more}: {int((counts > queries).sum()):,}, with up to {most:,} '
+                f'objects. What is beyond {queries:,} can never be found, and has no query to '
+                'learn it')
+    return (f'views of four photos with {more}: up to {100 * _share_beyond(counts, queries):.2g} % '
+            f'of them. What is beyond {queries:,} in a view has no query to learn it')
+
 def query_trouble(
-    ds,            # a detection set or a panoptic set, or a part of one
-    queries: int,  # of the model
+    ds,                  # a detection set or a panoptic set, or a part of one
+    queries: int,        # of the model
+    mosaic: float = 0.,  # share of training views that are four photos side by side, 0..1
 ) -> str | None:  # a warning
-    "Return what to say if photos have more objects than the model has queries: each finds one."
+    "Return what to say if photos or views have more objects than the model has queries."
     counts = object_counts(ds)
-    if counts is None or not len(counts) or counts.max() <= queries: return None
+    if counts is None or not len(counts): return None
+    most = int(counts.max())
+    needed = most * (_JOINED if mosaic else 1)
+    if needed <= queries: return None
     # the largest number is also the way out
-    most = counts.max()
-    return (f'photos with more objects than the model has queries ({queries:,}): '
-            f'{int((counts > queries).sum()):,}, with up to {most:,} objects. What is beyond '
-            f'{queries:,} can never be found, and has no query to learn it: num_queries {most:,} '
-            f'or more (-p num_queries {most})')
+    text = (f'{_what_is_beyond(counts, queries)}: num_queries {needed:,} or more '
+            f'(-p num_queries {needed})')
+    if not mosaic: return text
+    return (f"{text}, four times the fullest photo's {most:,} objects: mosaic {mosaic:g} puts four "
+            'photos into one view')
 
 # %% ../../nbs/17_check.ipynb #c010
 def _nothing_to_learn(ds):
@@ -270,10 +294,10 @@ def _nothing_to_learn(ds):
                        '-p difficult keep, takes them like any other)')
     return [f'no box can be trained on: {", ".join(reasons)}']
 
-def _set_warnings(ds, histogram, queries):
+def _set_warnings(ds, histogram, queries, mosaic):
     "Warnings about the set as a whole: queries, photos listed twice, classes without a box"
     warnings = []
-    text = query_trouble(ds, queries) if queries else None
+    text = query_trouble(ds, queries, mosaic) if queries else None
     if text: warnings.append(text)
     twice = [name for name, k in Counter(ds.table.files).items() if k > 1]
     if twice:
@@ -290,27 +314,34 @@ LOOKS = 20_000   # photos seen in a training of the small model, each as often a
 LOOKS_A_MINUTE = 5_000  # on one idle core, its evaluations among it
 
 def suggest(
-    ds,               # a detection set to train on, or a part of one
-    epochs: int = 0,  # times that all photos are seen; 0: by their number
+    ds,                  # a detection set to train on, or a part of one
+    epochs: int = 0,     # times that all photos are seen; 0: by their number
+    mosaic: float = 0.,  # share of training views that are four photos side by side, 0..1
 ) -> dict:  # num_queries; epochs; minutes a run of the preset `demo` on one idle core
     "Return what suits a set where the model is small, measured on 130 to 640 photos."
     counts = object_counts(ds)
     most = 0 if counts is None or not len(counts) else int(counts.max())
-    queries = max(20, 10 * math.ceil(most * 1.25 / 10))
+    # other photos may be fuller than these; four in a view are more than that
+    fullest = most * (_JOINED if mosaic else 1.25)
+    queries = max(20, 10 * math.ceil(fullest / 10))
     fitting = 10 * round(LOOKS / max(len(ds), 1) / 10)
     epochs = epochs or min(max(fitting, 20), 100)
     minutes = math.ceil(len(ds) * epochs / LOOKS_A_MINUTE)
     return {'num_queries': queries, 'epochs': epochs, 'minutes': minutes}
 
-def _advice(ds):
+def _advice(ds, mosaic=0.):
     "A line with what suits a set; '' for one that is there to be evaluated on"
     table = ds.table
     # the last word of 'YOLO, part val', or the name of the file
     told = {part_of('', table.layout.split(' ')[-1]), part_of('', table.source)}
     if told & {'val', 'test'}: return ''
-    said = suggest(ds)
-    return (f'suggested for the preset demo: -p num_queries {said["num_queries"]} -p epochs '
+    said, joined = suggest(ds, mosaic=mosaic), suggest(ds, mosaic=1)['num_queries']
+    text = (f'suggested for the preset demo: -p num_queries {said["num_queries"]} -p epochs '
             f'{said["epochs"]} (about {said["minutes"]} min a run on one idle core)')
+    # who asks may not have said yet that there will be a mosaic
+    if joined > said['num_queries']:
+        text += f'; with mosaic, four photos in a view, -p num_queries {joined}'
+    return text
 
 # %% ../../nbs/17_check.ipynb #c010r
 def check_dataset(
@@ -318,6 +349,7 @@ def check_dataset(
     decode: bool = False,  # decode every photo instead of reading its header only
     workers: int = 8,      # threads that read photos
     queries: int = 0,      # of the model that is to be trained; 0: not known
+    mosaic: float = 0.,    # share of its training views that are four photos side by side, 0..1
 ) -> DatasetReport:  # print it; `ok`, `require()`
     "Look for everything in a data set that would spoil a training."
     t = ds.table
@@ -327,7 +359,7 @@ def check_dataset(
     errors += turned_errors + _box_errors(t) + _nothing_to_learn(ds)
     numbers = np.bincount(ds.columns['labels'], minlength=len(ds.classes)).tolist()
     histogram = dict(zip(ds.classes, numbers))
-    warnings += t.notes + _box_warnings(t) + _set_warnings(ds, histogram, queries)
+    warnings += t.notes + _box_warnings(t) + _set_warnings(ds, histogram, queries, mosaic)
     counts = {
         'photos': len(ds),
         'boxes': len(ds.rows),
@@ -338,7 +370,7 @@ def check_dataset(
     for reason, k in ds.left_out.items(): counts[f'boxes left out, {reason}'] = k
     title = f'{t.source} ({t.layout})' if t.layout else t.source
     # who says how many queries there are is about to train
-    advice = _advice(ds) if queries and not errors else ''
+    advice = _advice(ds, mosaic) if queries and not errors else ''
     return DatasetReport(title, counts | broken, histogram, errors, warnings, advice)
 
 # %% ../../nbs/17_check.ipynb #c010a
@@ -375,9 +407,10 @@ def _require_files(ds):
 
 # %% ../../nbs/17_check.ipynb #c010sn
 def start_notes(
-    train,         # set to train on
-    val,           # set to evaluate on
-    queries: int,  # of the model; 0: it has none
+    train,               # set to train on
+    val,                 # set to evaluate on
+    queries: int,        # of the model; 0: it has none
+    mosaic: float = 0.,  # share of training views that are four photos side by side, 0..1
 ) -> list:  # texts
     """Return what has to be said when a run begins, whoever started it: what was left out, what was
     decided, what can never be found.
@@ -391,7 +424,7 @@ def start_notes(
             # scenes have no files
             if hasattr(ds, 'pngs'): _require_files(ds)
             notes += getattr(ds, 'notes', [])
-    text = query_trouble(train, queries) if queries else None
+    text = query_trouble(train, queries, mosaic) if queries else None
     if text: notes.append(f'warning: {text}')
     return notes
 

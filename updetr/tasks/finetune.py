@@ -494,11 +494,12 @@ def chosen_by_photos(
     rest = {k: v for k, v in changes.items() if k not in (*asked, 'pretrain', 'seed')}
     cfg = make_config(preset, FinetuneConfig, FINETUNE_PRESETS, **rest)
     train_set, _ = open_sets(cfg)
-    best = suggest(train_set, 0 if 'epochs' in asked else cfg.epochs)
+    best = suggest(train_set, 0 if 'epochs' in asked else cfg.epochs, cfg.mosaic)
     chosen = {k: best[k] for k in asked}
     words = ', '.join(f'{k} {v}' for k, v in chosen.items())
     time = f' (about {best["minutes"]} min a run on one idle core)' if small else ''
-    print(f'auto: {words} for {len(train_set):,} photos{time}')
+    joined = ', four in a view (mosaic)' if cfg.mosaic and 'num_queries' in asked else ''
+    print(f'auto: {words} for {len(train_set):,} photos{joined}{time}')
     return chosen
 
 # %% ../../nbs/42_finetune.ipynb #c025
