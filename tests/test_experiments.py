@@ -23,7 +23,7 @@ from tools.experiments import TEXT, shared
 from tools.processes import CONTEXT, take_environment
 from updetr.core.config import make_config
 from updetr.data import loader
-from updetr.experiments import all_reports, results, runner
+from updetr.experiments import all_reports, experiment_report, results, runner
 from updetr.experiments.experiment_report import (
     PARAMETERS,
     Study,
@@ -31,6 +31,7 @@ from updetr.experiments.experiment_report import (
     data_summary,
     disk_gib,
     open_study,
+    photos_note,
     places,
     plan_rows,
     plan_text,
@@ -405,6 +406,21 @@ def test_all_pages_together_tell_once_of_parts_that_are_trained_on_together(aske
     monkeypatch.setattr(all_reports, 'run_jobs', begin)
     with nullcontext() if asked else pytest.raises(Begun): all_reports.main()
     assert capsys.readouterr().out.count('all parts below coco are trained on (train 1, val 1):') == 1
+
+
+@pytest.mark.usefixtures('one_a_step')
+def test_photos_are_listed_once_for_all_trainings_and_anew_for_the_next_study(tmp_path, monkeypatch):
+    "A million files on a network disk take minutes: plan and note share one walk; a cell that is run again sees what has come"
+    walked, walk = [], experiment_report.walk_files
+    monkeypatch.setattr(experiment_report, 'walk_files', lambda folder: walked.append(folder) or walk(folder))
+    for part, number in (('train2017', 1), ('val2017', 2)):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / '1.jpg').touch()
+        study = open_study('ablations_patches', dict(scale='paper', photos=str(tmp_path), plan_only=True, seeds=2))
+        rows = plan_rows(study.e.wanted(study.seeds), {})
+        assert len(rows) > 2 and {row['photos'] for row in rows} == {number}
+        assert ('(train 1, val 1)' in photos_note(study)) == (number == 2)
+        assert walked == [str(tmp_path)] * number
 
 
 def command_line(monkeypatch, *asked):

@@ -945,6 +945,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                            'updetr/experiments/experiment_report.py'),
                                                       'updetr.experiments.experiment_report.Study.table': ( 'experiment_report.html#study.table',
                                                                                                             'updetr/experiments/experiment_report.py'),
+                                                      'updetr.experiments.experiment_report._below': ( 'experiment_report.html#_below',
+                                                                                                       'updetr/experiments/experiment_report.py'),
                                                       'updetr.experiments.experiment_report._check_data': ( 'experiment_report.html#_check_data',
                                                                                                             'updetr/experiments/experiment_report.py'),
                                                       'updetr.experiments.experiment_report._check_start': ( 'experiment_report.html#_check_start',

@@ -60,11 +60,21 @@ class DataSummary:
     n_train: int  # photos, scenes or views to train on
     n_test: int   # photos or scenes to measure on; 0 = not known before the run
 
+@lru_cache(8)
+def _below(folder):
+    """Return how many files are below a folder, and what is to be said of their parts
+
+    A folder of a million files on a network disk takes minutes: one walk is for all questions."""
+    names = walk_files(folder)[0]
+    # labels may lie beside the photos, in folders of the same names
+    photos = (n for n in names if Path(n).suffix.lower() in SUFFIXES)
+    return len(names), mixed_parts(folder, photos)
+
 def _photos_summary(cfg, name):
     "Photos without labels, as many as there are files"
     # only a plan has no data: the paper's set stands in
     if not cfg.data: return DataSummary(*IMAGENET)
-    counts = [len(walk_files(place)[0]) if place else 0 for place in find_data(cfg, builtin=False)]
+    counts = [_below(place)[0] if place else 0 for place in find_data(cfg, builtin=False)]
     return DataSummary(name or Path(cfg.data).name, *counts)
 
 def data_summary(
@@ -596,6 +606,8 @@ def open_study(
         raise ValueError('scale toy has its own data and start: give -p scale small with yours')
     seeds = list(range(first, first + count))
     if scale.pretrain: _check_start(id, scale, seeds)
+    # a cell may be run again because photos have come
+    _below.cache_clear()
     # a plan needs no data
     if not toy and not given['plan_only']: _check_data(id, scale)
     return Study(e, scale, seeds, open_site(given['gpus']), given)
@@ -663,9 +675,7 @@ def photos_note(
     photos = studies[0].scale.photos
     if not photos or not any('pretrain' in _tasks(study.e) for study in studies): return ''
     root, val = find_data(PretrainConfig(data=photos))
-    # labels may lie beside the photos, in folders of the same names
-    names = [] if val else walk_files(root)[0]
-    return mixed_parts(root, (n for n in names if Path(n).suffix.lower() in SUFFIXES))
+    return '' if val else _below(root)[1]
 
 # %% ../../nbs/66_experiment_report.ipynb #c027e
 def fold(
