@@ -1,6 +1,7 @@
 """Panoptic data, post-processing and PQ: known answers, a second implementation pixel by pixel, COCO's real files."""
 import json
 import math
+import re
 from fractions import Fraction
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -158,6 +159,14 @@ def test_means_are_over_the_classes_that_occur():
 @pytest.mark.parametrize('found', [(THING[0], listed({1: 0})), (THING[0], listed({1: 0, 9: 1, 4: 1}))])
 def test_answers_that_contradict_themselves_are_refused(found):
     with pytest.raises(ValueError, match=r'photo 3: segment (9|4) is in only one'): PanopticEvaluator('ab', [1, 0]).update(3, THING, found)
+
+
+@pytest.mark.parametrize('size', [(10, 9), (1, 10), (1, 1), (100,)])
+def test_answers_of_another_size_are_refused(size):
+    "A single row or pixel would be spread over the whole truth, and count as if it had been said everywhere."
+    found = torch.full(size, 9), listed({9: 1})
+    with pytest.raises(ValueError, match=rf'photo 3: the answer has {re.escape(str(size))} px .*, the truth \(10, 10\)'):
+        PanopticEvaluator('ab', [1, 0]).update(3, THING, found)
 
 
 def judged_by_one_of(rank, world, folder):

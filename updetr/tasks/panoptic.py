@@ -589,10 +589,12 @@ def instance_masks(
 # %% ../../nbs/48_panoptic.ipynb #c039b
 def _shared_pixels(truth, found):
     "Return {(true number, answered number): pixels that have both}."
+    if truth.shape != found.shape:
+        raise ValueError(f'the answer has {tuple(found.shape)} px (height, width), the truth '
+                         f'{tuple(truth.shape)}: bring answers to the size of the photo first')
     pairs = np.asarray(truth, np.int64) * 2**24 + np.asarray(found, np.int64)
     numbers, pixels = np.unique(pairs, return_counts=True)
     return {divmod(int(n), 2**24): int(k) for n, k in zip(numbers, pixels)}
-
 
 def _forgotten(number, label, both, area, real):
     "Return whether more than half of an answered segment lies in void and in crowds of its class."
@@ -608,7 +610,7 @@ def pq_stat(
     num_classes: int,        # C
 ) -> np.ndarray:             # (C,4): sum of the IoU of found pairs, TP, FP, FN
     """Return what one photo adds to PQ (panopticapi's rules).
-    Raises ValueError if an answer's picture and list do not fit together."""
+    Raises ValueError if an answer's picture does not fit its list, or the truth's picture."""
     both = _shared_pixels(truth, found)
     area_t, area_f = Counter(), Counter()
     for (t, f), pixels in both.items():
@@ -671,7 +673,7 @@ class PanopticEvaluator:
 
     def update(self, image_id, truth, found):
         """Take one photo: `truth` and `found` are pairs of picture and list.
-        Raises ValueError for an answer that contradicts itself."""
+        Raises ValueError for an answer that contradicts itself, or is of another size."""
         try: self.stats[int(image_id)] = pq_stat(*truth, *found, len(self.classes))
         except ValueError as e: raise ValueError(f'photo {image_id}: {e}') from e
         return self

@@ -117,19 +117,43 @@ def _check_prediction(image_id, p, last_label):
                          f'categories of the ground truth end at {last_label}: the model has other '
                          'classes than the data')
 
-def _checked(image_id, prediction, last_label, masks):
-    "A prediction as numpy arrays; masks as run lengths"
+def _checked(image_id, prediction, last_label):
+    "A prediction as numpy arrays"
     p = {'scores': _as_numpy(prediction['scores'], np.float64),
          'labels': _as_numpy(prediction['labels'], np.int64),
          'boxes': _as_numpy(prediction['boxes'], np.float64).reshape(-1, 4)}
     _check_prediction(image_id, p, last_label)
-    if masks:
-        bitmaps = _as_numpy(prediction['masks'], np.uint8)
-        if len(bitmaps) != len(p['scores']):
-            raise ValueError(f'image {image_id}: {len(p["scores"])} scores, but {len(bitmaps)} '
-                             'masks: the numbers must agree')
-        p['masks'] = [rle.encode(np.asfortranarray(m)) for m in bitmaps]
     return p
+
+# %% ../../nbs/36_evaluate.ipynb #c013m
+def _check_size(image_id, what, size, photo):
+    "ValueError for masks (height, width) of another size than their photo: they would never match"
+    if tuple(size) == photo: return
+    is_size, must = [' x '.join(map(str, sides)) for sides in (size, photo)]
+    raise ValueError(f'image {image_id}: {what} of {is_size} px, but the photo has {must} '
+                     '(height x width): resize the masks to the photo, or correct its entry')
+
+def _photo_sizes(coco):
+    "{image id: (height, width)} in px; ValueError for a true mask of another size than its photo"
+    # polygons have no size of their own
+    outlines = [(a['image_id'], a['segmentation']) for a in coco['annotations']
+                if isinstance(a.get('segmentation'), dict)]
+    sizes = {i: tuple(outline['size']) for i, outline in outlines}
+    # what the photo's entry says counts
+    for image in coco['images']:
+        if 'height' in image: sizes[image['id']] = image['height'], image['width']
+    for i, outline in outlines:
+        _check_size(i, 'a mask of the ground truth', outline['size'], sizes[i])
+    return sizes
+
+def _run_lengths(image_id, masks, count, photo):
+    "Masks (count, H, W) as run lengths; ValueError for other numbers or another size"
+    bitmaps = _as_numpy(masks, np.uint8)
+    if len(bitmaps) != count:
+        raise ValueError(f'image {image_id}: {count} scores, but {len(bitmaps)} '
+                         'masks: the numbers must agree')
+    if count and photo: _check_size(image_id, 'masks', bitmaps.shape[1:], photo)
+    return [rle.encode(np.asfortranarray(m)) for m in bitmaps]
 
 # %% ../../nbs/36_evaluate.ipynb #c013r
 def _mask_results(ids, labels, scores, masks, mine):
@@ -190,6 +214,7 @@ class CocoEvaluator:
         if iou_type not in ('bbox', 'segm'):
             raise ValueError(f"iou_type must be 'bbox' or 'segm', not {iou_type!r}")
         _backend(backend)  # say at once if it is missing
+        self.sizes = _photo_sizes(coco) if iou_type == 'segm' else {}
         self.coco = coco
         self.iou_type = iou_type
         self.backend = backend
@@ -206,7 +231,11 @@ class CocoEvaluator:
         last_label = max(self.names)
         for i, p in zip(image_ids, predictions):
             if not isinstance(i, str): i = int(i)
-            self.predictions[i] = _checked(i, p, last_label, self.iou_type == 'segm')
+            taken = _checked(i, p, last_label)
+            if self.iou_type == 'segm':
+                count = len(taken['scores'])
+                taken['masks'] = _run_lengths(i, p['masks'], count, self.sizes.get(i))
+            self.predictions[i] = taken
         self._result = None
         return self
 
@@ -409,7 +438,7 @@ def voc_ap(
     Raises ValueError for other points, or if an image has no predictions."""
     if points not in ('all', 11): raise ValueError(f"points must be 'all' or 11, not {points!r}")
     _check_images([image['id'] for image in coco['images']], predictions)
-    predictions = {i: _checked(i, p, np.inf, False) for i, p in predictions.items()}
+    predictions = {i: _checked(i, p, np.inf) for i, p in predictions.items()}
     aps = {}
     for category in coco['categories']:
         matches = _best_match(coco, predictions, category['id'])
@@ -443,7 +472,7 @@ def diagnose(
     truth = {}
     for a in coco['annotations']:
         if not (a['iscrowd'] or a.get('empty')): truth.setdefault(a['image_id'], []).append(a)
-    predictions = {i: _checked(i, p, np.inf, False) for i, p in predictions.items()}
+    predictions = {i: _checked(i, p, np.inf) for i, p in predictions.items()}
     # for each thing the box that covers it best: its IoU, whether its class is right, its score
     best = []
     for i, things in truth.items():
