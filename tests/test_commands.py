@@ -76,16 +76,31 @@ def test_a_name_that_is_not_utf8_is_in_the_lists(photos, tmp_path):
     assert (tmp_path / 'found/pictures' / name).is_file()
     # a segmenter's answer has a PNG of that name, too
     answer = SimpleNamespace(plot=lambda: Image.new('RGB', (8, 8)), ids=torch.arange(64).view(8, 8), to_dict=lambda name: {})
-    commands._save_answer(tmp_path / 'found', name, answer)
+    commands._save_answer(tmp_path / 'found', name, answer, [name])
     assert np.array_equal(np.asarray(Image.open(tmp_path / 'found/segments' / f'{name}.png'))[..., 0], answer.ids)
+
+
+def test_each_photo_has_a_drawing_of_its_own(tmp_path):
+    """A photo that is no JPEG is drawn into NAME.jpg, which may be another photo's name; names that share nothing stay as they are."""
+    names = ['a.png', 'a.png.jpg', 'a.png.jpg.jpg', 'b.jpg', 'b.png', 'B.JPEG']
+    # each of another height, so that the drawings tell whose they are
+    heights = {name: 40 + 8 * i for i, name in enumerate(names)}
+    (tmp_path / 'photos').mkdir()
+    for name, height in heights.items():
+        kind = 'PNG' if name.endswith('png') else 'JPEG'
+        Image.new('RGB', (64, height)).save(tmp_path / 'photos' / name, format=kind)
+    predict(shipped('detector'), [tmp_path / 'photos'], tmp_path / 'found', threshold=1)
+    drawn = {file.name: Image.open(file).height for file in (tmp_path / 'found/pictures').iterdir()}
+    own = {'a.png': 'a.png.jpg.jpg.jpg', 'b.png': 'b.png.jpg'}
+    assert drawn == {own.get(name, name): height for name, height in heights.items()}
 
 
 def test_what_was_answered_is_kept_when_it_is_stopped(photos, tmp_path, monkeypatch):
     """Ctrl-C while the second of three pictures is drawn: the lists have the first, and so have the drawings."""
     save = commands._save_answer
-    def stopped(out, name, found):
+    def stopped(out, name, *rest):
         if name == '1.jpg': raise KeyboardInterrupt
-        return save(out, name, found)
+        return save(out, name, *rest)
 
     monkeypatch.setattr(commands, '_save_answer', stopped)
     (photos / 'notes.txt').write_text('no photo')

@@ -1806,6 +1806,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                          'updetr.predict.commands._answer': ('commands.html#_answer', 'updetr/predict/commands.py'),
                                          'updetr.predict.commands._cell': ('commands.html#_cell', 'updetr/predict/commands.py'),
                                          'updetr.predict.commands._csv_rows': ('commands.html#_csv_rows', 'updetr/predict/commands.py'),
+                                         'updetr.predict.commands._drawing_name': ( 'commands.html#_drawing_name',
+                                                                                    'updetr/predict/commands.py'),
                                          'updetr.predict.commands._figures': ('commands.html#_figures', 'updetr/predict/commands.py'),
                                          'updetr.predict.commands._in_folder': ('commands.html#_in_folder', 'updetr/predict/commands.py'),
                                          'updetr.predict.commands._left_in': ('commands.html#_left_in', 'updetr/predict/commands.py'),

@@ -207,10 +207,17 @@ def _csv_rows(name, found):
     name, rows = printable(name), zip(found.names, scores, boxes)
     return [[name, kind, f'{s:.4f}', *(f'{v:.1f}' for v in box)] for kind, s, box in rows]
 
-def _save_answer(out, name, found):
+def _drawing_name(name, names):
+    "Return the name of a picture's drawing, a JPEG: its own, or with .jpg behind it; no other one's"
+    if Path(name).suffix.lower() in ('.jpg', '.jpeg'): return name
+    drawing = f'{name}.jpg'
+    # beside a.png may lie an a.png.jpg, which keeps its name
+    while drawing in names: drawing = f'{drawing}.jpg'
+    return drawing
+
+def _save_answer(out, name, found, names):
     "Write a picture's drawing, and its segments if it has some; return COCO's rows"
-    picture = out / 'pictures' / name
-    if picture.suffix.lower() not in ('.jpg', '.jpeg'): picture = Path(f'{picture}.jpg')
+    picture = out / 'pictures' / _drawing_name(name, names)
     picture.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(picture, lambda p: found.plot().save(p, format='JPEG', quality=90))
     if isinstance(found, Detections): return found.to_dict(name)
@@ -238,8 +245,8 @@ def _save_lists(out, table, rows, is_detector, skipped):
 
 class _Answers:
     "What is found in pictures: each is drawn at once, the lists are written by `save`."
-    def __init__(self, model, threshold, out):
-        self.model, self.threshold, self.out = model, threshold, out
+    def __init__(self, model, threshold, out, names):
+        self.model, self.threshold, self.out, self.names = model, threshold, out, names
         self.table, self.rows, self.done = [], [], 0
 
     def take(self, pictures):
@@ -248,7 +255,7 @@ class _Answers:
         found = _answer(self.model, [image for _, image in pictures], self.threshold)
         for (name, _), answer in zip(pictures, found):
             # the drawing first: what is listed is there
-            self.rows += _save_answer(self.out, name, answer)
+            self.rows += _save_answer(self.out, name, answer, self.names)
             self.table += _csv_rows(name, answer)
             self.done += 1
 
@@ -275,7 +282,7 @@ def predict(
     if threshold is not None: check_threshold(threshold)
     files, skipped = find_pictures(sources, out)
     others = len(skipped)  # what is no photo
-    answers = _Answers(open_model(checkpoint, device, nms), threshold, Path(out))
+    answers = _Answers(open_model(checkpoint, device, nms), threshold, Path(out), files)
     show = progress_line(None if any(map(is_video, files.values())) else len(files))
     waiting = []
     try:
