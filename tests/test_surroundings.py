@@ -1,4 +1,5 @@
 "What lies around a run: files that others read, downloads that break off, memory, variables, the commit of the code."
+import argparse
 import dataclasses
 import http.server
 import os
@@ -23,9 +24,15 @@ from updetr.core.report import git_commit
 from updetr.core.shipped import WeightSource, fetch_weights
 from updetr.data import loader
 from updetr.experiments import runner
+from updetr.model.detr import build_detr
+from updetr.predict.detector import Detector
+from updetr.predict.localizer import QueryPatchLocalizer
+from updetr.predict.oneshot_detector import OneShotDetector
 from updetr.predict.runs import usual_parameters
+from updetr.predict.segmenter import PanopticSegmenter
 from updetr.tasks.cnn_task import CNNConfig
 from updetr.tasks.finetune import FinetuneConfig
+from updetr.tasks.masks import DETRsegm
 from updetr.tasks.oneshot import OneShotConfig
 from updetr.tasks.panoptic_task import PanopticConfig
 from updetr.train import loop
@@ -227,3 +234,29 @@ def test_a_value_that_is_computed_in_the_parameters_cell_is_no_default(tmp_path)
     cell = nbformat.v4.new_code_cell('lr: float = 4 * 1e-4\nepochs: int = 3', metadata={'tags': ['parameters']})
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / 'a.ipynb')
     assert usual_parameters(tmp_path / 'a.ipynb') == {'epochs': 3}
+
+
+def answers_of_all(file):
+    "What the four classes for pictures answer, as numbers; `file` is of a panoptic DETR."
+    image = torch.randint(256, (3, 60, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    segments = PanopticSegmenter.from_checkpoint(file)(image, 0)
+    found = [Detector.demo()(image, 0), OneShotDetector.demo()(image, image[:, :30, :30], threshold=0),
+             QueryPatchLocalizer.demo()(image, [[9, 9, 50, 50]])]
+    return [segments.ids, segments.attention, *(v for f in found for v in (f.boxes, f.scores))]
+
+
+def test_torchs_default_type_changes_no_answer(tmp_path):
+    "Somebody's notebook computes in float64; the pictures stay float32, and so do the models, whatever else is set."
+    small = dict(backbone='resnet18', hidden_dim=32, nheads=8, enc_layers=1, dec_layers=1, dim_feedforward=32, num_queries=5)
+    torch.manual_seed(0)
+    model = DETRsegm(build_detr(250, **small))
+    args = argparse.Namespace(dataset_file='coco_panoptic', masks=True)
+    torch.save({'model': model.state_dict(), 'args': args}, tmp_path / 'panoptic.pth')
+    want = answers_of_all(tmp_path / 'panoptic.pth')
+    assert all(map(len, want))
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = answers_of_all(tmp_path / 'panoptic.pth')
+        assert torch.get_default_dtype() == torch.float64
+    finally: torch.set_default_dtype(torch.float32)
+    for a, b in zip(got, want, strict=True): torch.testing.assert_close(a, b)

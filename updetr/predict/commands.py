@@ -208,7 +208,7 @@ def _csv_rows(name, found):
     return [[name, kind, f'{s:.4f}', *(f'{v:.1f}' for v in box)] for kind, s, box in rows]
 
 def _drawing_name(name, names):
-    "Return the name of a picture's drawing, a JPEG: its own, or with .jpg behind it; no other one's"
+    "Return the name of a picture's drawing, a JPEG: its own, or with .jpg behind it"
     if Path(name).suffix.lower() in ('.jpg', '.jpeg'): return name
     drawing = f'{name}.jpg'
     # beside a.png may lie an a.png.jpg, which keeps its name

@@ -277,7 +277,8 @@ class Detector:
         nms: float | None = None,  # answers of one class that overlap more are one; None: DETR's
     ):
         check_nms(nms)
-        self.module = module.to(device).eval()
+        # as pictures are, whatever torch's default type is
+        self.module = module.to(device, torch.float32).eval()
         self.classes = tuple(classes)
         self.category_ids = _checked_ids(category_ids, self.classes)
         self.sizes = sizes

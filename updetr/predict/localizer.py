@@ -327,7 +327,8 @@ class QueryPatchLocalizer:
         kind: str = 'pre-trained',    # what the weights are: pre-trained, one-shot or untrained
         device: str = 'cpu',          # where it runs
     ):
-        self.model = model.to(device).eval().requires_grad_(False)
+        # as pictures are, whatever torch's default type is
+        self.model = model.to(device, torch.float32).eval().requires_grad_(False)
         self.device, self.kind = device, kind
         self.sizes, self.square = sizes, square
         self.query_size, self.query_shape = query_size, query_shape

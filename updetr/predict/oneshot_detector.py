@@ -120,7 +120,7 @@ class OneShotDetector:
         query_shape: str = 'squash',  # way into the square: squash or letterbox
         device: str = 'cpu',          # device where it runs
     ):
-        self.model = model.to(device).eval()
+        self.model = model.to(device, torch.float32).eval()  # as pictures are
         self.cnn = model.backbone[0]
         self.device = device
         # DETR is asked with the mean of a picture's map, the others with the whole map
