@@ -182,14 +182,14 @@ def _without_parent(categories, used):
 
 # %% ../../nbs/14_annotations.ipynb #k1000002
 def _wanted(classes, names):
-    "{new name: names that are put together in it} of classes asked for, such as 'pet=cat+dog'"
-    wanted = {}
+    "[(new name, names that are put together in it)] of classes asked for, such as 'pet=cat+dog'"
+    wanted = []
     for text in classes:
         # a class of the file may be called so
         new, sign, old = text.partition('=')
         if text in names or not sign: new, old = text, ''
         members = [name.strip() for name in old.split('+')] if old else [new]
-        wanted[new.strip() if old else new] = members
+        wanted.append((new.strip() if old else new, members))
     return wanted
 
 def choose_classes(
@@ -199,19 +199,19 @@ def choose_classes(
     notes: list,    # texts: what was decided in reading; grows
 ) -> tuple:         # the C classes; name -> 0..C-1, or -2 for one that was not asked for
     """Return which classes there are.
-    Raises ValueError where none of those wanted is here, or one of them is asked for twice."""
+    Raises ValueError where none of those wanted is here, or a name is asked for twice."""
     if classes is None: return list(names), {name: i for i, name in enumerate(names)}
     wanted = _wanted(classes, names)
-    members = [name for some in wanted.values() for name in some]
-    require_unique([*classes], 'the classes asked for', source)
+    members = [name for _, some in wanted for name in some]
+    require_unique([new for new, _ in wanted], 'the classes asked for', source)
     require_unique(members, 'the classes asked for and put together', source)
     if not set(members) & set(names):
         raise ValueError(f'{source}: none of the classes {list(classes)} is here, but '
                          f'{sorted(names)}')
-    lost = [name for some in wanted.values() if len(some) > 1 for name in some if name not in names]
+    lost = [name for _, some in wanted if len(some) > 1 for name in some if name not in names]
     if lost: notes.append(f'classes to be put together that are not here: {", ".join(lost)}')
-    place = {name: i for i, some in enumerate(wanted.values()) for name in some}
-    return list(wanted), {name: place.get(name, -2) for name in names}
+    place = {name: i for i, (_, some) in enumerate(wanted) for name in some}
+    return [new for new, _ in wanted], {name: place.get(name, -2) for name in names}
 
 # %% ../../nbs/14_annotations.ipynb #k1000003
 def coco_classes(
