@@ -1,0 +1,137 @@
+"Which file is meant where several could be: folders, photos of one name, labels and their photos, parts and their lists."
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from updetr.core.photos import read_photo
+from updetr.data.photo_files import (
+    best_folder, file_tree, find_layout, label_pairs, part_of, parts_of, photos_by_stem, pick_part, read_as_said, voc_classes, voc_splits)
+
+
+def touch(folder, *names, said=''):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(said, encoding='utf-8')
+
+
+def test_the_innermost_folder_tells_the_part(): assert part_of('val/train/images') == 'train'
+
+
+def test_one_photo_of_many_tells_where_they_are(tmp_path):
+    "A thousand names are looked up; where none of these is there, all"
+    touch(tmp_path, 'far/1.jpg')
+    assert best_folder([tmp_path / 'far'], [f'{k}.jpg' for k in range(2500)]) == (str(tmp_path / 'far'), 1)
+    # of folders that have as many, the likeliest, which stands first
+    touch(tmp_path, 'a/1.jpg', 'b/1.jpg')
+    for order in ('ab', 'ba'): assert best_folder([tmp_path / place for place in order], ['1.jpg']) == (str(tmp_path / order[0]), 1)
+
+
+def test_of_photos_of_one_name_the_usual_kind_is_taken(tmp_path):
+    "And suffixes may be written in capitals"
+    touch(tmp_path, 'a.bmp', 'a.png', 'a.JPG', 'a.TXT', 'b.webp', 'b.png', 'b.txt')
+    assert photos_by_stem(tmp_path) == {'a': ['a.JPG', 'a.png', 'a.bmp'], 'b': ['b.png', 'b.webp']}
+    tree = file_tree(tmp_path)
+    assert label_pairs(tree, tree, '.txt')[0] == [('a.TXT', 'a.JPG', ''), ('b.txt', 'b.png', '')]
+
+
+def test_links_are_followed_and_what_is_hidden_is_not_there(tmp_path):
+    touch(tmp_path, 'far/z.jpg', 'set/b.jpg', 'set/a.jpg', 'set/.c.jpg', 'set/.git/d.jpg', 'set/__MACOSX/a.jpg', 'set/1/2/3/4/5/e.jpg',
+          'set/1/2/3/4/5/6/f.jpg')
+    (tmp_path / 'set/link').symlink_to(tmp_path / 'far')
+    tree = file_tree(tmp_path / 'set')
+    assert {folder: names for folder, names in tree.items() if names} == {
+        '': ['a.jpg', 'b.jpg'], '1/2/3/4/5': ['e.jpg'], 'link': ['z.jpg']}
+
+
+@pytest.mark.parametrize('tree, photo', [
+    ({'labels/train2017': ['1.txt'], 'images/test': ['1.jpg'], 'images/train': ['1.jpg']}, 'images/train/1.jpg'),
+    ({'set': ['1.txt', '1.jpg'], 'images': ['1.jpg']}, 'set/1.jpg'),
+    ({'text': ['1.txt', '2.txt'], 'a': ['1.png'], 'b': ['1.png', '2.png']}, 'b/1.png')], ids=['same part', 'beside it', 'where most are'])
+def test_the_photo_of_a_label(tree, photo): assert label_pairs(tree, tree, '.txt')[0][0][1] == photo
+
+
+def test_labels_that_tell_no_part_are_the_others(tmp_path):
+    touch(tmp_path, 'train/a.jpg', 'train/a.xml', 'more/b.jpg', 'more/b.xml')
+    assert find_layout(tmp_path).parts == {'train': [('train/a.xml', 'train/a.jpg')], 'others': [('more/b.xml', 'more/b.jpg')]}
+
+
+def test_a_photo_is_missing_from_where_the_others_are(tmp_path):
+    "In the part and in the place of its label"
+    touch(tmp_path, *(f'labels/train/{name}.xml' for name in 'abcd'), 'images/a.jpg', 'images/b.jpg', 'other/d.jpg')
+    photos = ['images/a.jpg', 'images/b.jpg', 'images/c.jpg', 'other/d.jpg']
+    assert find_layout(tmp_path).parts == {'train': [(f'labels/train/{name}.xml', photo) for name, photo in zip('abcd', photos)]}
+
+
+def test_photos_beside_those_with_labels_have_no_objects(tmp_path):
+    "Those in other folders do not belong to the set; and the photos' names give the order"
+    touch(tmp_path, 'images/a.jpg', 'images/b.jpg', 'images/c.jpg', 'labels/a.txt', 'labels/c.txt', 'docs/logo.png')
+    assert find_layout(tmp_path).parts == {
+        '': [('labels/a.txt', 'images/a.jpg'), (None, 'images/b.jpg'), ('labels/c.txt', 'images/c.jpg')]}
+
+
+def test_as_much_of_a_path_is_looked_up_as_there_is(tmp_path):
+    "Of another machine's set/train/images there is train/images, and images, which are the photos to evaluate on"
+    touch(tmp_path, 'train/images/a.jpg', 'train/labels/a.txt', 'images/b.jpg', 'labels/b.txt')
+    touch(tmp_path, 'data.yaml', said='names: [cat]\ntrain: /content/set/train/images\nvalid: images')
+    assert find_layout(tmp_path).parts == {'train': [('train/labels/a.txt', 'train/images/a.jpg')], 'val': [('labels/b.txt', 'images/b.jpg')]}
+
+
+def test_a_list_of_test_photos_is_a_part(tmp_path):
+    touch(tmp_path, 'obj/a.jpg', 'obj/a.txt', 'obj/b.jpg', 'obj/b.txt')
+    for part, name in (('train', 'a'), ('test', 'b')): touch(tmp_path, f'{part}.txt', said=f'data/obj/{name}.jpg')
+    assert parts_of(find_layout(tmp_path)) == ['train', 'test']
+
+
+@pytest.mark.parametrize('suffix', ['.yaml', '.yml'])
+def test_a_yaml_may_lie_elsewhere(suffix, tmp_path):
+    "It says where the labels are; the photos may be in a third place"
+    touch(tmp_path, 'set/images/a.jpg', 'set/labels/a.txt', 'photos/a.jpg')
+    touch(tmp_path, f'conf/my{suffix}', said='path: ../set\nnames: {0: cat}')
+    layout = find_layout(tmp_path / f'conf/my{suffix}')
+    assert layout.names == {0: 'cat'} and layout.root == (tmp_path / 'set').resolve()
+    away = find_layout(tmp_path / f'conf/my{suffix}', tmp_path / 'photos')
+    assert away.photos == tmp_path / 'photos' and away.parts == {'': [('labels/a.txt', 'a.jpg')]}
+    touch(tmp_path, f'set/my{suffix}', said='names: {0: dog}')
+    assert find_layout(tmp_path / 'set').names == {0: 'dog'}
+
+
+def test_other_files_of_coco_are_no_parts(tmp_path):
+    names = 'train', 'val', 'captions_train', 'panoptic_val', 'stuff_val', 'image_info_test'
+    touch(tmp_path, *(f'{name}.json' for name in names), said='{"images": [], "annotations": [], "categories": []}')
+    assert find_layout(tmp_path).parts == {'train': [tmp_path / 'train.json'], 'val': [tmp_path / 'val.json']}
+
+
+def test_two_tables_are_two_parts(tmp_path):
+    touch(tmp_path, 'a.csv', 'b.csv', said='filename,class,xmin,ymin,xmax,ymax\n')
+    assert parts_of(find_layout(tmp_path)) == ['a', 'b']
+
+
+def test_a_word_for_two_parts_is_for_none(tmp_path):
+    touch(tmp_path, 'annotations/instances_Validation.json', 'annotations/instances_valid.json')
+    layout = find_layout(tmp_path)
+    assert pick_part(layout, 'valid') == 'valid'
+    with pytest.raises(ValueError, match='Validation, valid'): pick_part(layout, 'val')
+
+
+def test_only_lists_of_a_class_are_not_shown(tmp_path):
+    "A name that ends as theirs do, or flags alone, make no list of a class"
+    for name, said in (('cat_train', 'a  1\n'), ('fold_train', 'a\n'), ('marked', 'a  1\n')): touch(tmp_path, f'ImageSets/Main/{name}.txt', said=said)
+    assert voc_splits(tmp_path) == (['cat_train', 'fold_train', 'marked'], ['fold_train', 'marked'])
+
+
+def test_a_broken_annotation_has_no_say_in_the_classes(tmp_path):
+    thing = '<object><name>{}</name><bndbox/></object>'
+    touch(tmp_path, 'Annotations/a.xml', said='<annotation><object>')
+    touch(tmp_path, 'Annotations/b.xml', said=f'<annotation>{thing.format("cow")}{thing.format("cat")}</annotation>')
+    assert voc_classes([tmp_path]) == ['cat', 'cow']
+
+
+def test_a_square_photo_is_upright_unless_it_is_told(tmp_path):
+    "Its size does not tell how it was seen"
+    pixels, note = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8), Image.Exif()
+    note[0x0112] = 6
+    Image.fromarray(pixels).save(path := tmp_path / 'a.png', exif=note)
+    stored = torch.from_numpy(pixels).permute(2, 0, 1)
+    assert torch.equal(read_as_said(path, (8, 8)), read_photo(path)) and not torch.equal(read_photo(path), stored)
+    assert torch.equal(read_as_said(path, (8, 8), 'stored'), stored)
