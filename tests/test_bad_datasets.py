@@ -14,7 +14,9 @@ from PIL import Image
 from pycocotools import mask as rle
 from torchvision.io import write_png
 
+import updetr.tasks.panoptic_task  # noqa: F401 (its sets have fingerprints)
 from updetr.core.config import LATER, cfg_changes
+from updetr.core.fingerprint import data_changes, mark_set, same_data
 from updetr.core.photos import BadPhoto, builtin_photos, read_photo
 from updetr.data.check import check_dataset, start_notes
 from updetr.data.datasets import DetectionSet, coco_table, open_dataset
@@ -341,6 +343,20 @@ def test_a_set_of_two_ways_is_refused(tmp_path):
     (root / 'annotations/instances_train2017.json').write_text(json.dumps(content))
     assert any('b.png' in e and '-p exif stored' in e for e in check_dataset(open_dataset(root, 'train')).errors)
     assert check_dataset(open_dataset(root, 'train', exif='stored')).ok
+
+
+@pytest.mark.parametrize('open_set', [lambda root, **rule: open_dataset(turned_set(root, 3, (40, 100), STORED), 'train', **rule),
+                                      lambda root, **rule: open_panoptic(panoptic(root), **rule)], ids=['boxes', 'panoptic'])
+def test_how_photos_are_turned_is_part_of_the_fingerprint(open_set, tmp_path):
+    "The same files read another way are other data: a run does not go on with them."
+    usual, stored, again = (mark_set(open_set(tmp_path, exif=exif)) for exif in ('sizes', 'stored', 'stored'))
+    assert same_data(stored, again) and not same_data(usual, stored) and 'exif stored' in data_changes(usual, stored)[0]
+
+
+def test_years_of_voc_come_as_they_are_asked_for(tmp_path):
+    root = voc(voc(tmp_path), year=2012)
+    for year, order in (('07+12', (2007, 2012)), ('2012 + 2007', (2012, 2007)), ('12', (2012,))):
+        assert open_dataset(root, 'trainval', year=year).table.files == [f'VOC{y}/JPEGImages/a.jpg' for y in order]
 
 
 def test_zero_based_voc(tmp_path):
