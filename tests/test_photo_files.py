@@ -15,7 +15,7 @@ def touch(folder, *names, said=''):
         (folder / name).write_text(said, encoding='utf-8')
 
 
-def test_the_innermost_folder_tells_the_part(): assert part_of('val/train/images') == 'train'
+def test_the_innermost_folder_tells_the_part(): assert part_of('val/train/images') == part_of('val/Train/Images') == 'train'
 
 
 def test_one_photo_of_many_tells_where_they_are(tmp_path):
@@ -29,8 +29,8 @@ def test_one_photo_of_many_tells_where_they_are(tmp_path):
 
 def test_of_photos_of_one_name_the_usual_kind_is_taken(tmp_path):
     "And suffixes may be written in capitals"
-    touch(tmp_path, 'a.bmp', 'a.png', 'a.JPG', 'a.TXT', 'b.webp', 'b.png', 'b.txt')
-    assert photos_by_stem(tmp_path) == {'a': ['a.JPG', 'a.png', 'a.bmp'], 'b': ['b.png', 'b.webp']}
+    touch(tmp_path, 'a.bmp', 'a.png', 'a.JPG', 'a.TXT', 'b.bmp', 'b.png', 'b.txt')
+    assert photos_by_stem(tmp_path) == {'a': ['a.JPG', 'a.png', 'a.bmp'], 'b': ['b.png', 'b.bmp']}
     tree = file_tree(tmp_path)
     assert label_pairs(tree, tree, '.txt')[0] == [('a.TXT', 'a.JPG', ''), ('b.txt', 'b.png', '')]
 
@@ -100,6 +100,14 @@ def test_other_files_of_coco_are_no_parts(tmp_path):
     names = 'train', 'val', 'captions_train', 'panoptic_val', 'stuff_val', 'image_info_test'
     touch(tmp_path, *(f'{name}.json' for name in names), said='{"images": [], "annotations": [], "categories": []}')
     assert find_layout(tmp_path).parts == {'train': [tmp_path / 'train.json'], 'val': [tmp_path / 'val.json']}
+
+
+def test_a_file_of_many_classes_is_one_of_coco(tmp_path):
+    "It begins with them, and its photos come late; where there are none, it is Label Studio's"
+    many = f'{{"categories": [{" " * 2**16}]'
+    touch(tmp_path, 'many.json', said=many + ', "images": [], "annotations": []}')
+    touch(tmp_path, 'notes.json', said='{"categories": []}')
+    assert find_layout(tmp_path).parts == {'': [tmp_path / 'many.json']}
 
 
 def test_two_tables_are_two_parts(tmp_path):
