@@ -126,6 +126,13 @@ def test_bad_files(updetr, tmp_path):
             with pytest.raises(ValueError, match=f'weights{suffix} cannot be read'): open_pretrained(path.with_suffix(suffix))
 
 
+def test_counts_of_batches_are_left_out(updetr, tmp_path):
+    "Norms that were not frozen have them"
+    counted = updetr.state_dict() | {'backbone.0.body.bn1.num_batches_tracked': torch.tensor(7)}
+    torch.save(official(updetr) | {'model': counted}, tmp_path/'weights.pth')
+    assert open_pretrained(tmp_path/'weights.pth').weights.keys() == updetr.state_dict().keys()
+
+
 @pytest.fixture
 def pretrained(updetr, tmp_path):
     torch.save(official(updetr), tmp_path/'weights.pth')
@@ -150,6 +157,9 @@ def test_damaged_weights_change_nothing(pretrained):
         weights = pretrained.weights | {name: damage(pretrained.weights[name])}
         model = marked(5, **pretrained.options)
         with pytest.raises(ValueError, match=name): hand_over(model, replace(pretrained, weights=weights))
+        # so does a tensor that the model does not have
+        more = replace(pretrained, weights=pretrained.weights | {f'{name}.more': torch.zeros(1)})
+        with pytest.raises(ValueError, match=f'1 tensors unknown to the model, such as {name}.more'): hand_over(model, more)
         assert sum(count(model)) == sum(v.numel() for v in model.state_dict().values())
 
 
