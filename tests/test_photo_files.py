@@ -6,7 +6,18 @@ from PIL import Image
 
 from updetr.core.photos import read_photo
 from updetr.data.photo_files import (
-    best_folder, file_tree, find_layout, label_pairs, part_of, parts_of, photos_by_stem, pick_part, read_as_said, voc_classes, voc_splits)
+    best_folder,
+    file_tree,
+    find_layout,
+    label_pairs,
+    part_of,
+    parts_of,
+    photos_by_stem,
+    pick_part,
+    read_as_said,
+    voc_classes,
+    voc_splits,
+)
 
 
 def touch(folder, *names, said=''):
@@ -74,7 +85,8 @@ def test_as_much_of_a_path_is_looked_up_as_there_is(tmp_path):
     "Of another machine's set/train/images there is train/images, and images, which are the photos to evaluate on"
     touch(tmp_path, 'train/images/a.jpg', 'train/labels/a.txt', 'images/b.jpg', 'labels/b.txt')
     touch(tmp_path, 'data.yaml', said='names: [cat]\ntrain: /content/set/train/images\nvalid: images')
-    assert find_layout(tmp_path).parts == {'train': [('train/labels/a.txt', 'train/images/a.jpg')], 'val': [('labels/b.txt', 'images/b.jpg')]}
+    assert find_layout(tmp_path).parts == {
+        'train': [('train/labels/a.txt', 'train/images/a.jpg')], 'val': [('labels/b.txt', 'images/b.jpg')]}
 
 
 def test_a_list_of_test_photos_is_a_part(tmp_path):
@@ -124,7 +136,8 @@ def test_a_word_for_two_parts_is_for_none(tmp_path):
 
 def test_only_lists_of_a_class_are_not_shown(tmp_path):
     "A name that ends as theirs do, or flags alone, make no list of a class"
-    for name, said in (('cat_train', 'a  1\n'), ('fold_train', 'a\n'), ('marked', 'a  1\n')): touch(tmp_path, f'ImageSets/Main/{name}.txt', said=said)
+    for name, said in (('cat_train', 'a  1\n'), ('fold_train', 'a\n'), ('marked', 'a  1\n')):
+        touch(tmp_path, f'ImageSets/Main/{name}.txt', said=said)
     assert voc_splits(tmp_path) == (['cat_train', 'fold_train', 'marked'], ['fold_train', 'marked'])
 
 
