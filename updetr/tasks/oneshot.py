@@ -20,7 +20,7 @@ from torchvision.ops import box_convert, nms, roi_align
 
 from ..core.config import NEIGHBOURS, is_place, not_known
 from ..data.augment import augment, draw_factors
-from ..train.evaluate import CocoEvaluator, voc_ap
+from ..train.evaluate import CocoEvaluator, on_host, voc_ap
 from .finetune import LONG, SMALL, VOC, TransferConfig, transfer_config
 from ..core.photos import resize
 from ..data.queries import (SAMPLING, SHAPES, UNSEEN_PHOTOS, Asker, QueryPool, answer_to,
@@ -138,8 +138,8 @@ def fit_comparison(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(loss.item())
-    return losses
+            losses.append(loss.detach())
+    return torch.stack(losses).tolist() if losses else []
 
 # %% ../../nbs/45_oneshot.ipynb #sys1
 def known_system(
@@ -291,16 +291,16 @@ class OneShotEvaluator:
         if len(answers) != len(labels):
             counts = f'{len(labels)} classes asked for, {len(answers)} answered'
             raise ValueError(f'image {image_id}: {counts}')
+        # one copy from the device for each class
+        told = [on_host([r | {'labels': torch.full_like(r['scores'], label)} for r in rounds])
+                for label, rounds in zip(labels, answers)]
+        nothing = {'scores': torch.zeros(0), 'labels': torch.zeros(0, dtype=torch.long),
+                   'boxes': torch.zeros(0, 4)}
         for k, evaluator in enumerate(self.rounds):
             # one result of all classes, as a detector of classes would give it; maybe empty
-            scores, boxes = [torch.zeros(0)], [torch.zeros(0, 4)]
-            said = [torch.zeros(0, dtype=torch.long)]
-            for label, rounds in zip(labels, answers):
-                scores.append(rounds[k]['scores'].cpu())
-                boxes.append(rounds[k]['boxes'].cpu())
-                said.append(torch.full((len(rounds[k]['scores']),), label))
-            whole = {'scores': scores, 'boxes': boxes, 'labels': said}
-            evaluator.update([image_id], [{name: torch.cat(v) for name, v in whole.items()}])
+            parts = [nothing, *(rounds[k] for rounds in told)]
+            whole = {name: torch.cat([part[name] for part in parts]) for name in nothing}
+            evaluator.update([image_id], [whole])
 
     def gather(self):
         "Exchange what all processes have; to be called by all of them."
