@@ -32,7 +32,7 @@ from updetr.tasks.pretrain_task import PretrainStep, encode
 from updetr.train.features import keep_views
 from updetr.train.graphs import RecordedStep, compile_parts, launch_each, record_graph
 from updetr.train.launch import launch, read_log
-from updetr.train.loop import Processes, TrainState, clipped_gradients, train
+from updetr.train.loop import Processes, TrainState, make_gradients, train, train_step
 from updetr.train.progress import watch
 
 pytestmark = pytest.mark.cuda
@@ -125,7 +125,7 @@ def test_a_recording_hears_of_the_rate(two_shapes, tmp_path):
     def record(step, pool):
         recorded.append(1)
         return RECORD(step, pool)
-    step = RecordedStep(partial(clipped_gradients, task.module.train(), state, False), state, record)
+    step = RecordedStep(partial(make_gradients, task.module.train(), state, False), state, record)
     batch, weight = next(task.batches(0, 1)), task.model.class_embed.weight
 
     def moved(lr):
@@ -293,6 +293,23 @@ def test_nothing_ahead_of_the_step_waits_for_the_gpu(tmp_path):
     finally: mode('default')
 
 
+def test_a_launched_step_waits_for_nothing(tmp_path):
+    "Neither its gradients nor clipping, AdamW and the averaged weights."
+    task = make_task(tmp_path / 'run', device=DEVICE, **VIEWS, ema=.9, amp=False)
+    state, before = TrainState(task.model, task.cfg), task.model.class_embed.weight.detach().clone()
+    batches = task.batches(0, 3)
+    try:
+        # the first one makes programs and moments, and the second averages for the first time
+        for i, batch in enumerate(batches):
+            if DEVICE.type == 'cuda' and i == 2: torch.cuda.set_sync_debug_mode('error')
+            train_step(task.module.train(), iter([batch]), state, 1.)
+    finally:
+        if DEVICE.type == 'cuda': torch.cuda.set_sync_debug_mode('default')
+    assert state.ema.n_averaged == state.step == 3
+    average, weight = [m.class_embed.weight.detach() for m in (state.ema.module, task.model)]
+    assert (average - before).abs().sum() > 0 and (average - weight).abs().sum() > 0
+
+
 @torch.no_grad()
 def milliseconds(run, photos, repeats=10):
     photos = photos.contiguous(memory_format=torch.channels_last)
@@ -439,9 +456,12 @@ def test_the_benchmark_times_compiled_steps_beside_plain_ones():
 
 
 @pytest.mark.multigpu
-def test_processes_with_recordings(tmp_path):
-    "One process and two, launched in DDP or recorded with the mean of their gradients: the same global batches, the same losses."
-    cfg, curves = dict(SMALL | VIEWS, amp=False), []
+@pytest.mark.parametrize('live', [False, True], ids=['views', 'photos'])
+def test_processes_with_recordings(two_shapes, tmp_path, live):
+    """One process and two, launched in DDP or recorded with the mean of their gradients: the same global batches, the same losses.
+
+    Views have one shape; photos have several, so that the processes record and play different ones in one step."""
+    cfg, curves = dict(SMALL | (dict(data=str(two_shapes), epochs=3) if live else VIEWS), amp=False), []
     for n, graphs in ((1, {}), (2, {}), (2, dict(cuda_graphs=True, cuda_graphs_ddp=True))):
         run = tmp_path / f'{n}{len(graphs)}'
         full = make_config('paper', **cfg | dict(cuda_graphs=False) | graphs)

@@ -40,7 +40,7 @@ from ..data.patches import sample_boxes
 from ..core.photos import PRETRAIN_MAX, PRETRAIN_SIZES, resize_shape
 from ..tasks.pretrain_task import PretrainStep, encode_ahead
 from .reference import as_reference, reference_criterion
-from ..train.loop import TrainState, build_optimizer, clipped_gradients, train_step
+from ..train.loop import TrainState, build_optimizer, make_gradients, train_step
 from ..model.updetr import build_updetr
 
 # %% ../../nbs/73_step.ipynb #c005
@@ -456,7 +456,7 @@ class OurStep(DetectorStep):
         module = PretrainStep(self.model, self.criterion)
         state = TrainState(self.model, self.cfg)
         state.optimizer = self.optimizer
-        gradients = partial(clipped_gradients, module, state, self.amp)
+        gradients = partial(make_gradients, module, state, self.amp)
         recorded = RecordedStep(gradients, state, record) if record else None
 
         def follow(ready):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['lr_factor', 'build_optimizer', 'Processes', 'join_processes', 'TrainState', 'image_ids', 'memory_advice', 'first_bad',
-           'clipped_gradients', 'train_step', 'overfit_one_batch', 'peak_memory_mb', 'RunLog', 'not_finite',
-           'skip_step', 'progress_writer', 'train', 'find_task', 'run', 'main']
+           'make_gradients', 'train_step', 'overfit_one_batch', 'peak_memory_mb', 'RunLog', 'not_finite', 'skip_step',
+           'progress_writer', 'train', 'find_task', 'run', 'main']
 
 # %% ../../nbs/33_loop.ipynb #c002
 import argparse
@@ -30,7 +30,7 @@ from ..core.checkpoint import gather_rng, json_text, read_json, save_checkpoint,
 from ..core.config import TrainConfig, check_config
 from ..model.losses import from_all_processes
 from updetr.train.graphs import (
-    Peers, RecordedStep, compile_parts, data_parallel, record_task,
+    RecordedStep, average_weights, clip_gradients, compile_parts, data_parallel, record_task,
 )
 from .resume import (
     SAVED, HeldFolder, keep_data, last_logged, last_saved, only_trainer, put_away, refuse_changes,
@@ -253,14 +253,13 @@ def first_bad(
     return len(window) - 1 - step, terms
 
 # %% ../../nbs/33_loop.ipynb #33c00001
-def clipped_gradients(
+def make_gradients(
     module: nn.Module,  # batch -> (loss, dictionary of numbers); maybe in DDP
     state,              # `TrainState` whose weights get the gradients
     amp: bool,          # bf16 autocast
     *micros,            # micro-batches of a step, on the device
-    peers: Peers | None = None,  # among whom gradients are averaged where DDP does not
-) -> tuple[list[str], Tensor]:  # names and means of loss, what a batch logs, and grad_norm
-    "Make the gradients of a step, clipped. Nothing here waits for the device."
+) -> tuple[list[str], Tensor]:  # names and means of the loss and what a batch logs
+    "Make the gradients of a step. Nothing here waits for the device."
     state.optimizer.zero_grad(set_to_none=True)
     device = next(state.model.parameters()).device.type
     n, logged = len(micros), 0.
@@ -279,11 +278,7 @@ def clipped_gradients(
         # the numbers stay on the device, where nothing waits for them
         numbers = torch.stack([v.detach().float() for v in values.values()])
         logged = logged + numbers / n
-    if peers: peers.mean_gradients()
-    # clip the norm of all gradients together
-    params = [p for group in state.optimizer.param_groups for p in group['params']]
-    norm = nn.utils.clip_grad_norm_(params, state.cfg.clip_max_norm)
-    return [*values, 'grad_norm'], torch.cat((logged, norm.detach().float()[None]))
+    return [*values], logged
 
 # %% ../../nbs/33_loop.ipynb #c015
 def train_step(
@@ -309,7 +304,9 @@ def train_step(
         return names, logged
 
     # forward, backward and clipping
-    names, logged = clipped_gradients(module, state, amp, *micros)
+    names, logged = make_gradients(module, state, amp, *micros)
+    norm = clip_gradients(optimizer, cfg.clip_max_norm)
+    names, logged = [*names, 'grad_norm'], torch.cat((logged, norm.float()[None]))
 
     # where one process has a bad number none updates, else their weights would part
     bad = False
@@ -318,7 +315,7 @@ def train_step(
         bad = (processes or Processes()).any(bad_here)
     if not bad:
         optimizer.step()
-        if state.ema: state.ema.update_parameters(state.model)
+        if state.ema: average_weights(state.ema, state.model, cfg.ema)
     state.step += 1
     state.skips = state.skips + 1 if bad else 0
     return names, logged
@@ -587,7 +584,7 @@ def _loop(task, module, state, log, total, stop):
     log.start = time.perf_counter()
     begun = log.start - state.seconds
     amp = cfg.amp and processes.device.type == 'cuda'
-    gradients = partial(clipped_gradients, module, state, amp)
+    gradients = partial(make_gradients, module, state, amp)
     recorded = record_task(task, gradients, module, state, processes.world)
     # a run that was stopped while it measured measures first
     stopping = _due(task, state, total) and not _measure(task, state, log, stop)
