@@ -59,6 +59,21 @@ def test_one_object_in_a_step_of_four_parts_counts_once():
         assert (whole['loss_bbox'] > 0) == bool(n)
 
 
+@pytest.mark.parametrize('counts', [(3, 0, 1, N + 2), (0, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize('changes', [{}, dict(ce_per_process=True), dict(class_weights=torch.tensor([1., 2, 3, 4]))], ids=str)
+def test_what_is_watched_of_the_parts_of_a_step_is_that_of_the_whole(counts, changes):
+    "One part has more objects than queries, of which only as many as there are queries are matched."
+    torch.manual_seed(0)
+    criterion = SetCriterion(C, HungarianMatcher(), {'loss_ce': 1, 'loss_bbox': 5, 'loss_giou': 2}, num_layers=1, num_queries=N, **changes)
+    outputs = {'pred_logits': torch.randn(4, N, C + 1), 'pred_boxes': torch.rand(4, N, 4) * .4 + .3}
+    objects = [{'labels': torch.randint(C, (n,)), 'boxes': torch.rand(n, 4) * .4 + .3} for n in counts]
+    whole, parts = criterion(outputs, objects), [[t] for t in objects]
+    with criterion.shared(parts): each = [criterion({k: v[i:i + 1] for k, v in outputs.items()}, t) for i, t in enumerate(parts)]
+    for k in ('class_error', 'matched_iou', 'cardinality_error', 'query_spread'):
+        torch.testing.assert_close(torch.stack([part[k] for part in each]).mean(), whole[k])
+    assert (whole['class_error'] > 0) == (whole['matched_iou'] > 0) == any(counts)
+
+
 def test_a_step_that_fails_shares_nothing_with_the_next():
     criterion = SetCriterion(C, HungarianMatcher(), {'loss_ce': 1}, num_queries=N)
     with pytest.raises(KeyError), criterion.shared([[{'labels': torch.ones(1, dtype=torch.long)}]]): raise KeyError
@@ -67,8 +82,8 @@ def test_a_step_that_fails_shares_nothing_with_the_next():
 
 def test_a_photo_with_more_objects_than_queries_has_all_of_them_matched():
     weight = torch.tensor([2., .5])  # mean class weight of each photo's objects
-    objects, all_weights = count_amounts([N + 4, 2], N, torch.tensor(.1), weight)
-    assert objects == N + 6
+    objects, matched, all_weights = count_amounts([N + 4, 2], N, torch.tensor(.1), weight)
+    assert objects == N + 6 and matched == N + 2
     torch.testing.assert_close(all_weights, torch.tensor(N * 2. + 2 * .5 + (N - 2) * .1))
 
 

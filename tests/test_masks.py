@@ -186,6 +186,23 @@ def test_a_batch_without_objects_has_a_gradient_of_zero():
     assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
+def test_what_is_logged_of_the_parts_of_a_step_is_that_of_the_whole():
+    """One photo has more objects than the other: the mean of two means would weigh those of the other more."""
+    model, images = make(), photos(((96, 96), (96, 96)))
+    targets = targets_of(images)
+    assert len(targets[0]['labels']) != len(targets[1]['labels'])
+    step = MaskStep(model, build_criterion(model.detr))
+    # everything is drawn: in one photo a sixth of it is right, in the other all
+    with torch.no_grad(): model.mask_head.out_lay.bias.add_(99)
+    targets[1]['masks'][:] = True
+    _, whole = step(as_batch(images, targets))
+    with step.criterion.shared([[t] for t in targets]):
+        parts = [step(as_batch([image], [target]))[1] for image, target in zip(images, targets)]
+    torch.testing.assert_close(whole['mask_iou'], torch.tensor((2 * 1 / 6 + 3) / 5))
+    for k in ('loss_mask', 'loss_dice', 'mask_iou', 'matched_iou', 'class_error'):
+        torch.testing.assert_close((parts[0][k] + parts[1][k]) / 2, whole[k], rtol=1e-4, atol=1e-5)
+
+
 def test_matched_pairs_by_hand():
     masks = [torch.ones(2, 1, 2, dtype=torch.bool), torch.ones(1, 2, 1, dtype=torch.bool)]
     image, query, target = matched_pairs(torch.tensor([[4, 2], [0, -1]]), masks, (2, 3))

@@ -103,6 +103,9 @@ def in_two(crowded, half_empty, tmp_path_factory):
     return folders
 
 
+WATCHED = 'train_class_error', 'train_matched_iou', 'train_cardinality_error', 'train_query_spread'
+
+
 def curves(folder): return {k: v for k, v in logged(folder).items() if k[1] in ('train_loss', 'train_loss_ce', 'train_grad_norm')}
 
 
@@ -118,6 +121,7 @@ def test_a_step_is_a_batch_however_it_is_shared_out(crowded, in_two, tmp_path):
         assert curves(folder) == pytest.approx(whole, rel=1e-2)
         for name in ('train_loss', 'train_loss_ce', 'train_grad_norm'):
             assert curves(folder)[1, name] == pytest.approx(whole[1, name], rel=1e-4)
+        for name in WATCHED: assert logged(folder)[1, name] == pytest.approx(logged(alone['whole'])[1, name], rel=1e-4), name
     theirs = [curves(folder)[1, 'train_loss_ce'] for folder in (alone['theirs'], in_two['theirs'])]
     assert all(abs(v - whole[1, 'train_loss_ce']) > 1e-3 * v for v in theirs)
 
@@ -133,7 +137,9 @@ def test_masks_and_one_shot_too(crowded, tmp_path):
         go(oneshot.make_run(tmp_path / f'oneshot{n}', **more | dict(dropout=0., cached_views=0)), Processes())
     for name in ('masks', 'oneshot'):
         first = [next(r for r in rows(tmp_path / f'{name}{n}')) for n in (1, 2, 4)]
-        for k in ('train_loss', 'train_grad_norm'): assert [r[k] for r in first] == pytest.approx([first[0][k]] * 3, rel=1e-4), (name, k)
+        watched = (*WATCHED, 'train_mask_iou') if name == 'masks' else WATCHED
+        for k in ('train_loss', 'train_grad_norm', *watched):
+            assert [r[k] for r in first] == pytest.approx([first[0][k]] * 3, rel=1e-4), (name, k)
 
 
 @pytest.mark.parametrize('labels', [True, False])

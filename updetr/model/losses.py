@@ -141,6 +141,7 @@ def watch_predictions(
     target_class: Tensor,        # (L, B, N) of `loss_labels`
     boxes: Tensor,               # (B, T, 4) cxcywh
     counts: list[int] | Tensor,  # targets of each photo
+    divisor: Tensor | None = None,  # matched queries to divide by; None: these
 ) -> dict[str, Tensor]:  # numbers; `cardinality_error` has one of each layer
     "Return what is logged, not trained: class and cardinality error, matched IoU, query spread."
     said = stacked['pred_logits'].argmax(-1)             # (L, B, N)
@@ -157,9 +158,10 @@ def watch_predictions(
     iou = paired_iou(box_convert(picked, 'cxcywh', 'xyxy'), box_convert(boxes, 'cxcywh', 'xyxy'))
     # how far apart the queries of one photo put their boxes
     centres = stacked['pred_boxes'][-1, ..., :2]         # (B, N, 2)
-    return {'class_error': 100 * wrong.sum() / matched.sum().clamp(min=1),
+    if divisor is None: divisor = real.sum().clamp(min=1)
+    return {'class_error': 100 * wrong.sum() / divisor,
             'cardinality_error': surplus.abs().float().mean(1),
-            'matched_iou': (iou * real).sum() / real.sum().clamp(min=1),
+            'matched_iou': (iou * real).sum() / divisor,
             'query_spread': centres.std(1, correction=0).mean()}
 
 # %% ../../nbs/26_losses.ipynb #c015o
@@ -168,13 +170,14 @@ def count_amounts(
     num_queries: int,            # N
     eos_coef: Tensor,            # weight of "no object", ()
     weight: Tensor | float = 1.,  # mean class weight of each photo's objects (photos,)
-) -> Tensor:  # (2,): objects, and weights of all queries; on the device of `eos_coef`
-    "Return what the losses of a batch are divided by."
+) -> Tensor:  # (3,): objects, matched queries, weights of all; on the device of `eos_coef`
+    "Return what the losses of a batch, and what is watched, are divided by."
     objects = _counted(counts, eos_coef.device)
     # a photo with more objects than queries has all its queries matched
     matched = objects.clamp(max=num_queries)
     unmatched = num_queries * len(objects) - matched.sum()
-    return torch.stack((objects.sum().float(), (matched * weight).sum() + eos_coef * unmatched))
+    weights = (matched * weight).sum() + eos_coef * unmatched
+    return torch.stack((objects.sum().float(), matched.sum().float(), weights))
 
 # %% ../../nbs/26_losses.ipynb #c017
 class SetCriterion(nn.Module):
@@ -189,7 +192,7 @@ class SetCriterion(nn.Module):
         weights: dict[str, float],    # of loss_ce, loss_bbox, loss_giou and maybe loss_feature
         eos_coef: float = .1,         # class weight of "no object" (lambda_{c=0} of Eq. 1), > 0
         num_layers: int = 6,          # decoder layers with a loss
-        num_queries: int | None = None,  # N of the model; None: each batch uses its own weights
+        num_queries: int | None = None,  # N of the model; None: each batch uses its own amounts
         ce_per_process: bool = False,  # the reference's class loss: so does each process
         detach_recon: bool = True,    # no gradient into the reconstruction's target
         class_weights: Tensor | None = None,  # weight of each class (num_classes,); None: 1
@@ -240,23 +243,22 @@ class SetCriterion(nn.Module):
         `recon` (L, B, T, C): the reconstruction, if only matched queries have one."""
         labels, boxes, counts = padded
         real = match >= 0                                # (L, B, T)
-        losses, weight = {}, None
+        losses, matched, weight = {}, None, None
         if num_boxes is None:
             objects = [row[:n] for row, n in zip(labels, counts)] if self.weighted else None
-            num_boxes, weight = self.divide_by(counts, boxes.device, objects)
+            num_boxes, matched, weight = self.divide_by(counts, boxes.device, objects)
         # L_cls, of all queries
         losses['loss_ce'], target_class = loss_labels(
             stacked['pred_logits'], match, labels, self.empty_weight, weight, self.focal)
         # L_box, of the matched ones
-        matched_boxes = pick(stacked['pred_boxes'], match)  # (L, B, T, 4)
-        l1, giou = loss_boxes(matched_boxes, boxes, real, num_boxes)
-        losses['loss_bbox'], losses['loss_giou'] = l1, giou
+        picked = pick(stacked['pred_boxes'], match)      # (L, B, T, 4)
+        losses['loss_bbox'], losses['loss_giou'] = loss_boxes(picked, boxes, real, num_boxes)
         # L_rec, of the matched ones of a UP-DETR
         if recon is None and 'pred_feature' in stacked: recon = pick(stacked['pred_feature'], match)
         if 'loss_feature' in self.weights and recon is not None:
             losses['loss_feature'] = loss_feature(recon, gt_feature, real, num_boxes,
                                                   self.detach_recon)
-        return losses | watch_predictions(stacked, match, target_class, boxes, counts)
+        return losses | watch_predictions(stacked, match, target_class, boxes, counts, matched)
 
     @contextmanager
     def shared(self, batches: list[list[dict]]):
@@ -271,12 +273,12 @@ class SetCriterion(nn.Module):
         finally: self.step = None
 
     def divide_by(self, counts, device, labels=None):
-        "Return the number of objects, and the sum of weights (None: those of the batch)."
+        "Return the numbers of objects and matched queries, and the sum of weights (None: its own)."
         amounts = self.step
         if amounts is None: amounts = self._mean(self._amounts(counts, device, labels), 1)
-        boxes, weight = amounts
-        own_weights = self.ce_per_process or self.num_queries is None
-        return boxes, None if own_weights else weight
+        boxes, matched, weight = amounts
+        if self.num_queries is None: return boxes, None, None
+        return boxes, matched, None if self.ce_per_process else weight
 
     def _amounts(self, counts, device, labels=None):
         class_weight, mean = self.empty_weight.to(device), 1.
@@ -286,9 +288,10 @@ class SetCriterion(nn.Module):
         return count_amounts(counts, self.num_queries or 0, class_weight[-1], mean)
 
     def _mean(self, amounts, parts):
-        boxes, weight = average_over_processes(amounts)
+        boxes, matched, weight = average_over_processes(amounts)
         # a step without any object divides by 1, each of its parts by the share of it
-        return boxes.clamp(min=1 / (parts * process_count())), weight
+        least = 1 / (parts * process_count())
+        return boxes.clamp(min=least), matched.clamp(min=least), weight
 
     def total(self, losses):
         "Return the number to minimise: the weighted sum of what `forward` returned."

@@ -204,6 +204,7 @@ def loss_masks(
     logits: Tensor,             # mask logits (P,h,w) of matched queries
     target: Tensor,             # true masks (P,H,W), bool, at the size of the padded batch
     num_boxes: Tensor | float,  # number to divide by
+    divisor: Tensor | float | None = None,  # matched queries to divide the IoU by; None: P
 ) -> dict[str, Tensor]:         # loss_mask (focal), loss_dice; mask_iou (not a loss)
     "Return DETR's losses of masks (Section 4.4 of the paper; DETR, Section 4.4)."
     # the prediction is enlarged, not the truth made smaller
@@ -216,8 +217,9 @@ def loss_masks(
     # for the log: the IoU of the masks as they would be drawn
     with torch.no_grad(): found, real = logits > 0, target > 0
     iou = (found & real).sum(1) / (found | real).sum(1).clamp(min=1)
+    if divisor is None: divisor = max(1, len(iou))
     return {'loss_mask': focal.sum() / num_boxes, 'loss_dice': dice.sum() / num_boxes,
-            'mask_iou': iou.sum() / max(1, len(iou))}
+            'mask_iou': iou.sum() / divisor}
 
 # %% ../../nbs/47_masks.ipynb #c027
 def matched_pairs(
@@ -262,8 +264,8 @@ class MaskStep(nn.Module):
         image, query, truth = matched_pairs(match, masks, batch['images'].shape[-2:])
         # masks of these alone
         counts = [len(t['labels']) for t in targets]
-        num_boxes, _ = self.criterion.divide_by(counts, match.device)
-        losses |= loss_masks(self.draw(seen, image, query), truth, num_boxes)
+        num_boxes, matched, _ = self.criterion.divide_by(counts, match.device)
+        losses |= loss_masks(self.draw(seen, image, query), truth, num_boxes, matched)
         total = sum(losses[k] * weight for k, weight in self.weights.items())
         if not self.model.freeze_detr: total = total + self.criterion.total(losses)
         return total, losses
