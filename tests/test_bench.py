@@ -59,6 +59,7 @@ def test_a_part_that_fails_holds_up_no_other(parts, tmp_path, monkeypatch, capsy
     once()
     said = capsys.readouterr().out
     assert parts == ['step', 'growth', 'loader', 'pictures'] and 'step: failed\nTraceback' in said and 'in measure' in said
+    assert 'step: failed, RuntimeError: no memory' in said.splitlines()
     found = read_json(tmp_path / 'metrics.json')
     assert found['failed'] == {'step': 'RuntimeError: no memory\nat all'} and found['seconds'].keys() == {'growth', 'loader'}
     # a part that is there is none of its business

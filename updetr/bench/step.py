@@ -210,7 +210,7 @@ def floors(
 
 def ratio_lines(
     metrics: Mapping,  # of a benchmark: part -> entries
-) -> list[str]:        # one for each ratio, then the floor of each piece of a step
+) -> list[str]:        # one for each ratio and failure, then the floor of each piece of a step
     "Return in words what a benchmark has found so far."
     lines = []
     for part, entries in metrics.items():
@@ -220,6 +220,9 @@ def ratio_lines(
     for row in metrics.get('imagenet', ()):
         hours = f'{row["hours"]:.1f} hours on {row["gpus"]} GPUs'
         lines.append(f'ImageNet, 60 epochs, an estimate from one card: {hours}')
+    # the whole message is in the file
+    for part, error in metrics.get('failed', {}).items():
+        lines.append(f'{part}: failed, {error.splitlines()[0]}')
     if 'phases' not in metrics: return lines
     lines.append('ms a step: measured, of arithmetic alone, of reading and writing alone, left')
     for row in floors(metrics['phases'], metrics['ceilings']):
