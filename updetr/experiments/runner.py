@@ -287,7 +287,7 @@ def run_jobs(
     gpus: int = 0,                      # GPUs to use, all of them for each training; 0 = the CPU
     show: Callable = print,             # called with a line whenever it changes
 ) -> dict[tuple[Job, int], dict]:       # (job, seed) -> what `finish` measured
-    """Run what is not finished, and return the numbers of all.
+    """Run what is not finished, and return the numbers of all; print what is used unchecked.
 
     Raises FileNotFoundError or ValueError for weights that cannot be had, or finished runs of other
     data, before anything is trained; RuntimeError that names what failed, after all others are
@@ -296,7 +296,8 @@ def run_jobs(
     workers = workers or cores
     folders, begun = in_order(wanted, root), time.time()
     # what would spoil the results, or end the last run after all others, is found at once
-    check_finished(folders, show)
+    # what it says stays: `show` may write the next line over it
+    check_finished(folders)
     _fetch_all(folders)
     last = ''
 
