@@ -70,9 +70,10 @@ def weight_source(
 ) -> WeightSource:
     "Return the entry of `WEIGHTS`. Raises ValueError that lists what there is for this backbone."
     if (backbone, weights) in WEIGHTS: return WEIGHTS[backbone, weights]
-    known = [w for b, w in WEIGHTS if b == backbone] or ['none by name']
-    raise ValueError(f"no weights '{weights}' for {backbone}: choose from {', '.join(known)}, "
-                     'or give the path of a file')
+    known = [w for b, w in WEIGHTS if b == backbone]
+    way = 'none of its weights have a name here,'
+    if known: way = f'choose from {", ".join(known)}, or'
+    raise ValueError(f"no weights '{weights}' for {backbone}: {way} give the path of a file")
 
 def weights_path(
     backbone: str,  # name of the network
