@@ -20,7 +20,7 @@ from tools.cells import run_cells
 from tools.readme import readme
 from updetr.core.config import PretrainConfig
 from updetr.experiments.experiment_report import open_study, study_command
-from updetr.predict.runs import command_line
+from updetr.predict.runs import command_line, given_parameters
 from updetr.tasks.finetune import FinetuneConfig
 from updetr.tasks.oneshot import OneShotConfig
 
@@ -78,6 +78,15 @@ def test_options_reach_the_run(monkeypatch):
     cfg = run_cells(FINETUNE, monkeypatch, 'train_plan(cfg', **few, **given)['cfg']
     assert {k: getattr(cfg, k) for k in given} == given
     with pytest.raises(ValueError, match='did you mean rotate'): run_cells(FINETUNE, monkeypatch, 'train_plan(cfg', **few, augment='rotat')
+
+
+@pytest.mark.parametrize('system', ['siamfc', 'json:dumps'])
+def test_a_system_is_given_as_a_method(system):
+    "oneshot.ipynb trained it under the name detr, oneshot_neighbours.ipynb dropped it without a word."
+    with pytest.raises(ValueError, match=f"system '{system}'.* oneshot_neighbours.ipynb with -p methods {system}$"):
+        given_parameters({'preset': 'demo', 'methods': 'detr', 'system': system}, OneShotConfig, 'preset methods')
+    # the default is no wish
+    assert given_parameters({'system': ''}, OneShotConfig, '') == ({'system': ''}, {'system': ''})
 
 
 @pytest.mark.parametrize('notebook', [NOTEBOOK, FINETUNE, ONESHOT], ids=lambda p: p.stem)

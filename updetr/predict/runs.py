@@ -103,6 +103,13 @@ def _require_evaluations(kind, given):
                      'notebook has numbers of the last evaluation. -p eval_every EPOCHS (as many '
                      'as epochs, or more) measures only at the end')
 
+def _require_method(given):
+    "ValueError for a system outside the methods: it would be trained under another's name"
+    system = given.get('system')
+    if not system: return
+    raise ValueError(f'system {system!r}: systems are methods here, to be named in the report. '
+                     f'Start oneshot_neighbours.ipynb with -p methods {system}')
+
 def given_parameters(
     namespace: Mapping,   # the notebook's globals()
     kind: type,           # class of the configuration
@@ -120,6 +127,7 @@ def given_parameters(
     if not again: check_parameters(namespace, sorted(known))
     parameters = {k: v for k, v in given.items() if k in known}
     _require_evaluations(kind, parameters)
+    _require_method(parameters)
     return parameters, {k: v for k, v in given.items() if k in fields}
 
 # %% ../../nbs/57_runs.ipynb #c011p
