@@ -291,6 +291,24 @@ def yolo_lists(p, f, part, names):
     (f / 'data.yaml').write_text(YAML + 'train: train.txt\nval: val.txt\n')
 
 
+def yolo_lists_below(p, f, part, names):
+    "Lists and photos lie below the yaml's `path`"
+    photos(p, f / 'set/images', names)
+    texts(f / 'set/labels', '.txt', yolo, names)
+    texts(f / 'set/lists', '.txt', lambda _: '\n'.join(f'../images/{n}.jpg' for n in names[:1]), [f'{part}1'])
+    texts(f / 'set', '.txt', lambda _: '\n'.join(f'./images/{n}.jpg' for n in names[1:]), [part])
+    lists = [f'{k}: [{k}.txt, lists/{k}1.txt]\n' for k in ('train', 'val')]
+    (f / 'data.yaml').write_text(YAML + 'path: set\n' + ''.join(lists))
+
+
+def cvat_ultralytics(p, f, part, names):
+    folder = {'train': 'monday', 'val': 'tuesday'}[part]
+    photos(p, f / 'images' / folder, names)
+    texts(f / 'labels' / folder, '.txt', yolo, names)
+    texts(f, '.txt', lambda _: '\n'.join(f'data/images/{folder}/{n}.jpg' for n in names), [part])
+    (f / 'data.yaml').write_text(YAML + 'path: .\ntrain: train.txt\nval: val.txt\n')
+
+
 def darknet(p, f, part, names):
     photos(p, f / 'obj', names)
     texts(f / 'obj', '.txt', yolo, names)
@@ -319,7 +337,8 @@ def csv_parts(p, f, part, names):
 
 PARTED = {make.__name__: _each(make) for make in (
     voc_lists, coco_usual, coco_named, coco_below, roboflow, cvat_coco, cvat_voc, roboflow_folders, roboflow_voc, roboflow_csv,
-    xml_in_one_folder, ultralytics, roboflow_yolo, yolo_any_names, yolo_lists, darknet, cvat_yolo, labelme_parts, csv_parts)}
+    xml_in_one_folder, ultralytics, roboflow_yolo, yolo_any_names, yolo_lists,
+    yolo_lists_below, cvat_ultralytics, darknet, cvat_yolo, labelme_parts, csv_parts)}
 
 
 def content(ds):
@@ -405,6 +424,19 @@ def test_files_that_list_no_photo_divide_nothing(said, pictures, tmp_path):
     texts(tmp_path / 'obj', '.txt', yolo)
     for part in ('train', 'val'): text(tmp_path / f'{part}.txt', said)
     assert dataset_parts(tmp_path) == [] and len(open_dataset(tmp_path)) == 5
+
+
+@pytest.mark.parametrize('place', ['yamls/../mine', 'datasets/mine'])
+def test_a_yaml_may_lie_apart_from_its_set(place, pictures, tmp_path, monkeypatch):
+    "Its path is looked for from its folder, then in the working folder's datasets, as Ultralytics does."
+    (tmp_path / 'yamls').mkdir()
+    (tmp_path / place).mkdir(parents=True)
+    for part, names in (('train', TRAIN), ('val', VAL)): yolo_lists(pictures, tmp_path / place, part, names)
+    file = (tmp_path / place / 'data.yaml').rename(tmp_path / 'yamls/data.yaml')
+    text(file, file.read_text(encoding='utf-8') + ('path: ../mine\n' if '..' in place else 'path: mine\n'))
+    monkeypatch.chdir(tmp_path)
+    agree(open_dataset(file, 'train'), TRAIN)
+    agree(open_dataset(file, 'val'), VAL)
 
 
 @pytest.mark.parametrize('said', ['labels', 'docs'])

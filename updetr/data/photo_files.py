@@ -476,31 +476,31 @@ def _yolo_names(root, tree, pairs, notes):
     return dict(enumerate(every)), own
 
 # %% ../../nbs/15_photo_files.ipynb #f010
-def _below(root, said, known):
+def _below(said, known):
     "The end of a path of any machine that is a name in `known`; None"
     words = [w for w in re.split(r'[\\/]+', said) if w not in ('', '.', '..')]
     ends = [os.path.join(*words[i:]) for i in range(len(words))] or ['']
     return next((end for end in ends if end in known), None)
 
 def _listed(root, file, known):
-    "{names in `known`} that a list of photos means"
-    lines = [line.strip() for line in read_text(root / file).split('\n')]
-    return {_below(root, line, known) for line in lines if line}
+    "{names in `known`} that a list of photos means, relative to its folder or to any"
+    lines, folder = map(str.strip, read_text(root / file).split('\n')), os.path.dirname(file)
+    paths = [os.path.normpath(os.path.join(folder, line)) for line in lines if line]
+    return {_below(path, known) for path in paths}
 
-def _yaml_parts(data, root, tree):
+def _yaml_parts(data, root, tree, photos):
     "[(part, folder or None, photos or None)] of what data.yaml says of its parts"
-    known = {*tree, *(os.path.join(folder, f) for folder, names in tree.items() for f in names)}
-    found = []
+    def files(tree): return {os.path.join(f, name) for f, names in tree.items() for name in names}
+    known, found = {*photos, *files(tree)}, []
+    base = data['path'] if isinstance(data.get('path'), str) else ''
     for part in ('train', 'val', 'valid', 'test'):
         said = data.get(part)
         for place in said if isinstance(said, list) else [said]:
-            place = _below(root, place, known) if isinstance(place, str) else None
+            place = _below(os.path.join(base, place), known) if isinstance(place, str) else None
             if place is None: continue
             part = _said(part)
-            if place in tree:
-                found.append((part, place, None))
-                continue
-            found.append((part, None, _listed(root, place, known)))
+            if place in photos: found.append((part, place, None))
+            else: found.append((part, None, _listed(root, place, files(photos))))
     return found
 
 # %% ../../nbs/15_photo_files.ipynb #f010b
@@ -539,7 +539,7 @@ def _find_yolo(root, tree, images, photos, file=None):
     pairs += [(None, photo, part_of(os.path.dirname(photo))) for photo in empty]
     notes = [f'photos without a label file, taken as photos without objects: {len(empty):,}']
     notes = notes if empty else []
-    said = _yaml_parts(data, root, photos)
+    said = _yaml_parts(data, root, tree, photos)
     if all(_yaml_part(photo, said) is None for _, photo, _ in pairs): said = []  # has no photos
     where = file.name if said else 'the lists of photos'
     said = said or _listed_parts(root, tree, pairs)
@@ -729,12 +729,12 @@ def _layout_error(path, tree):
 # %% ../../nbs/15_photo_files.ipynb #f017
 def _of_yaml(file, images):
     "Layout that a data.yaml describes; None if there are no labels"
-    roots = [file.parent]
     said = _yaml(file).get('path')
-    # where no label lies beside it, it says where they are
-    if isinstance(said, str): roots.append((file.parent / said).resolve())
+    # where no label lies beside it, it says where they are, also in Ultralytics' datasets folder
+    places = [file.parent / said, Path('datasets', said)] if isinstance(said, str) else []
+    roots = [file.parent, *[place.resolve() for place in places if place.is_dir()][:1]]
     for root in roots:
-        if not root.is_dir() or root == Path(root.anchor): continue
+        if root == Path(root.anchor): continue
         tree = file_tree(root)
         photos = file_tree(images) if images else tree
         layout = _find_yolo(root, tree, images or root, photos, file)
