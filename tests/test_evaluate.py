@@ -170,3 +170,24 @@ def test_backend_is_really_used(case, monkeypatch):
     monkeypatch.setitem(sys.modules, 'hotcoco', types.SimpleNamespace(COCO=make, COCOeval=Evaluator))
     assert filled(*case, backend='hotcoco').summary()['AP'] == filled(*case).summary()['AP']
     assert used == [sum(len(p['scores']) for p in case[1].values())]
+
+
+def renamed(coco, changes):
+    "The ground truth with other names of classes, {id: name}."
+    return coco | {'categories': [c | {'name': changes.get(c['id'], c['name'])} for c in coco['categories']]}
+
+
+def test_two_classes_of_one_name_are_refused(case):
+    "Tables by name had only one of the two."
+    twice = renamed(case[0], {1: 'class 0'})
+    for judge in (CocoEvaluator, lambda coco: voc_ap(coco, case[1])):
+        with pytest.raises(ValueError, match="category names must be unique, 'class 0' comes 2 times"): judge(twice)
+
+
+@pytest.mark.parametrize('parent', [-1, 9])
+def test_a_parent_without_things_may_have_the_name_of_a_class(parent, case):
+    "Roboflow's files have one, id 0: the class's numbers are in the table, whichever comes first."
+    coco, predictions = case
+    both = coco | {'categories': [*coco['categories'], {'id': parent, 'name': 'class 1'}]}
+    for measure in (lambda coco: filled(coco, predictions).per_class(), lambda coco: voc_ap(coco, predictions)):
+        assert str(sorted(measure(both).items())) == str(sorted(measure(coco).items()))

@@ -30,6 +30,7 @@ from updetr.tasks.masks import DETRsegm, MaskStep
 from updetr.tasks.panoptic import (
     PanopticEvaluator,
     PanopticScenes,
+    PanopticSet,
     as_segments,
     coco_truth,
     copy_mean_mask,
@@ -369,6 +370,14 @@ def test_a_run_finds_photos_and_pngs_in_folders_of_their_own(scenes, tmp_path):
         sets = open_panoptic_sets(panoptic_config('demo', **places, **images))
         found = [(ds.photos.name, ds.pngs.name, ds.exif) for ds in sets]
         assert found == [('train2017', 'png_train', 'stored'), ('val2017', 'png_val', 'stored')]
+
+
+@pytest.mark.parametrize('coco_ids', [False, True])
+def test_two_classes_of_one_name_are_refused(coco_ids, tmp_path):
+    "PQ class by class had only one of the two."
+    categories = [{'id': k, 'name': 'sky', 'isthing': 0} for k in (3, 8)]
+    with pytest.raises(ValueError, match="p.json: category names must be unique, 'sky' comes 2 times"):
+        PanopticSet({'categories': categories}, 'p.json', tmp_path, tmp_path, coco_ids)
 
 
 def test_two_numberings_of_classes(scenes, tmp_path):

@@ -231,13 +231,13 @@ def _classes(categories, coco_ids, source):
     if not categories: raise ValueError(f'{source} lists no categories')
     require_values(categories, 'categories', {'id': ID, 'name': NAME, 'isthing': FLAG}, source)
     require_unique([c['id'] for c in categories], 'category ids', source)
+    require_unique([c['name'] for c in categories], 'category names', source)
     rows = sorted(categories, key=by_id('id'))
     if coco_ids: rows = _at_their_ids(rows, source)
     names = [c['name'] for c in rows]
     isthing = [None if c['isthing'] is None else bool(c['isthing']) for c in rows]
-    ids = [c['id'] for c in rows]
-    label = {k: i for i, k in enumerate(ids) if k is not None}
-    return names, isthing, ids, label
+    label = {c['id']: i for i, c in enumerate(rows) if c['id'] is not None}
+    return names, isthing, [c['id'] for c in rows], label
 
 # %% ../../nbs/48_panoptic.ipynb #c021
 def _segments(data, label, isthing, source):

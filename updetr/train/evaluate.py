@@ -20,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
+from ..data.annotations import require_unique
 from ..model.losses import from_all_processes, process_count
 
 # %% ../../nbs/36_evaluate.ipynb #c006
@@ -97,6 +98,13 @@ def _copied(coco, places, kinds=None):
     return {'images': images, 'categories': coco['categories'], 'annotations': annotations}
 
 # %% ../../nbs/36_evaluate.ipynb #c013
+def _check_names(coco):
+    "ValueError for two classes of one name: tables by name would have only one of them"
+    # in Roboflow's files a parent without things may be called as one of its classes
+    used = {a['category_id'] for a in coco['annotations']}
+    names = [c['name'] for c in coco['categories'] if c['id'] in used]
+    require_unique(names, 'category names', 'the ground truth')
+
 def _as_numpy(x, dtype):
     "An array of a tensor on any device, an array or a list"
     if isinstance(x, Tensor): x = x.detach().cpu()
@@ -214,6 +222,7 @@ class CocoEvaluator:
         if iou_type not in ('bbox', 'segm'):
             raise ValueError(f"iou_type must be 'bbox' or 'segm', not {iou_type!r}")
         _backend(backend)  # say at once if it is missing
+        _check_names(coco)
         self.sizes = _photo_sizes(coco) if iou_type == 'segm' else {}
         self.coco = coco
         self.iou_type = iou_type
@@ -259,6 +268,8 @@ class CocoEvaluator:
         table = np.where(precision.min((0, 1)) < 0, np.nan, 100 * precision.mean(1))
         numbers = {}
         for name, aps in zip(self.names.values(), table.T):
+            # a parent without things does not hide its namesake
+            if name in numbers and np.isnan(aps[0]): continue
             numbers[name] = {'AP': float(aps.mean()), 'AP50': float(aps[0]), 'AP75': float(aps[5])}
         return numbers
 
@@ -338,7 +349,7 @@ def classes_by_name(
     Warns of classes that only one of the two has; raises ValueError where they share none, or share
     a name that one of them has twice."""
     known, wanted = list(known), list(wanted)
-    # equal lists need no names, which a file may then give twice
+    # equal lists need no names, which may then come twice
     if known == wanted: return np.arange(len(known))
     shared = [name for name in dict.fromkeys(known) if name in wanted]
     if not shared:
@@ -435,14 +446,18 @@ def voc_ap(
     points='all',       # 'all' (VOC 2010 and later) or 11 (VOC 2007)
 ) -> dict:  # {class: AP times 100}; nan for a class without ground truth
     """Return VOC's average precision of each class.
-    Raises ValueError for other points, or if an image has no predictions."""
+    Raises ValueError for other points, two classes of one name, or if an image has no
+    predictions."""
     if points not in ('all', 11): raise ValueError(f"points must be 'all' or 11, not {points!r}")
+    _check_names(coco)
     _check_images([image['id'] for image in coco['images']], predictions)
     predictions = {i: _checked(i, p, np.inf) for i, p in predictions.items()}
     aps = {}
     for category in coco['categories']:
         matches = _best_match(coco, predictions, category['id'])
-        aps[category['name']] = _class_ap(*matches, iou, points)
+        ap = _class_ap(*matches, iou, points)
+        # a parent without things does not hide its namesake
+        if not (category['name'] in aps and np.isnan(ap)): aps[category['name']] = ap
     return aps
 
 # %% ../../nbs/36_evaluate.ipynb #c042
