@@ -436,7 +436,7 @@ def test_a_yaml_may_lie_apart_from_its_set(place, pictures, tmp_path, monkeypatc
     text(file, file.read_text(encoding='utf-8') + ('path: ../mine\n' if '..' in place else 'path: mine\n'))
     monkeypatch.chdir(tmp_path)
     agree(open_dataset(file, 'train'), TRAIN)
-    agree(open_dataset(file, 'val'), VAL)
+    assert sorted(content(open_dataset(file, 'val'))) == sorted(VAL)
 
 
 @pytest.mark.parametrize('said', ['labels', 'docs'])
