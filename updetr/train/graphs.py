@@ -86,7 +86,8 @@ def record_graph(
     step: Callable[[], Tensor],  # does something on a GPU, always with the same tensors
     pool=None,  # memory shared with other recordings, of `torch.cuda.graph_pool_handle`
 ) -> Callable[[], Tensor]:  # does it again; what it returns lies where it lay before
-    "Return a step as a CUDA graph. Raises HostNeeded for one that waits for the host."
+    """Return a step as a CUDA graph. Raises HostNeeded for one that waits for the host, and
+    RuntimeError that says the way out where it cannot be recorded."""
     stream, here = stream_for('record', torch.cuda.current_device()), torch.cuda.current_stream()
     stream.wait_stream(here)
     try:
@@ -97,7 +98,13 @@ def record_graph(
     finally: here.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     ours = dict(pool=pool, stream=stream, capture_error_mode='thread_local')
-    with torch.cuda.graph(graph, **ours): result = step()
+    try:
+        with torch.cuda.graph(graph, **ours): result = step()
+    except torch.OutOfMemoryError: raise
+    except RuntimeError as e:
+        # the device is in disorder now: this process cannot go on
+        raise RuntimeError(f'{first_line(e)}: this step cannot be recorded. -p cuda_graphs False '
+                           'launches it, and goes on from what was saved') from e
 
     def play():
         graph.replay()
