@@ -426,17 +426,33 @@ def test_files_that_list_no_photo_divide_nothing(said, pictures, tmp_path):
     assert dataset_parts(tmp_path) == [] and len(open_dataset(tmp_path)) == 5
 
 
-@pytest.mark.parametrize('place', ['yamls/../mine', 'datasets/mine'])
-def test_a_yaml_may_lie_apart_from_its_set(place, pictures, tmp_path, monkeypatch):
-    "Its path is looked for from its folder, then in the working folder's datasets, as Ultralytics does."
+@pytest.mark.parametrize('place, path', [('yamls/../mine', '../mine'), ('sets/mine', 'sets/mine'), ('datasets/mine', 'mine')])
+def test_a_yaml_may_lie_apart_from_its_set(place, path, pictures, tmp_path, monkeypatch):
+    "Its path is looked for from its folder, from the working folder, then in the working folder's datasets."
     (tmp_path / 'yamls').mkdir()
     (tmp_path / place).mkdir(parents=True)
     for part, names in (('train', TRAIN), ('val', VAL)): yolo_lists(pictures, tmp_path / place, part, names)
     file = (tmp_path / place / 'data.yaml').rename(tmp_path / 'yamls/data.yaml')
-    text(file, file.read_text(encoding='utf-8') + ('path: ../mine\n' if '..' in place else 'path: mine\n'))
+    text(file, file.read_text(encoding='utf-8') + f'path: {path}\n')
     monkeypatch.chdir(tmp_path)
     agree(open_dataset(file, 'train'), TRAIN)
     assert sorted(content(open_dataset(file, 'val'))) == sorted(VAL)
+
+
+@pytest.mark.parametrize('file', ['data.yaml', './data.yaml', '.'])
+def test_a_set_is_opened_from_within(file, pictures, tmp_path, monkeypatch):
+    for part, names in (('train', TRAIN), ('val', VAL)): yolo_lists(pictures, tmp_path, part, names)
+    monkeypatch.chdir(tmp_path)
+    agree(open_dataset(file, 'train'), TRAIN)
+
+
+@pytest.mark.parametrize('path', ['.', '/content/mine', 'mine'])
+def test_a_part_may_be_the_whole_folder(path, pictures, tmp_path):
+    "`path` may be of another machine"
+    photos(pictures, tmp_path)
+    texts(tmp_path, '.txt', yolo)
+    text(tmp_path / 'data.yaml', f'names: [cat, cow, dog]\npath: {path}\ntrain: .\nval: ./\n')
+    assert dataset_parts(tmp_path) == ['train'] and len(open_dataset(tmp_path, 'train')) == 5
 
 
 @pytest.mark.parametrize('said', ['labels', 'docs'])

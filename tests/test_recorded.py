@@ -199,7 +199,7 @@ def one_of_two(rank, world, photos, folder):
 
 
 @pytest.mark.usefixtures('plain')
-def test_two_processes_take_means_within_what_is_recorded(photos, tmp_path):
+def test_two_processes_take_means_between_what_is_recorded_and_the_update(photos, tmp_path):
     "As DDP does, bit for bit, whoever rehearses; what has no numbers in one process changes nothing in both."
     in_processes(one_of_two, 2, photos, tmp_path)
     launched, logged = left(tmp_path / 'launched')

@@ -256,7 +256,7 @@ def _what_is_beyond(counts, queries):
         return (f'photos with {more}: {int((counts > queries).sum()):,}, with up to {most:,} '
                 f'objects. What is beyond {queries:,} can never be found, and has no query to '
                 'learn it')
-    return (f'views of four photos with {more}: up to {100 * _share_beyond(counts, queries):.2g} % '
+    return (f'views of four photos with {more}: up to {100 * _share_beyond(counts, queries):.3g} % '
             f'of them. What is beyond {queries:,} in a view has no query to learn it')
 
 def query_trouble(

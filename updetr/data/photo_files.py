@@ -496,7 +496,8 @@ def _yaml_parts(data, root, tree, photos):
     for part in ('train', 'val', 'valid', 'test'):
         said = data.get(part)
         for place in said if isinstance(said, list) else [said]:
-            place = _below(os.path.join(base, place), known) if isinstance(place, str) else None
+            ways = [os.path.join(base, place), place] if isinstance(place, str) else []
+            place = next((p for p in (_below(w, known) for w in ways) if p is not None), None)
             if place is None: continue
             part = _said(part)
             if place in photos: found.append((part, place, None))
@@ -730,10 +731,9 @@ def _layout_error(path, tree):
 def _of_yaml(file, images):
     "Layout that a data.yaml describes; None if there are no labels"
     said = _yaml(file).get('path')
-    # where no label lies beside it, it says where they are, also in Ultralytics' datasets folder
-    places = [file.parent / said, Path('datasets', said)] if isinstance(said, str) else []
-    roots = [file.parent, *[place.resolve() for place in places if place.is_dir()][:1]]
-    for root in roots:
+    # where no label lies beside it, it says where: from its folder, from here, or in datasets
+    places = [file.parent / said, Path(said), Path('datasets', said)] if type(said) is str else []
+    for root in map(Path.resolve, [file.parent, *[p for p in places if p.is_dir()][:1]]):
         if root == Path(root.anchor): continue
         tree = file_tree(root)
         photos = file_tree(images) if images else tree

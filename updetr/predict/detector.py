@@ -277,7 +277,7 @@ class Detector:
         nms: float | None = None,  # answers of one class that overlap more are one; None: DETR's
     ):
         check_nms(nms)
-        # as pictures are, whatever torch's default type is
+        # as pictures are, also where torch's default type is float64
         self.module = module.to(device, torch.float32).eval()
         self.classes = tuple(classes)
         self.category_ids = _checked_ids(category_ids, self.classes)

@@ -327,7 +327,7 @@ class QueryPatchLocalizer:
         kind: str = 'pre-trained',    # what the weights are: pre-trained, one-shot or untrained
         device: str = 'cpu',          # where it runs
     ):
-        # as pictures are, whatever torch's default type is
+        # as pictures are, also where torch's default type is float64
         self.model = model.to(device, torch.float32).eval().requires_grad_(False)
         self.device, self.kind = device, kind
         self.sizes, self.square = sizes, square

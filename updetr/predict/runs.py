@@ -118,8 +118,8 @@ def given_parameters(
 ) -> tuple[dict, dict]:   # all parameters, those that are fields of `kind`
     """Return what a notebook was started with.
 
-    Raises ValueError that names an unknown parameter and the closest known one, and where the
-    report could not be made."""
+    Raises ValueError that names an unknown parameter and the closest known one, for a system that
+    is no method, and where the report could not be made."""
     fields = {f.name for f in dataclasses.fields(kind)} - {'task'}
     known = fields | set(options.split())
     given = plain_variables(namespace)

@@ -220,7 +220,7 @@ class PanopticSegmenter:
         threshold: float = .85,     # smallest probability of what is drawn, 0..1
         category_ids: Sequence | None = None,  # its classes' ids in the data set's own files
     ):
-        # as pictures are, whatever torch's default type is
+        # as pictures are, also where torch's default type is float64
         self.model, self.threshold = model.float().eval(), threshold
         self.classes, self.isthing = tuple(classes), list(isthing)
         self.category_ids = None if category_ids is None else tuple(category_ids)

@@ -292,7 +292,10 @@ class OneShotEvaluator:
             counts = f'{len(labels)} classes asked for, {len(answers)} answered'
             raise ValueError(f'image {image_id}: {counts}')
         # one copy from the device for each class
-        told = [on_host([r | {'labels': torch.full_like(r['scores'], label)} for r in rounds])
+        def said(found, label):
+            labels = torch.full_like(found['scores'], label, dtype=torch.float32)
+            return found | {'labels': labels, 'boxes': found['boxes'].reshape(-1, 4)}
+        told = [on_host([said(found, label) for found in rounds])
                 for label, rounds in zip(labels, answers)]
         nothing = {'scores': torch.zeros(0), 'labels': torch.zeros(0, dtype=torch.long),
                    'boxes': torch.zeros(0, 4)}

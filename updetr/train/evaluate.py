@@ -51,9 +51,9 @@ def on_host(
     if not predictions: return []
     counts = [len(p['scores']) for p in predictions]
     # labels are whole numbers far below 2**24: exact in float32
-    columns = []
+    columns, device = [], predictions[0]['scores'].device
     for name in ('scores', 'labels', 'boxes'):
-        column = torch.cat([p[name] for p in predictions]).float()
+        column = torch.cat([p[name].to(device) for p in predictions]).float()
         columns.append(column if column.dim() == 2 else column[:, None])
     rows = torch.cat(columns, 1).cpu().split(counts)
     return [{'scores': r[:, 0], 'labels': r[:, 1].long(), 'boxes': r[:, 2:]} for r in rows]
@@ -149,7 +149,8 @@ def _photo_sizes(coco):
     sizes = {i: tuple(outline['size']) for i, outline in outlines}
     # what the photo's entry says counts
     for image in coco['images']:
-        if 'height' in image: sizes[image['id']] = image['height'], image['width']
+        stated = image.get('height'), image.get('width')
+        if all(stated): sizes[image['id']] = tuple(map(int, stated))
     for i, outline in outlines:
         _check_size(i, 'a mask of the ground truth', outline['size'], sizes[i])
     return sizes
