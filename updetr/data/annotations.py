@@ -203,7 +203,8 @@ def choose_classes(
     if classes is None: return list(names), {name: i for i, name in enumerate(names)}
     wanted = _wanted(classes, names)
     members = [name for _, some in wanted for name in some]
-    require_unique([new for new, _ in wanted], 'the classes asked for', source)
+    require_unique([new for new, _ in wanted],
+                   'the classes asked for (pet=cat+dog puts two together)', source)
     require_unique(members, 'the classes asked for and put together', source)
     if not set(members) & set(names):
         raise ValueError(f'{source}: none of the classes {list(classes)} is here, but '
