@@ -44,7 +44,7 @@ _SMALL_BASES = {
     'pretrain': ('demo', dict(enc_layers=2, dim_feedforward=256, query_std=1., views=16_000,
                               batch_size=8, epochs=8)),
     'short': ('demo', dict(enc_layers=2, dim_feedforward=256, query_std=1., views=16_000,
-                           batch_size=8, epochs=2)),
+                           cached_patches=25, batch_size=8, epochs=2)),
     'live': ('demo', dict(enc_layers=2, dim_feedforward=256, query_std=1., view_size=192,
                           patch_size=48, views=3000, num_patches=10, cached_patches=0,
                           cache_features=False, epochs=2)),
@@ -361,7 +361,7 @@ def table5_multiquery(
     scale: Scale,  # scale with its data
 ) -> Experiment:   # Table 5
     "Return pre-trainings that ask for one patch at a time, or for several."
-    numbers = {'paper': (1, 10), 'mini': (1, 5, 10)}.get(scale.name, (1, 10, 25))
+    numbers = {'paper': (1, 10), 'toy': (1, 10, 25)}.get(scale.name, (1, 5, 10))
     arms = {'DETR': scale.base('voc')}
     for m in numbers:
         start = scale.base('short', num_patches=m)
