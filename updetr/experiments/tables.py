@@ -361,7 +361,7 @@ def table5_multiquery(
     scale: Scale,  # scale with its data
 ) -> Experiment:   # Table 5
     "Return pre-trainings that ask for one patch at a time, or for several."
-    numbers = {'paper': (1, 10), 'toy': (1, 10, 25)}.get(scale.name, (1, 5, 10))
+    numbers = {'toy': (1, 10, 25), 'mini': (1, 5, 10)}.get(scale.name, (1, 10))
     arms = {'DETR': scale.base('voc')}
     for m in numbers:
         start = scale.base('short', num_patches=m)
