@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,14 +39,14 @@ def calls(monkeypatch):
     def add_relu(*args):
         count['add_relu'] += 1
         return stand_in(*args)
-    library = torch.library.Library('aten', 'IMPL')
+    cudnn = library.Library('aten', 'IMPL')
     for key in ('CPU', 'Meta'):
-        library.impl('cudnn_convolution_relu', relu, key)
-        library.impl('cudnn_convolution_add_relu', add_relu, key)
+        cudnn.impl('cudnn_convolution_relu', relu, key)
+        cudnn.impl('cudnn_convolution_add_relu', add_relu, key)
     monkeypatch.setattr(backbone, '_cudnn_is_here', lambda x: True)
     monkeypatch.setattr(backbone, '_refused', set())
     yield count
-    library._destroy()
+    cudnn._destroy()
 
 
 def body_of(name, features=None, dilation=False):
