@@ -181,7 +181,7 @@ def test_two_classes_of_one_name_are_refused(case):
     "Tables by name had only one of the two."
     twice = renamed(case[0], {1: 'class 0'})
     for judge in (CocoEvaluator, lambda coco: voc_ap(coco, case[1])):
-        with pytest.raises(ValueError, match="category names must be unique, 'class 0' comes 2 times"): judge(twice)
+        with pytest.raises(ValueError, match="category names must be unique, 'class 0' comes 2 times: keep one"): judge(twice)
 
 
 @pytest.mark.parametrize('parent', [-1, 9])

@@ -144,7 +144,8 @@ def require_unique(
     "Raise ValueError with the first value that comes twice."
     if len(set(values)) == len(values): return
     value, times = Counter(values).most_common(1)[0]
-    raise ValueError(f'{source}: {what} must be unique, {reprlib.repr(value)} comes {times} times')
+    raise ValueError(f'{source}: {what} must be unique, {reprlib.repr(value)} comes {times} times: '
+                     'keep one of them, or give each its own')
 
 # %% ../../nbs/14_annotations.ipynb #c012
 # an absolute path, a drive of Windows, a step upwards anywhere, a zero byte
