@@ -56,10 +56,13 @@ _SMALL_BASES = {
                           scenes_val=0, photos=600, epochs=60, eval_every=12)),
     'oneshot': ('demo', dict(enc_layers=2, dim_feedforward=256, fresh_queries=False, scenes=0,
                              scenes_val=0, photos=600, epochs=60, eval_every=30)),
+    # few photos of one's own are drawn as segments, and these are many a photo
     'boxes': ('demo', dict(enc_layers=2, dim_feedforward=256, fresh_queries=False, scenes=0,
-                           scenes_val=0, photos=600, epochs=60, eval_every=30)),
+                           scenes_val=0, photos=100, num_queries=40, cached_views=16, epochs=100,
+                           eval_every=20)),
     'masks': ('demo', dict(enc_layers=2, dim_feedforward=256, fresh_queries=False, scenes=0,
-                           scenes_val=0, photos=600, cached_views=0, epochs=5, eval_every=5)),
+                           scenes_val=0, photos=100, cached_views=0, threshold=.5, epochs=20,
+                           eval_every=10)),
     'cnn': ('demo', dict(scenes=0, scenes_val=0, epochs=10, eval_every=10)),
 }
 
