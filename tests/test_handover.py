@@ -126,6 +126,16 @@ def test_bad_files(updetr, tmp_path):
             with pytest.raises(ValueError, match=f'weights{suffix} cannot be read'): open_pretrained(path.with_suffix(suffix))
 
 
+@pytest.mark.parametrize('place', ['model', 'state_dict'])
+@pytest.mark.parametrize('made', [dict, argparse.Namespace])
+def test_arguments_beside_the_tensors_are_read(place, made, updetr, tmp_path):
+    "Also beside a `state_dict`: what they say was not taken from them, but from the published models."
+    args = made(**ARGS, frozen_weights=None, betas=(.9, .99))
+    torch.save({place: updetr.state_dict(), 'args': args}, tmp_path/'weights.pth')
+    found = open_pretrained(tmp_path/'weights.pth', pos_in_input=False)
+    assert (found.options['nheads'], found.args['betas'], found.assumed) == (4, (.9, .99), ())
+
+
 def test_counts_of_batches_are_left_out(updetr, tmp_path):
     "Norms that were not frozen have them"
     counted = updetr.state_dict() | {'backbone.0.body.bn1.num_batches_tracked': torch.tensor(7)}

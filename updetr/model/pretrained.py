@@ -124,11 +124,11 @@ def load_official(
     content = _read(path)
     if not isinstance(content, dict):
         raise ValueError(f'{path} holds a {type(content).__name__}, not a dictionary of tensors')
-    if 'state_dict' in content and 'model' not in content:
-        return plain_tensors(path, _inner(content['state_dict'])), {}
     # a bare state dict has no arguments
     state, args = content, None
-    if 'model' in content: state, args = content['model'], content.get('args')
+    # where training loops put the tensors
+    place = next((k for k in ('model', 'state_dict') if k in content), None)
+    if place: state, args = content[place], content.get('args')
     args = vars(args) if isinstance(args, argparse.Namespace) else args or {}
     if not isinstance(args, dict):
         raise ValueError(f'{path}: its arguments are a {type(args).__name__}, not a dictionary')
