@@ -136,6 +136,20 @@ def test_arguments_beside_the_tensors_are_read(place, made, updetr, tmp_path):
     assert (found.options['nheads'], found.args['betas'], found.assumed) == (4, (.9, .99), ())
 
 
+def test_a_cnn_with_a_resnets_names_can_be_told(tmp_path):
+    "timm's wide ResNet-50 has the names of the narrow one: who says so, the file or the caller, is believed; both must say the same."
+    options = SMALL | {'backbone': 'wide_resnet50_2'}
+    state = build_detr(3, **options).state_dict()
+    torch.save(state, bare := tmp_path/'bare.pth')
+    torch.save({'model': state, 'args': argparse.Namespace(**ARGS | options)}, said := tmp_path/'said.pth')
+    for path, told in ((bare, dict(backbone='wide_resnet50_2', nheads=4)), (said, {})):
+        assert open_pretrained(path, **told).options['backbone'] == 'wide_resnet50_2'
+    with pytest.raises(ValueError, match="backbone is 'wide_resnet50_2' by its arguments"): open_pretrained(said, backbone='wide_resnet101_2')
+    # five blocks are no ResNet's: it has to be told
+    torch.save({k: v for k, v in state.items() if 'layer3.5.' not in k}, bare)
+    with pytest.raises(ValueError, match='bare.pth: its CNN is none of'): open_pretrained(bare, nheads=4)
+
+
 def test_counts_of_batches_are_left_out(updetr, tmp_path):
     "Norms that were not frozen have them"
     counted = updetr.state_dict() | {'backbone.0.body.bn1.num_batches_tracked': torch.tensor(7)}
