@@ -150,6 +150,16 @@ def test_a_cnn_with_a_resnets_names_can_be_told(tmp_path):
     with pytest.raises(ValueError, match='bare.pth: its CNN is none of'): open_pretrained(bare, nheads=4)
 
 
+@pytest.mark.parametrize('lie', [dict(class_names=5), dict(class_names='abc'), dict(class_names=[1, 2, 3]), dict(features=5), dict(features={}),
+                                 dict(position_embedding=['v2']), dict(pos_in_input=1)], ids=str)
+def test_values_of_another_kind_are_refused(lie, tmp_path):
+    "A number for a list of names ended in a TypeError that did not name the file; a text was taken for the names of three classes."
+    state = build_detr(3, **SMALL).state_dict()
+    for args, more in ((ARGS | lie, {}), (ARGS, lie)) if 'class_names' in lie else ((ARGS | lie, {}),):
+        save_checkpoint(tmp_path/'liar.pth', {'model': state, 'args': args} | more)
+        with pytest.raises(ValueError, match=f'liar.pth.*{[*lie][0].split("_emb")[0]}'): open_pretrained(tmp_path/'liar.pth')
+
+
 def test_counts_of_batches_are_left_out(updetr, tmp_path):
     "Norms that were not frozen have them"
     counted = updetr.state_dict() | {'backbone.0.body.bn1.num_batches_tracked': torch.tensor(7)}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backbone import RESNETS
 from ..core.checkpoint import read_plain, read_weights
-from .weights import architecture, check_cnn, plain_tensors
+from .weights import architecture, check_cnn, class_names, plain_tensors
 from ..core.config import check_names
 from .detr import DETR
 from .updetr import UPDETR
@@ -180,7 +180,9 @@ def _said(args):
     said = {k: args[k] for k in OPTIONS if k in args}
     if 'position_embedding' in args:
         position = args['position_embedding']
-        said['position'] = {'v2': 'sine', 'v3': 'learned'}.get(position, position)
+        if isinstance(position, str):
+            position = {'v2': 'sine', 'v3': 'learned'}.get(position, position)
+        said['position'] = position
     features = said.get('features')
     if isinstance(features, str):
         said['features'] = [f.strip() for f in features.split(',') if f.strip()] or None
@@ -265,8 +267,9 @@ def _check_traceless(path, weights, options):
     if not isinstance(cnn, str) or cnn not in RESNETS and not timm.is_model(cnn):
         raise ValueError(f"{path}: there is no CNN {cnn!r}, neither in torchvision's ResNets "
                          'nor in timm')
-    if features is not None and not all(isinstance(f, str) for f in features):
-        raise ValueError(f'{path}: features is {features!r}, but must be names of layers')
+    listed = isinstance(features, (list, tuple)) and all(isinstance(f, str) for f in features)
+    if features is not None and not listed:
+        raise ValueError(f"{path}: features is {features!r}, but must be a list of layers' names")
     for k in ('dilation', 'pos_in_input', 'pre_norm', 'standardize'):
         if type(options[k]) is not bool:
             raise ValueError(f'{path}: {k} is {options[k]!r}, but must be True or False')
@@ -282,10 +285,10 @@ def _assumption(path, options):
             "the published models' values are taken. "
             f'If it is another, say so where it is opened{hint}')
 
-def _class_names(path, stored, given, num_classes):
+def _class_names(path, args, given, num_classes):
     "Return the names of the classes, stored or given, or None; ValueError where they do not fit."
     witnesses = {}
-    if stored: witnesses['its arguments'] = {'classes': tuple(stored)}
+    if args.get('class_names'): witnesses['its arguments'] = {'classes': class_names(path, args)}
     if given: witnesses['you'] = {'classes': tuple(given)}
     names = _agreed(path, witnesses).get('classes')
     if names and len(names) != num_classes:
@@ -323,7 +326,7 @@ def open_pretrained(
         raise ValueError(f"{path}: its CNN is none of {', '.join(RESNETS)}; "
                          "name it: backbone='...'")
     num_classes = len(weights['class_embed.weight']) - 1
-    names = _class_names(path, args.get('class_names'), classes, num_classes)
+    names = _class_names(path, args, classes, num_classes)
     # what nobody said is taken from `otherwise`, else from the published models
     open_ones = [k for k in NO_TRACE if k not in said | told]
     otherwise = {k: v for k, v in (otherwise or {}).items() if k in open_ones}
