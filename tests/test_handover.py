@@ -13,6 +13,7 @@ from updetr.model.pretrained import hand_over, load_official, open_pretrained
 from updetr.model.updetr import build_updetr
 from updetr.tasks.finetune import finetune_config
 from updetr.tasks.finetune_task import TASK
+from updetr.tasks.oneshot import build_oneshot
 from updetr.train.loop import Processes, train
 
 SMALL = dict(backbone='resnet18', hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=48, pre_norm=True, num_queries=12)
@@ -144,14 +145,14 @@ def test_a_cnn_with_a_resnets_names_can_be_told(tmp_path):
     torch.save({'model': state, 'args': argparse.Namespace(**ARGS | options)}, said := tmp_path/'said.pth')
     for path, told in ((bare, dict(backbone='wide_resnet50_2', nheads=4)), (said, {})):
         assert open_pretrained(path, **told).options['backbone'] == 'wide_resnet50_2'
-    with pytest.raises(ValueError, match="backbone is 'wide_resnet50_2' by its arguments"): open_pretrained(said, backbone='wide_resnet101_2')
+    with pytest.raises(ValueError, match="is 'wide_resnet50_2' by its arguments"): open_pretrained(said, backbone='wide_resnet101_2')
     # five blocks are no ResNet's: it has to be told
     torch.save({k: v for k, v in state.items() if 'layer3.5.' not in k}, bare)
     with pytest.raises(ValueError, match='bare.pth: its CNN is none of'): open_pretrained(bare, nheads=4)
 
 
-@pytest.mark.parametrize('lie', [dict(class_names=5), dict(class_names='abc'), dict(class_names=[1, 2, 3]), dict(features=5), dict(features={}),
-                                 dict(position_embedding=['v2']), dict(pos_in_input=1)], ids=str)
+@pytest.mark.parametrize('lie', [dict(class_names=5), dict(class_names='abc'), dict(class_names=[1, 2, 3]), dict(features=5),
+                                 dict(features={}), dict(position_embedding=['v2']), dict(pos_in_input=1)], ids=str)
 def test_values_of_another_kind_are_refused(lie, tmp_path):
     "A number for a list of names ended in a TypeError that did not name the file; a text was taken for the names of three classes."
     state = build_detr(3, **SMALL).state_dict()
@@ -210,6 +211,26 @@ def test_report_counts_what_was_copied(N, updetr, pretrained):
     assert report.total('loaded', 'dropped') == (len(file), sum(v.numel() for v in file))
     assert torch.equal(model.query_embed.weight[:min(N, 12)], updetr.query_embed.weight[:N])
     assert str(report).count('\n') == len(report.parts) + 2
+
+
+def test_fresh_queries_may_be_of_any_number(updetr, pretrained):
+    model = marked(5, **pretrained.options | {'num_queries': 30})
+    report = hand_over(model, pretrained, fresh_queries=True)
+    assert (model.query_embed.weight == SENTINEL).all() and torch.equal(model.input_proj.bias, updetr.input_proj.bias)
+    assert report.total('loaded', 'dropped')[0] == len(updetr.state_dict())
+
+
+def test_a_comparison_goes_over_and_a_detector_drops_it(tmp_path):
+    "A one-shot file's trained comparison stays: only a pre-training has none. A detector takes the rest."
+    trained, fresh = (build_oneshot(**SMALL, compare=True) for _ in range(2))
+    state = trained.state_dict()
+    torch.save({'model': state, 'args': argparse.Namespace(**ARGS)}, tmp_path/'oneshot.pth')
+    found = open_pretrained(tmp_path/'oneshot.pth')
+    assert not torch.equal(fresh.compare.embed[1].weight, trained.compare.embed[1].weight)
+    assert hand_over(fresh, found).total('fresh') == (0, 0)
+    assert all(torch.equal(v, state[k]) for k, v in fresh.state_dict().items())
+    report = hand_over(model := marked(5, **found.options), found)
+    assert torch.equal(model.input_proj.bias, trained.input_proj.bias) and report.total('loaded', 'dropped')[0] == len(state)
 
 
 def test_class_head_needs_the_same_names(tmp_path):
