@@ -319,8 +319,7 @@ def open_pretrained(
         raise ValueError(f'{path}: {e}') from e
     said = _said(args)
     # a timm model may have a ResNet's names
-    named = (said | told).get('backbone', 'resnet50')
-    if named not in RESNETS: seen.pop('backbone', None)
+    if (said | told).get('backbone', 'resnet50') not in RESNETS: seen.pop('backbone', None)
     options = _agreed(path, {'its tensors': seen, 'its arguments': said, 'you': told})
     if 'backbone' not in options:
         raise ValueError(f"{path}: its CNN is none of {', '.join(RESNETS)}; "
