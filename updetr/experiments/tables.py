@@ -61,8 +61,8 @@ _SMALL_BASES = {
                            scenes_val=0, photos=100, num_queries=40, cached_views=16, epochs=100,
                            eval_every=20)),
     'masks': ('demo', dict(enc_layers=2, dim_feedforward=256, fresh_queries=False, scenes=0,
-                           scenes_val=0, photos=100, cached_views=0, threshold=.5, epochs=20,
-                           eval_every=10)),
+                           scenes_val=0, photos=100, cached_views=0, threshold=.5, epochs=50,
+                           eval_every=25)),
     'cnn': ('demo', dict(scenes=0, scenes_val=0, epochs=10, eval_every=10)),
 }
 
