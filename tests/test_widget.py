@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from importlib.util import find_spec
 
 import numpy as np
@@ -19,7 +18,6 @@ from updetr.core.checkpoint import save_checkpoint
 from updetr.core.config import make_config, model_options
 from updetr.core.photos import builtin_photos
 from updetr.model.updetr import build_updetr
-from updetr.predict.canvas import photo_canvas
 from updetr.predict.localizer import QueryPatchLocalizer
 from updetr.tasks.oneshot import build_oneshot, oneshot_config
 
@@ -425,53 +423,6 @@ def test_a_phone(browser, folder, tmp_path):
             hand.wait(lambda s, left=left: len(s['boxes']) == left)
         hand.button('remove patch').scroll_into_view_if_needed()
         hand.shot('13_phone_controls')
-
-
-# the canvas by itself: its script and its CSS in an empty page, and values as a kernel sends them
-BARE = """async ([script, css, values]) => {
-  document.head.append(Object.assign(document.createElement('style'), {textContent: css}));
-  const url = URL.createObjectURL(new Blob([script], {type: 'text/javascript'}));
-  const model = {get: k => values[k], set: (k, v) => { values[k] = v; }, on() {}, off() {}, save_changes() {}, send() {}};
-  (await import(url)).default.render({model, el: document.body});
-}"""
-
-
-@contextmanager
-def bare(browser, canvas, **options):
-    "A page with nothing but this canvas; `options`: of a page, such as PHONE."
-    names = 'label width height boxes marks colors selected picked draws several busy'
-    values = {name: getattr(canvas, name) for name in names.split()}
-    page = browser.new_page(**options)
-    page.goto('data:text/html,<!doctype html><meta name=viewport content="width=device-width"><body>')
-    page.evaluate(BARE, [canvas._esm, canvas._css, values])
-    yield page
-    page.close()
-
-
-@pytest.mark.parametrize('size', [(200, 100), (100, 200), (4000, 6000), (90, 2000)], ids='{0[0]}x{0[1]}'.format)
-def test_labels_and_handles_are_as_large_on_every_photo(browser, size):
-    "On an upright photo, too, whose height the screen limits, and whose sides are empty: 24 px."
-    canvas = photo_canvas()
-    canvas.width, canvas.height = size
-    canvas.boxes = [[10, 10, 80, 80]]
-    canvas.marks = [dict(box=[10, 10, 80, 80], patch=0, text='1: alike 0.50')]
-    with bare(browser, canvas, viewport=dict(width=900, height=700)) as page:
-        heights = [e.bounding_box()['height'] for e in page.locator('.labels .ground, .queries .hit').all()]
-        assert heights == pytest.approx([24] * 5, abs=.5)
-
-
-@pytest.mark.parametrize('draws', [True, False])
-def test_a_finger_scrolls_the_page_where_nothing_is_drawn(browser, draws, tmp_path):
-    "On the photo of the target no box can be drawn; on the other one a finger draws, and the page stands still."
-    canvas = photo_canvas(draws=draws)
-    canvas.width, canvas.height = 300, 300
-    with bare(browser, canvas, **PHONE) as page:
-        page.add_style_tag(content='body {height: 3000px}')
-        hand = Hand(page, tmp_path)
-        hand.touch(100, 250, 140, 50)
-        page.wait_for_function('draws => draws ? document.querySelector("[data-box]") : scrollY > 50', arg=draws)
-        assert len(hand.drawn()) == draws and (page.evaluate('scrollY') == 0) == draws
-        assert hand.photo().evaluate('e => getComputedStyle(e).cursor') == ('crosshair' if draws else 'auto')
 
 
 def test_a_kernel_that_works_or_is_gone_is_seen(hand, lab, front, folder):

@@ -187,7 +187,10 @@ function pointer(s) {
   s.svg.onpointerdown = e => {
     if (e.button || s.drag || !s.model.get('draws') || e.target.closest('[data-mark]')) return;
     s.drag = grip(s, e, at(e));
-    if (s.drag) { s.svg.setPointerCapture(e.pointerId); e.preventDefault(); }
+    if (!s.drag) return;
+    s.svg.setPointerCapture(e.pointerId); e.preventDefault();
+    // a patch that is touched is the one that keys and buttons mean, moved or not
+    e.target.closest('[data-box]')?.focus({preventScroll: true});
   };
   s.svg.onpointermove = e => {
     if (s.drag?.id !== e.pointerId) return;

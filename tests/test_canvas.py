@@ -1,0 +1,116 @@
+"The canvas by itself in a real browser: a page with nothing else, and a model that tells what it would send to Python."
+from contextlib import contextmanager
+
+import pytest
+
+from updetr.predict.canvas import photo_canvas
+
+playwright = pytest.importorskip('playwright.sync_api', reason='the browser tests need playwright: pip install playwright')
+from tools.browser import CHROMIUM, PHONE, Hand, chromium  # noqa: E402 (needs playwright)
+
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason='the browser tests need Chromium: apt install chromium fonts-dejavu, or name it by '
+                                                     'the environment variable CHROMIUM')
+NAMES = 'label width height boxes marks colors selected picked draws several busy'.split()
+SMALL = dict(viewport=dict(width=500, height=700))  # all of a photo's place is filled by a photo of 3 : 2
+# `model` holds values as a notebook's does: who changes one is heard, what was changed is sent at once
+BARE = """async ([script, css, values, views]) => {
+  document.head.append(Object.assign(document.createElement('style'), {textContent: css}));
+  const url = URL.createObjectURL(new Blob([script], {type: 'text/javascript'}));
+  const program = (await import(url)).default, heard = {};
+  let changed = {};
+  window.sent = [];
+  window.model = {
+    get: k => values[k],
+    set(k, v) {
+      if (JSON.stringify(values[k]) === JSON.stringify(v)) return;
+      values[k] = changed[k] = v;
+      model.trigger(`change:${k}`);
+    },
+    save_changes() { if (Object.keys(changed).length) sent.push(changed); changed = {}; },
+    send(message) { sent.push(message); },
+    on(names, f) { for (const name of names.split(' ')) (heard[name] ??= []).push(f); },
+    off(names, f) { for (const name of names.split(' ')) heard[name] = heard[name].filter(g => g !== f); },
+    trigger(name, ...what) { for (const f of heard[name] ?? []) f(...what); },
+    listeners: () => Object.values(heard).flat().length,
+  };
+  window.kernel = news => { for (const k in news) model.set(k, news[k]); changed = {}; };
+  window.closes = [...Array(views)].map(() => {
+    const el = document.body.appendChild(document.createElement('div'));
+    return program.render({model, el});
+  });
+}"""
+
+
+@pytest.fixture(scope='module')
+def browser():
+    "One Chromium for all tests."
+    with chromium() as browser: yield browser
+
+
+@contextmanager
+def bare(browser, canvas, views=1, **options):
+    "A page with nothing but this canvas, shown `views` times; `options`: of a page, such as PHONE."
+    values = {name: getattr(canvas, name) for name in NAMES}
+    page = browser.new_page(**options)
+    wrong = []
+    page.on('pageerror', lambda error: wrong.append(error))
+    page.goto('data:text/html,<!doctype html><meta name=viewport content="width=device-width"><body>')
+    page.evaluate(BARE, [canvas._esm, canvas._css, values, views])
+    yield page
+    page.close()
+    assert wrong == [], 'no error in the script'
+
+
+def asked_about(*boxes, labels=False):
+    "A canvas with a photo of 300 x 200 px and these boxes; with an answer at each, if `labels`."
+    canvas = photo_canvas()
+    canvas.width, canvas.height = 300, 200
+    canvas.boxes = list(boxes)
+    if labels: canvas.marks = [dict(box=box, patch=i, text=f'{i + 1}: alike 0.50') for i, box in enumerate(boxes)]
+    return canvas
+
+
+def sent(page):
+    "What was sent to Python since this was asked last; what only asks whether it is there is left out."
+    return [m for m in page.evaluate('sent.splice(0)') if 'asked' not in m]
+
+
+@pytest.mark.parametrize('size', [(200, 100), (100, 200), (4000, 6000), (90, 2000)], ids='{0[0]}x{0[1]}'.format)
+def test_labels_and_handles_are_as_large_on_every_photo(browser, size):
+    "On an upright photo, too, whose height the screen limits, and whose sides are empty: 24 px."
+    canvas = photo_canvas()
+    canvas.width, canvas.height = size
+    canvas.boxes = [[10, 10, 80, 80]]
+    canvas.marks = [dict(box=[10, 10, 80, 80], patch=0, text='1: alike 0.50')]
+    with bare(browser, canvas, viewport=dict(width=900, height=700)) as page:
+        heights = [e.bounding_box()['height'] for e in page.locator('.labels .ground, .queries .hit').all()]
+        assert heights == pytest.approx([24] * 5, abs=.5)
+
+
+@pytest.mark.parametrize('draws', [True, False])
+def test_a_finger_scrolls_the_page_where_nothing_is_drawn(browser, draws, tmp_path):
+    "On the photo of the target no box can be drawn; on the other one a finger draws, and the page stands still."
+    canvas = photo_canvas(draws=draws)
+    canvas.width, canvas.height = 300, 300
+    with bare(browser, canvas, **PHONE) as page:
+        page.add_style_tag(content='body {height: 3000px}')
+        hand = Hand(page, tmp_path)
+        hand.touch(100, 250, 140, 50)
+        page.wait_for_function('draws => draws ? document.querySelector("[data-box]") : scrollY > 50', arg=draws)
+        assert len(hand.drawn()) == draws and (page.evaluate('scrollY') == 0) == draws
+        assert hand.photo().evaluate('e => getComputedStyle(e).cursor') == ('crosshair' if draws else 'auto')
+
+
+ONE, TWO = [20, 20, 100, 100], [150, 60, 250, 160]
+
+
+def test_a_patch_that_is_clicked_has_the_focus(browser, tmp_path):
+    "On its border or a corner, without a drag: delete removes this patch, and not the one that was touched before."
+    for place in ((200, 60), (250, 160)):
+        with bare(browser, asked_about(ONE, TWO), **SMALL) as page:
+            hand = Hand(page, tmp_path)
+            page.locator('[data-box="0"]').focus()
+            page.mouse.click(*hand.path(place)[0])
+            assert hand.focus() == '1' and sent(page) == [{'selected': 1}]
+            page.keyboard.press('Delete')
+            assert hand.drawn() == [ONE]
