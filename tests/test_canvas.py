@@ -114,3 +114,19 @@ def test_a_patch_that_is_clicked_has_the_focus(browser, tmp_path):
             assert hand.focus() == '1' and sent(page) == [{'selected': 1}]
             page.keyboard.press('Delete')
             assert hand.drawn() == [ONE]
+
+
+@pytest.mark.parametrize('corner', range(4))
+def test_a_corner_goes_with_the_pointer(browser, tmp_path, corner):
+    "It does not jump to the place where it was touched, up to 12 px of the screen beside it: a small patch would change its size at a tap."
+    box, wanted = [100, 100, 112, 110], [100, 100, 112, 110]
+    side = (-1, 1)[corner % 2], (-1, 1)[corner // 2]
+    for axis, way in enumerate(side): wanted[axis + (2 if way > 0 else 0)] += 10 * way
+    with bare(browser, asked_about(box), **SMALL) as page:
+        r = page.locator(f'[data-corner="{corner}"]').bounding_box()
+        middle, scale = (r['x'] + r['width'] / 2, r['y'] + r['height'] / 2), page.locator('svg').bounding_box()['width'] / 300
+        page.mouse.move(*(v + 4 * way for v, way in zip(middle, side)))
+        page.mouse.down()
+        page.mouse.move(*(v + (4 + 10 * scale) * way for v, way in zip(middle, side)), steps=3)
+        page.mouse.up()
+        assert sent(page)[-1]['boxes'] == [wanted]

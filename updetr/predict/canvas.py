@@ -168,7 +168,10 @@ function grip(s, e, from) {
   if (g) {
     const i = +g.dataset.box, [x, y, x2, y2] = all[i];
     if (!corner) return {id, i, from, kept: all, moved: all[i]};
-    return {id, i, kept: all, from: [corner % 2 ? x : x2, corner < 2 ? y2 : y]};
+    // seldom gripped in its very middle: it goes with the pointer, and does not jump to it
+    const left = corner % 2 === 0, low = corner >= 2;
+    const beside = [left ? x : x2, low ? y2 : y].map((v, k) => v - from[k]);
+    return {id, i, kept: all, from: [left ? x2 : x, low ? y : y2], beside};
   }
   const kept = s.model.get('several') || e.shiftKey ? all : [];
   if (kept.length < most) return {id, i: kept.length, kept, from};
@@ -180,9 +183,10 @@ function grip(s, e, from) {
 # %% ../../nbs/54_canvas.ipynb #c037
 _POINTER = r"""
 function pointer(s) {
-  const at = e => {
+  const at = (e, beside = [0, 0]) => {
     const p = new DOMPoint(e.clientX, e.clientY).matrixTransform(s.svg.getScreenCTM().inverse());
-    return size(s).map((side, k) => clamp(Math.round(k ? p.y : p.x), 0, side));
+    const inside = (v, k) => clamp(Math.round(v) + beside[k], 0, size(s)[k]);
+    return [p.x, p.y].map(inside);
   };
   s.svg.onpointerdown = e => {
     if (e.button || s.drag || !s.model.get('draws') || e.target.closest('[data-mark]')) return;
@@ -194,7 +198,8 @@ function pointer(s) {
   };
   s.svg.onpointermove = e => {
     if (s.drag?.id !== e.pointerId) return;
-    const [x, y] = at(e), {from: [a, b], moved: m, kept, i} = s.drag, [width, height] = size(s);
+    const {from: [a, b], moved: m, kept, i, beside} = s.drag, [width, height] = size(s);
+    const [x, y] = at(e, beside);
     let box = [Math.min(a, x), Math.min(b, y), Math.max(a, x), Math.max(b, y)];
     if (m) {
       const dx = clamp(x - a, -m[0], width - m[2]), dy = clamp(y - b, -m[1], height - m[3]);
