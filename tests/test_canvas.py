@@ -130,3 +130,16 @@ def test_a_corner_goes_with_the_pointer(browser, tmp_path, corner):
         page.mouse.move(*(v + (4 + 10 * scale) * way for v, way in zip(middle, side)), steps=3)
         page.mouse.up()
         assert sent(page)[-1]['boxes'] == [wanted]
+
+
+def test_keys_that_edit_patches_do_nothing_on_an_answer(browser):
+    "Only enter and space ask where it looked; escape and delete did, too."
+    with bare(browser, asked_about(ONE, TWO, labels=True), **SMALL) as page:
+        label = page.locator('[data-mark="1"]')
+        for key in ('Escape', 'Delete', 'Backspace', 'ArrowLeft'):
+            label.press(key)
+            assert sent(page) == [], key
+        label.press('Enter')
+        assert sent(page) == [{'picked': 1}, {'selected': 1}]
+        label.press(' ')
+        assert sent(page) == [{'picked': -1}]

@@ -263,7 +263,7 @@ function keys(s) {
     if (!(edits || mark && [' ', 'Enter'].includes(e.key))) return;
     e.preventDefault(); e.stopPropagation();
     if (escape) s.end(false);
-    else if (mark && !ARROWS[e.key]) pick(s, +mark.dataset.mark);
+    else if (mark && !edits) pick(s, +mark.dataset.mark);
     else if (!s.drag && boxOf(e) >= 0 && s.model.get('draws')) key(s, e, boxOf(e));
   };
   window.addEventListener('keydown', s.keydown, true);
