@@ -143,3 +143,15 @@ def test_keys_that_edit_patches_do_nothing_on_an_answer(browser):
         assert sent(page) == [{'picked': 1}, {'selected': 1}]
         label.press(' ')
         assert sent(page) == [{'picked': -1}]
+
+
+def test_what_keys_do_is_sent_once_and_not_lost(browser, tmp_path):
+    "A deletion is one message, though its patch loses the focus; a key may be held while a drag begins."
+    with bare(browser, asked_about(ONE, TWO), **SMALL) as page:
+        page.locator('[data-box="1"]').press('Delete')
+        assert sent(page) == [{'selected': 1}, {'boxes': [ONE], 'selected': 0}]
+        page.keyboard.down('ArrowRight')
+        page.keyboard.down('Shift')
+        Hand(page, tmp_path).drag(*TWO)
+        moved = [23, 20, 103, 100]  # by a hundredth of 300 px
+        assert sent(page) == [{'boxes': [moved]}, {'boxes': [moved, TWO], 'selected': 1}]

@@ -148,11 +148,13 @@ function focusBox(s, i) {
 
 // what was drawn goes to Python, in one message
 function send(s, selected) {
-  if (!s.live) return;
+  const boxes = s.live;
+  if (!boxes) return;
+  // first: while this is drawn, a patch that goes loses the focus, and would send it again
+  s.live = null;
   keep(s, () => {
-    s.model.set('boxes', s.live);
+    s.model.set('boxes', boxes);
     s.model.set('selected', selected);
-    s.live = null;
   });
   s.tell('');
   s.ask();
@@ -190,6 +192,8 @@ function pointer(s) {
   };
   s.svg.onpointerdown = e => {
     if (e.button || s.drag || !s.model.get('draws') || e.target.closest('[data-mark]')) return;
+    // where a key that is still held has moved a patch
+    send(s, s.model.get('selected'));
     s.drag = grip(s, e, at(e));
     if (!s.drag) return;
     s.svg.setPointerCapture(e.pointerId); e.preventDefault();
