@@ -101,6 +101,11 @@ def test_a_finger_scrolls_the_page_where_nothing_is_drawn(browser, draws, tmp_pa
         assert hand.photo().evaluate('e => getComputedStyle(e).cursor') == ('crosshair' if draws else 'auto')
 
 
+def answer(page):
+    "Say, as Python does, that all that was sent has come."
+    page.evaluate('sent.filter(m => m.asked).forEach(m => model.trigger("msg:custom", {heard: m.asked}))')
+
+
 ONE, TWO = [20, 20, 100, 100], [150, 60, 250, 160]
 
 
@@ -155,3 +160,15 @@ def test_what_keys_do_is_sent_once_and_not_lost(browser, tmp_path):
         Hand(page, tmp_path).drag(*TWO)
         moved = [23, 20, 103, 100]  # by a hundredth of 300 px
         assert sent(page) == [{'boxes': [moved]}, {'boxes': [moved, TWO], 'selected': 1}]
+
+
+def test_a_second_view_waits_for_its_own_answer(browser, tmp_path):
+    "What the first view was answered is no answer to what the second one asks: it says that Python works."
+    with bare(browser, asked_about(), views=2, **SMALL) as page:
+        notes, hand = page.locator('.updetr-state'), Hand(page, tmp_path)
+        for box in (ONE, TWO):
+            hand.drag(*box)
+            answer(page)
+        page.locator('svg').nth(1).hover()
+        playwright.expect(notes.nth(1)).to_have_text('working …')
+        assert notes.nth(0).text_content() == ''

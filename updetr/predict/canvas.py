@@ -305,7 +305,9 @@ function state(s, el) {
   s.tell = text => { told = text; show(); };
   s.ask = () => {
     if (heard >= asked) since = Date.now();
-    try { s.model.send({asked: ++asked}); } catch { gone = true; }
+    // by the clock: other views of this canvas, and closed ones, get their answers here, too
+    asked = Math.max(asked + 1, Date.now());
+    try { s.model.send({asked}); } catch { gone = true; }
     show();
   };
   s.hear = message => {
