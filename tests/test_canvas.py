@@ -172,3 +172,23 @@ def test_a_second_view_waits_for_its_own_answer(browser, tmp_path):
         page.locator('svg').nth(1).hover()
         playwright.expect(notes.nth(1)).to_have_text('working …')
         assert notes.nth(0).text_content() == ''
+
+
+@pytest.mark.parametrize('device', [SMALL, PHONE], ids=['mouse', 'finger'])
+def test_a_drag_whose_end_is_not_seen_is_given_up(browser, tmp_path, device):
+    "The photo is taken from the page, as notebooks do with cells out of sight, and comes back: a finger could never draw on it again."
+    with bare(browser, asked_about(ONE), **device) as page:
+        hand = Hand(page, tmp_path)
+        draw = hand.touch if device is PHONE else hand.drag
+        frame = 'await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));'
+        take = f"""async () => {{ const svg = document.querySelector('svg'), view = svg.parentElement;
+            svg.addEventListener('gotpointercapture', async () => {{
+              await Promise.resolve(); view.remove(); {frame} document.body.append(view); {frame} window.back = true;
+            }}, {{once: true}}); }}"""
+        page.evaluate(take)
+        draw(*TWO)
+        page.wait_for_function('window.back')
+        assert hand.drawn() == [ONE] and sent(page) == []
+        draw(*TWO)
+        page.wait_for_function('model.get("boxes")[0][0] > 100')
+        assert sent(page)[-1]['boxes'] == hand.drawn()

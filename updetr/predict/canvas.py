@@ -378,7 +378,11 @@ function render({model, el}) {
   for (const name in signs) model.on(name, signs[name]);
   // what the user does
   pointer(s); keys(s);
-  const watcher = new ResizeObserver(() => { draw(); around(s); });
+  const watcher = new ResizeObserver(() => {
+    // taken from the page in the middle of a drag: its end will not be seen
+    if (s.drag && !s.svg.getClientRects().length) s.end(false);
+    draw(); around(s);
+  });
   watcher.observe(s.svg);
   return () => {
     watcher.disconnect();
