@@ -192,3 +192,17 @@ def test_a_drag_whose_end_is_not_seen_is_given_up(browser, tmp_path, device):
         draw(*TWO)
         page.wait_for_function('model.get("boxes")[0][0] > 100')
         assert sent(page)[-1]['boxes'] == hand.drawn()
+
+
+def test_the_word_about_too_many_patches_goes_with_one_of_them(browser, tmp_path):
+    "Also where the button removes it, in Python."
+    canvas = asked_about(ONE, TWO)
+    canvas.colors = canvas.colors[:2]
+    with bare(browser, canvas, **SMALL) as page:
+        note = page.locator('.updetr-state')
+        page.keyboard.down('Shift')
+        Hand(page, tmp_path).drag(110, 120, 140, 180)
+        answer(page)
+        playwright.expect(note).to_contain_text('2 patches at once')
+        page.evaluate('boxes => kernel({boxes})', [ONE])
+        playwright.expect(note).to_have_text('')

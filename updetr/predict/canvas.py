@@ -156,7 +156,6 @@ function send(s, selected) {
     s.model.set('boxes', boxes);
     s.model.set('selected', selected);
   });
-  s.tell('');
   s.ask();
 }
 """
@@ -370,7 +369,9 @@ function render({model, el}) {
   };
   const events = {'change:image change:width change:height change:label': shown,
                   'change:overlay': () => picture(s, 'overlay', heat, 'image/png'),
-                  'change:boxes change:colors change:marks change:picked': draw,
+                  // a word about too many patches is over, whoever changed them
+                  'change:boxes': () => { s.tell(''); draw(); },
+                  'change:colors change:marks change:picked': draw,
                   'change:draws': () => s.svg.classList.toggle('updetr-draws', model.get('draws')),
                   'change:busy': s.busy};
   const signs = {'msg:custom': s.hear, comm_live_update: s.live_update};
