@@ -1,7 +1,10 @@
 "The canvas by itself in a real browser: a page with nothing else, and a model that tells what it would send to Python."
+import io
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from updetr.predict.canvas import photo_canvas
 
@@ -206,3 +209,21 @@ def test_the_word_about_too_many_patches_goes_with_one_of_them(browser, tmp_path
         playwright.expect(note).to_contain_text('2 patches at once')
         page.evaluate('boxes => kernel({boxes})', [ONE])
         playwright.expect(note).to_have_text('')
+
+
+@pytest.mark.parametrize('width', [60, 1200])
+def test_the_ring_round_an_answer_with_the_focus_is_as_thick_on_every_photo(browser, width):
+    "4 px of the screen, around its label; a browser's own ring would hide half of a small photo."
+    canvas = asked_about()
+    canvas.width, canvas.height = width, width * 2 // 3
+    box = [.3 * width, .3 * width, .6 * width, .6 * width]
+    canvas.marks = [dict(box=box, patch=0, text='1: alike 0.50')]
+    with bare(browser, canvas, **SMALL) as page:
+        label, shots = page.locator('[data-mark]'), []
+        r = label.locator('.ground').bounding_box()
+        for act in ('e => e.blur()', 'e => e.focus({focusVisible: true})'):
+            label.evaluate(act)
+            shots.append(np.array(Image.open(io.BytesIO(page.screenshot())).convert('RGB'), int))
+        rows, columns = np.nonzero((shots[1] != shots[0]).any(2))
+        changed = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+        assert changed == pytest.approx([r['x'] - 2, r['y'] - 2, r['x'] + r['width'] + 2, r['y'] + r['height'] + 2], abs=1.1)

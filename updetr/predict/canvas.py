@@ -101,7 +101,7 @@ function drawMarks(s) {
     set(text, {fill: ink(c), 'font-size': 13 * u});
     const width = (text.getComputedTextLength() || 7.5 * u * m.text.length) + 12 * u;
     const at = place(s, m.box, width, height, placed);
-    set(ground, {x: at[0], y: at[1], width, height, fill: c});
+    set(ground, {x: at[0], y: at[1], width, height, fill: c, stroke: ink(c)});
     set(text, {x: at[0] + 6 * u, y: at[1] + 17 * u});
     const name = `answer ${m.text}: show where it looked`;
     set(s.labels.children[i], {'aria-pressed': picked, 'aria-label': name});
@@ -401,10 +401,11 @@ _CSS = """
 .updetr-photo {display: block; width: 100%; max-height: 70vh; background: #8883; user-select: none}
 .updetr-draws {touch-action: none; cursor: crosshair}
 .updetr-photo .heat {opacity: .75; pointer-events: none}
+.updetr-photo rect {vector-effect: non-scaling-stroke}
 .updetr-photo rect:not(.ground) {fill: none; pointer-events: none}
-.updetr-photo rect:not(.ground) {vector-effect: non-scaling-stroke}
 .updetr-photo .labels g {cursor: pointer}
-.updetr-photo .labels g:focus-visible .ground {stroke: #000; stroke-width: 2}
+.updetr-photo .labels .ground {stroke-width: 0}
+.updetr-photo .labels g:focus-visible .ground {stroke-width: 4}
 .updetr-photo .labels .ground {pointer-events: auto}
 .updetr-photo text {font-family: sans-serif; font-weight: bold; pointer-events: auto}
 .updetr-photo .queries .line {stroke-width: 2; stroke-dasharray: 6 4}
@@ -415,7 +416,7 @@ _CSS = """
 .updetr-photo .queries .knob {stroke: white; opacity: 0; pointer-events: none}
 .updetr-photo .queries .knob {vector-effect: non-scaling-stroke}
 .updetr-photo .queries g:is(:focus, :hover) .knob {opacity: 1}
-.updetr-photo:focus, .updetr-photo .queries g:focus {outline: none}
+.updetr-photo:focus, .updetr-photo g:focus {outline: none}
 .updetr-photo .queries g:focus .line:not(.light) {stroke-width: 4}
 .updetr-state {min-height: 1.4em; font-size: 13px; line-height: 1.4}
 .updetr-old .updetr-photo :is(.answers, .labels, .heat) {opacity: .3}
