@@ -139,7 +139,10 @@ function drawBoxes(s) {
     g.querySelectorAll('.hit').forEach((e, k) => set(e, {...corner(k, out), ...hit}));
   });
 }
+"""
 
+# %% ../../nbs/54_canvas.ipynb #d37a0010
+_SEND = r"""
 // of the boxes that are left; the photo itself where there is none
 function focusBox(s, i) {
   const last = s.boxes.children.length - 1;
@@ -281,11 +284,14 @@ function keys(s) {
 }
 """
 
-# %% ../../nbs/54_canvas.ipynb #c033
-_STATE = r"""
+# %% ../../nbs/54_canvas.ipynb #d37a0011
+_WORDS = r"""
 const GONE = 'The kernel was restarted: these answers are old. Run the cells again.';
 const SILENT = 'The kernel does not answer: it is busy, or gone. What is shown may be old.';
+"""
 
+# %% ../../nbs/54_canvas.ipynb #c033
+_STATE = r"""
 function state(s, el) {
   const note = document.createElement('div');
   set(note, {class: 'updetr-state', role: 'status', 'aria-live': 'polite'});
@@ -346,6 +352,17 @@ function around(s) {
   s.late = new MutationObserver(add);
   s.late.observe(root, {childList: true, subtree: true});
 }
+
+// the size on the screen, which is none where the photo is not in the page
+function watch(s, draw) {
+  const watcher = new ResizeObserver(() => {
+    // taken from the page in the middle of a drag: its end will not be seen
+    if (s.drag && !s.svg.getClientRects().length) s.end(false);
+    draw(); around(s);
+  });
+  watcher.observe(s.svg);
+  return watcher;
+}
 """
 
 # %% ../../nbs/54_canvas.ipynb #c013
@@ -369,9 +386,8 @@ function render({model, el}) {
   };
   const events = {'change:image change:width change:height change:label': shown,
                   'change:overlay': () => picture(s, 'overlay', heat, 'image/png'),
-                  // a word about too many patches is over, whoever changed them
-                  'change:boxes': () => { s.tell(''); draw(); },
-                  'change:colors change:marks change:picked': draw,
+                  'change:boxes change:colors change:marks change:picked': draw,
+                  'change:boxes': () => s.tell(''),  // too many: no more
                   'change:draws': () => s.svg.classList.toggle('updetr-draws', model.get('draws')),
                   'change:busy': s.busy};
   const signs = {'msg:custom': s.hear, comm_live_update: s.live_update};
@@ -379,12 +395,7 @@ function render({model, el}) {
   for (const name in signs) model.on(name, signs[name]);
   // what the user does
   pointer(s); keys(s);
-  const watcher = new ResizeObserver(() => {
-    // taken from the page in the middle of a drag: its end will not be seen
-    if (s.drag && !s.svg.getClientRects().length) s.end(false);
-    draw(); around(s);
-  });
-  watcher.observe(s.svg);
+  const watcher = watch(s, draw);
   return () => {
     watcher.disconnect();
     s.late?.disconnect(); stop();
@@ -404,9 +415,8 @@ _CSS = """
 .updetr-photo rect {vector-effect: non-scaling-stroke}
 .updetr-photo rect:not(.ground) {fill: none; pointer-events: none}
 .updetr-photo .labels g {cursor: pointer}
-.updetr-photo .labels .ground {stroke-width: 0}
 .updetr-photo .labels g:focus-visible .ground {stroke-width: 4}
-.updetr-photo .labels .ground {pointer-events: auto}
+.updetr-photo .labels .ground {pointer-events: auto; stroke-width: 0}
 .updetr-photo text {font-family: sans-serif; font-weight: bold; pointer-events: auto}
 .updetr-photo .queries .line {stroke-width: 2; stroke-dasharray: 6 4}
 .updetr-photo .queries .light {stroke: white; stroke-dasharray: none; opacity: .8}
@@ -451,8 +461,8 @@ viewBox='0 0 18 18'%3E%3Cpath fill='%23ccc' d='M5 7l4 4 4-4z'/%3E%3C/svg%3E") !i
 
 # %% ../../nbs/54_canvas.ipynb #d37a0002
 def _script():
-    parts = [_DRAW, _LABELS, _ANSWERS, _BOXES, _GRIP, _POINTER, _STEPS, _KEYS, _STATE, _AROUND,
-             _RENDER]
+    parts = [_DRAW, _LABELS, _ANSWERS, _BOXES, _SEND, _GRIP, _POINTER, _STEPS, _KEYS, _WORDS,
+             _STATE, _AROUND, _RENDER]
     return ''.join(parts)
 
 # %% ../../nbs/54_canvas.ipynb #c015
