@@ -21,11 +21,15 @@ which were measured at another scale, and what became of the claims, decided see
 EARLIER = 'mini, before it was made for one GPU (Animal-Pose)'
 
 
-def took(report):
-    "Return how many trainings a kept report has, and their minutes; None: it is not kept."
+def numbers(report):
+    "Return the numbers of a kept report; None: it is not kept."
     path = ROOT / 'reports' / report / 'metrics.json'
-    if not path.exists(): return None
-    seconds = json.loads(path.read_text())['provenance']['train_seconds'].values()
+    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
+
+
+def took(found):
+    "Return how many trainings a report has, and their minutes."
+    seconds = found['provenance']['train_seconds'].values()
     return f'{len(seconds)} training{"s"[:len(seconds) != 1]}, {sum(seconds) / 60:.1f} minutes of one core'
 
 
@@ -52,8 +56,11 @@ def how(id):
         lines.insert(2, f'{line} -p scale small -p pretrain updetr/shipped/updetr.safetensors {photos}-p labelled FOLDER'
                         '   # from weights that are there already')
     said = []
-    for scale, report in (('toy', id), ('small (Animal-Pose)', f'{id}_small'), (EARLIER, f'{id}_mini')):
-        if words := took(report): said.append(f'- {scale}: {words}; {links(report, id)}')
+    for scale, report in (('toy', id), ('small', f'{id}_small'), (EARLIER, f'{id}_mini')):
+        found = numbers(report)
+        if not found: continue
+        if scale == 'small': scale += f' ({found["rows"][0]["dataset"]})'
+        said.append(f'- {scale}: {took(found)}; {links(report, id)}')
     commands = '\n'.join(lines)
     return (f'```\n{commands}\n```\n\nWhat it took; trainings that pages share are made once, and an interrupted one goes on:\n\n'
             + '\n'.join(said))
