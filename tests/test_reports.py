@@ -1,6 +1,7 @@
 "The executed reports that are kept are those of today's notebooks: every cell is there, as it stands now."
 import ast
 import json
+import re
 import shlex
 
 import nbformat
@@ -51,6 +52,23 @@ def test_an_executed_report_has_the_cells_of_its_notebook(path):
     said = (f'{len(changed)} of {len(theirs)} code cells are not in it ({changed[:3]}), {len(gone)} of its own are gone, '
             f'parameters that are none any more: {other}')
     assert mine == theirs and not other, f'{path.relative_to(ROOT)}: {said}. Make it anew (it took {seconds:.0f} s): {command}'
+
+
+def words(path):
+    "What a notebook or a file of Markdown says, without its code."
+    if path.suffix == '.md': return path.read_text(encoding='utf-8')
+    text = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
+    return re.sub(r'`[^`]*`', '', text)
+
+
+@pytest.mark.parametrize('folder', ['nbs', 'reports'])
+def test_links_lead_somewhere(folder):
+    "Also those of an executed copy, which lies in another folder than its notebook."
+    pages = [p for kind in ('*.ipynb', '*.md') for p in (ROOT / folder).rglob(kind) if '.ipynb_checkpoints' not in p.parts]
+    links = [(page, link) for page in pages for link in re.findall(r'\]\(([^)#\s]+)[^)]*\)', words(page))]
+    inside = [(page, link) for page, link in links if not re.match(r'\w+:', link)]
+    lost = [f'{page.relative_to(ROOT)}: {link}' for page, link in inside if not (page.parent / link).exists()]
+    assert len(inside) > 100 and lost == []
 
 
 def test_a_changed_cell_is_seen(tmp_path):

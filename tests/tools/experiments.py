@@ -9,8 +9,6 @@ import nbformat
 from updetr.experiments.experiment_report import STARTED, needs_labels, page_parameters
 
 ROOT = pathlib.Path(__file__).parents[2]
-TEXT = ('c000b', 'c004')  # markdown cells of `shared`
-
 SECTION = """## Plan, numbers, claims
 
 One call (notebook 66): the plan, the runs with their progress, mean and spread over seeds beside the paper's numbers,
@@ -71,6 +69,16 @@ def shared(id):
     return {'c000b': how(id), 'c003': page_parameters(id), 'c004': SECTION, 'c005': f"#| slow\nstudy = run_study('{id}', globals())"}
 
 
+def copies(id):
+    "The executed copies of a page, one a scale."
+    return sorted((ROOT / 'reports').glob(f'{id}*/{id}.ipynb'))
+
+
+def texts(path):
+    "The markdown cells of a notebook: cell id -> source."
+    return {c.id: c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown'}
+
+
 def write(path, sources):
     "Put sources into the cells of a notebook, by their ids."
     nb = nbformat.read(path, 4)
@@ -84,8 +92,9 @@ def main():
         id = path.stem
         write(path, shared(id))
         # an executed page keeps its code; what it says of others may have become old
-        executed = ROOT / 'reports' / id / path.name
-        if executed.exists(): write(executed, {name: shared(id)[name] for name in TEXT})
+        for copy in copies(id):
+            there = texts(copy)
+            write(copy, {name: text for name, text in texts(path).items() if name in there})
 
 
 if __name__ == '__main__': main()
