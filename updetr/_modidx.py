@@ -905,8 +905,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                            'updetr/experiments/all_reports.py'),
                                                 'updetr.experiments.all_reports._open_all': ( 'all_reports.html#_open_all',
                                                                                               'updetr/experiments/all_reports.py'),
-                                                'updetr.experiments.all_reports._own_places': ( 'all_reports.html#_own_places',
-                                                                                                'updetr/experiments/all_reports.py'),
                                                 'updetr.experiments.all_reports._place_pattern': ( 'all_reports.html#_place_pattern',
                                                                                                    'updetr/experiments/all_reports.py'),
                                                 'updetr.experiments.all_reports._show_line': ( 'all_reports.html#_show_line',

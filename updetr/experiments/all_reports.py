@@ -163,22 +163,13 @@ def _without(value, patterns):
     return value
 
 # %% ../../nbs/67_all_reports.ipynb #e56afa17
-def _own_places(study):
-    "Return what a page may name of the user's machine, the longest first"
-    found = places(study)
-    # reports elsewhere, whose folder papermill also writes as seen from the project
-    if not study.folder.is_relative_to(study.site.root):
-        seen = os.path.relpath(study.folder, study.site.root)
-        found += [study.given['report'], str(study.folder), seen]
-    return sorted(set(found), key=len, reverse=True)
-
 def hide_folders(
     path: Path,    # of an executed notebook
     study: Study,  # that it was started for
 ) -> None:
     "Write FOLDER for the places of the user's photos and weights, and of reports elsewhere."
     # dots alone name nobody's folder, and stand everywhere
-    names = [place.rstrip('/\\') for place in _own_places(study)]
+    names = [place.rstrip('/\\') for place in places(study)]
     patterns = [_place_pattern(name) for name in names if re.search(r'\w', name)]
     notebook = json.loads(Path(path).read_text(encoding='utf-8'))
     for cell in notebook['cells']:

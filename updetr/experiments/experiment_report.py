@@ -12,6 +12,7 @@ __all__ = ['IMAGENET', 'VOC', 'COCO', 'REPORTS', 'GROUPS', 'PARAMETERS', 'STARTE
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -616,11 +617,15 @@ def open_study(
 def places(
     study: Study,  # of the report
 ) -> list[str]:    # the longest first
-    "Return photos and weights on the user's machine, which a report does not name."
+    "Return what a report does not name of the user's machine: photos, weights, its own place."
     # a CNN with a suffix is a file, one without is a name
     files = {w for w in study.scale.cnns if Path(w).suffix}
     found = {study.given[name] for name in ('photos', 'pretrain')} | files
     found |= {*labelled_sets(study.given['labelled'])}
+    # a report that lies elsewhere, whose folder papermill also writes as seen from the project
+    if not study.folder.is_relative_to(study.site.root):
+        seen = os.path.relpath(study.folder, study.site.root)
+        found |= {study.given['report'], str(study.folder), seen}
     # the longest first: a folder may lie in another one
     return sorted(found - {''}, key=len, reverse=True)
 
