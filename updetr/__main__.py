@@ -1,15 +1,19 @@
 import sys
 from importlib import import_module
 
-# command: (module and function that takes the words after it, what it does); imported when it is called
+# command: (module and function that takes the words after it, what it does)
+# a module is imported when its command is called
 COMMANDS = {
-    'predict': ('updetr.predict.commands:predict_command', 'draws what a checkpoint finds in photos and videos'),
-    'evaluate': ('updetr.predict.commands:evaluate_command', 'reports what a detector gets wrong on labelled photos'),
-    'localize': ('updetr.predict.widget:localize', 'drag boxes on a photo in the browser, without Jupyter'),
+    'predict': ('updetr.predict.commands:predict_command',
+                'draws what a checkpoint finds in photos and videos'),
+    'evaluate': ('updetr.predict.commands:evaluate_command',
+                 'reports what a detector gets wrong on labelled photos'),
+    'localize': ('updetr.predict.widget:localize',
+                 'drag boxes on a photo in the browser, without Jupyter'),
 }
 HELP = '''python -m updetr COMMAND ...                 each explains itself: --help
 {}
-python -m updetr --cfg runs/NAME/cfg.json    trains what a run's folder describes; notebooks start it
+python -m updetr --cfg runs/NAME/cfg.json    trains what a run's folder says; notebooks start it
 python -m updetr.bench                       measures this machine'''
 
 
@@ -20,10 +24,12 @@ def main(words):
         module, function = COMMANDS[name][0].split(':')
         try:
             return getattr(import_module(module), function)(rest)
-        except (ValueError, OSError, ImportError) as e:  # what the user can mend is said in a line
+        # what the user can mend is said in a line
+        except (ValueError, OSError, ImportError) as e:
             sys.exit(f'python -m updetr {name}: {e}')
     if name in ('-h', '--help'):
-        return print(HELP.format('\n'.join(f'  {k:10} {about}' for k, (_, about) in COMMANDS.items())))
+        lines = [f'  {command:10} {about}' for command, (_, about) in COMMANDS.items()]
+        return print(HELP.format('\n'.join(lines)))
     if name.startswith('-'): return import_module('updetr.train.loop').main()
     sys.exit(f'python -m updetr: there is no command {name!r}, but {", ".join(COMMANDS)}')
 
