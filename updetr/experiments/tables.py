@@ -56,7 +56,7 @@ _SMALL_BASES = {
                           scenes_val=0, photos=600, epochs=60, eval_every=12)),
     'oneshot': ('demo', dict(enc_layers=2, dim_feedforward=256, fresh_queries=False, scenes=0,
                              scenes_val=0, photos=600, epochs=60, eval_every=30)),
-    # few photos of one's own are drawn as segments, and these are many a photo
+    # people have few photos with drawn segments, and a photo has many of these
     'boxes': ('demo', dict(enc_layers=2, dim_feedforward=256, fresh_queries=False, scenes=0,
                            scenes_val=0, photos=100, num_queries=40, cached_views=16, epochs=100,
                            eval_every=20)),
