@@ -8,6 +8,7 @@ import nbformat
 import pytest
 
 from conftest import ROOT
+from tools.experiments import texts
 
 NOTEBOOKS = {p.name: p for folder in ('nbs', 'nbs/experiments') for p in sorted((ROOT / folder).glob('*.ipynb'))}
 EXECUTED = [p for p in sorted((ROOT / 'reports').glob('*/*.ipynb')) if p.name in NOTEBOOKS]
@@ -56,8 +57,7 @@ def test_an_executed_report_has_the_cells_of_its_notebook(path):
 
 def words(path):
     "What a notebook or a file of Markdown says, without its code."
-    if path.suffix == '.md': return path.read_text(encoding='utf-8')
-    text = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
+    text = path.read_text(encoding='utf-8') if path.suffix == '.md' else '\n'.join(texts(path).values())
     return re.sub(r'`[^`]*`', '', text)
 
 
