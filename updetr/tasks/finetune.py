@@ -390,7 +390,9 @@ def some_photos(
     """Return a random part of a detection set, with classes as even as they allow.
 
     Raises ValueError if there are not so many photos."""
-    if num > len(dataset): raise ValueError(f'photos {num}: only {len(dataset)} labelled ones')
+    if num > len(dataset):
+        raise ValueError(f'photos {num}: only {len(dataset)} labelled ones; '
+                         'label more, or ask for as many as there are at most (0: all)')
     truth = dataset.coco()
     place = {c['id']: i for i, c in enumerate(truth['categories'])}
     labels = {k: [] for k in dataset.image_ids}
