@@ -386,6 +386,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                       'updetr.core.pictures.show_image': ('pictures.html#show_image', 'updetr/core/pictures.py'),
                                       'updetr.core.pictures.show_patches': ('pictures.html#show_patches', 'updetr/core/pictures.py')},
             'updetr.core.report': { 'updetr.core.report.Markup': ('report.html#markup', 'updetr/core/report.py'),
+                                    'updetr.core.report._add_legend': ('report.html#_add_legend', 'updetr/core/report.py'),
                                     'updetr.core.report._cpu_name': ('report.html#_cpu_name', 'updetr/core/report.py'),
                                     'updetr.core.report._label_panel': ('report.html#_label_panel', 'updetr/core/report.py'),
                                     'updetr.core.report._memory_gib': ('report.html#_memory_gib', 'updetr/core/report.py'),

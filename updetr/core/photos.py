@@ -363,7 +363,8 @@ def _eight_bits(x):
     # a resize may go a little beyond black and white
     if x.dtype.kind == 'f' and -SLACK <= low <= high <= 1 + SLACK:
         return np.rint(x.astype(np.float64) * 255).astype(np.uint8)
-    way = 'If white is 255, say x.astype(np.uint8)' if high > 2 else 'Say x.clip(0, 1)'
+    way = 'Say x / white, with the number that is white' if high > 255 else 'Say x.clip(0, 1)'
+    if 2 < high <= 255: way = 'If white is 255, say x.clip(0, 255).astype(np.uint8)'
     raise ValueError('the numbers of a picture must be uint8, uint16, or floats in 0..1; these are '
                      f'{x.dtype}, {low:.4g} to {high:.4g}. {way}')
 

@@ -172,6 +172,11 @@ def _label_panel(ax, title, xlabel):
     ax.set_xlabel(xlabel, fontsize=8)
     ax.tick_params(labelsize=8)
 
+def _add_legend(panels):
+    "A legend in the first of those panels that have the most named lines"
+    named = [len(ax.get_legend_handles_labels()[0]) for ax in panels]
+    if max(named): panels[named.index(max(named))].legend(fontsize=7)
+
 def loss_curves(
     logs: Mapping[str, list[dict]],  # name of a run -> its log rows
     keys: Mapping[str, str],         # log key -> title of its panel
@@ -180,15 +185,15 @@ def loss_curves(
     size = 3.1 * len(keys), 2.3
     fig, axes = plt.subplots(1, len(keys), figsize=size, dpi=72, squeeze=False)
     for ax, (key, title) in zip(axes[0], keys.items()):
-        for name, rows in logs.items():
-            # a run without this number has no line, and its colour goes to the next
+        for i, (name, rows) in enumerate(logs.items()):
+            # a run without this number has no line, and keeps its colour for other panels
             rows = [row for row in rows if key in row]
             if not rows: continue
             steps = [row['step'] for row in rows]
             curve = smooth([row[key] for row in rows])
-            ax.plot(steps, curve, label=plain_label(name), lw=1.2)
+            ax.plot(steps, curve, color=f'C{i}', label=plain_label(name), lw=1.2)
         _label_panel(ax, title, 'step')
-    if len(logs) > 1 and any(logs.values()): axes[0, -1].legend(fontsize=7)
+    if len(logs) > 1: _add_legend(axes[0].tolist()[::-1])
     fig.tight_layout()
     return fig
 
@@ -217,16 +222,16 @@ def epoch_curves(
     size = 3.3 * len(keys), 2.5
     fig, axes = plt.subplots(1, len(keys), figsize=size, dpi=72, squeeze=False)
     for ax, (key, title) in zip(axes[0], keys.items()):
-        for method, runs in logs.items():
+        for i, (method, runs) in enumerate(logs.items()):
             epochs, values = by_epoch(runs, key)
             if not epochs: continue
-            label = plain_label(method)
-            line, = ax.plot(epochs, values.mean(0), 'o-', ms=2.5, lw=1.2, label=label)
+            color, label = f'C{i}', plain_label(method)
+            ax.plot(epochs, values.mean(0), 'o-', ms=2.5, lw=1.2, color=color, label=label)
             lowest, highest = values.min(0), values.max(0)
-            ax.fill_between(epochs, lowest, highest, color=line.get_color(), alpha=.2, lw=0)
+            ax.fill_between(epochs, lowest, highest, color=color, alpha=.2, lw=0)
         if lr_drop: ax.axvline(lr_drop, color='gray', ls=':', lw=1)
         _label_panel(ax, title, 'epoch')
-    if axes[0, 0].lines: axes[0, 0].legend(fontsize=7)
+    _add_legend(axes[0].tolist())
     fig.tight_layout()
     return fig
 

@@ -42,7 +42,8 @@ class StopFlag:
         return self
 
     def __exit__(self, *exc):
-        for s, handler in self.old.items(): signal.signal(s, handler)
+        # None: it was not set by Python, which cannot put it back
+        for s, old in self.old.items(): signal.signal(s, signal.SIG_DFL if old is None else old)
 
     def _remember(self, signum, frame): self.received = signal.Signals(signum).name
 
