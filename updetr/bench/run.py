@@ -51,8 +51,6 @@ from updetr.bench.step import (
     imagenet_estimate, imagenet_like, noise_batch, noise_batches, on_device, peak_gib, phase_rows,
     ratio_lines, real_share, recorded,
 )
-# the notebook of the benchmark looks for it here
-from .step import imagenet_hours  # noqa: F401
 from ..train.loop import Processes
 from ..train.progress import watch
 
