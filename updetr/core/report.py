@@ -154,7 +154,7 @@ def show_number(
     if m['std'] is None: return text
     return f'{text} ± {m["std"]:.{digits}f}'
 
-# %% ../../nbs/07_report.ipynb #c011
+# %% ../../nbs/07_report.ipynb #c011s
 def smooth(
     values,              # a curve
     share: float = .02,  # width of the running mean, as a share of the curve
@@ -167,6 +167,7 @@ def smooth(
     count = np.convolve(np.ones(len(values)), kernel, 'same')  # fewer at the ends
     return total / count
 
+# %% ../../nbs/07_report.ipynb #c011
 def _label_panel(ax, title, xlabel):
     ax.set_title(title, fontsize=9)
     ax.set_xlabel(xlabel, fontsize=8)
