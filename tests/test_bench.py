@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from updetr.bench import data, run, step
-from updetr.bench.step import Clock, Counter, DetectorStep, OurStep, noise_batch, noise_batches, plain
+from updetr.bench.step import Clock, Counter, DetectorStep, OurStep, noise_batch, noise_batches, plain, ratio_lines
 from updetr.core.checkpoint import read_json
 from updetr.core.config import make_config
 from updetr.model import backbone
@@ -212,3 +212,8 @@ def test_a_way_of_evaluation_with_other_numbers_is_no_way(wrong, tmp_path, monke
     data.bench_evaluation(tmp_path, 3, 5, 2)
     monkeypatch.setattr(data, wrong, lambda *args: [.5] * 11 + [.25])
     with pytest.raises(RuntimeError, match='one_process gives other numbers'): data.bench_evaluation(tmp_path, 3, 5, 2)
+
+
+def test_the_ratio_of_each_way_is_printed():
+    said = ratio_lines({'evaluation': {'reference': {'ratio': 1.}, 'sharded': {'ratio': 2.}}, 'step': {'ratio': 3.}})
+    assert said == ['evaluation: sharded 2.00', 'step: ratio 3.00']

@@ -160,6 +160,16 @@ def test_more_epochs_are_compared_with_a_pretraining_of_as_many_queries(scale):
     assert longer.num_queries == pretrained.num_queries and longer.epochs == 3 * pretrained.epochs
 
 
+def test_a_plan_without_data_counts_the_photos_that_are_drawn():
+    "As many steps on fewer photos, in more epochs: 77,550 of 32 photos, those of VOC's 150 epochs."
+    rows = plan_rows(experiment('label_fraction', PAPER).wanted([42]), {})
+    fewer = [r for r in rows if r['training'].startswith('finetune')]
+    assert len({r['photos'] for r in fewer}) == 4
+    assert all(abs(r['steps'] / 77_550 - 1) < .03 for r in fewer), [r['steps'] for r in fewer]
+    coco = configure(job('finetune', 'coco150', year='2017'), 42)
+    assert experiment_report.data_summary(coco).n_train == 118_287
+
+
 @pytest.mark.parametrize('name', EXPERIMENTS)
 def test_the_papers_plan_is_complete(name):
     "Every training stands once, starts before what starts from it, and its steps are those of the drop-last loader."
@@ -268,6 +278,41 @@ def test_a_wrong_parameter_stops_at_once(parameters, message, tmp_path, monkeypa
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_cells(notebook, monkeypatch, 'run_study(', **parameters)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('wrong', [{'workers': -1}, {'seeds': 1.5}, {'seed': 'abc'}, {'private': 'no'}])
+def test_a_parameter_of_another_kind_is_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        experiment_report.open_study('table1_voc', experiment_report.PARAMETERS | wrong)
+
+
+def test_a_folder_may_have_a_number_for_its_name(tmp_path, monkeypatch):
+    "papermill reads it as one"
+    given = dict(scale='mini', labelled=2024, photos=7, plan_only=True)
+    study = experiment_report.open_study('table1_voc', experiment_report.PARAMETERS | given)
+    assert {'2024', '7'} <= set(experiment_report.places(study))
+
+
+def test_a_killed_training_is_told_from_one_that_failed(tmp_path):
+    tiny_job = job('pretrain', 'demo', **TINY)
+    folder = job_folder(tmp_path, tiny_job, 1)
+    wanted = {folder: (tiny_job, 1)}
+    assert 'killed by signal 9' in runner._failures(wanted, {folder: -9})
+    assert 'killed by' not in runner._failures(wanted, {folder: 1})
+    with pytest.raises(ValueError, match='workers -1'): run_jobs([(tiny_job, 1)], tmp_path, workers=-1)
+
+
+def test_an_arm_has_one_colour_in_all_panels(tmp_path, monkeypatch):
+    e = experiment('table1_voc', Scale('toy'))
+    first, second, *_ = e.arms
+    for arm, keys in ((first, ['b']), (second, ['a', 'b'])):
+        folder = job_folder(tmp_path, e.arms[arm], 42)
+        folder.mkdir(parents=True)
+        (folder / 'log.txt').write_text('\n'.join(json.dumps({'step': n, **dict.fromkeys(keys, n)}) for n in range(3)))
+    fig = experiment_report.arm_curves(e, tmp_path, [42], {'a': 'a', 'b': 'b'})
+    one, both = fig.axes
+    assert [line.get_color() for line in (*one.lines, *both.lines)] == ['C1', 'C0', 'C1']
+    assert len(both.get_legend().get_texts()) == 2 and not one.get_legend()
 
 
 def labelled_folder(root):

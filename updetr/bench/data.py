@@ -170,7 +170,10 @@ def _through_workers(dataset, batches, workers, join):
     for noted in notes.values():
         seconds += noted[-1][0] - noted[0][0]
         photos += sum(count for _, count in noted[1:])
-    ms = seconds * 1e3 / max(1, photos)
+    if not photos:
+        raise ValueError(f'{len(batches)} batches are too few for {workers} workers, each of which '
+                         'needs two: more epochs, or fewer workers')
+    ms = seconds * 1e3 / photos
     return ms, sum(map(len, batches)) / wall
 
 # %% ../../nbs/72_data.ipynb #c012

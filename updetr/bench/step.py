@@ -216,6 +216,9 @@ def ratio_lines(
     for part, entries in metrics.items():
         if not isinstance(entries, dict): continue
         ratios = {k: v for k, v in entries.items() if 'ratio' in k and v}
+        # some parts have several ways, each with a ratio of its own
+        ways = {k: v for k, v in entries.items() if isinstance(v, dict) and k != 'reference'}
+        ratios |= {k: v['ratio'] for k, v in ways.items() if v.get('ratio')}
         lines += [f'{part}: {name} {ratio:.2f}' for name, ratio in ratios.items()]
     for row in metrics.get('imagenet', ()):
         hours = f'{row["hours"]:.1f} hours on {row["gpus"]} GPUs'

@@ -6,9 +6,9 @@
 __all__ = ['PRESETS', 'DESCRIPTIONS', 'NEIGHBOURS', 'MOST', 'LARGEST_INT', 'LARGEST_FLOAT', 'LONGEST_TEXT', 'CHOICES', 'POSITIVE',
            'SHARES', 'COUNTS', 'TREE', 'NEUTRAL', 'PLACES', 'LATER', 'DetectorConfig', 'ModelConfig', 'SetLossConfig',
            'LossConfig', 'DataConfig', 'multiple', 'TrainConfig', 'PretrainConfig', 'not_known', 'is_place',
-           'import_function', 'find_builder', 'require_imported', 'check_names', 'make_config', 'missing_here',
-           'check_config', 'plain_variables', 'check_parameters', 'find_data', 'check_devices', 'model_options',
-           'loss_options', 'earlier_values', 'cfg_changes']
+           'import_function', 'find_builder', 'require_imported', 'of_type', 'check_names', 'make_config',
+           'missing_here', 'check_config', 'plain_variables', 'check_parameters', 'find_data', 'check_devices',
+           'model_options', 'loss_options', 'earlier_values', 'cfg_changes']
 
 # %% ../../nbs/05_config.ipynb #c002
 import dataclasses
@@ -252,8 +252,12 @@ def require_imported(
                          f'import {module} first')
 
 # %% ../../nbs/05_config.ipynb #c013
-def _typed(name: str, value, kind: type):
-    "Return `value` as the field's type"
+def of_type(
+    name: str,   # of a parameter
+    value,       # as it was given
+    kind: type,  # int, float, str or bool
+):               # a `kind`
+    "Return a value as a parameter's type. Raises ValueError that names what is of another."
     if kind is float and type(value) is int: return float(value)
     # papermill reads -p year 2007 as a number
     if kind is str and type(value) is int: return str(value)
@@ -292,7 +296,7 @@ def make_config(
     named = {'int': int, 'float': float, 'str': str, 'bool': bool}
     kinds = {f.name: named.get(f.type, f.type) for f in dataclasses.fields(kind)}
     check_names(changes, list(kinds))
-    given = {k: _typed(k, v, kinds[k]) for k, v in changes.items() if v is not None}
+    given = {k: of_type(k, v, kinds[k]) for k, v in changes.items() if v is not None}
     return check_config(kind(**presets[preset] | given))
 
 # %% ../../nbs/05_config.ipynb #c013a

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['git_commit', 'hardware', 'versions', 'provenance', 'other_machine', 'Markup', 'escape', 'markdown_table',
-           'mean_and_spread', 'show_number', 'smooth', 'loss_curves', 'by_epoch', 'epoch_curves', 'save_figure',
-           'save_metrics']
+           'mean_and_spread', 'show_number', 'smooth', 'add_legend', 'loss_curves', 'by_epoch', 'epoch_curves',
+           'save_figure', 'save_metrics']
 
 # %% ../../nbs/07_report.ipynb #c002
 import os
@@ -173,8 +173,10 @@ def _label_panel(ax, title, xlabel):
     ax.set_xlabel(xlabel, fontsize=8)
     ax.tick_params(labelsize=8)
 
-def _add_legend(panels):
-    "A legend in the first of those panels that have the most named lines"
+def add_legend(
+    panels: list,  # matplotlib axes
+) -> None:
+    "Add a legend to the first of those panels that have the most named lines."
     named = [len(ax.get_legend_handles_labels()[0]) for ax in panels]
     if max(named): panels[named.index(max(named))].legend(fontsize=7)
 
@@ -194,7 +196,7 @@ def loss_curves(
             curve = smooth([row[key] for row in rows])
             ax.plot(steps, curve, color=f'C{i}', label=plain_label(name), lw=1.2)
         _label_panel(ax, title, 'step')
-    if len(logs) > 1: _add_legend(axes[0].tolist()[::-1])
+    if len(logs) > 1: add_legend(axes[0].tolist()[::-1])
     fig.tight_layout()
     return fig
 
@@ -232,7 +234,7 @@ def epoch_curves(
             ax.fill_between(epochs, lowest, highest, color=color, alpha=.2, lw=0)
         if lr_drop: ax.axvline(lr_drop, color='gray', ls=':', lw=1)
         _label_panel(ax, title, 'epoch')
-    _add_legend(axes[0].tolist())
+    add_legend(axes[0].tolist())
     fig.tight_layout()
     return fig
 

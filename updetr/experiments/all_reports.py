@@ -24,6 +24,7 @@ from updetr.experiments.experiment_report import (
 )
 from .runner import run_jobs
 from .tables import DESCRIPTIONS, EXPERIMENTS, Scale, experiment
+from ..train.progress import Screen
 
 # %% ../../nbs/67_all_reports.ipynb #c029
 MARKS = '<!-- written by `make reports`: from here -->', '<!-- to here -->'
@@ -202,6 +203,9 @@ def _open_all(args):
     "Return the studies that the command line asks for, each once. Raises ValueError"
     values = PARAMETERS | {'scale': args.scale, 'plan_only': args.plan}
     for name, text in args.p: values[name] = parse_value(name, text)
+    # the reports of one scale would be written over those of another
+    if values['scale'] != args.scale:
+        raise ValueError(f'-p scale {values["scale"]}: give --scale (make: scale={values["scale"]})')
     # pages in one folder would write over one another
     if values['report']:
         raise ValueError(f'report {values["report"]!r} is the folder of one page: '
@@ -215,10 +219,6 @@ def _open_all(args):
         if args.to != REPORTS: place['report'] = report_folder(id, args.scale, args.to)
         studies.append(open_study(id, values | place))
     return studies
-
-def _show_line(line):
-    "Write a line over the last one"
-    print(f'\r\x1b[K{line}', end='', flush=True)
 
 # %% ../../nbs/67_all_reports.ipynb #c031b
 def _execute(study, given):
@@ -271,7 +271,7 @@ def main() -> None:
     # every training of every experiment, each once
     first = studies[0]
     wanted = [w for s in studies for w in s.e.wanted(s.seeds)]
-    run_jobs(wanted, first.root, first.given['workers'], first.site.gpus, _show_line)
+    run_jobs(wanted, first.root, first.given['workers'], first.site.gpus, Screen())
     # then the notebooks, which find their runs finished; each has a report of its own
     given = ['-p', 'scale', args.scale]
     for name, text in args.p: given += ['-p', name, text]

@@ -25,7 +25,8 @@ from scipy.stats import t as student
 
 from ..tasks.cnn_task import CNN
 from updetr.core.config import (
-    PretrainConfig, TrainConfig, check_parameters, find_data, model_options, plain_variables,
+    PretrainConfig, TrainConfig, check_parameters, find_data, model_options, of_type,
+    plain_variables,
 )
 from ..model.detr import build_detr
 from ..model.pretrained import open_pretrained
@@ -40,7 +41,8 @@ from ..train.launch import read_log
 from ..core.photos import SUFFIXES, walk_files
 from ..core.pictures import plain_label
 from updetr.core.report import (
-    escape, markdown_table, mean_and_spread, provenance, save_metrics, show_number, smooth,
+    add_legend, escape, markdown_table, mean_and_spread, provenance, save_metrics, show_number,
+    smooth,
 )
 from .results import finish
 from ..predict.runs import Site, command_line, open_site
@@ -92,8 +94,9 @@ def data_summary(
     if cfg.scenes: return DataSummary('built-in scenes', cfg.photos or cfg.scenes, cfg.scenes_val)
     if not cfg.data:
         # only a plan has no data: the paper's sets stand in
-        coco = cfg.task == 'panoptic' or not cfg.year
-        return DataSummary(*COCO) if coco else DataSummary(*VOC)
+        coco = cfg.task == 'panoptic' or cfg.year in ('', '2017')
+        known, n_train, n_test = COCO if coco else VOC
+        return DataSummary(known, cfg.photos or n_train, n_test)
     train, val = open_labelled(cfg)
     return DataSummary(name or Path(cfg.data).name, len(train), len(val))
 
@@ -202,7 +205,9 @@ def plan_text(
     disk = sum(r['disk, GiB'] for r in rows)
     # a sum over some of the trainings would look like the whole
     if None in hours:
-        cost = 'GPU hours: give speeds (img_s, finetune_img_s)'
+        which = ', '.join(dict.fromkeys(r['training'].split('-')[0] for r in rows
+                                        if r['GPU hours'] is None))
+        cost = f'GPU hours: not all speeds are known ({which}; img_s, finetune_img_s)'
     else:
         cost = f'{sum(hours):,.0f} GPU hours'
     total = f'{len(rows)} trainings, {steps:,} steps, {cost}, {disk:,.1f} GiB of disk'
@@ -351,13 +356,13 @@ def curve(
     return steps, np.array([smooth(v, width) for v in zip(*values)])
 
 # %% ../../nbs/66_experiment_report.ipynb #c0210
-def _draw_arm(ax, steps, values, arm):
+def _draw_arm(ax, steps, values, arm, color):
     "Draw the mean over seeds, and a band from the lowest to the highest"
     # few measurements are told apart by dots
     style = 'o-' if len(steps) < 30 else '-'
-    line, = ax.plot(steps, values.mean(0), style, ms=2.5, lw=1.2, label=plain_label(arm))
-    band = values.min(0), values.max(0)
-    ax.fill_between(steps, *band, color=line.get_color(), alpha=.2, lw=0)
+    label = plain_label(arm)
+    ax.plot(steps, values.mean(0), style, ms=2.5, lw=1.2, color=color, label=label)
+    ax.fill_between(steps, values.min(0), values.max(0), color=color, alpha=.2, lw=0)
 
 def arm_curves(
     e: Experiment,            # whose arms are drawn
@@ -369,17 +374,19 @@ def arm_curves(
     "Draw one panel a number, one colour an arm; return the figure."
     size = 3.6 * len(keys), 2.8
     fig, axes = plt.subplots(1, len(keys), figsize=size, dpi=72, squeeze=False)
+    logs = {}
+    for arm, job in e.arms.items():
+        folders = [job_folder(root, job, s) for s in seeds]
+        logs[arm] = [read_log(folder) for folder in folders if folder.exists()]
     for ax, (key, title) in zip(axes[0], keys.items()):
-        for arm, job in e.arms.items():
-            folders = [job_folder(root, job, s) for s in seeds]
-            logs = [read_log(folder) for folder in folders if folder.exists()]
-            steps, values = curve(logs, key, width)
-            # an arm without this number is left out
-            if steps: _draw_arm(ax, steps, values, arm)
+        for i, arm in enumerate(logs):
+            steps, values = curve(logs[arm], key, width)
+            # an arm without this number is left out, and keeps its colour for other panels
+            if steps: _draw_arm(ax, steps, values, arm, f'C{i}')
         ax.set_title(title, fontsize=9)
         ax.set_xlabel('step', fontsize=8)
         ax.tick_params(labelsize=8)
-    axes[0, 0].legend(fontsize=7)
+    add_legend(axes[0].tolist())
     fig.tight_layout()
     return fig
 
@@ -597,7 +604,10 @@ def open_study(
     photos that are not there."""
     given = plain_variables(namespace)
     if not again: check_parameters(namespace, list(PARAMETERS))
-    given = {k: given.get(k, usual) for k, usual in PARAMETERS.items()}
+    # papermill reads a folder's name that is a number as one
+    given = {k: of_type(k, given.get(k, usual), type(usual)) for k, usual in PARAMETERS.items()}
+    if given['workers'] < 0:
+        raise ValueError(f'workers {given["workers"]} must be at least 1, or 0: one a core')
     scale = _scale(id, given)
     e = experiment(id, scale)
     first, count = given['seed'], given['seeds'] or SEEDS[scale.name]

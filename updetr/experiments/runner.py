@@ -101,7 +101,7 @@ def _has_result(folder):
 def describe(
     folders: dict,  # folder -> (job, seed)
     busy: dict,     # folder -> process
-    failed: set,    # folders
+    failed: dict,   # folder -> exit code
     begun: float,   # time.time()
 ) -> str:
     "Return where a batch of jobs is, in one line."
@@ -213,16 +213,16 @@ def _leave(busy):
     for process in busy.values(): process.join()
 
 def _on_cpu(folders, workers, threads, show, begun):
-    "Run what is not finished, several at a time; the folders that failed"
+    "Run what is not finished, several at a time; folders that failed, with their exit codes"
     starts = {folder: _start_folder(folder, *each) for folder, each in folders.items()}
     waiting = [folder for folder in folders if not _has_result(folder)]
-    busy, failed = {}, set()
+    busy, failed = {}, {}
     try:
         while waiting or busy:
             # what would start from a failed run is left out
             for folder in [f for f in waiting if starts[f] in failed]:
                 waiting.remove(folder)
-                failed.add(folder)
+                failed[folder] = None
             # as many as there is room for, of those whose start is finished
             ready = [f for f in waiting if starts[f] is None or _has_result(starts[f])]
             for folder in ready[:workers - len(busy)]:
@@ -233,8 +233,9 @@ def _on_cpu(folders, workers, threads, show, begun):
             ends = [process.sentinel for process in busy.values()]
             multiprocessing.connection.wait(ends, 5)
             for folder in [f for f, process in busy.items() if not process.is_alive()]:
-                busy.pop(folder).join()
-                if not _has_result(folder): failed.add(folder)
+                process = busy.pop(folder)
+                process.join()
+                if not _has_result(folder): failed[folder] = process.exitcode
             show(describe(folders, busy, failed, begun))
     except BaseException:
         _leave(busy)
@@ -258,8 +259,8 @@ def _on_gpus(folders, gpus, show, begun):
         cfg['num_workers'] = _decoders(cfg, gpus)
         watch(launch(folder, cfg, gpus=gpus, may_change=_may_change(step)))
         finish(folder, 'cuda')
-        show(describe(folders, {}, set(), begun))
-    return set()
+        show(describe(folders, {}, {}, begun))
+    return {}
 
 def _fetch_all(folders):
     "Get the CNN weights of what is not finished. Raises FileNotFoundError or ValueError"
@@ -273,9 +274,15 @@ def _failures(folders, failed):
     "Say which runs failed, with the end of their logs, and how many were left out for it"
     waited = {f for f in failed if _start_folder(f, *folders[f]) in failed}
     # of what never began nothing can be said
-    begun = sorted(failed - waited)
+    begun = sorted(set(failed) - waited)
     rest = f', {len(waited)} that start from them were left out' if waited else ''
-    said = [f'{folder} ({folders[folder][0]}):\n{tail(folder, 5)}' for folder in begun]
+    said = []
+    for folder in begun:
+        # a number below 0 is a signal: the log cannot tell of it
+        code = failed[folder] or 0
+        killed = f', killed by signal {-code} (too little memory? give fewer workers)'
+        name = f'{folder} ({folders[folder][0]})' + killed * (code < 0)
+        said.append(f'{name}:\n{tail(folder, 5)}')
     head = f'{len(begun)} of {len(folders)} runs failed{rest}; call again to go on.'
     return '\n'.join([head, *said])
 
@@ -290,8 +297,9 @@ def run_jobs(
     """Run what is not finished, and return the numbers of all; print what is used unchecked.
 
     Raises FileNotFoundError or ValueError for weights that cannot be had, or finished runs of other
-    data, before anything is trained; RuntimeError that names what failed, after all others are
-    done. Interrupted, it lets the running ones save; called again, it goes on."""
+    data, or fewer workers than none, before anything is trained; RuntimeError that names what
+    failed: on the CPU after all others are done, on GPUs at once. Interrupted, it lets the running ones save; called again, it goes on."""
+    if workers < 0: raise ValueError(f'workers {workers} must be at least 1, or 0: one a core')
     cores = usable_cores()
     workers = workers or cores
     folders, begun = in_order(wanted, root), time.time()

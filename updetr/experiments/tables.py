@@ -518,9 +518,11 @@ def ablations_patches(
 def _other_cnns(scale):
     "Return arms with a ResNet-50 of each of the scale's weights."
     arms = {}
+    # the paper's arms take the last stage
+    features = {} if scale.name == 'paper' else {'features': 'layer3'}
     for weights in scale.cnns:
         name = f'ResNet-50, {Path(weights).stem}'
-        arms[name] = scale.base('short', backbone='resnet50', weights=weights, features='layer3')
+        arms[name] = scale.base('short', backbone='resnet50', weights=weights, **features)
     if len(arms) < len(scale.cnns):
         raise ValueError(f'cnns {", ".join(scale.cnns)}: give every file a name of its own')
     return arms

@@ -51,7 +51,7 @@ class SemanticHead(nn.Module):
         return self.classify(sum(maps))  # (B, K, H, W)
 
 # %% ../../nbs/84_panoptic_fpn.ipynb #c009
-IGNORE = 255  # of a pixel without truth
+IGNORE = -100  # of a pixel without truth: no class has it, however many there are
 
 def semantic_truth(
     target: dict,              # labels (t,), masks (t, H, W) bool

@@ -93,14 +93,14 @@ class UPSNet(PanopticFPN):
     def owners(self, target, keep, size):
         "Return the true owner of each place of the map: stuff, things that are kept, unknown."
         stuff, middle = len(self.stuff), self.stride // 2
-        number = stuff + keep.cumsum(0) - 1
-        unknown = stuff + int(keep.sum())
+        unknown = stuff + keep.sum()
+        # one wait for the device, not two a thing
+        owners = (stuff + keep.cumsum(0) - 1).where(keep, unknown).tolist()
         truth = torch.full([n * self.stride for n in size], IGNORE, device=keep.device)
         for label, mask in zip(target['stuff_labels'].tolist(), target['stuff_masks']):
             height, width = mask.shape
             truth[:height, :width][mask] = self.place[label]
-        for i, mask in enumerate(target['masks']):
-            owner = int(number[i]) if keep[i] else unknown
+        for owner, mask in zip(owners, target['masks']):
             height, width = mask.shape
             truth[:height, :width][mask] = owner
         return truth[middle::self.stride, middle::self.stride]
