@@ -205,7 +205,8 @@ def _open_all(args):
     for name, text in args.p: values[name] = parse_value(name, text)
     # the reports of one scale would be written over those of another
     if values['scale'] != args.scale:
-        raise ValueError(f'-p scale {values["scale"]}: give --scale (make: scale={values["scale"]})')
+        way = f'give --scale {values["scale"]} (make: scale={values["scale"]})'
+        raise ValueError(f'-p scale {values["scale"]}: {way}')
     # pages in one folder would write over one another
     if values['report']:
         raise ValueError(f'report {values["report"]!r} is the folder of one page: '

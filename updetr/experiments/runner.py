@@ -298,7 +298,8 @@ def run_jobs(
 
     Raises FileNotFoundError or ValueError for weights that cannot be had, or finished runs of other
     data, or fewer workers than none, before anything is trained; RuntimeError that names what
-    failed: on the CPU after all others are done, on GPUs at once. Interrupted, it lets the running ones save; called again, it goes on."""
+    failed: on the CPU after all others are done, on GPUs at once. Interrupted, it lets the running
+    ones save; called again, it goes on."""
     if workers < 0: raise ValueError(f'workers {workers} must be at least 1, or 0: one a core')
     cores = usable_cores()
     workers = workers or cores
