@@ -6,6 +6,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torchvision.models import resnet18
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet, fcos, retinanet
 from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder
@@ -193,11 +194,47 @@ def test_bad_targets_are_refused():
     batch, _, _ = make_batch()
     model = build('mask_rcnn', channels=32).train()
     del batch['targets'][1]['masks']
-    with pytest.raises(ValueError, match="image 1: mask_rcnn needs target"): model(batch)
+    with pytest.raises(ValueError, match='image 1: mask_rcnn needs target.*only the scenes have them'): model(batch)
     model = build('fcos', channels=32).train()
     batch['targets'][0]['labels'] = torch.tensor([0, C])
     with pytest.raises(ValueError, match='image 0: labels 0..3, but the model has 3 classes'): model(batch)
     with pytest.raises(RuntimeError, match='training mode'): model.eval()(batch)
+
+
+@pytest.mark.parametrize('name', BASELINES)
+def test_a_sliver_of_a_box_is_left_out(name):
+    "The border may leave a box whose two sides round to the same number: torchvision's losses end the run at it, without the photo's name."
+    few = FEW | dict(box_batch_size_per_image=8) if name in TWO_STAGE else {}
+    model = build_baseline(name, C, 'resnet18', channels=32, **few).train()
+    batch, losses = make_batch()[0], []
+    target = batch['targets'][0]
+    sliver = dict(boxes=torch.tensor([[.5, 1., .2, 5.96e-8]]), labels=torch.tensor([1]), masks=torch.ones(1, *SIZES[0], dtype=torch.bool))
+    for more in (False, True):
+        if more: batch['targets'][0] = target | {k: torch.cat([v, target[k]]) for k, v in sliver.items()}
+        torch.manual_seed(1)
+        losses.append(model(batch)[0])
+    assert losses[0].isfinite() and torch.equal(*losses)
+
+
+class Questions(TorchFunctionMode):
+    "Counts what is asked of tensors: on a GPU each question is a wait."
+    asked = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.asked += getattr(function, '__name__', '') in ('__int__', '__bool__', '__float__', '__index__', 'item', 'tolist', 'nonzero')
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_asks_no_more_questions_of_a_larger_batch():
+    "torchvision's own questions are its own."
+    class Learner(nn.Module):
+        def forward(self, images, targets): return dict(loss=targets[-1]['boxes'].sum())
+
+    model, batch = Baseline(Learner(), C, build('fcos', channels=32).model.backbone.cnn).train(), make_batch()[0]
+    few, many = Questions(), Questions()
+    with few: model(batch)
+    with many: model(dict(images=batch['images'].repeat(4, 1, 1, 1), mask=None, targets=batch['targets'] * 4))
+    assert few.asked == many.asked <= 3
 
 
 @each

@@ -68,11 +68,16 @@ def _move_in_float32(model):
 # %% ../../nbs/27_baselines.ipynb #c011
 def _image_id(target): return int(target['image_id']) if 'image_id' in target else '?'
 
-def _crops(batch):
+def _sizes(targets):
+    "Return [height, width] px of each image, without our padding"
+    # asked once for the batch: on a GPU each question is a wait
+    return torch.stack([torch.as_tensor(t['size']) for t in targets]).tolist()
+
+def _crops(batch, sizes):
     "Return the images without padding. ValueError for a size that the batch cannot hold"
     crops = []
-    for image, target in zip(batch['images'], batch['targets'], strict=True):
-        height, width = map(int, target['size'])
+    for image, target, size in zip(batch['images'], batch['targets'], sizes, strict=True):
+        height, width = size
         held = tuple(image.shape[-2:])
         if height > held[0] or width > held[1]:
             raise ValueError(f"image {_image_id(target)}: size ({height}, {width}) is more than "
@@ -80,20 +85,23 @@ def _crops(batch):
         crops.append(image[:, :height, :width])
     return crops
 
-def _check_labels(target, num_classes):
-    labels = target['labels'].long()
-    if not len(labels): return
-    lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or highest >= num_classes:
-        raise ValueError(f'image {_image_id(target)}: labels {lowest}..{highest}, '
-                         f'but the model has {num_classes} classes, 0..{num_classes - 1}')
+def _check_labels(targets, num_classes):
+    "ValueError that names the first image with a label that is none of 0..C-1"
+    labels = torch.cat([t['labels'] for t in targets])
+    wrong = (labels < 0) | (labels >= num_classes)
+    if not wrong.any(): return
+    owners = [t for t in targets for _ in t['labels']]
+    target = owners[int(wrong.nonzero()[0])]
+    lowest, highest = map(int, target['labels'].aminmax())
+    raise ValueError(f'image {_image_id(target)}: labels {lowest}..{highest}, '
+                     f'but the model has {num_classes} classes, 0..{num_classes - 1}')
 
-def _their_target(target, num_classes, first_label, masks):
+# %% ../../nbs/27_baselines.ipynb #7a11c0de
+def _their_target(target, size, first_label, masks):
     """Return torchvision's target: boxes xyxy px, labels from `first_label`, masks uint8.
 
-    ValueError for labels or masks that do not fit."""
-    _check_labels(target, num_classes)
-    height, width = map(int, target['size'])
+    ValueError for masks that are not there."""
+    height, width = size
     boxes = target['boxes'].reshape(-1, 4).float()                  # cxcywh, 0..1
     scale = boxes.new_tensor([width, height, width, height])
     theirs = {'labels': target['labels'].long() + first_label,
@@ -101,9 +109,17 @@ def _their_target(target, num_classes, first_label, masks):
     if not masks: return theirs
     if target.get('masks') is None:
         raise ValueError(f"image {_image_id(target)}: mask_rcnn needs target['masks'], "
-                         "(t,h,w) bool; "
-                         "take a data set with masks, or 'faster_rcnn_fpn', which needs none")
+                         "(t,h,w) bool; of the data sets for detection only the scenes have them. "
+                         "For photos take 'faster_rcnn_fpn', which needs none, "
+                         "or 'panopticfpn' in nbs/panoptic_neighbours.ipynb")
     return theirs | {'masks': target['masks'].to(torch.uint8)}
+
+def _without_slivers(theirs):
+    "Return torchvision's targets without boxes that have no width or no height"
+    thin = [(t['boxes'][:, 2:] <= t['boxes'][:, :2]).any(1) for t in theirs]
+    # asked once for the batch
+    if not torch.cat(thin).any(): return theirs
+    return [{k: v[~gone] for k, v in t.items()} for t, gone in zip(theirs, thin)]
 
 # %% ../../nbs/27_baselines.ipynb #c014
 class Baseline(nn.Module):
@@ -130,9 +146,12 @@ class Baseline(nn.Module):
         if not self.training:
             raise RuntimeError('a baseline has losses in training mode only: .train(), '
                                'or .predict(batch) for boxes')
-        targets = [_their_target(target, self.num_classes, self.first_label, self.masks)
-                   for target in batch['targets']]
-        losses = self.model(_crops(batch), targets)
+        targets = batch['targets']
+        _check_labels(targets, self.num_classes)
+        sizes = _sizes(targets)
+        theirs = [_their_target(target, size, self.first_label, self.masks)
+                  for target, size in zip(targets, sizes)]
+        losses = self.model(_crops(batch, sizes), _without_slivers(theirs))
         return sum(losses.values()), losses
 
     @torch.no_grad()
@@ -140,7 +159,8 @@ class Baseline(nn.Module):
         """Return one dict a photo: scores (k,), labels (k,) 0..C-1, boxes (k,4).
 
         Boxes are xyxy px of the original photo. Mask R-CNN: masks (k,H,W) bool, too."""
-        with eval_mode(self): found = self.model(_crops(batch))
+        crops = _crops(batch, _sizes(batch['targets']))
+        with eval_mode(self): found = self.model(crops)
         return [self._in_photo(p, t) for p, t in zip(found, batch['targets'], strict=True)]
 
     def _in_photo(self, found, target):
