@@ -113,6 +113,16 @@ def test_losses_are_torchvisions(name, empty):
 
 
 @each_pyramid
+def test_a_trained_cnn_runs_folded(name):
+    "A pass over each map for each of the frozen norms would be spent for nothing."
+    model, calls = build(name).train(), []
+    for part in model.modules():
+        if isinstance(part, FrozenBatchNorm2d): part.register_forward_hook(lambda *call: calls.append(call))
+    model(make_batch()[0])[0].backward()
+    assert not calls and all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@each_pyramid
 def test_predictions_are_torchvisions(name):
     "One image at a time, so that torchvision's own resizing has nothing to do; boxes and masks then scaled to the photo."
     model, theirs = build(name).eval(), torchvision_detector(name, min_size=64, max_size=96).eval()

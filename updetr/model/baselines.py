@@ -199,7 +199,7 @@ class _Pyramid(nn.Module):
         self.cnn = cnn
         self.out_channels = channels
         # one small image tells the strides and the channels of the cuts
-        with torch.no_grad(): maps = self.maps(torch.zeros(1, 3, 64, 64))
+        with torch.no_grad(): maps = self.named(cnn.body(torch.zeros(1, 3, 64, 64)))
         self.levels = list(maps)
         self.strides = [64 // m.shape[3] for m in maps.values()]
         if any(b != 2 * a for a, b in zip(self.strides, self.strides[1:])):
@@ -212,13 +212,13 @@ class _Pyramid(nn.Module):
         added = {LastLevelMaxPool: 1, LastLevelP6P7: 2}.get(type(extra), 0)
         for _ in range(added): self.strides.append(2 * self.strides[-1])
 
-    def maps(self, x):
-        "Return {'0': map of the first cut, ...}; no gradients through a frozen CNN"
-        maps = self.cnn.maps(x) if self.cnn.frozen else self.cnn.body(x)
+    def named(self, maps):
+        "Return {'0': map of the first cut, ...}"
         if isinstance(maps, dict): maps = maps.values()
         return {str(i): m for i, m in enumerate(maps)}
 
-    def forward(self, x): return self.fpn(self.maps(x))
+    # folded, and without gradients through a frozen CNN
+    def forward(self, x): return self.fpn(self.named(self.cnn.maps(x)))
 
 # %% ../../nbs/27_baselines.ipynb #c021
 class _Anchors(AnchorGenerator):
