@@ -305,6 +305,12 @@ def test_a_network_that_makes_no_map_is_refused(name):
     with pytest.raises(ValueError, match=f'{name} cannot be used: .* any size$'): Backbone(name)
 
 
+@pytest.mark.parametrize('name', ['resnet18', 'resnet34', 'tf_efficientnet_lite0', 'resnet50d'])
+def test_a_network_without_a_dilated_stage_says_so(name):
+    with pytest.raises(ValueError, match=f"'{name}' has no dilated C5.*: only resnet50, resnet101, resnet152 have one"):
+        Backbone(name, dilation=True)
+
+
 def test_a_weight_of_five_dimensions_is_left_as_it_is():
     cnn = Backbone('lambda_resnet26t')
     folded, pairs = fold_pairs(cnn.body)
