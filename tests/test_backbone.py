@@ -10,7 +10,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from updetr.model import backbone
-from updetr.model.backbone import NORMS, Backbone, TrainedFold, build_backbone, eval_mode, fold_norms, fold_pairs, join_features
+from updetr.model.backbone import (NORMS, Backbone, TrainedFold, build_backbone, eval_mode, fold_norms, fold_pairs, join_features, make_body,
+                                   prepare_images)
 from updetr.train.graphs import data_parallel
 
 
@@ -309,6 +310,14 @@ def test_a_network_that_makes_no_map_is_refused(name):
 def test_a_network_without_a_dilated_stage_says_so(name):
     with pytest.raises(ValueError, match=f"'{name}' has no dilated C5.*: only resnet50, resnet101, resnet152 have one"):
         Backbone(name, dilation=True)
+
+
+@pytest.mark.parametrize('name, layer', [('resnet18', 'layer3'), ('tf_efficientnet_lite0', 'blocks.4')])
+def test_features_may_be_any_iterable_and_none_of_them_is_the_last_map(name, layer):
+    cnn, last = Backbone(name, (f for f in [layer])), Backbone(name)
+    assert cnn.features == [layer] and cnn.num_channels == Backbone(name, (layer,)).num_channels != last.num_channels
+    for empty in ([], ()):
+        assert Backbone(name, empty).body.state_dict().keys() == last.body.state_dict().keys() == make_body(name, empty).state_dict().keys()
 
 
 def test_a_weight_of_five_dimensions_is_left_as_it_is():

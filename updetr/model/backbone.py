@@ -84,6 +84,7 @@ def make_body(
     dilation: bool = False,  # stride 16 instead of 32 in the last stage (ResNet-50 and larger)
 ) -> nn.Module:  # without weights; all norms frozen
     "Return an image network without its head. Raises ValueError for what cannot be made."
+    features = list(features) if features else None
     if name not in RESNETS and not timm.is_model(name):
         close = timm.list_models(f'*{name[:8]}*')[:5]
         raise ValueError(f"backbone '{name}' is neither one of {', '.join(RESNETS)} "
@@ -573,7 +574,9 @@ class Backbone(nn.Module):
         super().__init__()
         self.name, self.frozen, self.dilation = name, frozen, dilation
         self._folds, self.levels = _Folds(), []
-        self.features = list(features or (['layer4'] if name in RESNETS else []))
+        # read once: an iterator has its names only once
+        features = list(features) if features else None
+        self.features = features or (['layer4'] if name in RESNETS else [])
         self.body = make_body(name, features, dilation)
         for key, p in self.body.named_parameters():
             p.requires_grad_(not frozen and not key.startswith(STEM))
