@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from timm.models import register_model
 
 from updetr.model import backbone
 from updetr.model.backbone import (NORMS, Backbone, TrainedFold, build_backbone, eval_mode, fold_norms, fold_pairs, join_features, make_body,
@@ -318,6 +319,21 @@ def test_features_may_be_any_iterable_and_none_of_them_is_the_last_map(name, lay
     assert cnn.features == [layer] and cnn.num_channels == Backbone(name, (layer,)).num_channels != last.num_channels
     for empty in ([], ()):
         assert Backbone(name, empty).body.state_dict().keys() == last.body.state_dict().keys() == make_body(name, empty).state_dict().keys()
+
+
+def test_a_tag_that_timm_does_not_have_is_refused():
+    for features in (None, ['layer3']):
+        with pytest.raises(ValueError, match="timm does not make 'resnet18.no_such_tag': .*no_such_tag"): Backbone('resnet18.no_such_tag', features)
+
+
+def test_a_network_of_your_own_that_timm_knows_by_name_alone_is_taken():
+    "It has no configuration, and so ImageNet's normalisation."
+    def own_network_of_this_test(pretrained=False, **options): return timm.create_model('convnext_atto', **options)
+
+    register_model(own_network_of_this_test)
+    assert timm.get_pretrained_cfg('own_network_of_this_test') is None
+    cnn = Backbone('own_network_of_this_test')
+    assert (cnn.mean, cnn.std, cnn.num_channels) == (backbone.IMAGENET_MEAN, backbone.IMAGENET_STD, 320)
 
 
 def test_a_weight_of_five_dimensions_is_left_as_it_is():

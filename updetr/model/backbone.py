@@ -78,6 +78,11 @@ def cut(
             net, list(features), tracer_kwargs={'leaf_modules': leaves})
 
 # %% ../../nbs/20_backbone.ipynb #c006
+def _of_timm(name, **options):
+    "Return a network with frozen batch norms. ValueError for a tag or options that it has not"
+    try: return freeze_batch_norm_2d(timm.create_model(name, **options))
+    except RuntimeError as e: raise ValueError(f'timm does not make {name!r}: {e}') from e
+
 def make_body(
     name: str = 'resnet50',  # a torchvision ResNet, else a timm model for photos of any size
     features: Iterable[str] | None = None,  # layers to cut after; None: the last feature map
@@ -96,10 +101,8 @@ def make_body(
         make, dilated = getattr(torchvision.models, name), [False, False, dilation]
         net = make(norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=dilated)
         return cut(net, features or ['layer4'])
-    if features is None:
-        net = timm.create_model(name, features_only=True, out_indices=(-1,))
-        return freeze_batch_norm_2d(net)
-    return cut(freeze_batch_norm_2d(timm.create_model(name)), features)
+    if features is None: return _of_timm(name, features_only=True, out_indices=(-1,))
+    return cut(_of_timm(name), features)
 
 # %% ../../nbs/20_backbone.ipynb #c009b
 @lru_cache(maxsize=8)
@@ -580,7 +583,9 @@ class Backbone(nn.Module):
         self.body = make_body(name, features, dilation)
         for key, p in self.body.named_parameters():
             p.requires_grad_(not frozen and not key.startswith(STEM))
-        cfg = {} if name in RESNETS else timm.get_pretrained_cfg(name).to_dict()
+        # your own network, registered with timm, may have none
+        cfg = None if name in RESNETS else timm.get_pretrained_cfg(name)
+        cfg = cfg.to_dict() if cfg else {}
         self.mean = tuple(cfg.get('mean', IMAGENET_MEAN))
         self.std = tuple(cfg.get('std', IMAGENET_STD))
         # what has computed cannot be forked with its threads
