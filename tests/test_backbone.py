@@ -370,7 +370,7 @@ def test_levels_change_neither_what_a_backbone_gives_nor_what_it_learns(frozen):
 @pytest.mark.parametrize('name, features, fixed', [
     ('resnet18', ['layer2'], {'conv1', 'layer1'}), ('tf_efficientnet_lite0', ['blocks.4'], {'conv_stem', 'blocks.0'}),
     ('convnext_atto', None, {'stem_0', 'stem_1', 'stages_0'}), ('convnext_atto', ['stages.2'], {'stem.0', 'stem.1', 'stages.0'}),
-    ('pvt_v2_b0', None, {'patch_embed', 'stages_0'})])
+    ('pvt_v2_b0', None, {'patch_embed', 'stages_0'}), ('xcit_nano_12_p8_224', None, {'model.patch_embed', 'model.blocks.0'})])
 def test_stem_and_first_stage_are_not_trained(name, features, fixed):
     cnn = Backbone(name, features, frozen=False)
     still = [k for k, p in cnn.body.named_parameters() if not p.requires_grad]

@@ -582,6 +582,8 @@ class Backbone(nn.Module):
         self.features = features or (['layer4'] if name in RESNETS else [])
         self.body = make_body(name, features, dilation)
         for key, p in self.body.named_parameters():
+            # some networks of timm stand in a wrapper
+            key = key.removeprefix('model.')
             p.requires_grad_(not frozen and not key.startswith(STEM))
         # your own network, registered with timm, may have none
         cfg = None if name in RESNETS else timm.get_pretrained_cfg(name)
