@@ -336,6 +336,17 @@ def test_a_network_of_your_own_that_timm_knows_by_name_alone_is_taken():
     assert (cnn.mean, cnn.std, cnn.num_channels) == (backbone.IMAGENET_MEAN, backbone.IMAGENET_STD, 320)
 
 
+@pytest.mark.parametrize('kind', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('given', [torch.uint8, torch.float16, torch.float32, torch.float64])
+def test_photos_come_in_the_format_of_the_weights(kind, given):
+    "A photo of numpy is float64, which a convolution in float32 refuses."
+    cnn, photo = Backbone('resnet18', ['layer2']).to(kind), torch.randint(256, (1, 3, 64, 64))
+    ready = prepare_images(cnn, photo.to(given) if given == torch.uint8 else (photo / 255).to(given))
+    want = (photo / 255 - torch.tensor(cnn.mean)[:, None, None]) / torch.tensor(cnn.std)[:, None, None]
+    assert ready.dtype == kind and cnn(ready).isfinite().all()
+    torch.testing.assert_close(ready.float(), want, rtol=1e-2, atol=1e-2)
+
+
 def test_a_weight_of_five_dimensions_is_left_as_it_is():
     cnn = Backbone('lambda_resnet26t')
     folded, pairs = fold_pairs(cnn.body)

@@ -625,11 +625,13 @@ class Backbone(nn.Module):
 def prepare_images(
     cnn: nn.Module,  # with `mean` and `std`, on any device
     images: Tensor,  # (..., 3, H, W), uint8, or float in 0..1
-) -> Tensor:         # float, on the CNN's device
+) -> Tensor:         # in the dtype of the CNN's weights, on their device
     "Return images as a CNN's weights expect them: on its device, in 0..1, normalised."
-    images = images.to(next(cnn.parameters()).device)
+    weight = next(cnn.parameters())
+    images = images.to(weight.device)
     if not images.is_floating_point(): images = images.float() / 255
-    return normalize(images, cnn.mean, cnn.std)
+    # float64, as of numpy, is for no convolution with weights in float32
+    return normalize(images, cnn.mean, cnn.std).to(weight.dtype)
 
 @contextmanager
 def eval_mode(
