@@ -87,7 +87,7 @@ def make_body(
     name: str = 'resnet50',  # a torchvision ResNet, else a timm model for photos of any size
     features: Iterable[str] | None = None,  # layers to cut after; None: the last feature map
     dilation: bool = False,  # stride 16 instead of 32 in the last stage (ResNet-50 and larger)
-) -> nn.Module:  # without weights; all norms frozen
+) -> nn.Module:  # without weights; all batch norms frozen
     "Return an image network without its head. Raises ValueError for what cannot be made."
     features = list(features) if features else None
     if name not in RESNETS and not timm.is_model(name):
@@ -572,7 +572,7 @@ class Backbone(nn.Module):
         name: str = 'resnet50',  # torchvision ResNet, or a timm model for photos of any size
         features: Iterable[str] | None = None,  # layers to cut after, joined; None: the last map
         dilation: bool = False,  # dilated C5
-        frozen: bool = True,     # no gradients (Section 3.1.1); False: stem and norms only
+        frozen: bool = True,     # no gradients (Section 3.1.1); False: none for the stem
     ):
         super().__init__()
         self.name, self.frozen, self.dilation = name, frozen, dilation
