@@ -572,7 +572,7 @@ class Backbone(nn.Module):
         name: str = 'resnet50',  # torchvision ResNet, or a timm model for photos of any size
         features: Iterable[str] | None = None,  # layers to cut after, joined; None: the last map
         dilation: bool = False,  # dilated C5
-        frozen: bool = True,     # no gradients (Section 3.1.1); False: none for the stem
+        frozen: bool = True,     # no gradients (Section 3.1.1); False: none in stem, first stage
     ):
         super().__init__()
         self.name, self.frozen, self.dilation = name, frozen, dilation

@@ -357,7 +357,7 @@ def build_baseline(
 ) -> Baseline:  # or what your function gives: `forward` and `predict` as a Baseline has them
     """Return a detector of torchvision on our backbone, or one that a function builds.
 
-    Unless frozen, the CNN is trained but for its stem and batch norms.
+    Unless frozen, the CNN is trained but for stem, first stage and batch norms.
     Raises ValueError for what cannot be built, FileNotFoundError for weights not there."""
     if name in NEIGHBOURS['finetune'] or is_place(name):
         build = find_builder('finetune', name)
