@@ -266,6 +266,11 @@ ELSEWHERE = {
     'Detectron2': ['backbone.bottom_up.stem.conv1.weight', 'proposal_generator.rpn_head.conv.weight',
                    'roi_heads.box_predictor.cls_score.weight'],
     'updetr.model.baselines': ['backbone.body.conv1.weight', 'rpn.head.conv.0.0.weight', 'roi_heads.box_head.fc6.weight'],
+    "torchvision's detection": ['model.backbone.cnn.body.conv1.weight', 'model.backbone.fpn.inner_blocks.0.0.weight', 'model.rpn.head.conv.0.0.weight'],
+    'updetr.model.baselines builds': ['backbone.body.conv1.weight', 'head.classification_head.conv.0.weight'],
+    'another network than DETR': ['model.backbone.cnn.body.conv1.weight', 'model.head.regression_head.conv.0.weight'],
+    'MMDetection: no function': ['backbone.conv1.weight', 'neck.lateral_convs.0.conv.weight', 'rpn_head.rpn_conv.weight',
+                                 'roi_head.bbox_head.fc_cls.weight'],
     'Deformable DETR': ['transformer.level_embed', 'transformer.encoder.layers.0.self_attn.sampling_offsets.weight',
                         'query_embed.weight'],
     'weights=FILE': ['conv1.weight', 'bn1.weight', 'layer1.0.conv1.weight', 'fc.weight']}
@@ -280,6 +285,18 @@ def test_weights_of_other_projects_are_recognised(tmp_path, way):
     for name in ('wrapped.pth', 'bare.pth', 'bare.safetensors'):
         for loader in (load_detector, load_segmenter, load_oneshot, load_localizer, open_pretrained):
             assert way in _refused(loader, tmp_path / name), (name, loader)
+
+
+@unread
+def test_a_baseline_of_this_kit_is_no_detr_but_a_detector(tmp_path):
+    "Its folder of a run, its file and its bare tensors had been called Hugging Face's."
+    cfg = finetune_config('demo', **SMALL | dict(features='layer2,layer3,layer4'), square=64, detector='fcos', channels=32)
+    state = build_module(cfg, 3).state_dict()
+    save_checkpoint(path := tmp_path / 'fcos.pth', {'model': state, 'args': dataclasses.asdict(cfg), 'class_names': NAMES})
+    said = _refused(open_pretrained, path)
+    assert "is of the detector 'fcos', not a DETR" in said and 'Detector.from_checkpoint' in said
+    assert Detector.from_checkpoint(path).classes == tuple(NAMES)
+    assert "torchvision's detection" in foreign_weights(state)
 
 
 def test_our_own_names_are_nobody_elses():

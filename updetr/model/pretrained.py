@@ -31,7 +31,7 @@ FOREIGN = {  # project -> words on its files
         "updetr.predict.export.from_huggingface(state, config) takes a DETR "
         "over, from the file's tensors and its config.json",
     'MMDetection':
-        "MMDetection's DETR: no function here renames it; its CNN alone can be used, with "
+        'MMDetection: no function here renames its DETR; the CNN alone can be used, with '
         'weights=FILE',
     'Ultralytics':
         'Ultralytics (YOLO): another network than DETR, which cannot be taken over',
@@ -46,19 +46,24 @@ FOREIGN = {  # project -> words on its files
     'an image network':
         'a CNN alone, no detector: it can be the CNN of one, with weights=FILE',
 }
+
+# %% ../../nbs/29_pretrained.ipynb #7a11c0e1
 _NAMES = {  # project -> beginnings of tensors' names that only its files have
     "Hugging Face's transformers":
         r'class_labels_classifier\.|'
-        r'model\.(backbone\.(?!0\.)|input_projection\.|query_position_embeddings\.)',
+        r'model\.(backbone\.(conv_encoder|model|position_embedding)\.|'
+        r'input_projection\.|query_position_embeddings\.)',
     'MMDetection':
-        r'bbox_head\.|query_embedding\.|neck\.convs\.|encoder\.layers\.\d+\.self_attn\.attn\.',
+        r'bbox_head\.|rpn_head\.|roi_head\.|neck\.(\w+_)?convs\.|query_embedding\.|'
+        r'encoder\.layers\.\d+\.self_attn\.attn\.',
     'Ultralytics':
         r'(model\.)+\d+\.(conv|cv\d|bn|m|dfl|attn)\b',
     'Detectron2':
         r'backbone\.bottom_up\.|proposal_generator\.|roi_heads\.box_predictor\.|'
         r'detr\.backbone\.0\.backbone\.',
     'torchvision':
-        r'rpn\.head\.|roi_heads\.box_head\.|backbone\.fpn\.',
+        r'(model\.)?(rpn\.head|roi_heads\.box_head|backbone\.fpn|'
+        r'head\.(classification|regression)_head)\.',
     'Deformable DETR':
         r'(model\.)?transformer\.(level_embed|.*sampling_offsets)',
     'an image network':
@@ -257,6 +262,16 @@ def _detector(path, weights, detector_part):
     return {k: v for k, v in weights.items() if not k.endswith('.num_batches_tracked')}
 
 # %% ../../nbs/29_pretrained.ipynb #c019a
+def _check_kind(path, args):
+    "Refuse another model than DETR by what its arguments say."
+    if args.get('system'):
+        raise ValueError(f'{path} is of the system {args["system"]!r}, not a DETR: '
+                         'updetr.tasks.oneshot_task.open_run opens the folder of its run')
+    detector = args.get('detector')
+    if detector not in (None, 'detr'):
+        raise ValueError(f'{path} is of the detector {detector!r}, not a DETR: '
+                         'updetr.predict.detector.Detector.from_checkpoint opens it')
+
 def _check_traceless(path, weights, options):
     "Refuse what the tensors do not show where it is impossible."
     heads, width = options['nheads'], options['hidden_dim']
@@ -308,9 +323,7 @@ def open_pretrained(
     Raises FileNotFoundError, or ValueError for anything but one consistent (UP-)DETR."""
     check_names(told, OPTIONS)
     weights, args = weights_and_options(path)
-    if args.get('system'):
-        raise ValueError(f'{path} is of the system {args["system"]!r}, not a DETR: '
-                         'updetr.tasks.oneshot_task.open_run opens the folder of its run')
+    _check_kind(path, args)
     weights = _detector(path, plain_tensors(path, weights), detector_part)
     # three witnesses: tensors, stored arguments, the caller
     try:
