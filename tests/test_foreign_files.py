@@ -299,6 +299,18 @@ def test_a_baseline_of_this_kit_is_no_detr_but_a_detector(tmp_path):
     assert "torchvision's detection" in foreign_weights(state)
 
 
+@unread
+@pytest.mark.parametrize('features', ['layer1', ('layer1',), ['layer1']], ids=str)
+def test_layers_may_be_told_in_any_form(tmp_path, features):
+    save_checkpoint(path := tmp_path / 'own.pth', _file('finetune'))
+    assert open_pretrained(path, features=features).options['features'] == ['layer1']
+    assert load_detector(path, features=features)[1].features == 'layer1'
+    for loader in (open_pretrained, load_detector):
+        with pytest.raises(ValueError, match='layer2'): loader(path, features='layer1,layer2')
+    torch.save(_file('finetune')['model'], bare := tmp_path / 'bare.pth')
+    assert open_pretrained(bare, features=features, nheads=4).options['features'] == ['layer1']
+
+
 def test_our_own_names_are_nobody_elses():
     for kind in LOADERS: assert foreign_weights(_file(kind)['model']) is None
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .backbone import RESNETS
 from ..core.checkpoint import read_plain, read_weights
-from .weights import architecture, check_cnn, class_names, plain_tensors
+from .weights import (architecture, check_cnn, class_names, layer_names,
+                                  plain_tensors)
 from ..core.config import check_names
 from .detr import DETR
 from .updetr import UPDETR
@@ -188,9 +189,7 @@ def _said(args):
         if isinstance(position, str):
             position = {'v2': 'sine', 'v3': 'learned'}.get(position, position)
         said['position'] = position
-    features = said.get('features')
-    if isinstance(features, str):
-        said['features'] = [f.strip() for f in features.split(',') if f.strip()] or None
+    if 'features' in said: said['features'] = layer_names(said['features'])
     return said
 
 def _agreed(path, witnesses):
@@ -330,7 +329,7 @@ def open_pretrained(
         seen = architecture(weights)
     except ValueError as e:
         raise ValueError(f'{path}: {e}') from e
-    said = _said(args)
+    said, told = _said(args), _said(told)
     # a timm model may have a ResNet's names
     if (said | told).get('backbone', 'resnet50') not in RESNETS: seen.pop('backbone', None)
     options = _agreed(path, {'its tensors': seen, 'its arguments': said, 'you': told})
