@@ -136,7 +136,7 @@ def test_weights_of_classes_come_from_the_training_photos(tmp_path):
 
 @pytest.mark.parametrize('changes, why', [
     (dict(freeze='transformer.encodr'), 'did you mean transformer.encoder'), (dict(class_weights='catt=2'), 'did you mean cat'),
-    (dict(class_weights='balance'), "'balanced', or names")], ids=str)
+    (dict(class_weights='balance'), "'balanced', or names"), (dict(class_weights='cat'), "class 'cat' has no weight. Write")], ids=str)
 def test_a_wrong_name_stops_before_the_first_step(changes, why, tmp_path):
     with pytest.raises(ValueError, match=why): make('finetune', tmp_path / 'run', **changes)
 

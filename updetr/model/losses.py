@@ -368,8 +368,9 @@ def read_class_weights(
     for part in [p for p in text.split(',') if p.strip()]:
         name, _, number = [x.strip() for x in part.rpartition('=')]
         if name not in classes:
-            unknown = not_known('class', name or number, classes)
-            raise ValueError(f'class_weights {part.strip()!r}: {unknown}. '
+            wrong = not_known('class', name or number, classes)
+            if not name and number in classes: wrong = f'class {number!r} has no weight'
+            raise ValueError(f'class_weights {part.strip()!r}: {wrong}. '
                              "Write 'balanced', or names with weights: 'cat=2, dog=0.5'")
         try: weights[name] = float(number)
         except ValueError: weights[name] = -1.
