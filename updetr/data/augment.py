@@ -202,8 +202,10 @@ class Recurring:
         shape,  # anything that can be in a set
     ) -> bool:  # True from the second time on
         "Return whether a shape is one of those that came again."
-        if shape in self.met and len(self.known) < self.most: self.known.add(shape)
-        self.met.add(shape)
+        # who is full learns no more, and keeps no more
+        if len(self.known) < self.most:
+            if shape in self.met: self.known.add(shape)
+            self.met.add(shape)
         return shape in self.known
 
 def lift_limits(
