@@ -266,7 +266,8 @@ ELSEWHERE = {
     'Detectron2': ['backbone.bottom_up.stem.conv1.weight', 'proposal_generator.rpn_head.conv.weight',
                    'roi_heads.box_predictor.cls_score.weight'],
     'updetr.model.baselines': ['backbone.body.conv1.weight', 'rpn.head.conv.0.0.weight', 'roi_heads.box_head.fc6.weight'],
-    "torchvision's detection": ['model.backbone.cnn.body.conv1.weight', 'model.backbone.fpn.inner_blocks.0.0.weight', 'model.rpn.head.conv.0.0.weight'],
+    "torchvision's detection": ['model.backbone.cnn.body.conv1.weight', 'model.backbone.fpn.inner_blocks.0.0.weight',
+                                'model.rpn.head.conv.0.0.weight'],
     'updetr.model.baselines builds': ['backbone.body.conv1.weight', 'head.classification_head.conv.0.weight'],
     'another network than DETR': ['model.backbone.cnn.body.conv1.weight', 'model.head.regression_head.conv.0.weight'],
     'MMDetection: no function': ['backbone.conv1.weight', 'neck.lateral_convs.0.conv.weight', 'rpn_head.rpn_conv.weight',
@@ -290,7 +291,8 @@ def test_weights_of_other_projects_are_recognised(tmp_path, way):
 @unread
 def test_a_baseline_of_this_kit_is_no_detr_but_a_detector(tmp_path):
     "Its folder of a run, its file and its bare tensors had been called Hugging Face's."
-    cfg = finetune_config('demo', **SMALL | dict(features='layer2,layer3,layer4'), square=64, detector='fcos', channels=32)
+    options = SMALL | dict(features='layer2,layer3,layer4', square=64, cached_views=0, pretrain='')
+    cfg = finetune_config('demo', **options, detector='fcos', channels=32)
     state = build_module(cfg, 3).state_dict()
     save_checkpoint(path := tmp_path / 'fcos.pth', {'model': state, 'args': dataclasses.asdict(cfg), 'class_names': NAMES})
     said = _refused(open_pretrained, path)
@@ -308,7 +310,7 @@ def test_layers_may_be_told_in_any_form(tmp_path, features):
     for loader in (open_pretrained, load_detector):
         with pytest.raises(ValueError, match='layer2'): loader(path, features='layer1,layer2')
     torch.save(_file('finetune')['model'], bare := tmp_path / 'bare.pth')
-    assert open_pretrained(bare, features=features, nheads=4).options['features'] == ['layer1']
+    assert open_pretrained(bare, backbone='resnet18', features=features, nheads=4).options['features'] == ['layer1']
 
 
 def test_our_own_names_are_nobody_elses():
