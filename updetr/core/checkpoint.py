@@ -15,6 +15,7 @@ import math
 import os
 import re
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -43,11 +44,13 @@ def _keep(path, kept):
     finally: aside.unlink(missing_ok=True)
 
 def _sync_folder(path):
-    "Force the names in a folder to disk"
-    if os.name != 'posix': return  # elsewhere a folder cannot be opened
-    folder = os.open(path, os.O_RDONLY)
-    try: os.fsync(folder)
-    finally: os.close(folder)
+    "Force the names in a folder to disk, where that can be done"
+    # The file is in its place already. Windows opens no folder, a network share or FUSE may not
+    # force one, and a folder may let its user write but not list it.
+    with suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try: os.fsync(folder)
+        finally: os.close(folder)
 
 # %% ../../nbs/06_checkpoint.ipynb #c005a
 def write_atomic(
