@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from updetr.core.checkpoint import save_checkpoint
+from updetr.core.checkpoint import read_weights, save_checkpoint
 from updetr.core.config import make_config, model_options
 from updetr.core.shipped import shipped
 from updetr.data.transforms import whole_view
@@ -26,7 +26,7 @@ from updetr.model.updetr import build_updetr
 from updetr.model.weights import load_updetr
 from updetr.predict.commands import evaluate, open_model
 from updetr.predict.detector import Detector, check_device, load_detector
-from updetr.predict.export import to_huggingface
+from updetr.predict.export import open_huggingface, save_huggingface, to_huggingface
 from updetr.predict.localizer import QueryPatchLocalizer, load_localizer
 from updetr.predict.oneshot_detector import OneShotDetector, load_oneshot
 from updetr.predict.segmenter import PanopticSegmenter, load_segmenter
@@ -321,8 +321,23 @@ def test_a_transformers_folder_and_its_file_name_the_function(tmp_path):
     state, config = to_huggingface(_detr(pre_norm=False), NAMES)
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / 'model.safetensors')
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    for path, kind in ((tmp_path / 'model.safetensors', ValueError), (tmp_path, FileNotFoundError)):
-        with pytest.raises(kind, match='from_huggingface'): Detector.from_checkpoint(path)
+    with pytest.raises(ValueError, match='from_huggingface'): Detector.from_checkpoint(tmp_path / 'model.safetensors')
+    with pytest.raises(FileNotFoundError) as refused: Detector.from_checkpoint(tmp_path)
+    # what is advised opens the folder
+    call = str(refused.value).rsplit('updetr.predict.export.', 1)[1]
+    assert eval(call, {'open_huggingface': open_huggingface}).classes == tuple(NAMES)
+
+
+def test_a_folder_made_for_sharing_is_opened_or_refused_as_its_file(tmp_path):
+    "Whatever is asked to open it: the refusal of a detector is about the detector, not about a folder."
+    save_checkpoint(tmp_path / 'own.pth', _file('finetune'))
+    detector = Detector.from_checkpoint(tmp_path / 'own.pth')
+    save_huggingface(detector, tmp_path / 'hub')
+    assert json.loads((tmp_path / 'hub/config.json').read_text(encoding='utf-8'))['model_type'] == 'updetr'
+    assert Detector.from_checkpoint(tmp_path / 'hub').classes == detector.classes
+    for loader in (load_segmenter, load_oneshot, load_localizer):
+        assert _refused(loader, tmp_path / 'hub') == _refused(loader, tmp_path / 'hub/model.safetensors')
+    with pytest.raises(FileNotFoundError, match='give .*hub/model.safetensors'): read_weights(tmp_path / 'hub')
 
 
 def test_a_lightning_checkpoint_is_opened(tmp_path):

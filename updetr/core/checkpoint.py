@@ -160,6 +160,11 @@ def check_sums(
         if bad: raise ValueError(f'the checksum of its part {bad} is wrong')
 
 # %% ../../nbs/06_checkpoint.ipynb #c009a
+def _is_shared(folder):
+    "Return whether this kit's `save_huggingface` (notebook 56) made a folder that it reads itself."
+    config = folder/'config.json'
+    return config.is_file() and read_json(config).get('model_type') == 'updetr'
+
 def check_file(
     path: str | Path,  # of weights
 ) -> None:
@@ -168,12 +173,13 @@ def check_file(
     if path.is_file(): return
     if (path/'checkpoint.pth').is_file():
         raise FileNotFoundError(f'{path} is a folder of a run: give {path}/checkpoint.pth')
+    if _is_shared(path):
+        raise FileNotFoundError(f'{path} is a folder made for sharing: '
+                                f'give {path}/model.safetensors')
     if (path/'config.json').is_file():
-        tensors = f"safetensors.torch.load_file('{path}/model.safetensors')"
-        config = f"json.load(open('{path}/config.json'))"
         raise FileNotFoundError(
-            f"{path} is a folder of Hugging Face's transformers. Take a DETR over with "
-            f"updetr.predict.export.from_huggingface({tensors}, {config})")
+            f"{path} is a folder of Hugging Face's transformers. Open a DETR with "
+            f'updetr.predict.export.open_huggingface({str(path)!r})')
     more = ': it is a folder' if path.is_dir() else ''
     raise FileNotFoundError(f'no checkpoint {path}{more}')
 
@@ -194,16 +200,18 @@ def load_checkpoint(
 MODELS = 'best.pth', 'checkpoint.pth'  # of a run's folder; the first that is there is taken
 
 def model_file(
-    path: str | Path,  # a file, or the folder of a run
+    path: str | Path,  # a file, the folder of a run, or one of `save_huggingface`
     say: bool = True,  # print which file of a folder is taken
-) -> Path:  # what is no folder of a run, as it is
-    "Return the file that holds a run's model: the best measured one, else the last one."
+) -> Path:  # anything else as it is
+    """Return the file that holds a folder's model: of a run the best measured one, else the last.
+
+    Raises ValueError for a folder whose config.json cannot be read."""
     path = Path(path)
     for name in MODELS:
         if not (path/name).is_file(): continue
         if say: print(f'{path}: {name} is taken', flush=True)
         return path/name
-    return path
+    return path/'model.safetensors' if _is_shared(path) else path
 
 # %% ../../nbs/06_checkpoint.ipynb #c014
 def rng_state(

@@ -36,7 +36,6 @@ from ..model.pretrained import weights_and_options
 from ..model.weights import plain_tensors, stored_config
 from updetr.predict.detector import (
     Detections, Detector, check_nms, check_threshold, coco_results, drop_duplicates,
-    shared_file,
 )
 from updetr.predict.errors import (
     above, best_threshold, compare, confusion, draw_confusion, draw_curves, draw_errors, only,
@@ -179,7 +178,7 @@ def open_model(
     try:
         weights, args = weights_and_options(file)
         names = plain_tensors(file, weights)
-    # a folder of a model hub, or no weights: `Detector` knows better
+    # no weights of this kit: `Detector` knows better
     except (ValueError, OSError): names, args = (), {}
     # a published file does not say its task: a mask head shows it
     shown = 'panoptic' if any(name.startswith('mask_head.') for name in names) else None
@@ -311,7 +310,7 @@ def run_config(
 ) -> FinetuneConfig | None:  # None: the file has none
     "Return the configuration of the run that left a detector, with its data where they lie now."
     try:
-        file = model_file(shared_file(checkpoint), say=False)
+        file = model_file(checkpoint, say=False)
         args = at_present_places(file, read_weights(file)[1])
         return stored_config(file, FinetuneConfig, args)
     except (ValueError, OSError): return None
