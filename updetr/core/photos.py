@@ -348,7 +348,19 @@ def _channels_last(x, first):
     raise ValueError('a picture must be of the shape (H,W), (H,W,3) or (3,H,W), '
                      f'with alpha (H,W,4), not {x.shape}{one}')
 
+# %% ../../nbs/02_photos.ipynb #c030b2
 SLACK = 1e-3  # half a step of 8 bits is .002
+
+def _way(x, low, high):
+    "Return how such numbers become a picture: a sentence that is true of arrays and tensors."
+    if not np.isfinite([low, high]).all():
+        return 'Numbers that are not finite have no colour: replace them first'
+    if high > 255: return 'Say (x / white).clip(0, 1), with the number that is white'
+    # a mask, or a picture whose conversion was forgotten
+    whole = x.dtype.kind in 'iu'
+    if whole and high <= 1: return 'If 1 is white, say x > 0'
+    if whole or high > 2: return 'If white is 255, say (x / 255).clip(0, 1)'
+    return 'Say x.clip(0, 1)'
 
 def _eight_bits(x):
     "Return the numbers of a picture as uint8; ValueError if it is not known which is white."
@@ -363,10 +375,8 @@ def _eight_bits(x):
     # a resize may go a little beyond black and white
     if x.dtype.kind == 'f' and -SLACK <= low <= high <= 1 + SLACK:
         return np.rint(x.astype(np.float64) * 255).astype(np.uint8)
-    way = 'Say x / white, with the number that is white' if high > 255 else 'Say x.clip(0, 1)'
-    if 2 < high <= 255: way = 'If white is 255, say x.clip(0, 255).astype(np.uint8)'
     raise ValueError('the numbers of a picture must be uint8, uint16, or floats in 0..1; these are '
-                     f'{x.dtype}, {low:.4g} to {high:.4g}. {way}')
+                     f'{x.dtype}, {low:.4g} to {high:.4g}. {_way(x, low, high)}')
 
 # %% ../../nbs/02_photos.ipynb #c030c
 def as_image(
