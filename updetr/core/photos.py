@@ -306,6 +306,15 @@ def _quick(data, max_pixels):
         return None
 
 # %% ../../nbs/02_photos.ipynb #c021
+def _read_bytes(path, max_pixels, reduce):
+    "Return the content of a file. Raises BadPhoto."
+    try:
+        # longer than 16-bit RGBA can be: what is no photo at all must not fill the memory
+        if os.path.getsize(path) > 8 * max_pixels:
+            with open(path, 'rb') as file, _open_or_less(path, file, max_pixels, reduce): pass
+        return np.fromfile(path, np.uint8)
+    except OSError as e: raise BadPhoto(path, f'cannot be read: {e.strerror}') from e
+
 def read_photo(
     path,                          # file, str or Path
     max_pixels: int = MAX_PIXELS,  # refuse to decode more, px
@@ -314,8 +323,7 @@ def read_photo(
     "Return the pixels of a photo of any usual kind. Raises BadPhoto with the reason."
     path = os.fspath(path)
     _check_file(path)
-    try: data = np.fromfile(path, np.uint8)
-    except OSError as e: raise BadPhoto(path, f'cannot be read: {e.strerror}') from e
+    data = _read_bytes(path, max_pixels, reduce)
     # plain JPEGs, nearly all there are, go without PIL
     image = _quick(data, max_pixels)
     if image is not None: return image
@@ -490,9 +498,13 @@ class PhotoIndex:
     ):
         "Write the index, first aside and then renamed: a reader never sees half a file."
         content = dict(asdict(self), sizes=self.sizes.tolist())
+        text = json.dumps(content | {'sum': _list_sum(content)}, allow_nan=False)
         aside = Path(f'{os.fspath(path)}.{os.getpid()}.tmp')
-        aside.write_text(json.dumps(content | {'sum': _list_sum(content)}, allow_nan=False))
-        os.replace(aside, path)
+        try:
+            aside.write_text(text, encoding='utf-8')
+            os.replace(aside, path)
+        # nothing stays of what a full disk has stopped
+        finally: aside.unlink(missing_ok=True)
 
     @classmethod
     def load(
