@@ -362,16 +362,22 @@ def read_plain(
         raise _refusal(path, e, owners or {}) from e
 
 # %% ../../nbs/06_checkpoint.ipynb #fs000004
+def _is_state(found):
+    if not isinstance(found, dict) or not found: return False
+    return all(isinstance(v, Tensor) for v in found.values())
+
 def read_state_dict(
     path: str | Path,  # of weights, see `read_plain`
 ) -> dict[str, Tensor]:
     """Return the tensors of a file, whatever a training loop has put them into.
 
     Raises FileNotFoundError, or ValueError if it holds no state dict."""
-    state = read_plain(path)
-    # where training loops put the weights; averaged ones first
-    places = 'ema', 'model', 'state_dict', 'teacher'
-    if isinstance(state, dict):
-        state = next((state[k] for k in places if isinstance(state.get(k), dict)), state)
-        if all(isinstance(v, Tensor) for v in state.values()): return state
+    held = read_plain(path)
+    if isinstance(held, dict):
+        # where training loops put the weights; averaged ones first
+        found = [held.get(k) for k in ('ema', 'model', 'state_dict', 'teacher')] + [held]
+        # RT-DETR's averaged ones have a count beside them
+        if isinstance(found[0], dict): found.insert(0, found[0].get('module'))
+        for state in found:
+            if _is_state(state): return state
     raise ValueError(f'{path} holds no state dict of tensors')

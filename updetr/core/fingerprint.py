@@ -41,7 +41,7 @@ def file_digest(
             return digest.hexdigest()
         # or blocks from the head to the tail
         for k in range(BLOCKS):
-            file.seek(k * (size - BLOCK) // (BLOCKS - 1))
+            file.seek(k * max(0, size - BLOCK) // (BLOCKS - 1))
             digest.update(file.read(BLOCK))
     return digest.hexdigest()
 
