@@ -46,9 +46,9 @@ def file_digest(
     return digest.hexdigest()
 
 # %% ../../nbs/03_fingerprint.ipynb #c008
-BUDGET = 4 * 2**30  # bytes that are read of a set at most
+BUDGET = 4 * 2**30  # bytes that are read of a set at most, by the mean of its sizes
 OPENING = 2**16  # bytes that opening a file counts as
-SAMPLE = 2000  # photos that are read of a larger set
+SAMPLE = 2000  # photos that are read of a larger set, at most
 
 def _size(path):
     "Return the bytes of a file, -1 if there is none."
@@ -60,20 +60,24 @@ def _content(path):
     try: return file_digest(path, length=6)
     except OSError: return ''
 
+def _places(sizes, budget, sample):
+    "Return which of the files of these sizes are read: all, or evenly spread ones."
+    n, cost = len(sizes), sum(sizes) + OPENING * len(sizes)
+    if cost <= budget: return np.arange(n)
+    # both ends and one between them, however large they are
+    k = min(n, sample, max(3, n * budget // cost))
+    return np.linspace(0, n - 1, k).astype(int)
+
 def photo_contents(
     paths: list[str],                   # n files
-    budget: int = BUDGET,               # bytes that are read of all of them, at most
-    sample: int = SAMPLE,               # files that are read where all would be too much
+    budget: int = BUDGET,               # bytes that are read of all of them at most, by their mean
+    sample: int = SAMPLE,               # files that are read where all would be too much, at most
     threads: int = 16,                  # that ask and read
 ) -> tuple[list[int], dict[int, str]]:  # n sizes; place in the list -> digest, of those read
     "Return the sizes of all files, and the contents of all or of evenly spread ones."
     with ThreadPool(threads) as pool:
         sizes = pool.map(_size, paths)
-        places = np.arange(len(paths))
-        cost = sum(sizes) + OPENING * len(paths)
-        # too long to be read as a whole: evenly spread ones
-        if cost > budget and len(paths) > sample:
-            places = np.linspace(0, len(paths) - 1, sample).astype(int)
+        places = _places(sizes, budget, sample)
         contents = pool.map(_content, [paths[i] for i in places])
     return sizes, dict(zip(places.tolist(), contents))
 
