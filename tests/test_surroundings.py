@@ -181,18 +181,20 @@ def test_the_commit_is_the_package_s_own(tmp_path, monkeypatch):
     git('commit', '-m', 'tracked')
     at = tmp_path / 'env' / 'updetr'
     assert len(git_commit(at)) == 12
-    # a changed package or notebook is another code; a log, and what nobody tracks, is not
-    tracked = [tmp_path / name for name in ('updetr/a.py', 'nbs/a.ipynb', 'log.txt')]
-    for file in tracked:
+    # A changed package or notebook is another code, in a subfolder too. A log, another package of the
+    # same name at the top, and what nobody tracks are not.
+    code = [tmp_path / 'env' / name for name in ('updetr/__init__.py', 'updetr/core/a.py', 'nbs/a.ipynb')]
+    others = [tmp_path / name for name in ('env/log.txt', 'updetr/a.py')]
+    for file in code + others:
         file.parent.mkdir(exist_ok=True)
         file.touch()
     git('add', '.')
     git('commit', '-m', 'all')
     clean = git_commit(at)
-    (tmp_path / 'updetr' / 'new.py').touch()
-    for file in tracked:
-        file.write_text('x')
-        assert git_commit(at) == clean + '+changes' * (file.name != 'log.txt')
+    (at / 'new.py').touch()
+    for file in code + others:
+        file.write_text('x', encoding='utf-8')
+        assert git_commit(at) == clean + '+changes' * (file in code)
         git('checkout', str(file))
 
 

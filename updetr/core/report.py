@@ -38,7 +38,8 @@ def git_commit(
         # an installed package may lie in somebody else's repository
         git('ls-files', '--error-unmatch', '__init__.py')
         # figures and logs may change while a run goes on; the code may not
-        code = ':/updetr', ':/nbs'
+        # wherever in a repository the package lies, its notebooks lie beside it
+        code = '.', '../nbs'
         changed = git('status', '--porcelain', '--untracked-files=no', '--', *code)
         commit = git('rev-parse', '--short=12', 'HEAD')
     except (OSError, subprocess.CalledProcessError):
@@ -249,8 +250,9 @@ def save_figure(
     png = path.with_name(f'{path.name}.png')
     svg = path.with_name(f'{path.name}.svg')
     write_atomic(png, lambda p: fig.savefig(p, format='png', dpi=80))
-    # without a date the same figure is the same file
-    write_atomic(svg, lambda p: fig.savefig(p, format='svg', metadata={'Date': None}))
+    # without a date and without random names the same figure is the same file
+    with plt.rc_context({'svg.hashsalt': 'updetr'}):
+        write_atomic(svg, lambda p: fig.savefig(p, format='svg', metadata={'Date': None}))
 
 _NEEDED = {'command', 'commit', 'versions', 'hardware', 'seeds', 'scale', 'wall_s'}
 
