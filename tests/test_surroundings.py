@@ -1,6 +1,7 @@
 "What lies around a run: files that others read, downloads that break off, memory, variables, the commit of the code."
 import argparse
 import dataclasses
+import http.client
 import http.server
 import os
 import resource
@@ -102,6 +103,18 @@ def test_a_download_that_broke_off_is_not_kept(tmp_path, monkeypatch):
     Stump.content = whole
     assert torch.load(fetch_weights('net', 'own'))['a'][-1] == 4999
     server.shutdown()
+
+
+def test_a_download_that_fails_says_what_to_copy(tmp_path, monkeypatch):
+    "Also where the cache cannot be written, and where the server's answer is none."
+    (tmp_path / 'file').touch()
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'file'))
+    with pytest.raises(FileNotFoundError, match='Copy https://.*\nto .*swav_800ep'): fetch_weights('resnet50', 'swav')
+
+    def broken(*args, **kwargs): raise http.client.IncompleteRead(b'half')
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', broken)
+    with pytest.raises(FileNotFoundError, match='Copy https://'): fetch_weights('resnet50', 'swav')
 
 
 def test_only_some_memory_is_used_for_decoded_photos(tmp_path, monkeypatch):

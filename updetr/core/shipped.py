@@ -7,7 +7,9 @@ __all__ = ['SHIPPED', 'WEIGHTS', 'shipped', 'model_card', 'WeightSource', 'weigh
 
 # %% ../../nbs/08_shipped.ipynb #c002
 import difflib
+import os
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib import resources
 from pathlib import Path
 
@@ -77,10 +79,10 @@ def weight_source(
 
 def weights_path(
     backbone: str,  # name of the network
-    weights: str,   # a name in `WEIGHTS`, or the path of a .pth or .safetensors file
+    weights: str,   # a name in `WEIGHTS`, or the path of a .pth or .safetensors file, ~ allowed
 ) -> Path:  # may not exist yet
     "Return where the file of these weights is expected. Raises ValueError for an unknown name."
-    file = Path(weights)
+    file = Path(os.path.expanduser(weights))
     if file.suffix in ('.pth', '.pt', '.tar', '.safetensors') or file.is_file(): return file
     source = weight_source(backbone, weights)
     if source.url: return Path(torch.hub.get_dir()) / 'checkpoints' / source.url.rsplit('/', 1)[1]
@@ -99,13 +101,13 @@ def fetch_weights(
     if path.is_file(): return path
     url = getattr(WEIGHTS.get((backbone, weights)), 'url', None)
     if not url: raise FileNotFoundError(f'weights file {path} does not exist')
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), progress=False)
         load_checkpoint(path)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, HTTPException) as e:
         # a connection that ends early leaves a part, which would be found here for ever
-        path.unlink(missing_ok=True)
+        if path.is_file(): path.unlink()
         raise FileNotFoundError(f"weights '{weights}' could not be downloaded ({e}). "
                                 f'Copy {url}\nto {path}\nby hand and start again.') from e
     return path
