@@ -281,6 +281,14 @@ def test_the_gpu_matches_as_cheaply_as_scipy(shape):
             assert len(taken.unique()) == len(taken)
 
 
+@pytest.mark.multigpu
+def test_costs_are_matched_on_their_own_gpu():
+    "Another one is the current one."
+    cost, counts = torch.randn(2, 3, 9, 4, generator=torch.Generator().manual_seed(0)), [4, 2, 0]
+    with torch.cuda.device(0): ours = assign(cost.to('cuda:1'), counts)
+    assert ours.device == torch.device('cuda:1') and torch.equal(ours.cpu(), assign(cost, counts))
+
+
 def test_nothing_ahead_of_the_step_waits_for_the_gpu(tmp_path):
     task = make_task(tmp_path / 'run', device=DEVICE, **VIEWS)
     cnn, batches = task.model.backbone[0], list(photo_loader(task.dataset, task.plan(0, 3)))

@@ -114,5 +114,7 @@ def assign_on_device(
     block = 1 << max(N, T).bit_length()
     table = cost.float().contiguous()
     programs = _assign_one[(L * B,)]
-    programs(table, counts, match, N, T, B, block, num_warps=1)
+    # Triton launches on the current GPU, which need not be the tensor's
+    with torch.cuda.device_of(cost):
+        programs(table, counts, match, N, T, B, block, num_warps=1)
     return match
