@@ -32,7 +32,10 @@ def raises(
 # %% ../../nbs/01_pictures.ipynb #c008
 def _pixels(image):
     "Return anything drawable as numpy (H, W, 3) or (H, W), bytes or floats 0..1."
-    if isinstance(image, torch.Tensor): image = image.detach().cpu().numpy()
+    if isinstance(image, torch.Tensor):
+        # numpy has no bfloat16
+        if image.is_floating_point(): image = image.float()
+        image = image.detach().cpu().numpy()
     x = np.asarray(image)
     # channels last, and none for grey
     if x.ndim == 3 and x.shape[0] in (1, 3): x = x.transpose(1, 2, 0)
@@ -41,6 +44,10 @@ def _pixels(image):
         raise ValueError(f'cannot draw an image of shape {x.shape}: '
                          'expected (3, H, W), (1, H, W), (H, W) or (H, W, 3)')
     if colour and x.shape[-1] == 1: x = x[..., 0]
+    # of other whole numbers nothing says which is white
+    if x.dtype.kind in 'iu' and x.dtype != np.uint8 and x.max(initial=0) > 1:
+        raise ValueError(f'cannot draw whole numbers up to {x.max()} as {x.dtype}: '
+                         'give x / white, with the number that is white, or x > 0 of a mask')
     # matplotlib would warn of floats outside 0..1
     return x if x.dtype == np.uint8 else x.astype(np.float32).clip(0, 1)
 
@@ -92,8 +99,8 @@ def show_image(
     """Draw an image with boxes, and return its axes.
 
     Raises ValueError if the image cannot be drawn or the lists do not fit together."""
-    if ax is None: _, ax = plt.subplots(figsize=(4, 3), dpi=72)
     pixels = _pixels(image)
+    if ax is None: _, ax = plt.subplots(figsize=(4, 3), dpi=72)
     grey = pixels.ndim == 2
     white = 255 if pixels.dtype == np.uint8 else 1
     ax.imshow(pixels, cmap='gray' if grey else None, vmin=0, vmax=white)
@@ -108,6 +115,12 @@ def _frame(ax, color, width=3):
     ax.set(xticks=[], yticks=[])
     for spine in ax.spines.values(): spine.set(color=color, linewidth=width)
 
+def _check_numbers(n, what, **lists):
+    "Raise ValueError for a list that is given and has fewer entries than there are pictures."
+    for name, entries in lists.items():
+        if entries is not None and len(entries) < n:
+            raise ValueError(f'{n} {what} and {len(entries)} {name}: the numbers must agree')
+
 def show_grid(
     images,       # list of images, each as for `show_image`
     titles=None,  # one text an image
@@ -115,8 +128,9 @@ def show_grid(
     size=1.6,     # side of one picture, inches
     colors=None,  # one frame colour an image; no frames without
 ):                # the figure
-    "Draw images in rows, and return the figure. Raises ValueError for an empty list."
+    "Draw images in rows, and return the figure. Raises ValueError for no images or wrong numbers."
     if not len(images): raise ValueError('show_grid got no images')
+    _check_numbers(len(images), 'images', titles=titles or None, colors=colors or None)
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     row_height = size + (.3 if titles else 0)
@@ -168,6 +182,7 @@ def show_patches(
     if patches is None: patches = _cut(image, boxes)
     if len(patches) != len(boxes):
         raise ValueError(f'{len(boxes)} boxes but {len(patches)} patches')
+    _check_numbers(len(boxes), 'boxes', titles=titles or None, scores=scores)
     colors = _colors(len(boxes))
     height, width = image.shape[-2:]
     fig, grid = _patches_figure(len(boxes), size, photo_height=size * height / width)
