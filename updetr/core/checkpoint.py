@@ -15,6 +15,7 @@ import math
 import os
 import re
 import zipfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,7 +31,9 @@ from .config import PLACES
 # what a system says where a disk, a quota or a file is full
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-def _aside(path): return path.with_name(f'{path.name}.{os.getpid()}.tmp')
+def _aside(path):
+    "Return where a file is written first, under a short name: its own may leave no room for more."
+    return path.with_name(f'{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.tmp')
 
 def _keep(path, kept):
     "Give the file a second name, in one step"
