@@ -3,7 +3,9 @@ import contextlib
 import dataclasses
 import io
 import json
+import sys
 import warnings
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -24,7 +26,7 @@ from updetr.predict import detector as predict_detector
 from updetr.predict.detector import Detections, Detector, by_tiles, check_threshold, coco_results
 from updetr.predict.export import to_huggingface
 from updetr.predict.oneshot_detector import Matches, OneShotDetector
-from updetr.tasks.finetune import Subset, finetune_config
+from updetr.tasks.finetune import FinetuneConfig, Subset, finetune_config
 from updetr.tasks.finetune_task import evaluate, measurement
 from updetr.tasks.oneshot import build_oneshot, predict_pictures
 from updetr.train.evaluate import CocoEvaluator
@@ -138,6 +140,31 @@ def test_a_class_that_the_files_lack_has_no_id():
     found = Detections(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(1, 4), torch.tensor([1]), torch.ones(1), ('a', 'b'),
                        category_ids=(3, None))
     with pytest.raises(ValueError, match='class 1 has no id'): found.to_dict()
+
+
+class _Mine(torch.nn.Module):
+    "A detector of one's own, with no more than notebook 27 asks for: `forward`, `predict`, `mean` and `std`."
+    mean, std = (0., 0., 0.), (1., 1., 1.)
+
+    def __init__(self):
+        super().__init__()
+        self.box = torch.nn.Parameter(torch.tensor([[1., 2, 30, 40]]))
+
+    def forward(self, batch): return self.box.sum(), {}
+
+    def predict(self, batch):
+        answer = {'boxes': self.box, 'labels': torch.tensor([1]), 'scores': torch.tensor([.75])}
+        return [answer] * len(batch['targets'])
+
+
+def test_a_detector_of_ones_own_is_opened_after_its_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'mymodel', SimpleNamespace(build=lambda num_classes, *cnn, **more: _Mine()))
+    args = dataclasses.asdict(FinetuneConfig(detector='mymodel:build', weights='none'))
+    file = tmp_path / 'checkpoint.pth'
+    save_checkpoint(file, {'model': _Mine().state_dict(), 'args': args, 'class_names': ['a', 'b'], 'category_ids': list(IDS)})
+    found = Detector.from_checkpoint(file)(torch.zeros(3, 80, 120, dtype=torch.uint8))
+    assert found.to_dict() == [{'image_id': 0, 'category_id': IDS[1], 'bbox': [1, 2, 29, 38], 'score': .75}]
+    with pytest.raises(ValueError, match='has 2 classes, but 3 names'): Detector.from_checkpoint(file, classes='abc')
 
 
 def test_matches_carry_the_id_of_what_was_asked_for():

@@ -288,7 +288,8 @@ class Detector:
         module, cfg, names, ids = _open(path, told)
         # nobody trains it here: its CNN is folded once, not for every picture
         module.requires_grad_(False)
-        num = (module.model if isinstance(module, DetectStep) else module).num_classes
+        # a detector of one's own need not say how many classes it has: its file names them
+        num = module.model.num_classes if names is None else len(names)
         if classes is not None: names = classes
         if names is None: names = [f'class {i}' for i in range(num)]
         if len(names) != num:
