@@ -40,10 +40,14 @@ from ..data.transforms import DETR_SIZES, Sizes
 # %% ../../nbs/52_segmenter.ipynb #c005
 def _widest_place(mask):
     "Return (x, y) of the pixel of a mask (H, W) that is farthest from its border."
-    framed = F.pad(mask[None], [1] * 4)[0].numpy()  # the edge of the picture is a border, too
+    rows, columns = mask.any(1).nonzero()[:, 0].tolist(), mask.any(0).nonzero()[:, 0].tolist()
+    top, left = rows[0], columns[0]
+    # only where the mask is: a frame of background stands for all around, and for the photo's edge
+    part = mask[top:rows[-1] + 1, left:columns[-1] + 1]
+    framed = F.pad(part[None], [1] * 4)[0].numpy()
     depth = distance_transform_edt(framed)[1:-1, 1:-1]
     y, x = divmod(int(depth.argmax()), depth.shape[1])
-    return x, y
+    return left + x, top + y
 
 @dataclass(frozen=True, eq=False)
 class Segments:
