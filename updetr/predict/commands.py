@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from glob import glob
 from html import escape
 from pathlib import Path
@@ -70,6 +71,21 @@ def _in_folder(folder):
     videos = [file for file, _ in others if is_video(file)]
     return photos + videos, [pair for pair in others if not is_video(pair[0])]
 
+def _meant(source):
+    "Return photos and videos that one source means, and pairs of what is neither and a reason."
+    if os.path.isdir(source): return _in_folder(source)
+    if os.path.isfile(source): return [source], []
+    found = sorted(glob(source, recursive=True))
+    if not found: raise FileNotFoundError(f'no photo, video or folder is {printable(source)}')
+    files, others = [file for file in found if os.path.isfile(file)], []
+    # a folder that a pattern matches is searched, as where the shell expands it; ** searches itself
+    for folder in [] if '**' in source else filter(os.path.isdir, found):
+        # one without photos may lie among them
+        with suppress(ValueError):
+            photos, rest = _in_folder(folder)
+            files, others = files + photos, others + rest
+    return files, others
+
 # what `predict` and `evaluate` leave in the folder of their results
 _LEFT = ('pictures', 'segments', 'figures', 'answers.csv', 'results.json', 'skipped.txt',
          'report.html', 'metrics.json')
@@ -92,17 +108,13 @@ def find_pictures(
     "Return the photos and videos that are meant. Raises FileNotFoundError where there are none."
     files, skipped = [], []
     for source in map(os.fspath, sources):
-        if os.path.isdir(source):
-            photos, others = _in_folder(source)
-            files, skipped = files + photos, skipped + others
-            continue
-        found = [source] if os.path.isfile(source) else sorted(glob(source, recursive=True))
-        files += [file for file in found if os.path.isfile(file)]
-        if not found: raise FileNotFoundError(f'no photo, video or folder is {printable(source)}')
+        photos, others = _meant(source)
+        files, skipped = files + photos, skipped + others
     # each file once by its own name: links may lead to one nameless file
     there, is_left = list(dict.fromkeys(map(os.path.abspath, files))), _left_in(out)
     files = [file for file in there if not is_left(file)]
-    skipped = [pair for pair in skipped if not is_left(pair[0])]
+    skipped = {os.path.abspath(file): (file, reason) for file, reason in skipped}
+    skipped = [pair for pair in skipped.values() if not is_left(pair[0])]
     if not files:
         where = ', '.join(map(printable, sources))
         if not there: raise FileNotFoundError(f'no photo in {where}')
