@@ -172,12 +172,14 @@ class OneShotDetector:
 
     @torch.no_grad()
     def _answers(self, image, features):
-        "Return a dict for each of m questions: boxes (k,4) xyxy px, scores (k,)."
+        "Return a dict for each of m questions: boxes (k,4) xyxy px in the photo, scores (k,)."
         batch = picture_batch(image, self.cnn, self.sizes, self.square)
         feature = self.cnn(batch['images'])  # (1,C,h,w)
         target = {k: v.to(self.device) for k, v in batch['targets'][0].items()}
         found = self.ask(feature, features, target)
-        return [{k: v.cpu() for k, v in answer.items()} for answer in found]
+        found = [{k: v.cpu() for k, v in answer.items()} for answer in found]
+        # before answers are compared: what differs only outside the photo is one place
+        return [a | {'boxes': clip_boxes_to_image(a['boxes'], image.shape[1:])} for a in found]
 
     def detect(self, image, asked, threshold=.5, overlap=1.):
         "Return the matches of one query (3,s,s) uint8 in one photo (3,H,W) uint8."
@@ -187,7 +189,6 @@ class OneShotDetector:
         boxes, scores = found['boxes'], found['scores']
         # highest scores first; of answers for one place only the highest
         order = [k for k in nms(boxes, scores, overlap).tolist() if scores[k] >= threshold]
-        boxes = clip_boxes_to_image(boxes, image.shape[1:])
         labels = boxes.new_zeros(len(order), dtype=torch.long)
         return Matches(image, boxes[order], labels, scores[order], ('match',), asked)
 
@@ -227,5 +228,4 @@ class OneShotDetector:
         boxes, scores = [torch.cat([a[k] for a in found]) for k in ('boxes', 'scores')]
         kept = drop_duplicates(boxes, labels, scores, overlap)
         kept = kept[scores[kept] >= threshold]
-        boxes = clip_boxes_to_image(boxes[kept], image.shape[1:])
-        return Detections(image, boxes, labels[kept], scores[kept], names)
+        return Detections(image, boxes[kept], labels[kept], scores[kept], names)
