@@ -359,6 +359,7 @@ def save_huggingface(
 # %% ../../nbs/56_export.ipynb #f5600015
 def open_huggingface(
     folder: str | Path,  # with config.json and model.safetensors of a DETR of transformers
+    category_ids: Sequence | None = None,  # its classes' ids, where config.json does not say them
 ) -> Detector:           # detector on the CPU
     "Open a folder of transformers. Raises FileNotFoundError, or ValueError for another model."
     folder = Path(folder)
@@ -379,8 +380,9 @@ def open_huggingface(
     cnn = model.backbone[0]
     cnn.mean = tuple(rule.get('image_mean', cnn.mean))
     cnn.std = tuple(rule.get('image_std', cnn.std))
+    ids = config.get('category_ids') if category_ids is None else category_ids
     return Detector(DetectStep(model, build_criterion(model)).requires_grad_(False), names, sizes,
-                    size.get('height', 0), category_ids=config.get('category_ids'))
+                    size.get('height', 0), category_ids=ids)
 
 # %% ../../nbs/56_export.ipynb #c023
 def _padded_by_constants(body):

@@ -306,8 +306,9 @@ class OpenPhoto:
         chosen = choose_answers(scores, boxes, m, threshold, best_of_group, overlap)
         labels = group_of(len(scores), m, chosen.device)[chosen]
         names = tuple(f'patch {i + 1}' for i in range(m))
+        # the category of a result is its patch
         found = Found(self.image, boxes[chosen], labels, scores[chosen], names, pictures, chosen,
-                      attention)
+                      attention, category_ids=tuple(range(m)))
         if not likeness: return found
         return replace(found, likeness=likeness_of(self.localizer, found))
 

@@ -18,7 +18,7 @@ from ..core.checkpoint import model_file, read_weights
 from ..core.config import find_builder, is_place, require_imported
 from ..model.weights import built, check_system, fill, plain_tensors, stored_config
 from updetr.predict.detector import (
-    Detections, check_device, check_threshold, drop_duplicates, picture_batch,
+    Detections, check_device, check_ids, check_threshold, drop_duplicates, picture_batch,
 )
 from ..tasks.finetune import view_sizes
 from ..model.pretrained import Pretrained, hand_over, open_pretrained
@@ -192,16 +192,17 @@ class OneShotDetector:
         labels = boxes.new_zeros(len(order), dtype=torch.long)
         return Matches(image, boxes[order], labels, scores[order], ('match',), asked)
 
-    def few_shot(self, photos, classes, threshold=.5, overlap=.5, join='mean'):
+    def few_shot(self, photos, classes, threshold=.5, overlap=.5, join='mean', category_ids=None):
         """Return `Detections` of several classes, {'cup': [picture, (picture, box), ...], ...};
         a list of photos gives a list. `join`: 'mean', each class is one question, with the mean
         feature of its pictures; 'max', each picture is one, and the best answer to a place stays.
-        Raises ValueError for a class without pictures."""
+        `category_ids` are the classes' own. Raises ValueError for a class without pictures."""
         check_threshold(threshold)
+        named = {'classes': tuple(classes), 'category_ids': check_ids(category_ids, classes)}
         several = isinstance(photos, (list, tuple))
         images = [as_image(photo) for photo in (photos if several else [photos])]
         questions = self._questions(classes, join)
-        found = [self._find(image, *questions, tuple(classes), threshold, overlap)
+        found = [self._find(image, *questions, named, threshold, overlap)
                  for image in images]
         return found if several else found[0]
 
@@ -221,11 +222,11 @@ class OneShotDetector:
             labels += [label] * len(own)
         return torch.cat(features), torch.tensor(labels, device='cpu')
 
-    def _find(self, image, features, labels, names, threshold, overlap):
+    def _find(self, image, features, labels, named, threshold, overlap):
         "Return the answers to all questions about one photo, the highest score first."
         found = self._answers(image, features)
         labels = labels.repeat_interleave(labels.new_tensor([len(a['scores']) for a in found]))
         boxes, scores = [torch.cat([a[k] for a in found]) for k in ('boxes', 'scores')]
         kept = drop_duplicates(boxes, labels, scores, overlap)
         kept = kept[scores[kept] >= threshold]
-        return Detections(image, boxes[kept], labels[kept], scores[kept], names)
+        return Detections(image, boxes[kept], labels[kept], scores[kept], **named)

@@ -26,7 +26,7 @@ from updetr.model.weights import (
 )
 from ..core.config import is_place, model_options, require_imported
 from updetr.predict.detector import (
-    check_device, check_threshold, label_font, own_ids, picture_batch,
+    check_device, check_ids, check_threshold, label_font, own_ids, picture_batch,
 )
 from ..model.detr import build_detr
 from ..tasks.finetune import view_sizes
@@ -227,7 +227,7 @@ class PanopticSegmenter:
         # as pictures are, also where torch's default type is float64
         self.model, self.threshold = model.float().eval(), threshold
         self.classes, self.isthing = tuple(classes), list(isthing)
-        self.category_ids = None if category_ids is None else tuple(category_ids)
+        self.category_ids = check_ids(category_ids, self.classes)
         # a system of one stage has `segments`, and says itself how it wants pictures
         self.is_detr = not hasattr(model, 'segments')
         cnn = model.detr.backbone[0] if self.is_detr else model
@@ -235,10 +235,10 @@ class PanopticSegmenter:
 
     @classmethod
     def from_checkpoint(cls, path, device='cpu', classes=None, per_head=None, isthing=None,
-                        **told):
+                        category_ids=None, **told):
         """Return one from a file of stage masks or of a system of one stage, or a published DETR.
 
-        `classes` names them where the file does not; `isthing` says of each class of a published
+        `classes` names them where the file does not, and `category_ids` are their ids; `isthing` says of each class of a published
         file whether it is a thing, if they are not COCO's. `told` are options that a published
         file does not tell: dilation=True for a DC5 model.
         """
@@ -254,8 +254,8 @@ class PanopticSegmenter:
         # sizes and threshold of its evaluation; a published one has DETR's
         ours = {}
         if cfg: ours = dict(sizes=view_sizes(cfg), square=cfg.square, threshold=cfg.threshold)
-        return cls(model.to(device), names, known['isthing'], **ours,
-                   category_ids=known['category_ids'])
+        ids = known['category_ids'] if category_ids is None else category_ids
+        return cls(model.to(device), names, known['isthing'], **ours, category_ids=ids)
 
     def __call__(self, pictures, threshold=None):
         """Return the segments whose class has at least this probability.
