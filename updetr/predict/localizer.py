@@ -400,7 +400,14 @@ class QueryPatchLocalizer:
         return scores, boxes, torch.cat(kept).cpu() if maps else None
 
     def open(self, picture):
-        "Return a path, PIL image, array or tensor, ready to be asked; BadPhoto or ValueError."
+        """Return a path, PIL image, array or tensor, ready to be asked; an open photo as it is.
+
+        Raises BadPhoto or ValueError.
+        """
+        if isinstance(picture, OpenPhoto):
+            if picture.localizer is self: return picture
+            # what another model made of it says nothing here
+            picture = picture.image
         return OpenPhoto(self, as_image(picture))
 
     def __call__(self, picture, boxes, target=None, **options):
@@ -410,16 +417,18 @@ class QueryPatchLocalizer:
         a list, and so does a list of pictures, each with its own boxes; ValueError if these are
         fewer.
         """
+        if isinstance(picture, (list, tuple)) and len(picture) != len(boxes):
+            raise ValueError(f'{len(picture)} pictures need as many lists of boxes, '
+                             f'not {len(boxes)}')
+        several = isinstance(target, (list, tuple))
+        # opened here, so that each is encoded once, whatever it is asked
+        if several: target = [self.open(t) for t in target]
+        elif target is not None: target = self.open(target)
         if isinstance(picture, (list, tuple)):
-            if len(picture) != len(boxes):
-                raise ValueError(f'{len(picture)} pictures need as many lists of boxes, '
-                                 f'not {len(boxes)}')
             return [self(p, b, target, **options) for p, b in zip(picture, boxes)]
         photo = self.open(picture)
-        if target is None: return photo.find(boxes, **options)
-        if isinstance(target, (list, tuple)):
-            return [photo.find(boxes, self.open(t), **options) for t in target]
-        return photo.find(boxes, self.open(target), **options)
+        if several: return [photo.find(boxes, t, **options) for t in target]
+        return photo.find(boxes, target, **options)
 
 # %% ../../nbs/53_localizer.ipynb #c061
 LIKENESS_STEPS = (-1., .7, .8, .9, 1.01)  # bounds of the rows of `likeness_rows`
