@@ -245,7 +245,7 @@ def test_answers_lie_on_the_host_whatever_device_is_the_default(monkeypatch):
     def apart(*args):  # torchvision has a number on the default device, which a GPU's may be
         with torch.device('cpu'): return batched_nms(*args)
 
-    for module in ('detector', 'localizer'): monkeypatch.setattr(f'updetr.predict.{module}.batched_nms', apart)
+    monkeypatch.setattr('updetr.predict.detector.batched_nms', apart)
     photo, pictures = torch.zeros(3, 200, 200, dtype=torch.uint8), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     boxes, scores = torch.tensor([[.1, .1, .5, .5]]).repeat(4, 1) * torch.arange(1, 5)[:, None] / 4, torch.tensor([.1, .4, .3, .2])
     found = Detections(photo, boxes * 100, torch.zeros(4, dtype=torch.long), scores, ('a',))

@@ -18,13 +18,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.ops import batched_nms, box_convert, box_iou
+from torchvision.ops import box_convert, box_iou
 from torchvision.transforms.v2 import functional as F
 
 from ..core.checkpoint import model_file
 from ..data.augment import BLUR_RADIUS, augment, draw_factors
 from ..core.config import make_config, model_options
-from .detector import Detections, check_device, picture_batch
+from updetr.predict.detector import (
+    Detections, check_device, check_threshold, drop_duplicates, picture_batch,
+)
 from ..model.updetr import group_of
 from ..model.pretrained import open_pretrained
 from ..tasks.oneshot import OneShotConfig
@@ -156,7 +158,7 @@ def choose_answers(
         best = scores.view(num_patches, each).argmax(1)
         index = best + each * torch.arange(num_patches, device=scores.device)
     else:
-        index = batched_nms(boxes, scores, group, overlap)
+        index = drop_duplicates(boxes, group, scores, overlap)
     index = index[scores[index] >= threshold]
     return index[scores[index].argsort(descending=True)]
 
