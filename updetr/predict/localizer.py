@@ -296,8 +296,9 @@ class OpenPhoto:
         """Return where these query pictures, (m, 3, s, s) uint8, are; options of `choose_answers`.
 
         With `maps` attention is kept (slower); with `likeness` each answer is looked at, which
-        is a small CNN pass.
+        is a small CNN pass. Raises ValueError for a threshold that is no score.
         """
+        check_threshold(threshold)
         m, (encoded, shape) = len(pictures), self.encoded
         scores, boxes, attention = self.localizer.answers(encoded, pictures, maps)
         # boxes in px, attention as maps
