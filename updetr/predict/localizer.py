@@ -359,7 +359,8 @@ class QueryPatchLocalizer:
     @classmethod
     def untrained(cls, path='', seed=0, device='cpu', **told):
         "Return one with architecture and CNN of a file ('': the demo's), the rest random."
-        return cls._of(*scratch_localizer(path, seed, **told), check_device(device))
+        device = check_device(device)
+        return cls._of(*scratch_localizer(path, seed, **told), device)
 
     @classmethod
     def _of(cls, model, cfg, kind, device):
