@@ -636,6 +636,11 @@ def page_weights(
     return {'checkpoint': runs.get('pretrain', ''), 'oneshot': runs.get('oneshot', '')}
 
 # %% ../../nbs/55_widget.ipynb #f5500003
+def _names_photo(word):
+    "Return whether a word names a photo, by its ending or as a built-in one."
+    built_in = {photo.name for photo in builtin_photos()}
+    return word in built_in or Path(word).suffix.lower() in SUFFIXES
+
 def _localize_words(words):
     "Return what a command line says."
     parser = argparse.ArgumentParser(
@@ -645,14 +650,17 @@ def _localize_words(words):
     parser.add_argument('checkpoint', nargs='?', default='', help='file of a pre-training or a '
                         'one-shot run, ours or published; default: the newest runs in runs/, else '
                         'the weights that come with the package')
-    parser.add_argument('photo', nargs='?', default='chelsea',
-                        help='file, or name of a built-in photo; default: chelsea')
+    parser.add_argument('photo', nargs='?', default='', help='file, or name of a built-in photo; '
+                        'default: chelsea. It may also stand first, or alone')
     parser.add_argument('--port', type=int, default=8866, help='of the page; default: 8866')
     parser.add_argument('--no-browser', action='store_true', help='only say the address')
     told = parser.parse_args(words)
-    # a photo alone
-    if Path(told.checkpoint).suffix.lower() in SUFFIXES:
-        told.checkpoint, told.photo = '', told.checkpoint
+    first, second = told.checkpoint, told.photo
+    if _names_photo(first):
+        if _names_photo(second):
+            parser.error(f'{first} and {second} are two photos: name a checkpoint and a photo')
+        first, second = second, first
+    told.checkpoint, told.photo = first, second or 'chelsea'
     return told
 
 def localize(
