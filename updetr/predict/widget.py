@@ -630,9 +630,9 @@ def page_weights(
         place = 'oneshot' if kind == 'one-shot' else 'checkpoint'
         return {place: str(Path(checkpoint).resolve())}
     runs = {task: str(path.resolve()) for task, path in newest_runs('.').items()}
-    if 'pretrain' not in runs:
-        print('no finished pre-training in runs/: the page begins with the weights that come with '
-              'the package')
+    if not runs:
+        print('no finished pre-training or one-shot run in runs/: the page begins with the weights '
+              'that come with the package')
     return {'checkpoint': runs.get('pretrain', ''), 'oneshot': runs.get('oneshot', '')}
 
 # %% ../../nbs/55_widget.ipynb #f5500003
