@@ -359,7 +359,8 @@ class _Answers:
         "Take the last answer from the page."
         c = self.c
         self.found = None
-        c.canvas.marks, c.canvas.overlay, c.queries.value = [], b'', ''
+        for canvas in (c.canvas, c.other): canvas.marks, canvas.overlay = [], b''
+        c.queries.value = ''
         with self.silence: c.attention.options = [('off', -1)]
 
     def show(self, found, same, each):
@@ -535,7 +536,10 @@ class LocalizeWidget:
         "Ask with the boxes that are drawn, and show what is found."
         self.c.canvas.busy = True  # the browser says "working" until this is over
         try: self._ask()
-        except Exception as e: _say(self.c, f'{type(e).__name__}: {e}', bad=True)
+        except Exception as e:
+            # the last answer is not one to what was asked now
+            self.answers.clear()
+            _say(self.c, f'{type(e).__name__}: {e}', bad=True)
         finally: self.c.canvas.busy = False
 
     def _ask(self):
