@@ -20,6 +20,7 @@ from test_task import save_photos
 from tools.cells import run_cells
 from updetr.core.checkpoint import export_weights, load_checkpoint, read_weights, save_checkpoint, write_json
 from updetr.data.datasets import open_dataset
+from updetr.data.scenes import Scenes
 from updetr.data.transforms import Sizes
 from updetr.model.detr import build_detr
 from updetr.predict import detector as predict_detector
@@ -28,6 +29,8 @@ from updetr.predict.export import to_huggingface
 from updetr.predict.oneshot_detector import Matches, OneShotDetector
 from updetr.tasks.finetune import FinetuneConfig, Subset, finetune_config
 from updetr.tasks.finetune_task import evaluate, measurement
+from updetr.tasks.panoptic import PanopticScenes
+from updetr.tasks.panoptic_task import PanopticSubset
 from updetr.tasks.oneshot import build_oneshot, predict_pictures
 from updetr.train.evaluate import CocoEvaluator
 from updetr.train.launch import read_log
@@ -98,6 +101,16 @@ def test_photos_with_texts_for_ids_are_written_with_them(noise, run, tmp_path):
     assert len(theirs.anns) == len(rows)
     part = coco_results(detector, Subset(data, [1, 4]))
     assert part == [r for r in rows if r['image_id'] in (names[FAR + 1], names[FAR + 4])]
+
+
+def test_photos_of_a_panoptic_set_are_written_with_their_texts_too(noise, run, tmp_path):
+    """Its table is no table of boxes: the file's ids are its own, also where a run has chosen some of its photos."""
+    truth = PanopticScenes(Scenes(3, (64, 96)))
+    truth.files, truth.source = ['', '', ''], ''
+    truth.file_ids = ['a/0', 'b/1', 'c/2']
+    detector = Detector.from_checkpoint(run / 'checkpoint.pth', classes=truth.classes[:2])
+    for photos, ids in ((truth, truth.file_ids), (PanopticSubset(Subset(truth, np.array([2, 0]))), ['c/2', 'a/0'])):
+        assert list(dict.fromkeys(r['image_id'] for r in coco_results(detector, photos))) == ids
 
 
 class _Numpys(torch.utils.data.Dataset):

@@ -360,9 +360,10 @@ def _file_ids(photos):
     "{image id: the photo's id in the annotation file} of a labelled set; empty for other photos"
     # a part of a set knows the whole
     while hasattr(photos, 'chosen'): photos = photos.dataset
-    table = getattr(photos, 'table', None)
-    if table is None: return {}
-    return dict(zip(table.image_ids, table.file_ids))
+    # a panoptic set holds them itself
+    held = getattr(photos, 'table', photos)
+    if not hasattr(held, 'file_ids'): return {}
+    return dict(zip(held.image_ids, held.file_ids))
 
 # %% ../../nbs/50_detector.ipynb #c017s
 def _of_set(detector, photos):
