@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
-from PIL import Image
 from pycocotools import mask
 
 from ..core.fingerprint import file_digest
+from ..core.photos import SUFFIXES
 from ..core.pictures import plain_label, show_image
 from ..train.evaluate import CocoEvaluator
 
@@ -461,12 +461,14 @@ def unlisted_photos(
     listed: list,  # files that the parts of a set list
 ) -> list[str]:    # files
     "Return the photos that lie in the same folders and are not listed."
-    Image.init()
     known = {os.path.realpath(file) for file in listed}
     found = []
     for folder in sorted({os.path.dirname(file) for file in listed}):
-        for name in sorted(os.listdir(folder)):
+        # photos of the training may be gone
+        try: names = sorted(os.listdir(folder))
+        except OSError: continue
+        for name in names:
             file = os.path.join(folder, name)
-            is_photo = os.path.splitext(name)[1].lower() in Image.EXTENSION
+            is_photo = os.path.splitext(name)[1].lower() in SUFFIXES
             if is_photo and os.path.realpath(file) not in known: found.append(file)
     return found
