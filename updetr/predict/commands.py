@@ -407,14 +407,19 @@ def without_duplicates(
     return only(evaluator, keep)
 
 # %% ../../nbs/59_commands.ipynb #c023
+def _class_aps(evaluator, c):
+    "Return the APs of each class, by its label"
+    aps, none = evaluator.per_class(), dict.fromkeys(('AP', 'AP50', 'AP75'), float('nan'))
+    # of two classes with one name, one has no objects, and its namesake's AP is not its own
+    return [aps[name] if c.objects(k) else none for k, name in enumerate(c.classes)]
+
 def measure_errors(
     evaluator: CocoEvaluator,  # with the answers of all photos
     nms: float | None = None,  # also with NMS, 0..1
 ) -> dict:                     # what JSON can hold
     "Return AP, the numbers of each class, thresholds, kinds of errors and the confusion matrix."
-    c = compare(evaluator)
-    classes = []
-    for k, (name, aps) in enumerate(evaluator.per_class().items()):
+    c, classes = compare(evaluator), []
+    for k, (name, aps) in enumerate(zip(c.classes, _class_aps(evaluator, c))):
         classes.append({'class': name, 'objects': c.objects(k)} | aps | best_threshold(c, k))
     limits = [row.get('threshold', .5) for row in classes]
     seen = compare(above(evaluator, limits))
@@ -424,7 +429,7 @@ def measure_errors(
                'thresholds': limits, 'confusion': confusion(seen).tolist()}
     if nms is None: return numbers
     fewer = without_duplicates(evaluator, nms)
-    for row, aps in zip(classes, fewer.per_class().values()):
+    for row, aps in zip(classes, _class_aps(fewer, c)):
         row |= {f'{k} with NMS': aps[k] for k in ('AP', 'AP50')}
     return numbers | {'nms': nms, 'AP with NMS': fewer.summary()}
 

@@ -130,7 +130,9 @@ def compare(
 ) -> Compared:                 # tables of answers and objects
     "Return which answer found which object, by COCO's rule."
     things = {i: [] for i in evaluator.image_ids}
-    for a in evaluator.coco['annotations']: things[a['image_id']].append(a)
+    for a in evaluator.coco['annotations']:
+        # COCO leaves out what lies in no listed photo
+        if a['image_id'] in things: things[a['image_id']].append(a)
     answers, objects = [], []
     start = 0
     for place, i in enumerate(evaluator.image_ids):
