@@ -180,6 +180,22 @@ def test_photos_of_the_training_part_are_listed_ones(photos):
     assert named(commands.photo_findings(val, None)) == ([], ['1.jpg', '2.jpg', '3.jpg'], False)
 
 
+def test_a_folder_pictures_of_ones_own_is_searched_and_not_written_into(photos, tmp_path):
+    "The drawing of 0.jpg would have taken the place of the photo pictures/0.jpg."
+    for name in ('pictures', 'segments'):
+        (photos / name).mkdir()
+        shutil.copy(photos / '1.jpg', photos / name / '0.jpg')
+    with pytest.raises(FileExistsError, match='pictures is not empty, .*name another --out'):
+        predict(shipped('detector'), [photos], photos)
+    assert (photos / 'pictures/0.jpg').read_bytes() == (photos / '1.jpg').read_bytes()
+    # a report's folder has no drawings either
+    (photos / 'report.html').write_text('')
+    with pytest.raises(FileExistsError): predict(shipped('detector'), [photos], photos)
+    assert predict(shipped('detector'), [photos], tmp_path / 'found')['pictures'] == 5
+    # a call's own results are written anew
+    assert predict(shipped('detector'), [photos / '0.jpg'], tmp_path / 'found')['pictures'] == 1
+
+
 def test_names_of_skipped_files_with_line_breaks_and_colons(photos, tmp_path, capsys):
     for name in ('a\nb.txt', 'c: d.txt', 'e\u2028.txt'): (photos / name).write_text('no photo')
     predict_command([str(shipped('detector')), str(photos), '--out', str(tmp_path / 'found')])

@@ -86,19 +86,30 @@ def _meant(source):
             files, others = files + photos, others + rest
     return files, others
 
-# what `predict` and `evaluate` leave in the folder of their results
-_LEFT = ('pictures', 'segments', 'figures', 'answers.csv', 'results.json', 'skipped.txt',
-         'report.html', 'metrics.json')
+# %% ../../nbs/59_commands.ipynb #c008l
+# what `predict` and `evaluate` leave in the folder of their results, by the list that shows it
+_LEFT = {'answers.csv': ('pictures', 'segments', 'answers.csv', 'results.json', 'skipped.txt'),
+         'report.html': ('figures', 'report.html', 'results.json', 'metrics.json')}
 
 def _left_in(out):
     "Return a function: whether an earlier call has left this file in the folder `out`."
-    places = tuple(os.path.realpath(os.path.join(out, name)) + os.sep for name in _LEFT)
+    shown = [mark for mark in _LEFT if os.path.isfile(os.path.join(out, mark))]
+    names = [name for mark in shown for name in _LEFT[mark]]
+    places = tuple(os.path.realpath(os.path.join(out, name)) + os.sep for name in names)
     def is_left(file):
         # a link lies in one folder and leads to another
         folder, name = os.path.split(file)
         lies, leads = os.path.join(os.path.realpath(folder), name), os.path.realpath(file)
         return (lies + os.sep).startswith(places) or (leads + os.sep).startswith(places)
     return is_left
+
+def _require_own(out):
+    "FileExistsError for drawings in the folder `out` that may be somebody's photos: no list shows them"
+    if os.path.isfile(os.path.join(out, 'answers.csv')): return
+    for folder in (os.path.join(out, name) for name in ('pictures', 'segments')):
+        if os.path.isdir(folder) and os.listdir(folder):
+            raise FileExistsError(f'{printable(folder)} is not empty, and no answers.csv beside it '
+                                  'says that an earlier call has left it: name another --out')
 
 # %% ../../nbs/59_commands.ipynb #c008b
 def find_pictures(
@@ -288,9 +299,10 @@ def predict(
     """Write what a model finds in photos and videos: drawn pictures, answers.csv, results.json.
 
     If it is stopped, the lists have the pictures so far. Raises ValueError or OSError where there
-    is nothing to be done."""
+    is nothing to be done, or where drawings would take the place of somebody's photos."""
     if batch < 1: raise ValueError(f'batch {batch} must be at least 1')
     if threshold is not None: check_threshold(threshold)
+    _require_own(out)
     files, skipped = find_pictures(sources, out)
     others = len(skipped)  # what is no photo
     answers = _Answers(open_model(checkpoint, device, nms), threshold, Path(out), files)
