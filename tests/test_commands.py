@@ -165,6 +165,16 @@ def test_what_the_command_lines_say_arrives(photos, tmp_path, monkeypatch):
     assert told == dict(checkpoint='x.pth', data='data', out='found', split='val', year='2007', images='photos', nms=.6, device='cuda')
 
 
+def test_a_checkpoint_whose_name_is_not_utf8_has_a_report(tmp_path, monkeypatch):
+    "Its name is the page's title, and the page is UTF-8."
+    monkeypatch.setattr(commands, 'open_model', lambda *words: Detector.demo())
+    monkeypatch.setattr(commands, 'evaluation_set', lambda *words: [])
+    for name in ('training_set', 'answers_of'): monkeypatch.setattr(commands, name, lambda *words: None)
+    monkeypatch.setattr(commands, 'photo_findings', lambda *sets: {})
+    monkeypatch.setattr(commands, 'write_report', lambda out, evaluator, dataset, findings, title, nms: title)
+    assert commands.evaluate(os.fsdecode(b'caf\xe9.pth'), 'photos', tmp_path) == r'caf\xe9.pth on photos'
+
+
 def test_photos_of_the_training_part_are_listed_ones(photos):
     "Both parts in one folder: only what neither has lies there unlisted, and only what both have was trained on."
     def part(name, *files):

@@ -583,7 +583,8 @@ def evaluate(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     evaluator = answers_of(detector, dataset, out / 'results.json', progress_line(len(dataset)))
-    title = f'{Path(checkpoint).name} on {printable(Path(data).name)} {split or ""}'.strip()
+    model, photos = printable(Path(checkpoint).name), printable(Path(data).name)
+    title = f'{model} on {photos} {split or ""}'.strip()
     return write_report(out, evaluator, dataset, findings, title, nms)
 
 # %% ../../nbs/59_commands.ipynb #c032
