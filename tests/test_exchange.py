@@ -10,6 +10,7 @@ from updetr.core.shipped import shipped
 from updetr.data.transforms import DETR_SIZES, SMALL_SIZES
 from updetr.model.detr import build_detr
 from updetr.model.losses import build_criterion
+from updetr.predict import export
 from updetr.predict.detector import Detector, picture_batch
 from updetr.predict.export import export_program, from_huggingface, open_huggingface, save_huggingface, to_huggingface, to_onnx
 from updetr.tasks.finetune_task import DetectStep
@@ -184,6 +185,16 @@ def test_a_pytorch_that_cannot_take_any_size_is_named(monkeypatch):
     model = build_detr(3, 'resnet18', **SMALL)
     with pytest.raises(ValueError, match='cannot record resnet18 for photos of any size: give size='): export_program(model)
     assert export_program(model, (64, 64)) == 'a program'
+
+
+def test_the_place_of_an_onnx_file_is_made_before_the_export(tmp_path, monkeypatch):
+    "The export takes minutes: a folder that was missing, or that stood in the file's place, was found out afterwards."
+    def exported(model): raise RuntimeError('the export begins')
+    monkeypatch.setattr(export, 'find_spec', lambda name: True)
+    monkeypatch.setattr(export, 'export_program', exported)
+    with pytest.raises(IsADirectoryError, match='name a file in it'): to_onnx(Detector.demo(), tmp_path)
+    with pytest.raises(RuntimeError, match='the export begins'): to_onnx(Detector.demo(), tmp_path/'new/detector.onnx')
+    assert (tmp_path/'new').is_dir()
 
 
 def test_onnxruntime_answers_as_the_shipped_detector(tmp_path):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['own_ids', 'label_font', 'Detections', 'check_device', 'load_detector', 'check_ids', 'check_threshold',
-           'drop_duplicates', 'check_nms', 'picture_batch', 'Detector', 'coco_results', 'tile_starts', 'by_tiles']
+           'drop_duplicates', 'check_nms', 'picture_batch', 'Detector', 'make_place', 'coco_results', 'tile_starts',
+           'by_tiles']
 
 # %% ../../nbs/50_detector.ipynb #c002
 import dataclasses
@@ -380,7 +381,9 @@ def _of_set(detector, photos):
         return dataclasses.replace(found, **ours, classes=tuple(names), category_ids=ids)
     return own
 
-def _make_place(file):
+def make_place(
+    file: str | Path,  # file to be written
+) -> None:
     "Make the folder of a file, before hours of work, not after; IsADirectoryError for a folder."
     file = Path(file)
     if file.is_dir(): raise IsADirectoryError(f'{file} is a folder: name a file in it')
@@ -400,7 +403,7 @@ def coco_results(
 
     In a labelled set's own classes, matched by name (`classes_by_name`). Raises ValueError where
     the two share no class, IsADirectoryError where `file` is a folder."""
-    if file is not None: _make_place(file)
+    if file is not None: make_place(file)
     own, rows = _of_set(detector, photos), []
     written = _file_ids(photos)
     if isinstance(photos, Mapping):

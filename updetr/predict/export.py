@@ -28,7 +28,7 @@ from ..model.backbone import RESNETS
 from ..model.detr import DETR, build_detr
 from ..model.losses import build_criterion
 from ..model.weights import architecture
-from .detector import Detector
+from .detector import Detector, make_place
 from ..tasks.finetune_task import DetectStep
 from ..train.launch import read_log
 
@@ -464,12 +464,14 @@ def to_onnx(
 ) -> None:
     """Write a detector as ONNX, for any number of photos of any size; metadata say the rest.
 
-    Raises ImportError without the packages, ValueError for a detector that is no DETR."""
+    Raises ImportError without the packages, ValueError for a detector that is no DETR,
+    IsADirectoryError where `path` is a folder."""
     missing = [name for name in ('onnx', 'onnxscript') if find_spec(name) is None]
     if missing:
         raise ImportError(f'{" and ".join(missing)} not installed: pip install "updetr[onnx]"')
     if not isinstance(detector.module, DetectStep):
         raise ValueError(f'{type(detector.module).__name__} is no DETR: only DETRs go to ONNX')
+    make_place(path)
     program = export_program(detector.module.model)
     made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=['images'],
                              output_names=['pred_logits', 'pred_boxes'])
