@@ -23,6 +23,7 @@ from torch.export import Dim
 from updetr.core.checkpoint import (
     export_weights, json_text, read_json, save_tensors, write_atomic, write_json,
 )
+from ..core.report import escape
 from ..data.transforms import DETR_SIZES
 from ..model.backbone import RESNETS
 from ..model.detr import DETR, build_detr
@@ -275,7 +276,7 @@ def _known(detector):
     is_detr = isinstance(step, DetectStep)
     cnn = step.model.backbone[0].name if is_detr else cfg.backbone
     rows = {'detector': f'DETR, {step.model.num_queries} queries' if is_detr else cfg.detector,
-            'CNN': cnn, 'classes': f'{len(detector.classes)}: {", ".join(detector.classes)}',
+            'CNN': cnn, 'classes': f'{len(detector.classes)}: {", ".join(map(escape, detector.classes))}',
             'size of pictures': ', '.join(f'{k} {v} px' for k, v in _sizes(detector).items())}
     # the folder holds what was trained; how it is asked stands in no configuration
     if detector.nms: rows['duplicates'] = f'answers with nms={detector.nms}: say so at its opening'
