@@ -589,7 +589,9 @@ def evaluate(
 
 # %% ../../nbs/59_commands.ipynb #c032
 def _parser(name, about):
-    parser = argparse.ArgumentParser(f'python -m updetr {name}', description=about)
+    own = ('For a checkpoint of a model of your own, import its module in Python and call '
+           f'updetr.predict.commands.{name}: a command line imports nothing that a file names.')
+    parser = argparse.ArgumentParser(f'python -m updetr {name}', description=about, epilog=own)
     parser.add_argument('checkpoint', help="a run's folder or file, or a published file")
     return parser
 
