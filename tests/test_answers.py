@@ -103,6 +103,7 @@ def test_photos_with_texts_for_ids_are_written_with_them(noise, run, tmp_path):
     assert part == [r for r in rows if r['image_id'] in (names[FAR + 1], names[FAR + 4])]
 
 
+@pytest.mark.filterwarnings('ignore:classes that the model never saw')
 def test_photos_of_a_panoptic_set_are_written_with_their_texts_too(noise, run, tmp_path):
     """Its table is no table of boxes: the file's ids are its own, also where a run has chosen some of its photos."""
     truth = PanopticScenes(Scenes(3, (64, 96)))
