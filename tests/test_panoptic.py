@@ -372,6 +372,24 @@ def test_a_run_finds_photos_and_pngs_in_folders_of_their_own(scenes, tmp_path):
         assert found == [('train2017', 'png_train', 'stored'), ('val2017', 'png_val', 'stored')]
 
 
+def test_one_file_below_home_is_divided(scenes, tmp_path, monkeypatch):
+    "The other name of a file, with ~, was no file: all its photos were trained on and evaluated."
+    (tmp_path / 'annotations').mkdir()
+    write_photos(tmp_path / 'all', scenes)
+    write_panoptic(tmp_path / 'annotations/panoptic_all.json', {i: scenes.panoptic(i) for i in range(6)}, scenes)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    train, val = open_panoptic_sets(panoptic_config('demo', data='~/annotations/panoptic_all.json'))
+    assert len(val) and sorted([*train.image_ids, *val.image_ids]) == list(range(6))
+
+
+def test_an_instance_file_below_home_is_read(scenes, tmp_path, monkeypatch):
+    truth = coco_truth(scenes)
+    rows = [a | {'segmentation': [[1, 1, 9, 1, 9, 9]]} for a in truth['annotations'] if scenes.isthing[a['category_id']]]
+    write_json(tmp_path / 'instances.json', {'images': truth['images'], 'categories': [], 'annotations': rows})
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert len(instance_truth(scenes, '~/instances.json')['annotations']) == len(rows)
+
+
 @pytest.mark.parametrize('coco_ids', [False, True])
 def test_two_classes_of_one_name_are_refused(coco_ids, tmp_path):
     "PQ class by class had only one of the two."

@@ -145,7 +145,7 @@ class PanopticScenes(_Panoptic):
 # %% ../../nbs/48_panoptic.ipynb #c013
 def _read_instances(file, source):
     "Return the content of COCO's instance file. Raises ValueError where it is none."
-    data = read_annotations(file, outlines=True)
+    data = read_annotations(Path(file).expanduser(), outlines=True)
     images, annotations = data['images'], data['annotations']
     keys = 'image_id', 'category_id', 'segmentation', 'bbox', 'area'
     rules = {'image_id': ID, 'category_id': ID, 'bbox': BOX, 'area': NUMBER}

@@ -249,7 +249,7 @@ def open_panoptic_sets(
     """Return the two sets of a run.
     Raises FileNotFoundError or ValueError that shows what was expected."""
     masks = cfg.stage != 'boxes'
-    path = cfg.data or os.environ.get('UPDETR_DATA', '')
+    path = os.path.expanduser(cfg.data or os.environ.get('UPDETR_DATA', ''))
     if cfg.scenes and not cfg.data: train, val = _painted(cfg, masks)
     elif path: train, val = _from_files(cfg, path, masks)
     else: raise FileNotFoundError(NO_PANOPTIC)
