@@ -4,6 +4,7 @@ import torch
 
 from updetr.core.photos import PRETRAIN_SIZES, builtin_photos
 from updetr.data.loader import BatchPlan, PatchTask, SelfDet, Views, cut_crop, draw_crop, draw_parts, epoch_batches, random_view
+from updetr.tasks.cnn_task import ObjectViews
 
 
 def test_crops_are_drawn_by_their_law():
@@ -21,6 +22,20 @@ def test_crops_are_drawn_by_their_law():
     assert abs((x1 - (400 - x2)).mean()) < 8 and abs((y1 - (300 - y2)).mean()) < 6
     assert abs(np.corrcoef(x1[small], y1[small])[0, 1]) < .1
     assert all(min(draw_crop(rng, 300, 400, low=1)[0][2:]) > 250 for _ in range(20))
+
+
+def test_a_crop_of_one_row_of_pixels_has_that_row():
+    "Three tenths of one pixel are none: there was nothing to resize."
+    for height, width in ((1, 40), (40, 1), (1, 1)):
+        drawn = [draw_crop(np.random.default_rng(seed), height, width)[0] for seed in range(100)]
+        assert all(0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height for x1, y1, x2, y2 in drawn)
+
+
+def test_an_object_of_one_row_of_pixels_gives_views():
+    sample = {'image': torch.zeros(3, 1, 40, dtype=torch.uint8), 'boxes': torch.tensor([[0., 0., 40., 1.]]),
+              'labels': torch.tensor([0]), 'iscrowd': torch.tensor([False])}
+    views = ObjectViews([sample] * 72)
+    assert views[2, 71, 32]['views'].shape == (2, 3, 32, 32)
 
 
 def test_a_mirrored_crop_has_left_and_right_exchanged():

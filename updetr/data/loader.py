@@ -156,11 +156,11 @@ def draw_crop(
     low: float = .3,           # smallest share of the photo's area, 0..1
 ) -> tuple[list[int], bool]:   # corners x1, y1, x2, y2 px; whether it is mirrored
     "Draw a crop of `low`..1 of the area in a slightly changed aspect, mirrored half of the time."
-    # size: a share of the area, shared out between the sides by the aspect
+    # size: a share of the area, a pixel at least, shared out between the sides by the aspect
     area = rng.uniform(low, 1)
     aspect = math.exp(rng.uniform(-.29, .29))
-    h = min(height, round(height * math.sqrt(area / aspect)))
-    w = min(width, round(width * math.sqrt(area * aspect)))
+    h = max(1, min(height, round(height * math.sqrt(area / aspect))))
+    w = max(1, min(width, round(width * math.sqrt(area * aspect))))
     # place: anywhere in the photo
     y = int(rng.integers(0, height - h + 1))
     x = int(rng.integers(0, width - w + 1))
