@@ -109,6 +109,22 @@ def test_a_cnn_learns_where_nothing_can_be_measured(data, tmp_path):
     assert (run_dir / 'done.json').exists() and not any(k.startswith('test_') for row in read_log(run_dir) for k in row)
 
 
+def test_a_cnn_says_what_its_set_is_and_misses_no_photo_silently(data, tmp_path, capsys):
+    "Missing photos are refused, or left out and counted; one set is divided aloud."
+    shutil.copytree(data['coco'], tmp_path / 'data')
+    (tmp_path / 'data/train/1.png').unlink()
+    settings = TINY | {'data': str(tmp_path / 'data'), 'crop_size': 32}
+
+    def begin(**changes): return CNNTask(cnn_config('demo', **settings | changes), tmp_path, Processes())
+
+    with pytest.raises(ValueError, match=r'photos missing: 1, first 1\.png.*-p missing skip'): begin()
+    finish(configure(tmp_path / 'run', cnn_config('demo', **settings, missing='skip')))
+    said = capsys.readouterr().out
+    assert 'photos missing and left out: 1' in said and not (tmp_path / 'run/skipped.txt').exists()
+    begin(data=str(tmp_path / 'data/annotations/instances_val.json'))
+    assert 'one set without photos to evaluate on: 1 of its 4' in capsys.readouterr().out
+
+
 def same(a, b):
     if torch.is_tensor(a): return torch.equal(a, b)
     if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)

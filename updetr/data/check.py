@@ -385,12 +385,12 @@ def whole_sets(
     return wholes
 
 # %% ../../nbs/17_check.ipynb #c010rs
-def _require_start(ds):
-    "ValueError if photos are missing, or if there is nothing to train on"
+def _require_start(ds, boxes):
+    "ValueError if photos are missing, or `boxes` to train on"
     table = ds.table
     # photos are looked for here, too: not everybody calls `check_dataset`
     gone = [f for f in table.files if not os.path.lexists(os.path.join(table.root, f))]
-    errors = _nothing_to_learn(ds)
+    errors = _nothing_to_learn(ds) if boxes else []
     if gone:
         missing = f'photos missing: {len(gone):,}, first {printable(gone[0])}{_WAYS_OUT["missing"]}'
         errors = [missing, *errors]
@@ -411,6 +411,7 @@ def start_notes(
     val,                 # set to evaluate on
     queries: int,        # of the model; 0: it has none
     mosaic: float = 0.,  # share of training views that are four photos side by side, 0..1
+    boxes: bool = True,  # it learns from boxes; False: from photos, with boxes or without
 ) -> list:  # texts
     """Return what has to be said when a run begins, whoever started it: what was left out, what was
     decided, what can never be found.
@@ -418,7 +419,7 @@ def start_notes(
     notes = list(dict.fromkeys(ds.note for ds in (train, val) if getattr(ds, 'note', '')))
     for ds in whole_sets(train, val):
         if isinstance(ds, DetectionSet):
-            _require_start(ds)
+            _require_start(ds, boxes)
             notes += [repr(ds), *ds.table.notes]
         else:
             # scenes have no files

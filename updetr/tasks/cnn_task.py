@@ -26,7 +26,7 @@ from torchvision.utils import make_grid
 from ..data.augment import augment, draw_factors, normalize
 from ..model.backbone import (RESNETS, Backbone, eval_mode, join_features,
                                    prepare_images)
-from ..data.check import require_readable
+from ..data.check import require_readable, start_notes
 from ..core.config import TrainConfig
 from .finetune import LabelledConfig, labelled_marks, open_sets
 from .finetune_task import save_preview, skips_noted
@@ -338,6 +338,9 @@ class CNNTask:
         # the photos, and whether they are those that the run began with
         train_set, val_set = open_sets(cfg)
         self.train_set, self.val_set = train_set, val_set
+        # a photo without boxes is a view, too
+        notes = start_notes(train_set, val_set, 0, boxes=False)
+        if notes and processes.rank == 0: print(*notes, sep='\n', flush=True)
         def find(): return labelled_marks(cfg, train_set, val_set)
         self.marks = agree_on_data(find, run_dir, asdict(cfg), processes)
         self.views = ObjectViews(train_set, cfg.seed)
