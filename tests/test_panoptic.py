@@ -25,7 +25,7 @@ from updetr.data.transforms import SMALL_SIZES, Changes, DetectionViews
 from updetr.model.detr import build_detr
 from updetr.model.losses import build_criterion
 from updetr.tasks.finetune import val_views
-from updetr.tasks.finetune_task import DetectStep, PhotoLooks
+from updetr.tasks.finetune_task import DetectStep, PhotoLooks, open_checked
 from updetr.tasks.masks import DETRsegm, MaskStep
 from updetr.tasks.panoptic import (
     PanopticEvaluator,
@@ -50,7 +50,7 @@ from updetr.tasks.panoptic import (
 )
 from updetr.tasks.panoptic_task import open_panoptic_sets, panoptic_config
 from updetr.train.evaluate import CocoEvaluator
-from updetr.train.loop import overfit_one_batch
+from updetr.train.loop import Processes, overfit_one_batch
 
 # ---- PQ, pixel by pixel ---------------------------------------------------------------------------------------------
 
@@ -641,6 +641,18 @@ def test_training_steps_on_coco(coco):
     evaluator = PanopticEvaluator(train.classes, train.isthing)
     for i, answer in zip((3, 4), answers): evaluator.update(train.image_ids[i], train.panoptic(i), answer)
     assert 0 <= evaluator.summary()['PQ'] < 20
+
+
+@pytest.mark.parametrize('stage', ['boxes', 'upsnet'])
+def test_only_a_detr_can_have_too_few_queries(stage, scenes, tmp_path, capsys):
+    (tmp_path / 'annotations').mkdir()
+    write_photos(tmp_path / 'all', scenes)
+    write_panoptic(tmp_path / 'annotations/panoptic_all.json', {i: scenes.panoptic(i) for i in range(6)}, scenes)
+    cfg = panoptic_config('demo', stage, data=str(tmp_path / 'annotations/panoptic_all.json'), num_queries=1)
+    task = SimpleNamespace(cfg=cfg, run_dir=tmp_path, processes=Processes(), open_sets=lambda: open_panoptic_sets(cfg))
+    open_checked(task)
+    said = capsys.readouterr().out
+    assert 'one set without photos' in said and ('can never be found' in said) == (stage == 'boxes')
 
 
 @pytest.mark.parametrize('masks', [True, False])

@@ -234,7 +234,9 @@ def open_checked(
     cfg = task.cfg
     train_set, val_set = task.open_sets()
     # one query finds one object of a photo; in one-shot detection, one of the class asked for
-    finds_all = getattr(cfg, 'detector', 'detr') == 'detr' and not cfg.with_patches
+    is_detr = (getattr(cfg, 'detector', 'detr') == 'detr'
+               and getattr(cfg, 'stage', 'boxes') in ('boxes', 'masks'))
+    finds_all = is_detr and not cfg.with_patches
     notes = start_notes(train_set, val_set, cfg.num_queries if finds_all else 0, cfg.mosaic)
     if notes and task.processes.rank == 0: print(*notes, sep='\n', flush=True)
     # the fingerprints are those that the run began with
