@@ -23,7 +23,7 @@ from updetr.data.datasets import dataset_parts, open_dataset
 from updetr.predict.commands import evaluate
 from updetr.predict.detector import Detector
 from updetr.tasks.cnn_task import CNN_PRESETS, CNNConfig
-from updetr.tasks.finetune import finetune_config, open_sets, train_views
+from updetr.tasks.finetune import draw_evenly, finetune_config, open_sets, train_views
 from updetr.tasks.finetune_task import TASK
 from updetr.tasks.oneshot import oneshot_config
 from updetr.tasks.panoptic_task import panoptic_config
@@ -597,6 +597,20 @@ def test_what_is_suggested_is_printed(pictures, tmp_path):
     assert suggest(ds) == {'num_queries': 20, 'epochs': 100, 'minutes': 1}
     assert '-p num_queries 20 -p epochs 100 (about 1 min' in str(check_dataset(ds, queries=20))
     assert not check_dataset(ds).advice
+
+
+def test_photos_are_drawn_by_the_rule_word_for_word():
+    "Each time a photo of the class that has fewest so far, in the order of the seed; written out without lists that are kept."
+    rng = np.random.default_rng(0)
+    for seed in range(40):
+        labels = [rng.integers(0, 5, rng.integers(0, 6)).tolist() for _ in range(rng.integers(1, 30))]
+        order, count, taken = np.random.default_rng(seed).permutation(len(labels)).tolist(), [0] * 5, []
+        while rest := [i for i in order if labels[i] and i not in taken]:
+            rarest = min({c for i in rest for c in labels[i]}, key=lambda c: (count[c], c))
+            taken.append(next(i for i in rest if rarest in labels[i]))
+            for c in labels[taken[-1]]: count[c] += 1
+        taken += [i for i in order if not labels[i]]
+        for num in {0, 1, len(labels) // 2, len(labels)}: assert draw_evenly(labels, 5, num, seed) == taken[:num]
 
 
 def test_four_photos_in_a_view_are_counted(pictures, tmp_path, capsys):

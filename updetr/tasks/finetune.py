@@ -367,7 +367,9 @@ def draw_evenly(
     Those without objects come last."""
     order = np.random.default_rng(seed).permutation(len(labels)).tolist()
     # photos of each class that were not looked at yet, in the order of the draw
-    left = [[i for i in order if c in labels[i]] for c in range(num_classes)]
+    left = [[] for _ in range(num_classes)]
+    for i in order:
+        for c in set(labels[i]): left[c].append(i)
     count = np.zeros(num_classes, int)
     taken = {}  # photo -> None: a set that keeps its order
     while len(taken) < num and any(left):
