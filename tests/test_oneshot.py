@@ -195,6 +195,18 @@ def test_the_order_of_the_files_does_not_matter():
             assert a == b
 
 
+def test_answers_are_taken_by_the_classes_of_their_questions(monkeypatch):
+    "No question is drawn a second time: that shuffled all boxes of a class, for each of them."
+    dataset = Described()
+    evaluator = OneShotEvaluator(dataset.coco(), QueryPool(dataset), [], 2)
+    asked = {i: [label for label, _ in evaluator.questions(i)] for i in dataset.image_ids}
+    monkeypatch.delattr('updetr.tasks.oneshot.protocol_queries')
+    for i, labels in asked.items():
+        evaluator.update(i, [[{'scores': torch.ones(1), 'boxes': torch.ones(1, 4)}] * 2 for _ in labels])
+        assert evaluator.rounds[1].predictions[i]['labels'].tolist() == labels
+    assert max(map(len, asked.values())) == 3
+
+
 def test_photos_without_a_question_have_empty_answers():
     dataset = Described()
     pool = QueryPool(dataset)

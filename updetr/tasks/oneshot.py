@@ -287,7 +287,7 @@ class OneShotEvaluator:
     def update(self, image_id, answers):
         """Take the answers to `questions(image_id)` in their order:
         for each class a list of num dicts scores (n,), boxes (n,4) xyxy px."""
-        labels = [label for label, _ in self.questions(image_id)]
+        labels = sorted(self.pool.present[image_id])  # as in `questions`
         if len(answers) != len(labels):
             counts = f'{len(labels)} classes asked for, {len(answers)} answered'
             raise ValueError(f'image {image_id}: {counts}')
