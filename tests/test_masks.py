@@ -1,6 +1,7 @@
 """The mask head against a second, slow one that is written only from the method's description: outputs, losses, gradients."""
 import math
 import re
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -201,6 +202,25 @@ def test_what_is_logged_of_the_parts_of_a_step_is_that_of_the_whole():
     torch.testing.assert_close(whole['mask_iou'], torch.tensor((2 * 1 / 6 + 3) / 5))
     for k in ('loss_mask', 'loss_dice', 'mask_iou', 'matched_iou', 'class_error'):
         torch.testing.assert_close((parts[0][k] + parts[1][k]) / 2, whole[k], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('frozen', [True, False])
+def test_one_matching_is_for_boxes_and_masks(frozen):
+    "The criterion's own losses, and the masks of the queries that its matcher gives for the last layer: bit for bit, in one call."
+    model, images = make(freeze_detr=frozen), photos()
+    batch, criterion = as_batch(images, targets_of(images)), build_criterion(model.detr)
+    outputs, seen = model.look(batch['images'], batch['mask'])
+    if frozen: outputs.pop('aux_outputs')
+    want = criterion(outputs, batch['targets'])
+    pairs = criterion.matcher(outputs, batch['targets'])
+    image = torch.cat([torch.full_like(queries, b) for b, (queries, _) in enumerate(pairs)])
+    step = MaskStep(model, criterion)
+    with patch.object(criterion.matcher, 'match', wraps=criterion.matcher.match) as match, \
+            patch.object(step, 'draw', wraps=step.draw) as draw:
+        _, numbers = step(batch)
+    assert match.call_count == 1 and all(torch.equal(numbers[k], v) for k, v in want.items()) and ('loss_ce_0' in want) != frozen
+    drawn = list(zip(*(x.tolist() for x in draw.call_args.args[1:])))
+    assert sorted(drawn) == sorted(zip(image.tolist(), torch.cat([queries for queries, _ in pairs]).tolist()))
 
 
 def test_matched_pairs_by_hand():

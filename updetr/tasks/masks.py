@@ -18,6 +18,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from ..model.backbone import RESNETS, Backbone, open_levels, pyramid
 from ..model.detr import DETR, as_batch
+from ..model.losses import name_layers, stack_layers
 from ..model.matcher import pad_targets
 from ..model.position import shrink_mask
 
@@ -256,12 +257,13 @@ class MaskStep(nn.Module):
         outputs, seen = self.model.look(batch['images'], batch['mask'])
         # of a frozen detector the losses of other layers would only be logged
         if self.model.freeze_detr: outputs.pop('aux_outputs', None)
-        losses = self.criterion(outputs, targets)
         # which query has to draw what: by boxes and classes, before any mask is drawn
-        last = outputs['pred_logits'][None], outputs['pred_boxes'][None]
-        match = self.criterion.matcher.match(*last, *pad_targets(targets))[0]
+        stacked, padded = stack_layers(outputs), pad_targets(targets)
+        match = self.criterion.match(stacked, padded)
+        losses = name_layers(self.criterion.losses(stacked, padded, match))
+        # the last layer's queries draw
         masks = [t['masks'] for t in targets]
-        image, query, truth = matched_pairs(match, masks, batch['images'].shape[-2:])
+        image, query, truth = matched_pairs(match[-1], masks, batch['images'].shape[-2:])
         # masks of these alone
         counts = [len(t['labels']) for t in targets]
         num_boxes, matched, _ = self.criterion.divide_by(counts, match.device)
