@@ -19,6 +19,7 @@ from updetr.model.backbone import Backbone
 from updetr.model.losses import SetCriterion
 from updetr.model.transformer import Transformer
 from updetr.model.weights import load_updetr
+from updetr.tasks.pretext import draw_photo, pretext_set, random_predict
 from updetr.tasks.pretrain_task import PretrainTask, encode_ahead, live_batches, photo_lists
 from updetr.train.loop import Processes, TrainState, train, train_step
 from updetr.train.progress import skipped_photos
@@ -116,6 +117,9 @@ def test_an_over_large_jpeg_is_trained_on_at_a_smaller_size(tmp_path, capsys):
     place = task.photos.paths.index('large.jpg')
     assert task.photos.sizes[place].tolist() == [9001, 9000]
     assert read_or_less(task.photos.path(place)).shape == (3, 4501, 4500)
+    # it is asked about, too: in its place another photo was, or none
+    assert (pretext_set([task.photos.path(place)], 1, 2).views == 99).all()
+    draw_photo(random_predict('mid'), task.photos.path(place), 2)
     assert not (tmp_path / 'run/skipped.txt').exists()
 
 

@@ -22,7 +22,7 @@ from torchvision.ops import box_convert
 from ..data.augment import augment, draw_factors
 from ..core.boxes import paired_iou
 from ..model.detr import as_batch
-from ..data.loader import random_crop
+from ..data.loader import random_crop, read_or_less
 from ..data.patches import crop_patches, sample_boxes
 from ..core import report
 from ..core.photos import BadPhoto, builtin_photos, read_photo, resize
@@ -52,7 +52,7 @@ def _readable(paths, i):
     tries = min(16, len(paths))
     for k in range(tries):
         try:
-            return read_photo(paths[(i + k) % len(paths)])
+            return read_or_less(paths[(i + k) % len(paths)])
         except BadPhoto:
             if k + 1 == tries: raise
 
@@ -552,7 +552,7 @@ def draw_photo(
     chosen = apart(asked.boxes[0], num_patches)
     patches, truth = asked.patches[0, chosen], asked.boxes[0, chosen]
     boxes, scores = predict(asked.views, patches[None] / 255)
-    photo = read_photo(path)
+    photo = read_or_less(path)
     height = round(400 * photo.shape[1] / photo.shape[2])
     shown = resize(photo, height, 400)
     return draw_localization(shown, patches, boxes[0], scores[0], truth, threshold, title=title)
