@@ -221,7 +221,7 @@ class PanopticSegmenter:
         isthing: Sequence[bool],    # whether each class is a thing
         sizes: Sizes = DETR_SIZES,  # sizes of pictures as in its evaluation, px
         square: int = 0,            # side to which pictures are squashed, px; 0 = aspect is kept
-        threshold: float = .85,     # smallest probability of what is drawn, 0..1
+        threshold: float = .85,     # what is drawn is surer than this, 0..1
         category_ids: Sequence | None = None,  # its classes' ids in the data set's own files
     ):
         # as pictures are, also where torch's default type is float64
@@ -258,8 +258,9 @@ class PanopticSegmenter:
         return cls(model.to(device), names, known['isthing'], **ours, category_ids=ids)
 
     def __call__(self, pictures, threshold=None):
-        """Return the segments whose class has at least this probability.
+        """Return the segments whose class is surer than the threshold, 0..1.
 
+        A system of one stage also draws what is as sure as that.
         None: as it was measured. A list of pictures gives a list.
         """
         if isinstance(pictures, (list, tuple)): return [self(p, threshold) for p in pictures]

@@ -527,7 +527,7 @@ def panoptic_segments(
     model: DETRsegm,              # model in eval mode
     batch: dict,                  # images (B,3,H,W), mask, targets with size and orig_size
     isthing: list[bool],          # kinds of all classes; what is None is never answered
-    threshold: float = .85,       # smallest probability of a query's class, 0..1
+    threshold: float = .85,       # a query's class must be surer than this, 0..1
     looked: tuple | None = None,  # result of `model.look`, if it was done already
 ) -> list[tuple[Tensor, list[dict]]]:  # ids (H,W) and segments of each photo, at its original size
     "Return DETR's panoptic answer."

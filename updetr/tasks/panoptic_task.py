@@ -56,7 +56,7 @@ class PanopticConfig(TransferConfig):
     coco_ids: bool = False
     # COCO's instances file for AP of masks (the paper's convention); '' = the PNGs
     instances: str = ''
-    threshold: float = 0.85  # smallest probability of a query that is drawn
+    threshold: float = 0.85  # a query is drawn whose class is surer than this
     # softmax of the attention maps over each head (UP-DETR); False: over all (DETR's files)
     per_head: bool = True
     mask_loss_coef: float = 1.  # weight of the focal loss of masks
@@ -328,7 +328,7 @@ def answer_batch(
     model: nn.Module,      # `DETRsegm`, or a system with `segments(batch, threshold)`
     batch: dict,           # images, mask, targets with size and orig_size
     isthing: list[bool],   # kinds of all classes
-    threshold: float,      # smallest score of what is drawn
+    threshold: float,      # score that is asked of what is drawn
 ) -> list[tuple]:          # picture of numbers (H,W) and list of segments, of each photo
     "Return the panoptic answers of a batch."
     if hasattr(model, 'segments'): return model.segments(batch, threshold)
