@@ -85,6 +85,8 @@ class QueryPool:
         shape: str = 'squash',  # way into the square, see `query_picture`
     ):
         self.dataset = dataset
+        # number of the photo that was read last, and its pixels: all its boxes stand in a row
+        self.last = None, None
         self.size = size
         self.shape = shape
         self.classes = list(dataset.classes)
@@ -113,10 +115,15 @@ class QueryPool:
         elsewhere = [row for row in self.rows[label] if self.image_id[row] != image_id]
         return elsewhere or self.rows[label]
 
-    def picture(self, row, image=None):
-        "Return the query picture of a row, (3,size,size) uint8; `image` is its photo, if at hand."
-        if image is None: image = self.dataset[int(self.photo[row])]['image']
-        return query_picture(image, self.boxes[row], self.size, self.shape)
+    def image(self, row):
+        "Return the photo of a row (3,H,W) uint8; that of the row before is not read again."
+        number, last = int(self.photo[row]), self.last
+        if number != last[0]: last = self.last = number, self.dataset[number]['image']
+        return last[1]
+
+    def picture(self, row):
+        "Return the query picture of a row, (3,size,size) uint8."
+        return query_picture(self.image(row), self.boxes[row], self.size, self.shape)
 
     def picture_or_next(self, row, but_not=None):
         """Return the picture of a row, or of the next one of its class whose photo can be read,

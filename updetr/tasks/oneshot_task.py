@@ -153,16 +153,6 @@ def cached_pictures(
     return stored.arrays['feature']
 
 # %% ../../nbs/46_oneshot_task.ipynb #c008c
-def _pictures(pool, rows):
-    "Query pictures of some rows (k,3,s,s); a photo of several neighbours is read once"
-    pictures, photo = [], None
-    for row in rows:
-        if pool.photo[row] != photo:
-            photo = pool.photo[row]
-            image = pool.dataset[int(photo)]['image']
-        pictures.append(pool.picture(row, image))
-    return torch.stack(pictures)
-
 def live_pictures(
     task: LabelledRun,  # one-shot run; all processes call this
     pool: QueryPool,    # pool of the test photos
@@ -182,7 +172,8 @@ def live_pictures(
         rows = range(first, min(first + at_once, len(pool)))
         # the last round may have none for this process
         if not rows: continue
-        mine[first:rows.stop, 0] = picture_features(cnn, _pictures(pool, rows), pooled)
+        pictures = torch.stack([pool.picture(row) for row in rows])
+        mine[first:rows.stop, 0] = picture_features(cnn, pictures, pooled)
     if p.world == 1: return mine
     # what others have is zero here: the sum has all
     return p.mean(mine).mul_(p.world)
