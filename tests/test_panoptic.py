@@ -540,6 +540,26 @@ def test_mean_mask_by_hand():
     assert [s['category_id'] for s in info] == [0, 1] and ids.shape == (16, 16) and sum(s['area'] for s in info) == 256
 
 
+@pytest.mark.parametrize('files', [True, False])
+def test_the_mean_mask_is_that_of_the_photos_that_are_trained_on(files, scenes, tmp_path):
+    "Of some photos out of one file, which is divided before, and of some scenes: those photos have their segments, too."
+    (tmp_path / 'annotations').mkdir()
+    write_photos(tmp_path / 'all', scenes)
+    write_panoptic(tmp_path / 'annotations/panoptic_all.json', {i: scenes.panoptic(i) for i in range(6)}, scenes)
+    place = dict(data=str(tmp_path / 'annotations/panoptic_all.json')) if files else dict(scenes=6, scenes_val=1, scene_size=64)
+    whole = scenes if files else PanopticScenes(Scenes(6, 64))
+    train, val = open_panoptic_sets(panoptic_config('demo', photos=2, **place))
+    assert len(train) == 2 and (not files or not {*train.image_ids} & {*val.image_ids})
+    counted = torch.zeros(len(whole.classes), 64, 64)
+    for k in train.image_ids:
+        ids, info = whole.panoptic(k)
+        small = resize_ids(ids, (64, 64))
+        for s in info: counted[s['category_id']] += small == s['id']
+    assert torch.equal(mean_mask(train), counted / 2)
+    boxes = {(a['image_id'], *a['bbox']) for a in whole.coco()['annotations'] if a['image_id'] in train.image_ids}
+    assert {(a['image_id'], *a['bbox']) for a in train.coco()['annotations']} == boxes
+
+
 def test_mean_mask_of_a_large_set_looks_at_some_of_its_photos():
     "Evenly spread ones, each once; of a set that is no larger at all of them."
     class Many:

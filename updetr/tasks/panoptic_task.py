@@ -196,6 +196,8 @@ class PanopticSubset(Subset):
         super().__init__(some.dataset, some.chosen, some.note)
         whole = some.dataset
         self.isthing = whole.isthing
+        # scenes have no files
+        if not hasattr(whole, 'files'): return
         self.source = whole.source
         self.files = [whole.files[i] for i in self.chosen]
         self.file_ids = [whole.file_ids[i] for i in self.chosen]
@@ -253,7 +255,7 @@ def open_panoptic_sets(
     if cfg.scenes and not cfg.data: train, val = _painted(cfg, masks)
     elif path: train, val = _from_files(cfg, path, masks)
     else: raise FileNotFoundError(NO_PANOPTIC)
-    if cfg.photos: train = some_photos(train, cfg.photos, cfg.seed)
+    if cfg.photos: train = PanopticSubset(some_photos(train, cfg.photos, cfg.seed))
     return train, val
 
 # %% ../../nbs/49_panoptic_task.ipynb #12ec4b26
