@@ -22,6 +22,7 @@ from tools.cells import run_cells, run_report
 from tools.processes import in_processes
 from updetr.core.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.core.config import make_config, model_options
+from updetr.core.fingerprint import mark_set
 from updetr.experiments.results import finish as keep_result
 from updetr.experiments.results import masks_result
 from updetr.model.detr import build_detr
@@ -30,11 +31,19 @@ from updetr.predict.commands import answers_of, evaluate_command, open_model, pr
 from updetr.predict.detector import Detector
 from updetr.predict.export import save_huggingface
 from updetr.predict.segmenter import PanopticSegmenter, segments_by_name
+from updetr.tasks import panoptic
 from updetr.tasks.finetune import finetune_config
 from updetr.tasks.finetune_task import FinetuneTask
 from updetr.tasks.masks import DETRsegm
 from updetr.tasks.panoptic import PanopticEvaluator, open_panoptic, write_panoptic
-from updetr.tasks.panoptic_task import PanopticConfig, PanopticTask, evaluate_panoptic, panoptic_config, start_kind
+from updetr.tasks.panoptic_task import (
+    PanopticConfig,
+    PanopticTask,
+    evaluate_panoptic,
+    open_panoptic_sets,
+    panoptic_config,
+    start_kind,
+)
 from updetr.train.evaluate import classes_by_name
 from updetr.train.loop import Processes, train
 
@@ -202,6 +211,19 @@ def test_stopped_while_measuring(boxes, masks, fields, tmp_path, monkeypatch):
     assert not measured(folder) and not (folder / 'done.json').exists()
     finish(folder)
     assert logged(folder) == logged(masks) and same(weights(folder), weights(masks))
+
+
+@pytest.mark.parametrize('one_file', [False, True])
+def test_an_evaluation_reads_each_png_once(one_file, boxes, fields, tmp_path, monkeypatch):
+    "For the truth; views have no masks, whose pictures of numbers were read before. The set itself still has them, and its fingerprint."
+    data = fields / 'annotations/panoptic_train.json' if one_file else fields
+    cfg = panoptic_config('demo', 'masks', **MASKS | {'data': str(data), 'pretrain': str(boxes / 'checkpoint.pth'), 'batch_size': 1})
+    task, read = PanopticTask(cfg, tmp_path, Processes()), []
+    plain = panoptic.read_photo
+    monkeypatch.setattr(panoptic, 'read_photo', lambda file, *a: read.append(file.name) or plain(file, *a))
+    evaluate_panoptic(task, task.model)
+    assert sorted(read) == sorted(f'{k}.png' for k in task.val_set.image_ids)
+    assert 'masks' in task.val_set[0] and task.marks['val'] == mark_set(open_panoptic_sets(cfg)[1])
 
 
 def shown_by_one_of(rank, world, folder):

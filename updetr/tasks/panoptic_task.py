@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['STAGES', 'MASK_METRICS', 'PANOPTIC_PRESETS', 'NO_PANOPTIC', 'TASK', 'PanopticConfig', 'start_kind', 'check_start',
            'panoptic_config', 'PanopticSubset', 'open_panoptic_sets', 'build_panoptic', 'start_masks', 'answer_batch',
-           'evaluate_panoptic', 'draw_panoptic', 'PanopticTask']
+           'evaluate_panoptic', 'draw_panoptic', 'boxes_only', 'PanopticTask']
 
 # %% ../../nbs/49_panoptic_task.ipynb #c002
 import json
 import os
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ..core.fingerprint import SetRows, photo_contents, set_rows
 from updetr.tasks.finetune import (
     BOX_METRICS, COCO, SMALL, Subset, TransferConfig,
     batch_to_device, collate_targets, of_one_set, some_photos,
-    start_file, transfer_config,
+    start_file, transfer_config, val_views,
 )
 from .finetune_task import (DetectStep, LabelledRun, draw_answer, evaluate, measurement,
                                   val_batches)
@@ -35,6 +36,7 @@ from .panoptic import (COCO_CLASSES, PanopticEvaluator, PanopticScenes, Panoptic
                              coco_truth, draw_segments, open_panoptic, panoptic_segments)
 from ..data.scenes import Scenes
 from ..model.backbone import eval_mode
+from ..train.loop import Processes
 
 # %% ../../nbs/49_panoptic_task.ipynb #c006
 STAGES = 'boxes', 'masks'  # of DETR
@@ -369,9 +371,29 @@ def draw_panoptic(
     both = val.panoptic(index), answer
     return torch.cat([draw_segments(sample['image'], *segments) for segments in both], 2)
 
+# %% ../../nbs/49_panoptic_task.ipynb #b0c5e501
+def boxes_only(
+    dataset,  # panoptic set, or a part of one
+):            # of the same kind
+    "Return the same photos without masks: no PNG is read for a sample."
+    dataset = copy(dataset)
+    if hasattr(dataset, 'chosen'): dataset.dataset = boxes_only(dataset.dataset)
+    else: dataset.masks = False
+    return dataset
+
 # %% ../../nbs/49_panoptic_task.ipynb #c022
 class PanopticTask(LabelledRun):
     "One stage of panoptic segmentation as a task for `updetr.train.loop.train`."
+    def __init__(
+        self,
+        cfg: PanopticConfig,   # configuration of the run
+        run_dir: str | Path,   # folder of the run; it must exist
+        processes: Processes,  # processes from `join_processes`
+    ):
+        super().__init__(cfg, run_dir, processes)
+        # an evaluation compares with the truth of the whole photo, and reads its PNG for that
+        self.val_views = val_views(cfg, boxes_only(self.val_set))
+
     def open_sets(self):
         "Return panoptic sets to train on and to evaluate on."
         return open_panoptic_sets(self.cfg)
