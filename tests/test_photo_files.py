@@ -15,7 +15,9 @@ from updetr.data.photo_files import (
     photos_by_stem,
     pick_part,
     read_as_said,
+    read_list,
     voc_classes,
+    voc_names,
     voc_splits,
 )
 
@@ -44,6 +46,27 @@ def test_of_photos_of_one_name_the_usual_kind_is_taken(tmp_path):
     assert photos_by_stem(tmp_path) == {'a': ['a.JPG', 'a.png', 'a.bmp'], 'b': ['b.png', 'b.bmp']}
     tree = file_tree(tmp_path)
     assert label_pairs(tree, tree, '.txt')[0] == [('a.TXT', 'a.JPG', ''), ('b.txt', 'b.png', '')]
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+def test_a_line_of_a_list_is_first_read_as_it_stands(encoding, tmp_path):
+    "Names may have spaces, and end like a flag; a suffix or a flag is taken off only where the name is not known with it"
+    def listed(text):
+        (tmp_path / 'a.txt').write_bytes(text.encode(encoding))
+        return read_list(tmp_path / 'a.txt', {'a', 'my photo', 'b 1', 'c.v2'})
+    assert listed('a\r\nmy photo\nb 1\n\n c.v2 \nunknown 7') == (['a', 'my photo', 'b 1', 'c.v2', 'unknown 7'], 0)
+    assert listed('a.jpg\nmy photo.JPG\nc.v2.png') == (['a', 'my photo', 'c.v2'], 0)
+    assert listed('a  1\nmy photo -1\nb 1 0\nc.v2.jpg -1') == (['a', 'b 1'], 2)
+
+
+def test_a_list_of_voc_is_read_and_an_unknown_one_is_named_beside_those_that_there_are(tmp_path):
+    texts = {'train': 'a\nb c', 'fold1_train': 'b c.jpg', 'cat_train': 'a  1\nb c -1'}
+    for name, said in texts.items(): touch(tmp_path, f'ImageSets/Main/{name}.txt', said=said)
+    notes = []
+    found = {split: voc_names(tmp_path, split, {'a', 'b c'}, notes) for split in texts}
+    assert found == {'train': ['a', 'b c'], 'fold1_train': ['b c'], 'cat_train': ['a']}
+    assert notes == ['photos marked -1 in cat_train.txt are left out: 1']
+    with pytest.raises(ValueError, match="no split 'val'; it has: fold1_train, train$"): voc_names(tmp_path, 'val', {'a'}, [])
 
 
 def test_links_are_followed_and_what_is_hidden_is_not_there(tmp_path):
@@ -106,6 +129,33 @@ def test_a_yaml_may_lie_elsewhere(suffix, tmp_path):
     assert away.photos == tmp_path / 'photos' and away.parts == {'': [('labels/a.txt', 'a.jpg')]}
     touch(tmp_path, f'set/my{suffix}', said='names: {0: dog}')
     assert find_layout(tmp_path / 'set').names == {0: 'dog'}
+
+
+def test_of_files_that_describe_different_sets_none_is_chosen_in_silence(tmp_path):
+    "Names, folders or parts may differ; each file in place of the folder says which"
+    touch(tmp_path, *(f'{place}/images/a.jpg' for place in ('names', 'parts', 'sets/one', 'sets/two')),
+          *(f'{place}/labels/a.txt' for place in ('names', 'parts', 'sets/one', 'sets/two')))
+    for file, names in (('names/data.yaml', 'cat, dog'), ('names/coco.yaml', 'person, bicycle'), ('sets/one/data.yaml', 'cat'),
+                        ('sets/two/data.yaml', 'cat'), ('parts/one.yml', 'cat'), ('parts/two.yml', 'cat')):
+        touch(tmp_path, file, said=f'names: [{names}]')
+    touch(tmp_path, 'parts/two.yml', said='names: [cat]\ntrain: images')
+    for place, both in (('names', 'coco.yaml and .*data.yaml'),
+                        ('sets', 'one.data.yaml and .*two.data.yaml'), ('parts', 'one.yml and .*two.yml')):
+        with pytest.raises(ValueError, match=f'{both} describe different sets: say which'): find_layout(tmp_path / place)
+    assert find_layout(tmp_path / 'names/data.yaml').names == {0: 'cat', 1: 'dog'}
+    assert find_layout(tmp_path / 'sets/two/data.yaml').root == (tmp_path / 'sets/two').resolve()
+
+
+def test_files_that_describe_nothing_here_or_the_same_or_a_part_of_the_set_do_no_harm(tmp_path):
+    "Settings that come first in the alphabet, a copy, and what a downloaded part of the set brought with it"
+    touch(tmp_path, 'set/images/a.jpg', 'set/labels/a.txt')
+    touch(tmp_path, 'cfg/x.yaml', said='names: [person, bicycle]')
+    for file in ('set/data.yaml', 'set/copy.yaml'): touch(tmp_path, file, said='names: [cat, dog]')
+    layout = find_layout(tmp_path)
+    assert layout.root == (tmp_path / 'set').resolve() and layout.names == {0: 'cat', 1: 'dog'}
+    touch(tmp_path, 'data.yaml', said='names: [cow, cat]\ntrain: set/images')
+    layout = find_layout(tmp_path)
+    assert layout.root == tmp_path.resolve() and layout.names == {0: 'cow', 1: 'cat'} and parts_of(layout) == ['train']
 
 
 def test_other_files_of_coco_are_no_parts(tmp_path):

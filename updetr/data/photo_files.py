@@ -752,6 +752,27 @@ def _of_file(path, images):
     if suffix != '.csv': return Layout('COCO', path, {'': [path]})
     return Layout('CSV', path, {'': [path]}, folder, list(file_tree(folder)))
 
+# %% ../../nbs/15_photo_files.ipynb #f017y
+def _described(path, tree, images):
+    "Layout that the data.yaml files in a folder and below it describe; None if none does"
+    files = [path / sub / name for sub, names in tree.items() for name in names
+             if name.endswith(('.yaml', '.yml')) and _yaml(path / sub / name)]
+    found = {}
+    # the outermost first: those within a set that is described already have no say
+    for file in sorted(files, key=lambda file: len(file.parts)):
+        above = file.resolve().parent.parents
+        if any(layout.root in above for layout in found.values()): continue
+        layout = _of_yaml(file, images)
+        if layout: found[file] = layout
+    if not found: return None
+    first, *others = found
+    def said(file): return found[file].root, found[file].names, found[file].parts
+    for file in others:
+        if said(file) == said(first): continue
+        raise ValueError(f'{printable(first)} and {printable(file)} describe different sets: '
+                         'say which, by the file in place of the folder')
+    return found[first]
+
 # %% ../../nbs/15_photo_files.ipynb #f017b
 def find_layout(
     path,         # folder or file of labels
@@ -764,12 +785,10 @@ def find_layout(
     if usual: return usual
     tree = file_tree(path)
     photos, folder = (file_tree(images), images) if images else (tree, path)
-    described = [path / sub / name for sub, names in tree.items() for name in names
-                 if name.endswith(('.yaml', '.yml')) and _yaml(path / sub / name)]
     labelme, coco = _json_files(path, tree)
     shapes = {sub: names for sub, names in tree.items() if sub in labelme}
     # the first that fits
-    layout = described and _of_yaml(described[0], images)
+    layout = _described(path, tree, images)
     if not layout and coco: layout = Layout('COCO', path, _by_part(coco), folder, list(photos))
     layout = (layout or _paired('XML', '.xml', path, tree, folder, photos)
               or _paired('LabelMe', '.json', path, shapes, folder, photos)
