@@ -78,6 +78,14 @@ def test_links_are_followed_and_what_is_hidden_is_not_there(tmp_path):
         '': ['a.jpg', 'b.jpg'], '1/2/3/4/5': ['e.jpg'], 'link': ['z.jpg']}
 
 
+def test_a_folder_and_a_link_to_it_hold_the_same_photos_once(tmp_path):
+    "Else each is there twice, to train on and to evaluate on; its own folder gives the name, and a link upwards has no end"
+    touch(tmp_path, 'v1/images/a.jpg', 'v1/labels/a.txt')
+    (tmp_path / 'latest').symlink_to(tmp_path / 'v1')
+    (tmp_path / 'v1/up').symlink_to(tmp_path)
+    assert find_layout(tmp_path).parts == {'': [('v1/labels/a.txt', 'v1/images/a.jpg')]}
+
+
 @pytest.mark.parametrize('tree, photo', [
     ({'labels/train2017': ['1.txt'], 'images/test': ['1.jpg'], 'images/train': ['1.jpg']}, 'images/train/1.jpg'),
     ({'set': ['1.txt', '1.jpg'], 'images': ['1.jpg']}, 'set/1.jpg'),

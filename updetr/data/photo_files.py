@@ -303,14 +303,23 @@ def file_tree(
     root,            # folder
     depth: int = 5,  # levels of folders below it
 ) -> dict:           # folder relative to `root` ('' is `root`) -> names of its files
-    "Return the files below a folder without hidden ones, links followed."
-    tree = {}
+    "Return the files below a folder without hidden ones, links followed, each folder once."
+    tree, seen = {}, set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
+        info = os.stat(folder)
+        place = info.st_dev, info.st_ino
+        # a link has led to where we were
+        if place in seen:
+            subfolders.clear()
+            continue
+        seen.add(place)
         relative = os.path.relpath(folder, root)
         relative = '' if relative == '.' else relative
         level = len(Path(relative).parts)
         kept = [s for s in subfolders if s[0] != '.' and s != '__MACOSX']
-        subfolders[:] = sorted(kept) if level < depth else []
+        # links come last, so that files have the names of their own folder
+        kept.sort(key=lambda s: (os.path.islink(os.path.join(folder, s)), s))
+        subfolders[:] = kept if level < depth else []
         tree[relative] = sorted(name for name in names if name[0] != '.')
     return tree
 
