@@ -1,4 +1,6 @@
 "Which file is meant where several could be: folders, photos of one name, labels and their photos, parts and their lists."
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -152,6 +154,18 @@ def test_of_files_that_describe_different_sets_none_is_chosen_in_silence(tmp_pat
         with pytest.raises(ValueError, match=f'{both} describe different sets: say which'): find_layout(tmp_path / place)
     assert find_layout(tmp_path / 'names/data.yaml').names == {0: 'cat', 1: 'dog'}
     assert find_layout(tmp_path / 'sets/two/data.yaml').root == (tmp_path / 'sets/two').resolve()
+
+
+def test_a_yaml_that_cannot_be_read_is_named(tmp_path):
+    "With YAML's reason: where it was given it is an error, in a folder it has no say, and that is said"
+    touch(tmp_path, 'images/a.jpg', 'labels/a.txt')
+    touch(tmp_path, 'data.yaml', said='names: [cat, dog\ntrain: images')
+    reason = "data.yaml is no YAML file: .*expected ',' or ']'.*line 2"
+    with pytest.raises(ValueError, match=reason): find_layout(tmp_path / 'data.yaml')
+    layout = find_layout(tmp_path)
+    assert not layout.names and re.search(reason, layout.notes[0]) and '\n' not in layout.notes[0]
+    (tmp_path / 'data.yaml').write_bytes(b'\xff\xfe\x00')
+    with pytest.raises(ValueError, match='data.yaml is no text'): find_layout(tmp_path / 'data.yaml')
 
 
 def test_files_that_describe_nothing_here_or_the_same_or_a_part_of_the_set_do_no_harm(tmp_path):

@@ -423,11 +423,33 @@ def _paired(kind, suffix, root, tree, images, photos, notes=()):
     return Layout(kind, root, parts, images, notes=notes)
 
 # %% ../../nbs/15_photo_files.ipynb #f009
-def _yaml(file):
-    "Content of a YAML file that has YOLO's names; {} for any other"
-    try: data = yaml.safe_load(read_text(file))
-    except (yaml.YAMLError, ValueError, RecursionError): return {}
+def _yaml_files(root, tree):
+    "YAML files in a tree"
+    return [root / folder / name for folder, names in tree.items() for name in names
+            if name.endswith(('.yaml', '.yml'))]
+
+def _read_yaml(file):
+    "Content of a YAML file that has YOLO's names; {} for any other. Raises ValueError."
+    text = read_text(file)
+    try: data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        # YAML's reasons have several lines
+        reason = ' '.join(f'{e}'.split())
+        raise ValueError(f'{printable(file)} is no YAML file: {reason}') from e
     return data if isinstance(data, dict) and isinstance(data.get('names'), (list, dict)) else {}
+
+def _yaml(file):
+    "As `_read_yaml`, but {} for a file that cannot be read"
+    try: return _read_yaml(file)
+    except ValueError: return {}
+
+def _broken_yamls(root, tree):
+    "[what to say of YAML files that cannot be read]"
+    notes = []
+    for file in _yaml_files(root, tree):
+        try: _read_yaml(file)
+        except ValueError as e: notes.append(f'{e}: it has no say')
+    return notes
 
 def _numbered(names, source):
     "{number: name} of a list or of a dictionary"
@@ -536,7 +558,7 @@ def _yaml_part(photo, said):
 # %% ../../nbs/15_photo_files.ipynb #f011
 def _find_yolo(root, tree, images, photos, file=None):
     "Layout of YOLO labels, with data.yaml or, where `file` is None, without"
-    data = _yaml(file) if file else {}
+    data = _read_yaml(file) if file else {}
     if data.get('kpt_shape'):
         raise ValueError(f'{printable(file)} has kpt_shape: labels of poses are not read')
     pairs, alone, used = label_pairs(tree, photos, '.txt')
@@ -557,6 +579,7 @@ def _find_yolo(root, tree, images, photos, file=None):
         pairs = [(label, photo, _yaml_part(photo, said)) for label, photo, _ in pairs]
         out = sum(part is None for *_, part in pairs)
         if out: notes.append(f'photos in no part of {printable(where)} are left out: {out:,}')
+    if not file: notes += _broken_yamls(root, tree)
     if data: names, own = _numbered(data['names'], file), {}
     else: names, own = _yolo_names(root, tree, pairs, notes)
     if not names:
@@ -739,7 +762,7 @@ def _layout_error(path, tree):
 # %% ../../nbs/15_photo_files.ipynb #f017
 def _of_yaml(file, images):
     "Layout that a data.yaml describes; None if there are no labels"
-    said = _yaml(file).get('path')
+    said = _read_yaml(file).get('path')
     # where no label lies beside it, it says where: from its folder, from here, or in datasets
     places = [file.parent / said, Path(said), Path('datasets', said)] if type(said) is str else []
     for root in map(Path.resolve, [file.parent, *[p for p in places if p.is_dir()][:1]]):
@@ -764,9 +787,7 @@ def _of_file(path, images):
 # %% ../../nbs/15_photo_files.ipynb #f017y
 def _described(path, tree, images):
     "Layout that the data.yaml files in a folder and below it describe; None if none does"
-    files = [path / sub / name for sub, names in tree.items() for name in names
-             if name.endswith(('.yaml', '.yml')) and _yaml(path / sub / name)]
-    found = {}
+    files, found = filter(_yaml, _yaml_files(path, tree)), {}
     # the outermost first: those within a set that is described already have no say
     for file in sorted(files, key=lambda file: len(file.parts)):
         above = file.resolve().parent.parents
