@@ -6,8 +6,8 @@
 __all__ = ['LISTS', 'ID', 'BOX', 'SIDE', 'NUMBER', 'FLAG', 'NAME', 'OPTIONAL_NUMBER', 'OPTIONAL_FLAG', 'SEGMENT',
            'read_annotations', 'is_number', 'as_float', 'require_keys', 'require_values', 'require_unique',
            'require_inside', 'choose_classes', 'coco_classes', 'by_id', 'panoptic_entries', 'read_text', 'text_number',
-           'yolo_objects', 'labelme_objects', 'csv_columns', 'csv_rows', 'csv_objects', 'unpack_runs',
-           'outline_trouble']
+           'read_xml', 'voc_objects', 'yolo_objects', 'labelme_objects', 'csv_columns', 'csv_rows', 'csv_objects',
+           'unpack_runs', 'outline_trouble']
 
 # %% ../../nbs/14_annotations.ipynb #c002
 import codecs
@@ -18,6 +18,7 @@ import re
 import reprlib
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -303,6 +304,51 @@ def text_number(
     except (TypeError, ValueError): return np.nan
     # Python reads 1_0 as ten, other programs do not
     return value if is_number(value) and '_' not in text else np.nan
+
+# %% ../../nbs/14_annotations.ipynb #voc005
+class _Plain(ElementTree.TreeBuilder):
+    "Builds the tree of an XML file that declares nothing."
+    def doctype(self, name, pubid, system):
+        # entities that it declares could grow without end
+        raise ValueError('it has a DOCTYPE, which annotations do not need: '
+                         'refused, delete that line')
+
+def read_xml(
+    path,  # of an annotation
+):         # its root element
+    "Return the root of an XML file. Raises ValueError that names the file."
+    try:
+        parser = ElementTree.XMLParser(target=_Plain())
+        return ElementTree.parse(path, parser).getroot()
+    except OSError as e:
+        raise ValueError(f'{printable(path)} cannot be read: {e.strerror}') from e
+    except (ElementTree.ParseError, ValueError, LookupError) as e:
+        raise ValueError(f'{printable(path)} is no VOC annotation: {e}') from e
+
+def _difficult(text, where):
+    "Return True for an object that is marked as difficult."
+    if text.strip() and text_number(text) not in (0, 1):
+        raise ValueError(f'{where} has <difficult> {text.strip()[:40]!r}: '
+                         'it must be 0 or 1, or left out')
+    return text_number(text) == 1
+
+def voc_objects(
+    root,   # of `read_xml`
+    path,   # of the file, for messages
+) -> list:  # (class name, four edges as they are stated, difficult)
+    "Return the objects of an annotation. Raises ValueError for one without a name or a box."
+    objects = []
+    for node in root.iterfind('object'):
+        where = f'{printable(path)}: object {len(objects) + 1}'
+        name = (node.findtext('name') or '').strip()
+        box = node.find('bndbox')
+        if not name: raise ValueError(f'{where} has no <name>')
+        if box is None: raise ValueError(f'{where} has no <bndbox>')
+        # an edge that is no number is NaN: it is judged with the photo's size
+        edges = [text_number(box.findtext(k)) for k in ('xmin', 'ymin', 'xmax', 'ymax')]
+        difficult = _difficult(node.findtext('difficult') or '', where)
+        objects.append((name, edges, difficult))
+    return objects
 
 # %% ../../nbs/14_annotations.ipynb #y002
 def _yolo_class(text, names, where):

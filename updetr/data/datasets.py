@@ -20,12 +20,12 @@ from torchvision.utils import draw_bounding_boxes
 
 from .annotations import (
     ID, NAME, OPTIONAL_FLAG, OPTIONAL_NUMBER, as_float, choose_classes, coco_classes, csv_objects,
-    labelme_objects, read_annotations, require_inside, require_keys, require_unique,
-    require_values, text_number, yolo_objects)
+    labelme_objects, read_annotations, read_xml, require_inside, require_keys, require_unique,
+    require_values, text_number, voc_objects, yolo_objects)
 from ..core.fingerprint import SetRows, column_rows, set_rows
 from .photo_files import (
     EXIF, find_files, find_layout, names_below, part_of, parts_of, photos_by_stem, pick_part,
-    read_as_said, read_xml, same_part, voc_classes, voc_ids, voc_names, voc_objects)
+    read_as_said, same_part, voc_classes, voc_ids, voc_names)
 from ..core.photos import header_size, photo_turn, printable
 
 # %% ../../nbs/16_datasets.ipynb #c006

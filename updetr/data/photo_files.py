@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXIF', 'part_of', 'best_folder', 'find_files', 'names_below', 'photos_by_stem', 'read_list', 'size_trouble',
-           'read_as_said', 'read_xml', 'voc_objects', 'voc_splits', 'need_split', 'voc_names', 'voc_classes', 'voc_ids',
-           'file_tree', 'label_pairs', 'Layout', 'find_layout', 'parts_of', 'same_part', 'pick_part']
+           'read_as_said', 'voc_splits', 'need_split', 'voc_names', 'voc_classes', 'voc_ids', 'file_tree',
+           'label_pairs', 'Layout', 'find_layout', 'parts_of', 'same_part', 'pick_part']
 
 # %% ../../nbs/15_photo_files.ipynb #c002
 import os
@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from urllib.parse import unquote
-from xml.etree import ElementTree
 
 import torch
 import yaml
 
 from .annotations import (
-    csv_columns, csv_rows, read_text, require_inside, text_number)
+    csv_columns, csv_rows, read_text, read_xml, require_inside, voc_objects)
 from ..core.photos import (
     SUFFIXES, BadPhoto, as_stored, photo_turn, printable, read_photo, walk_files)
 
@@ -186,51 +185,6 @@ def read_as_said(
     real = tuple(image.shape[1:])
     if real != said: raise BadPhoto(path, f'of another size: {size_trouble(real, said)}')
     return image
-
-# %% ../../nbs/15_photo_files.ipynb #voc005
-class _Plain(ElementTree.TreeBuilder):
-    "Builds the tree of an XML file that declares nothing."
-    def doctype(self, name, pubid, system):
-        # entities that it declares could grow without end
-        raise ValueError('it has a DOCTYPE, which annotations do not need: '
-                         'refused, delete that line')
-
-def read_xml(
-    path,  # of an annotation
-):         # its root element
-    "Return the root of an XML file. Raises ValueError that names the file."
-    try:
-        parser = ElementTree.XMLParser(target=_Plain())
-        return ElementTree.parse(path, parser).getroot()
-    except OSError as e:
-        raise ValueError(f'{printable(path)} cannot be read: {e.strerror}') from e
-    except (ElementTree.ParseError, ValueError, LookupError) as e:
-        raise ValueError(f'{printable(path)} is no VOC annotation: {e}') from e
-
-def _difficult(text, where):
-    "Return True for an object that is marked as difficult."
-    if text.strip() and text_number(text) not in (0, 1):
-        raise ValueError(f'{where} has <difficult> {text.strip()[:40]!r}: '
-                         'it must be 0 or 1, or left out')
-    return text_number(text) == 1
-
-def voc_objects(
-    root,   # of `read_xml`
-    path,   # of the file, for messages
-) -> list:  # (class name, four edges as they are stated, difficult)
-    "Return the objects of an annotation. Raises ValueError for one without a name or a box."
-    objects = []
-    for node in root.iterfind('object'):
-        where = f'{printable(path)}: object {len(objects) + 1}'
-        name = (node.findtext('name') or '').strip()
-        box = node.find('bndbox')
-        if not name: raise ValueError(f'{where} has no <name>')
-        if box is None: raise ValueError(f'{where} has no <bndbox>')
-        # an edge that is no number is NaN: it is judged with the photo's size
-        edges = [text_number(box.findtext(k)) for k in ('xmin', 'ymin', 'xmax', 'ymax')]
-        difficult = _difficult(node.findtext('difficult') or '', where)
-        objects.append((name, edges, difficult))
-    return objects
 
 # %% ../../nbs/15_photo_files.ipynb #voc008
 def voc_splits(
