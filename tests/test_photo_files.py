@@ -168,6 +168,16 @@ def test_a_yaml_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ValueError, match='data.yaml is no text'): find_layout(tmp_path / 'data.yaml')
 
 
+@pytest.mark.parametrize('names', ['[SE, NO, 010, 1.50, 2024-01-01]', '{0: SE, 1: NO, 2: 010, 3: 1.50, 4: 2024-01-01}'])
+def test_names_of_a_yaml_are_taken_as_they_stand(names, tmp_path):
+    "YAML would take them for false, eight, 1.5 and a day; a part without a value is none"
+    touch(tmp_path, 'images/a.jpg', 'labels/a.txt')
+    touch(tmp_path, 'data.yaml', said=f'names: {names}\nkpt_shape: null\ntrain: images\nval:\ntest: null')
+    layout = find_layout(tmp_path)
+    assert [*layout.names.items()] == [*enumerate(['SE', 'NO', '010', '1.50', '2024-01-01'])]
+    assert parts_of(layout) == ['train']
+
+
 def test_files_that_describe_nothing_here_or_the_same_or_a_part_of_the_set_do_no_harm(tmp_path):
     "Settings that come first in the alphabet, a copy, and what a downloaded part of the set brought with it"
     touch(tmp_path, 'set/images/a.jpg', 'set/labels/a.txt')

@@ -382,10 +382,16 @@ def _yaml_files(root, tree):
     return [root / folder / name for folder, names in tree.items() for name in names
             if name.endswith(('.yaml', '.yml'))]
 
+class _Texts(yaml.SafeLoader):
+    "Reads values as they stand, but for null: YAML takes NO for a truth value and 010 for eight"
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in rules if tag.endswith((':null', ':merge'))]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
 def _read_yaml(file):
     "Content of a YAML file that has YOLO's names; {} for any other. Raises ValueError."
     text = read_text(file)
-    try: data = yaml.safe_load(text)
+    try: data = yaml.load(text, _Texts)
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         # YAML's reasons have several lines
         reason = ' '.join(f'{e}'.split())
@@ -405,15 +411,17 @@ def _broken_yamls(root, tree):
         except ValueError as e: notes.append(f'{e}: it has no say')
     return notes
 
+# %% ../../nbs/15_photo_files.ipynb #f009n
 def _numbered(names, source):
     "{number: name} of a list or of a dictionary"
     rows = names.items() if isinstance(names, dict) else enumerate(names)
     found = {}
     for number, name in rows:
-        if type(number) is not int or type(name) not in (str, int, float) or not f'{name}'.strip():
+        is_number = re.fullmatch('[0-9]{1,9}', f'{number}')
+        if not is_number or type(name) is not str or not name.strip():
             raise ValueError(f'{printable(source)}: names has {number!r}: {name!r}'[:200] +
                              ', expected numbers with their names')
-        found[number] = printable(f'{name}'.strip())
+        found[int(number)] = printable(name.strip())
     return found
 
 # %% ../../nbs/15_photo_files.ipynb #f009b
