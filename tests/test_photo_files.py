@@ -114,6 +114,20 @@ def test_photos_beside_those_with_labels_have_no_objects(tmp_path):
         '': [('labels/a.txt', 'images/a.jpg'), (None, 'images/b.jpg'), ('labels/c.txt', 'images/c.jpg')]}
 
 
+def test_folders_that_a_yaml_names_are_photos_without_objects(tmp_path):
+    "Background, a part without any label, and photos of a list; not the pictures beside, nor those of a set named as a whole"
+    touch(tmp_path, 'images/real/a.jpg', 'labels/real/a.txt', 'images/background/b.jpg', 'images/val/c.jpg',
+          'more/d.jpg', 'logo/e.png', 'f.jpg')
+    touch(tmp_path, 'test.txt', said='more/d.jpg')
+    touch(tmp_path, 'data.yaml', said='names: [cat]\ntrain: [images/real, images/background]\nval: images/val\ntest: test.txt')
+    layout = find_layout(tmp_path)
+    assert layout.parts == {'train': [(None, 'images/background/b.jpg'), ('labels/real/a.txt', 'images/real/a.jpg')],
+                            'val': [(None, 'images/val/c.jpg')], 'test': [(None, 'more/d.jpg')]}
+    assert layout.notes == ['photos without a label file, taken as photos without objects: 3']
+    touch(tmp_path, 'data.yaml', said='names: [cat]\ntrain: .')
+    assert find_layout(tmp_path).parts == {'train': [('labels/real/a.txt', 'images/real/a.jpg')]}
+
+
 def test_as_much_of_a_path_is_looked_up_as_there_is(tmp_path):
     "Of another machine's set/train/images there is train/images, and images, which are the photos to evaluate on"
     touch(tmp_path, 'train/images/a.jpg', 'train/labels/a.txt', 'images/b.jpg', 'labels/b.txt')
@@ -176,6 +190,12 @@ def test_names_of_a_yaml_are_taken_as_they_stand(names, tmp_path):
     layout = find_layout(tmp_path)
     assert [*layout.names.items()] == [*enumerate(['SE', 'NO', '010', '1.50', '2024-01-01'])]
     assert parts_of(layout) == ['train']
+
+
+def test_classes_come_in_the_order_of_their_numbers(tmp_path):
+    touch(tmp_path, 'images/a.jpg', 'labels/a.txt')
+    touch(tmp_path, 'data.yaml', said='names: {10: w, 2: x, 0: y, 1: z}')
+    assert [*find_layout(tmp_path).names.items()] == [(0, 'y'), (1, 'z'), (2, 'x'), (10, 'w')]
 
 
 def test_files_that_describe_nothing_here_or_the_same_or_a_part_of_the_set_do_no_harm(tmp_path):

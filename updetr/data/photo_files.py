@@ -413,7 +413,7 @@ def _broken_yamls(root, tree):
 
 # %% ../../nbs/15_photo_files.ipynb #f009n
 def _numbered(names, source):
-    "{number: name} of a list or of a dictionary"
+    "{number: name} of a list or of a dictionary, in the order of the numbers"
     rows = names.items() if isinstance(names, dict) else enumerate(names)
     found = {}
     for number, name in rows:
@@ -422,7 +422,7 @@ def _numbered(names, source):
             raise ValueError(f'{printable(source)}: names has {number!r}: {name!r}'[:200] +
                              ', expected numbers with their names')
         found[int(number)] = printable(name.strip())
-    return found
+    return dict(sorted(found.items()))
 
 # %% ../../nbs/15_photo_files.ipynb #f009b
 _NAME_FILES = re.compile(r'classes\.txt|.*\.names|_darknet\.labels|labels\.txt|class_names\.txt')
@@ -517,6 +517,21 @@ def _yaml_part(photo, said):
         if folder is not None and Path(photo).is_relative_to(folder): return part
     return None
 
+# %% ../../nbs/15_photo_files.ipynb #f010e
+def _named_folders(said):
+    "Folders that data.yaml names, or lists photos of; not the whole set, which has other pictures"
+    named = {folder for _, folder, _ in said if folder}
+    listed = {photo for *_, photos in said for photo in photos or () if photo}
+    return named | {os.path.dirname(photo) for photo in listed}
+
+def _empty_photos(pairs, folders, photos):
+    "(None, photo, part) of the photos in some folders that have no label file"
+    labelled = {photo for _, photo, _ in pairs}
+    there = [os.path.join(place, name) for place in photos if place in folders
+             for name in _photos(photos[place]).values()]
+    return [(None, photo, part_of(os.path.dirname(photo))) for photo in there
+            if photo not in labelled]
+
 # %% ../../nbs/15_photo_files.ipynb #f011
 def _find_yolo(root, tree, images, photos, file=None):
     "Layout of YOLO labels, with data.yaml or, where `file` is None, without"
@@ -525,16 +540,14 @@ def _find_yolo(root, tree, images, photos, file=None):
         raise ValueError(f'{printable(file)} has kpt_shape: labels of poses are not read')
     pairs, alone, used = label_pairs(tree, photos, '.txt')
     if not pairs: return None
-    # photos without a label file have no objects
-    labelled = {photo for _, photo, _ in pairs}
-    there = [os.path.join(place, name) for place in used
-             for name in _photos(photos[place]).values()]
-    empty = [photo for photo in there if photo not in labelled]
-    pairs += [(None, photo, part_of(os.path.dirname(photo))) for photo in empty]
-    notes = [f'photos without a label file, taken as photos without objects: {len(empty):,}']
-    notes = notes if empty else []
+    # photos beside those with labels, and in folders that data.yaml names, have no objects
+    pairs += _empty_photos(pairs, used, photos)
     said = _yaml_parts(data, root, tree, photos)
     if all(_yaml_part(photo, said) is None for _, photo, _ in pairs): said = []  # has no photos
+    pairs += _empty_photos(pairs, _named_folders(said), photos)
+    empty = sum(label is None for label, *_ in pairs)
+    notes = [f'photos without a label file, taken as photos without objects: {empty:,}']
+    notes = notes if empty else []
     where = file.name if said else 'the lists of photos'
     said = said or _listed_parts(root, tree, pairs)
     if said:
