@@ -196,13 +196,14 @@ def _wanted(classes, names):
 
 def choose_classes(
     names: list,    # of the classes in a file or folder
-    classes,        # those wanted, in order, such as 'dog' or 'pet=cat+dog'; None: all
+    classes,        # those wanted, in order: ['dog', 'pet=cat+dog'] or 'dog, cow'; None: all
     source: str,    # where they are from
     notes: list,    # texts: what was decided in reading; grows
 ) -> tuple:         # the C classes; name -> 0..C-1, or -2 for one that was not asked for
     """Return which classes there are.
     Raises ValueError where none of those wanted is here, or a name is asked for twice."""
     if classes is None: return list(names), {name: i for i, name in enumerate(names)}
+    if isinstance(classes, str): classes = [c.strip() for c in classes.split(',') if c.strip()]
     wanted = _wanted(classes, names)
     members = [name for _, some in wanted for name in some]
     require_unique([new for new, _ in wanted],

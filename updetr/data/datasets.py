@@ -632,7 +632,7 @@ def open_dataset(
     path,                       # folder of any usual layout, or a COCO file, CSV or data.yaml
     split: str = None,          # 'train', 'val', ...; None for a set without parts
     year: str = None,           # VOC: '2007', '2012', '07+12'; COCO: if there are several
-    classes=None,               # names wanted, in order; 'pet=cat+dog' is one of two; None: all
+    classes=None,               # names, in order, or 'cat, dog'; 'pet=cat+dog' is one of two; None: all
     difficult: str = 'ignore',  # VOC's difficult objects: 'ignore', 'keep' or 'drop'
     one_based: bool = True,     # VOC: pixels are counted from 1
     images=None,                # folder of the photos, if it is in none of the usual places
