@@ -366,6 +366,11 @@ def test_zero_based_voc(tmp_path):
     assert any('one_based=False' in w for w in check_dataset(open_dataset(root, 'trainval')).warnings)
     ds = open_dataset(root, 'trainval', one_based=False)
     assert not check_dataset(ds).warnings and ds[0]['boxes'].tolist()[1] == [0, 0, 9, 9]
+    # COCO counts from 0 as it is, and does not ask
+    data = content()
+    data['annotations'].append(data['annotations'][0] | {'id': 9, 'bbox': [-1, -1, 9, 9]})
+    told, = check_dataset(open_dataset(coco(tmp_path / 'coco', data), 'train')).warnings
+    assert 'stick out' in told and 'one_based' not in told
 
 
 def test_boxes_that_begin_and_end_at_one_number_are_counted(tmp_path):

@@ -131,10 +131,11 @@ def _box_warnings(table):
     real = finite & (table.image >= 0) & (w > 0) & (h > 0)
     away = real & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
     over = real & ~away & ((x < 0) | (y < 0) | (x + w > width) | (y + h > height))
-    # one pixel too early, all of them: counted from 0 and read as counted from 1
+    # one pixel too early, all of them: counted from 0 and read as counted from 1, as VOC does
     starts = table.boxes[:, :2]
+    early = (starts == -1).any() and (starts[over] >= -1).all()
     clamped = 'They are clamped'
-    if (starts == -1).any() and (starts[over] >= -1).all():
+    if early and table.layout.startswith('VOC'):
         clamped += ('. All that start early start at -1: if this set counts pixels from 0, '
                     'say one_based=False')
     again = _repeated(table) & real
