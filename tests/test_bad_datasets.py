@@ -359,6 +359,16 @@ def test_years_of_voc_come_as_they_are_asked_for(tmp_path):
         assert open_dataset(root, 'trainval', year=year).table.files == [f'VOC{y}/JPEGImages/a.jpg' for y in order]
 
 
+def test_what_rounding_adds_to_a_box_does_not_stick_out(tmp_path):
+    "100.1 + 539.9 may be more than 640; a thousandth of a pixel is told"
+    def opened(*box): return open_dataset(coco(tmp_path, change('annotations', 1, bbox=box)), 'train')
+    assert WIDTH == 640 < 100.1 + 539.9000000000001
+    ds = opened(100.1, 40, 539.9000000000001, 300)
+    assert ds.clamped == 0 and not check_dataset(ds).warnings and ds[0]['boxes'][1, 2] == 640
+    ds = opened(100.1, 40, 539.901, 300)
+    assert ds.clamped == 1 and 'stick out of their photos: 1' in check_dataset(ds).warnings[0]
+
+
 def test_zero_based_voc(tmp_path):
     "A VOC set that counts from 0 gets the hint, and is exact with it."
     box = '<object><name>rocket</name><bndbox><xmin>0</xmin><ymin>0</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>'

@@ -16,7 +16,7 @@ from multiprocessing.pool import ThreadPool
 
 import numpy as np
 
-from .datasets import DetectionSet
+from .datasets import ROUNDING, DetectionSet
 from .photo_files import part_of, size_trouble
 from ..core.photos import BadPhoto, header_size, photo_turn, printable, read_photo
 
@@ -130,7 +130,8 @@ def _box_warnings(table):
     # real boxes of known photos: quite outside, or in part
     real = finite & (table.image >= 0) & (w > 0) & (h > 0)
     away = real & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
-    over = real & ~away & ((x < 0) | (y < 0) | (x + w > width) | (y + h > height))
+    beyond = np.max([-x, -y, x + w - width, y + h - height], 0)
+    over = real & ~away & (beyond > ROUNDING)
     # one pixel too early, all of them: counted from 0 and read as counted from 1, as VOC does
     starts = table.boxes[:, :2]
     early = (starts == -1).any() and (starts[over] >= -1).all()
