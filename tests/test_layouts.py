@@ -17,6 +17,7 @@ from tools.cells import run_cells
 from updetr.core.config import make_config
 from updetr.core.fingerprint import mark_set, same_data
 from updetr.core.photos import index_photos, walk_files
+from updetr.data import datasets, photo_files
 from updetr.data.annotations import labelme_objects
 from updetr.data.check import check_dataset, suggest
 from updetr.data.datasets import dataset_parts, open_dataset
@@ -392,6 +393,20 @@ def test_sets_with_parts(layout, pictures, tmp_path):
         with pytest.raises(ValueError, match=f'no split {wrong!r}.*[tT]rain'): open_dataset(path, wrong)
     train, val = open_sets(finetune_config('demo', data=str(path)))
     assert len(train) == 3 and len(val) == 2 and train.classes == val.classes == CLASSES
+
+
+@pytest.mark.parametrize('layout, reader, place, times', [
+    ('ultralytics', 'yolo_objects', 0, 3), ('csv_parts', 'csv_objects', 0, 2), ('voc_lists', 'voc_objects', 1, 5)])
+def test_each_label_file_is_read_once(layout, reader, place, times, pictures, tmp_path, monkeypatch):
+    "Of the other part only where it may tell a class; a data.yaml has told them all"
+    path, read, real = PARTED[layout](pictures, tmp_path), [], getattr(datasets, reader)
+    def counted(*args):
+        read.append(str(args[place]))
+        return real(*args)
+    for module in (datasets, photo_files):
+        if hasattr(module, reader): monkeypatch.setattr(module, reader, counted)
+    agree(open_dataset(path, 'train'), TRAIN)
+    assert len(read) == len(set(read)) == times
 
 
 def test_one_part_alone_is_divided_too(pictures, tmp_path):

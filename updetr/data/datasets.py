@@ -447,10 +447,11 @@ def voc_table(
     objects = [voc_objects(tree, path) for tree, path in zip(trees, paths)]
     if one_based: notes += _thin_boxes(objects, paths)
     # classes of all splits: a class has the same label in each
-    names = voc_classes(folders) if classes is None else sorted(_names(objects))
+    names = _names(objects)
+    if classes is None: names |= {*voc_classes(folders, paths)}
     if not names: raise ValueError(f'{source}: no annotation has an <object>')
-    return _objects_table(source, root, files, objects, map(_voc_size, trees), names, classes,
-                          one_based, exif, notes)
+    return _objects_table(source, root, files, objects, map(_voc_size, trees), sorted(names),
+                          classes, one_based, exif, notes)
 
 
 # %% ../../nbs/16_datasets.ipynb #o001
@@ -510,7 +511,7 @@ def _open_pairs(layout, split, classes, one_based, exif, missing):
     if kind == 'XML' and one_based:
         notes += _thin_boxes(objects, [layout.root / label for label, _ in pairs])
     names = _names(objects)
-    if classes is None: names |= _other_names(layout, split)
+    if classes is None and not layout.names: names |= _other_names(layout, split)
     # two numbers may have one name
     names = list(dict.fromkeys(layout.names.values())) or sorted(names, key=_by_name)
     if not names: raise ValueError(f'{source}: no label file has an object')
@@ -548,8 +549,9 @@ def _open_csv(layout, split, classes, exif, missing):
     photos, files = _kept(photos, there), _kept(files, there)
     objects = [by_photo[photo] for photo in photos]
     names = _names(by_photo.values())
-    for some in layout.parts.values() if classes is None else ():
-        try: names |= _names(csv_objects(some[0])[0].values())
+    others = [some[0] for some in layout.parts.values() if some[0] != file]
+    for other in others if classes is None else ():
+        try: names |= _names(csv_objects(other)[0].values())
         except ValueError: continue
     if not names: raise ValueError(f'{printable(file)} has no box')
     sizes = [stated.get(photo, (None, None)) for photo in photos]

@@ -230,11 +230,13 @@ def voc_names(
 # %% ../../nbs/15_photo_files.ipynb #voc009
 def voc_classes(
     folders: list,  # VOC2007, VOC2012, ...
+    read=(),        # annotations that are left out, because they have been read
 ) -> list:          # names, in alphabetical order
     "Return the classes of all annotations in some folders; unreadable files have no say."
     names = set()
     places = [f / 'Annotations' for f in folders]
-    for path in [place / name for place in places for name in names_below(place, '.xml')]:
+    paths = [place / name for place in places for name in names_below(place, '.xml')]
+    for path in {*paths} - {*read}:
         try: objects = voc_objects(read_xml(path), path)
         except ValueError: continue
         names |= {name for name, _, _ in objects}
