@@ -461,6 +461,17 @@ def test_a_set_is_opened_from_within(file, pictures, tmp_path, monkeypatch):
     agree(open_dataset(file, 'train'), TRAIN)
 
 
+@pytest.mark.parametrize('within, path', [('', '.'), ('Annotations', '..')])
+def test_a_voc_folder_is_opened_from_within(within, path, pictures, tmp_path, monkeypatch):
+    "It is the same set"
+    for part, names in (('train', TRAIN), ('val', VAL)): voc_lists(pictures, tmp_path, part, names)
+    outside = open_dataset(tmp_path / 'VOC2007', 'train')
+    monkeypatch.chdir(tmp_path / 'VOC2007' / within)
+    inside = open_dataset(path, 'train', year='07')
+    agree(inside, TRAIN)
+    assert inside.table.files == outside.table.files and mark_set(inside) == mark_set(outside)
+
+
 @pytest.mark.parametrize('path', ['.', '/content/mine', 'mine'])
 def test_a_part_may_be_the_whole_folder(path, pictures, tmp_path):
     "`path` may be of another machine"

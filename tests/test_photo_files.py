@@ -1,4 +1,5 @@
 "Which file is meant where several could be: folders, photos of one name, labels and their photos, parts and their lists."
+import os
 import re
 
 import numpy as np
@@ -86,6 +87,26 @@ def test_a_folder_and_a_link_to_it_hold_the_same_photos_once(tmp_path):
     (tmp_path / 'latest').symlink_to(tmp_path / 'v1')
     (tmp_path / 'v1/up').symlink_to(tmp_path)
     assert find_layout(tmp_path).parts == {'': [('v1/labels/a.txt', 'v1/images/a.jpg')]}
+
+
+def test_a_closed_folder_does_no_harm(tmp_path, monkeypatch):
+    "Such as lost+found of a disk; where nothing else is there, the error shows it"
+    touch(tmp_path, 'photos/a.jpg', 'lost+found/b.jpg')
+    def closed(function, within):
+        def opened(path='.', *args, **more):
+            inner = str(path).partition('lost+found')
+            if inner[1] and (within or inner[2]): raise PermissionError(13, 'Permission denied', str(path))
+            return function(path, *args, **more)
+        return opened
+    monkeypatch.setattr(os, 'access', lambda path, mode: 'lost+found' not in str(path))
+    monkeypatch.setattr(os, 'stat', closed(os.stat, False))
+    monkeypatch.setattr(os, 'scandir', closed(os.scandir, True))
+    with pytest.raises(ValueError, match=r'SEEN(.|\n)* lost\+found/\n.*  Permission denied\n'): find_layout(tmp_path)
+    touch(tmp_path, 'photos/a.xml')
+    assert find_layout(tmp_path).parts == {'': [('photos/a.xml', 'photos/a.jpg')]}
+    # the folder of another machine may be a closed one here
+    touch(tmp_path, 'set.yaml', said=f'names: [cat]\npath: {tmp_path}/lost+found/set')
+    with pytest.raises(ValueError, match='no label file'): find_layout(tmp_path / 'set.yaml')
 
 
 @pytest.mark.parametrize('tree, photo', [

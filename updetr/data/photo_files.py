@@ -619,7 +619,8 @@ def _find_voc(path, images):
     parts = ['Annotations', 'ImageSets/Main']
     if not images: parts.append('JPEGImages')
     def is_voc(folder): return all((folder / part).is_dir() for part in parts)
-    if is_voc(path): return [path]
+    # opened from within, as '.', it has no name: photos are named by their folder
+    if is_voc(path): return [path if path.name.strip('.') else Path(os.path.abspath(path))]
     below = [*sorted(path.glob('VOC*')), *sorted((path / 'VOCdevkit').glob('VOC*'))]
     return [folder for folder in below if is_voc(folder)]
 
@@ -650,7 +651,9 @@ def _below_usual(path, images):
     found = [layout for layout in [_usual(path, images)] if layout]
     for pattern in ('*/', '*/*/'):
         if found: break
-        below = [_usual(f, images) for f in sorted(path.glob(pattern)) if f.is_dir()]
+        # others may be closed, such as lost+found
+        folders = [f for f in sorted(path.glob(pattern)) if os.access(f, os.R_OK | os.X_OK)]
+        below = [_usual(f, images) for f in folders if f.is_dir()]
         found = [layout for layout in below if layout]
     if len(found) > 1:
         names = ', '.join(printable(layout.root.relative_to(path)) for layout in found[:5])
@@ -688,7 +691,8 @@ def _indented(lines): return [f'  {line}' for line in lines]
 
 def _drawn(folder, depth=3, most=6):
     "Lines with the folders below a folder and their files, counted by kind"
-    entries = sorted(os.scandir(folder), key=lambda e: e.name)
+    try: entries = sorted(os.scandir(folder), key=lambda e: e.name)
+    except OSError as e: return [f'{e.strerror}']
     folders = [e for e in entries if e.is_dir()]
     files = [e.name for e in entries if not e.is_dir()]
     # a few files by name, many by their number
@@ -742,7 +746,8 @@ def _of_yaml(file, images):
     said = _read_yaml(file).get('path')
     # where no label lies beside it, it says where: from its folder, from here, or in datasets
     places = [file.parent / said, Path(said), Path('datasets', said)] if type(said) is str else []
-    for root in map(Path.resolve, [file.parent, *[p for p in places if p.is_dir()][:1]]):
+    # os.path.isdir, since Path.is_dir raises where folders above are closed
+    for root in map(Path.resolve, [file.parent, *[p for p in places if os.path.isdir(p)][:1]]):
         if root == Path(root.anchor): continue
         tree = file_tree(root)
         photos = file_tree(images) if images else tree
