@@ -1,6 +1,7 @@
 "Which file is meant where several could be: folders, photos of one name, labels and their photos, parts and their lists."
 import os
 import re
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from updetr.core.photos import read_photo
 from updetr.data.photo_files import (
     best_folder,
     file_tree,
+    find_files,
     find_layout,
     label_pairs,
     part_of,
@@ -41,6 +43,19 @@ def test_one_photo_of_many_tells_where_they_are(tmp_path):
     # of folders that have as many, the likeliest, which stands first
     touch(tmp_path, 'a/1.jpg', 'b/1.jpg')
     for order in ('ab', 'ba'): assert best_folder([tmp_path / place for place in order], ['1.jpg']) == (str(tmp_path / order[0]), 1)
+
+
+@pytest.mark.parametrize('written, there', [('NFC', 'NFD'), ('NFD', 'NFC')])
+def test_accents_are_read_in_either_form(written, there, tmp_path):
+    "é is one character on Linux, an e and an accent on a Mac; names that are there are found as they stand"
+    said, real = (normalize(form, 'café') for form in (written, there))
+    touch(tmp_path, f'images/{real}.jpg', f'labels/{said}.txt')
+    for name in (f'{said}.jpg', normalize(written, 'caf%C3%A9.jpg')):
+        folder, names, note = find_files([tmp_path / 'images'], [name], 'photos', 'x.json', '')
+        assert names == [f'{real}.jpg'] and note
+    assert find_layout(tmp_path).parts == {'': [(f'labels/{said}.txt', f'images/{real}.jpg')]}
+    touch(tmp_path, f'images/{said}.jpg')
+    assert find_files([tmp_path / 'images'], [f'{said}.jpg'], 'photos', 'x.json', '')[1:] == ([f'{said}.jpg'], '')
 
 
 def test_of_photos_of_one_name_the_usual_kind_is_taken(tmp_path):

@@ -10,6 +10,7 @@ __all__ = ['EXIF', 'part_of', 'best_folder', 'find_files', 'names_below', 'photo
 # %% ../../nbs/15_photo_files.ipynb #c002
 import os
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -80,6 +81,11 @@ def _readings(names):
         yield plain, 'file names with %20 and the like (parts of a URL) are decoded'
     if both not in (slashes, plain):
         yield both, 'file names with \\ are read with /, and %20 and the like are decoded'
+    # é is one character, or e and an accent, as a Mac writes it; Linux takes them for two names
+    for form in ('NFC', 'NFD'):
+        accents = [unicodedata.normalize(form, n) for n in both]
+        if accents != both:
+            yield accents, f'accents in file names are read in the form {form}'
 
 def find_files(
     places,        # folders, the likeliest first
@@ -101,7 +107,7 @@ def find_files(
         if folder is not None: return folder, readings, note
     hint = ''
     if len(list(_readings(names))) > 1:
-        hint = ' (names have \\, written on Windows, or % as in a URL: that was tried, too)'
+        hint = ' (names have \\ (Windows), % as in a URL, or accents: that was tried, too)'
     nowhere = ', '.join(map(printable, places))
     raise FileNotFoundError(f'{source} names {what} like {names[0]!r}, which are in none of '
                             f'{nowhere}{hint}: say {way_out}')
@@ -279,12 +285,16 @@ def file_tree(
         tree[relative] = sorted(name for name in names if name[0] != '.')
     return tree
 
+def _stem(name):
+    "Name of a file without its suffix; accents in one form, whoever wrote them"
+    return unicodedata.normalize('NFC', os.path.splitext(name)[0])
+
 def _photos(names):
     "{stem: photo to take}"
     found = {}
     for name in sorted(names, key=_place):
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in SUFFIXES: found.setdefault(stem, name)
+        suffix = os.path.splitext(name)[1]
+        if suffix.lower() in SUFFIXES: found.setdefault(_stem(name), name)
     return found
 
 # %% ../../nbs/15_photo_files.ipynb #f005b
@@ -318,7 +328,7 @@ def label_pairs(
         for stem in found: places.setdefault(stem, []).append(folder)
     pairs, alone, used = [], [], {}
     for folder, names in tree.items():
-        labels = {os.path.splitext(n)[0]: n for n in names if n.lower().endswith(suffix)}
+        labels = {_stem(n): n for n in names if n.lower().endswith(suffix)}
         # how many labels have a photo in which folder
         shared = Counter(place for stem in labels for place in places.get(stem, ()))
         likeliest = _likeliest(folder, shared)
