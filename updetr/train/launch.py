@@ -187,10 +187,10 @@ def _start(run, command, env):
     record = dict(pid=process.pid, mark=env['UPDETR_LAUNCH'], host=socket.gethostname(),
                   folder=_identity(run), started=time.time(), log_start=start, command=command)
     write_json(run/'launch.json', record)
-    # until the shell has become Python it may look dead
+    # until the shell has become the launcher, which may name itself anyhow, it may look dead
     with suppress(psutil.Error):
         launcher = psutil.Process(process.pid)
-        while process.poll() is None and launcher.cmdline()[:1] != command[:1]: time.sleep(.005)
+        while process.poll() is None and launcher.cmdline()[:1] in ([], ['sh']): time.sleep(.005)
     return process
 
 # %% ../../nbs/34_launch.ipynb #c021
