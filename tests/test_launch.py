@@ -238,14 +238,16 @@ def test_killed_launcher_leaves_no_orphan_and_launch_goes_on(runs, when, import_
     assert start(run, import_seconds=import_seconds).how == 'started'
 
 
-def test_launch_waits_while_an_orphan_saves(runs):
+@pytest.mark.parametrize('loader', [False, True])
+def test_launch_waits_while_an_orphan_saves(loader, runs):
+    "It alone is asked to stop: one whose data-loading child is ended saves nothing."
     run = runs/'a'
-    start(run, save_seconds=1)
+    start(run, save_seconds=1, loader=loader)
     until(lambda: (run/'ready0').exists())
     os.kill(launcher(run), signal.SIGKILL)
     until(lambda: not is_alive(run))
     until(lambda: (run/'saving').exists())                  # it has seen that its launcher is gone
-    assert start(run, save_seconds=1).how == 'started' and (run/'why').read_text() == 'launcher gone'
+    assert start(run, save_seconds=1, loader=loader).how == 'started' and (run/'why').read_text() == 'launcher gone'
 
 
 def test_a_save_may_take_longer_than_the_launcher_waits(runs, monkeypatch):

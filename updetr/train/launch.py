@@ -342,11 +342,13 @@ def _parent(process):
         return None
 
 def _asked(members, pid):
-    "Who is asked to save: the workers of the launcher `pid`; it alone without any; all without it"
+    "Who is asked to save: the workers of the launcher `pid`, or it, or who has lost it"
     # not the launcher: after a SIGTERM it kills its workers in 30 s, saved or not
     workers = [p for p in members if _parent(p) == pid]
     launcher = [p for p in members if p.pid == pid]
-    return workers or launcher or members
+    # not the data-loading children of a trainer: it would end with them, and save nothing
+    pids = {p.pid for p in members}
+    return workers or launcher or [p for p in members if _parent(p) not in pids]
 
 # %% ../../nbs/34_launch.ipynb #c028
 def stop(
