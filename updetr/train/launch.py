@@ -139,10 +139,13 @@ def is_alive(
     record = _record(run_dir)
     if record:
         try:
-            return _has_mark(psutil.Process(record['pid']), record['mark'])
+            mark = psutil.Process(record['pid']).environ().get('UPDETR_LAUNCH')
+            return mark == record['mark']
         except psutil.NoSuchProcess:
             return False
-    # not launched here: the only sign of life is that its files grow
+        # another user's process, which shows its mark to nobody else
+        except psutil.AccessDenied: pass
+    # not launched here, or not by this user: the only sign of life is that its files grow
     copied = _is_copy(run_dir, _read_json(Path(run_dir)/'launch.json'))
     return not copied and _grows(run_dir, quiet)
 
@@ -357,13 +360,13 @@ def stop(
 ) -> bool:                 # True if everything ended by itself, False if something had to be killed
     """Ask a run to save and leave; after `timeout` kill what is left: nothing of it goes on.
 
-    Raises RuntimeError if the run goes on but was not launched on this machine."""
+    Raises RuntimeError if the run goes on but was not launched on this machine by this user."""
     record = _record(run_dir)
-    if not record:
+    left = _members(record['mark']) if record else []
+    if not left:
         if not is_alive(run_dir): return True
-        raise RuntimeError(f'{Path(run_dir)} was not launched on this machine: '
+        raise RuntimeError(f'{Path(run_dir)} was not launched on this machine by this user: '
                            'stop it where it was started')
-    left = _members(record['mark'])
     end = time.monotonic() + timeout
 
     for process in _asked(left, record['pid']):
