@@ -15,6 +15,7 @@ from pathlib import Path
 from ..core.checkpoint import write_atomic
 from ..core.config import TrainConfig
 from .loop import Processes
+from .resume import HeldFolder
 
 # %% ../../nbs/39_board.ipynb #c005
 def board_values(
@@ -33,10 +34,19 @@ class Board:
     "Writes rows of a log for TensorBoard; the file is begun with the first one."
     def __init__(
         self,
-        run_dir: str | Path,  # folder of the run
+        run_dir: str | Path,  # folder of the run; it exists
     ):
-        self.folder = Path(run_dir)/'tensorboard'
+        self.folder = HeldFolder(run_dir)
         self.writer = None
+        self.place = None  # folder that it writes to
+
+    def _begin(self, place, first):
+        "Begin a file, which replaces what older ones have from step `first` on"
+        # slow to import, and an extra of its own
+        from torch.utils.tensorboard import SummaryWriter
+        if self.writer is not None: self.writer.close()
+        self.writer = SummaryWriter(str(place), purge_step=first)
+        self.place = place
 
     def __call__(
         self,
@@ -44,12 +54,11 @@ class Board:
     ):
         "Write a row, at once."
         values = board_values(row)
-        if self.writer is None:
-            # slow to import, and an extra of its own
-            from torch.utils.tensorboard import SummaryWriter
+        # the run's folder may have been renamed
+        place = self.folder.now()/'tensorboard'
+        if place != self.place:
             measured = any(name.startswith('test/') for name in values)
-            first = row['step'] + measured
-            self.writer = SummaryWriter(str(self.folder), purge_step=first)
+            self._begin(place, row['step'] + measured)
         for name, value in values.items(): self.writer.add_scalar(name, value, row['step'])
         self.writer.flush()
 
@@ -58,15 +67,16 @@ class WandbBoard:
     "Sends rows of a log to Weights & Biases; the run there is begun with the first one."
     def __init__(
         self,
-        run_dir: str | Path,  # folder of the run
+        run_dir: str | Path,  # folder of the run; it exists
         cfg: TrainConfig,     # of the run, shown beside the curves
     ):
-        self.folder, self.cfg = Path(run_dir), cfg
+        self.folder, self.cfg = HeldFolder(run_dir), cfg
         self.run = None
 
     def _id(self):
         "Return the id of this run; drawn once, and anew for a copy beside its original."
-        here, file = self.folder.resolve(), self.folder/'wandb_id.txt'
+        folder = self.folder.now()
+        here, file = folder.resolve(), folder/'wandb_id.txt'
         told = file.read_text(encoding='utf-8') if file.is_file() else ''
         drawn, _, home = told.strip().partition('\n')
         first = Path(home or here)
@@ -81,9 +91,10 @@ class WandbBoard:
         # folders are nobody's business
         told = {k: v for k, v in dataclasses.asdict(self.cfg).items()
                 if not (isinstance(v, str) and ('/' in v or '\\' in v))}
+        folder = self.folder.now()
         self.run = wandb.init(
-            project=os.environ.get('WANDB_PROJECT', 'updetr'), name=self.folder.name,
-            id=self._id(), resume='allow', dir=str(self.folder), config=told,
+            project=os.environ.get('WANDB_PROJECT', 'updetr'), name=folder.name,
+            id=self._id(), resume='allow', dir=str(folder), config=told,
             settings=wandb.Settings(console='off'))
         self.run.define_metric('*', step_metric='step')
 
