@@ -115,3 +115,11 @@ def test_positions_beside_a_frozen_cnn_learn_where_that_is_asked(learn, rate):
     others, positions = build_optimizer(model, cfg).param_groups
     assert (others['lr'], positions['lr']) == (cfg.lr, rate)
     assert {id(p) for p in positions['params']} == {id(p) for p in model.backbone[1].parameters()}
+
+
+def test_what_a_board_says_is_not_said_of_the_log(tmp_path):
+    "Its line is written, and its failure is its own."
+    def refuse(row): raise PermissionError(13, 'no access', 'events')
+    log = RunLog(tmp_path, Processes(), 8, refuse)
+    with pytest.raises(PermissionError) as e: log.append({'step': 1})
+    assert e.value.filename == 'events' and json.loads((tmp_path / 'log.txt').read_text()) == {'step': 1}

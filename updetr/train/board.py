@@ -112,11 +112,17 @@ def open_board(
     run_dir: str | Path,   # its folder
     processes: Processes,  # the first one writes
 ) -> Callable | None:  # told each row; None: nobody is
-    "Return what the loop tells its rows, if the run asks for it."
+    "Return what the loop tells its rows, if the run asks for it. A board that fails gets no more."
     if processes.rank: return None
-    boards = [Board(run_dir)] if cfg.tensorboard else []
-    if cfg.wandb: boards.append(WandbBoard(run_dir, cfg))
+    boards = {}
+    if cfg.tensorboard: boards['TensorBoard'] = Board(run_dir)
+    if cfg.wandb: boards['Weights & Biases'] = WandbBoard(run_dir, cfg)
 
     def tell(row):
-        for board in boards: board(row)
+        for name, board in list(boards.items()):
+            try: board(row)
+            # whatever it is: the log has the numbers, and the run goes on
+            except Exception as e:
+                del boards[name]
+                print(f'{name} gets no more rows of this run: {type(e).__name__}: {e}', flush=True)
     return tell if boards else None

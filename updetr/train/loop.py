@@ -383,10 +383,11 @@ class RunLog:
         try:
             if self.processes.rank == 0:
                 with open(self.path, 'a') as f: f.write(json_text(row, None) + '\n')
-                if self.told: self.told(row)
         except OSError as e:
             said = f'{e.strerror}; what was saved before is good'
             raise OSError(e.errno, said, str(self.path)) from e
+        # not within: what it raises is no fault of the log
+        if self.told and self.processes.rank == 0: self.told(row)
         # the clock for the speed starts anew
         self.start = time.perf_counter()
 
