@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..core.checkpoint import write_atomic
-from ..core.config import TrainConfig
+from ..core.config import PLACES, TrainConfig
 from .loop import Processes
 from .resume import HeldFolder
 
@@ -90,7 +90,7 @@ class WandbBoard:
         import wandb
         # folders are nobody's business
         told = {k: v for k, v in dataclasses.asdict(self.cfg).items()
-                if not (isinstance(v, str) and ('/' in v or '\\' in v))}
+                if k not in PLACES and not (isinstance(v, str) and ('/' in v or '\\' in v))}
         folder = self.folder.now()
         self.run = wandb.init(
             project=os.environ.get('WANDB_PROJECT', 'updetr'), name=folder.name,
