@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
 from updetr.core.checkpoint import load_checkpoint, read_json, save_checkpoint
-from updetr.core.config import make_config
+from updetr.core.config import MOST, make_config
 from updetr.model.detr import build_detr
 from updetr.train.loop import Processes, RunLog, TrainState, build_optimizer, lr_factor, train, train_step
 
@@ -82,15 +82,16 @@ def test_seconds_are_those_of_all_parts_of_a_run(tmp_path):
     assert state.step == 8 and 5000 < state.seconds < 6000 and read_json(tmp_path / 'done.json')['seconds'] == state.seconds
 
 
-def test_each_process_draws_numbers_of_its_own(tmp_path):
+@pytest.mark.parametrize('seed', [0, MOST['seed']])
+def test_each_process_draws_numbers_of_its_own(seed, tmp_path):
     "From the start, and where a run goes on with another number of processes."
-    first, second = (run_in(tmp_path / f'begun{rank}', rank).model[1].weight for rank in (0, 1))
+    first, second = (run_in(tmp_path / f'begun{rank}', rank, seed=seed).model[1].weight for rank in (0, 1))
     assert not torch.equal(first, second)
     file = tmp_path / 'begun0/checkpoint.pth'
     saved = load_checkpoint(file)
     save_checkpoint(file, saved | {'rng': saved['rng'] * 2})
     for rank in (0, 1): shutil.copytree(tmp_path / 'begun0', tmp_path / f'resumed{rank}')
-    first, second = (run_in(tmp_path / f'resumed{rank}', rank, epochs=2).model[1].weight for rank in (0, 1))
+    first, second = (run_in(tmp_path / f'resumed{rank}', rank, epochs=2, seed=seed).model[1].weight for rank in (0, 1))
     assert not torch.equal(first, second)
 
 

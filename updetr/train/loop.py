@@ -529,7 +529,8 @@ def _resume(task, state, run_dir, processes):
         if marks is not None: keep_data(run_dir, marks, resumed=saved is not None)
     if saved is None: return
     base = state.cfg.seed * 1000 + processes.rank
-    same = seed_again(saved, processes, base * 1_000_003 + state.step)
+    # a seed has 64 bits
+    same = seed_again(saved, processes, (base * 1_000_003 + state.step) % 2**64)
     if processes.rank: return
     notes = [f'resumed after step {state.step}']
     again = last_logged(run_dir) - state.step
