@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from updetr.core.checkpoint import load_checkpoint, read_json, save_checkpoint
 from updetr.core.config import MOST, make_config
 from updetr.model.detr import build_detr
-from updetr.train.loop import Processes, RunLog, TrainState, build_optimizer, lr_factor, train, train_step
+from updetr.train.loop import Processes, RunLog, TrainState, build_optimizer, lr_factor, skip_step, train, train_step
 
 CFG = dataclasses.replace(make_config('demo'), epochs=1, save_every=100, log_every=1, batch_size=8, schedule='step', warmup=0., lr=.1)
 
@@ -72,6 +72,21 @@ def test_a_line_tells_means_and_speed_since_the_last_one(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in (tmp_path / 'log.txt').read_text().splitlines()]
     told = [[r[k] for k in ('step', 'epoch', 'train_loss', 'train_accuracy', 'img_s')] for r in rows if 'test_AP' not in r]
     assert told == [[3, 0, 2., 4., 16.], [6, 1, 5., 10., 16.]] and len(rows) == 3
+
+
+def test_a_skipped_step_takes_its_time(tmp_path, monkeypatch):
+    "Half a second a step, eight photos each; of four steps one is skipped."
+    clock, task = [100.], Task()
+    monkeypatch.setattr(time, 'perf_counter', lambda: clock[0])
+    log, state = RunLog(tmp_path, Processes(), 8), TrainState(task.model, dataclasses.replace(CFG, max_skips=1))
+    for state.step in range(1, 5):
+        clock[0] += .5
+        state.skips = int(state.step == 3)
+        if state.skips: skip_step(task, state, log, ['loss'], torch.tensor([torch.nan]))
+        else: log.add(['loss'], torch.ones(1))
+    log.write(state, 4)
+    skipped, row = map(json.loads, (tmp_path / 'log.txt').read_text().splitlines())
+    assert skipped['skipped'] == 'loss' and row['img_s'] == 3 * 8 / 2
 
 
 def test_seconds_are_those_of_all_parts_of_a_run(tmp_path):

@@ -488,8 +488,11 @@ def skip_step(
         photos += their_photos
     skipped = ', '.join(sorted(terms))
     epoch = (state.step - 1) // task.steps_per_epoch
+    begun = log.start
     log.append({'step': state.step, 'epoch': epoch, 'skipped': skipped, 'photos': photos,
                 'time': time.time()})
+    # for the speed: steps since the last line of losses are still to be told
+    log.start = begun
     if rank == 0:
         print(f'step {state.step} skipped: {skipped} not finite, photos {photos}', flush=True)
 
