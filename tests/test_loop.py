@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,6 +122,19 @@ def test_processes_talk_once_a_step():
     module = Apart()
     train_step(module, iter(Task().batches(0, 3)), TrainState(module.model, dataclasses.replace(CFG, accumulate=3)), 1.)
     assert len(waits) == 2
+
+
+def test_objects_of_a_step_are_counted_once():
+    "Over all its micro-batches: each count waits for all processes."
+    counted = []
+
+    class Counts(Loss):
+        criterion = SimpleNamespace(shared=lambda targets: counted.append(targets) or nullcontext())
+
+        def forward(self, batch): return super().forward(batch['x'])
+    module, batches = Counts(), [{'x': torch.ones(8, 8), 'targets': [k]} for k in range(3)]
+    train_step(module, iter(batches), TrainState(module.model, dataclasses.replace(CFG, accumulate=3)), 1.)
+    assert counted == [[[0], [1], [2]]]
 
 
 @pytest.mark.parametrize('learn, rate', [(False, 0.), (True, 3e-4)])

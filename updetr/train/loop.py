@@ -263,21 +263,22 @@ def make_gradients(
     state.optimizer.zero_grad(set_to_none=True)
     device = next(state.model.parameters()).device.type
     n, logged = len(micros), 0.
-    for micro, batch in enumerate(micros):
-        # processes average their gradients with the last micro-batch only
-        waits = micro < n - 1 and hasattr(module, 'no_sync')
-        try:
-            with module.no_sync() if waits else nullcontext(), _shared(module, micros):
-                with torch.autocast(device, torch.bfloat16, enabled=amp):
-                    loss, values = module(batch)
-                # not under autocast: a gradient has the precision of its forward operation
-                (loss / n).backward()
-        except torch.OutOfMemoryError as e:
-            raise torch.OutOfMemoryError(memory_advice(batch, state)) from e
-        values = {'loss': loss.detach()} | values
-        # the numbers stay on the device, where nothing waits for them
-        numbers = torch.stack([v.detach().float() for v in values.values()])
-        logged = logged + numbers / n
+    with _shared(module, micros):
+        for micro, batch in enumerate(micros):
+            # processes average their gradients with the last micro-batch only
+            waits = micro < n - 1 and hasattr(module, 'no_sync')
+            try:
+                with module.no_sync() if waits else nullcontext():
+                    with torch.autocast(device, torch.bfloat16, enabled=amp):
+                        loss, values = module(batch)
+                    # not under autocast: a gradient has the precision of its forward operation
+                    (loss / n).backward()
+            except torch.OutOfMemoryError as e:
+                raise torch.OutOfMemoryError(memory_advice(batch, state)) from e
+            values = {'loss': loss.detach()} | values
+            # the numbers stay on the device, where nothing waits for them
+            numbers = torch.stack([v.detach().float() for v in values.values()])
+            logged = logged + numbers / n
     return [*values], logged
 
 # %% ../../nbs/33_loop.ipynb #c015
