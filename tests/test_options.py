@@ -3,12 +3,15 @@ import dataclasses
 import json
 import math
 import pickle
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torchvision.ops import box_convert, masks_to_boxes
 
-from updetr.core.config import LATER
+from test_skipped import cnn_config
+from updetr.core.config import LATER, check_config, make_config
 from updetr.data.scenes import Scenes
 from updetr.data.transforms import PIXELS, PLACES, Changes, DetectionViews, Sizes
 from updetr.predict.segmenter import PanopticSegmenter
@@ -139,6 +142,33 @@ def test_weights_of_classes_come_from_the_training_photos(tmp_path):
     (dict(class_weights='balance'), "'balanced', or names"), (dict(class_weights='cat'), "class 'cat' has no weight. Write")], ids=str)
 def test_a_wrong_name_stops_before_the_first_step(changes, why, tmp_path):
     with pytest.raises(ValueError, match=why): make('finetune', tmp_path / 'run', **changes)
+
+
+SAVERS = {
+    'pretrain': (make_config, {}, {'accumulate', 'gradient_checkpointing'}),
+    'of six photos': (finetune_config, dict(batch_size=12, accumulate=2), {'accumulate', 'gradient_checkpointing'}),
+    'checkpointed': (finetune_config, dict(gradient_checkpointing=True), {'accumulate'}),
+    'retinanet': (finetune_config, dict(detector='retinanet', cached_views=0), {'accumulate'}),
+    'siamfc': (oneshot_config, dict(system='siamfc'), {'accumulate'}),
+    'boxes': (panoptic_config, {}, {'accumulate', 'gradient_checkpointing'}),
+    'panopticfpn': (panoptic_config, dict(stage='panopticfpn', cached_views=0), {'accumulate'}),
+    'a photo at a time': (finetune_config, dict(batch_size=2), {'gradient_checkpointing'}),
+    'cnn': (cnn_config, {}, set())}
+
+
+@pytest.mark.parametrize('case', SAVERS)
+def test_what_is_said_to_save_memory_can_be_begun(case, monkeypatch):
+    "In two processes."
+    config, changes, names = SAVERS[case]
+    cfg = check_config(config('demo', **changes))
+    monkeypatch.setattr(loop, 'process_count', lambda: 2)
+    said = loop.memory_advice(torch.zeros(1), SimpleNamespace(cfg=cfg, step=0))
+    told = dict(re.findall(r'(accumulate|gradient_checkpointing)=(\w+)', said))
+    assert told.keys() == names and ('smaller' in said) == (not names)
+    values = {k: told[k] == 'True' or int(told[k]) for k in told}
+    for k, v in values.items(): check_config(dataclasses.replace(cfg, **{k: v}))
+    micros = values.get('accumulate', 1)
+    assert cfg.batch_size % (2 * micros) == 0 and micros in (1, {'of six photos': 3}.get(case, 2))
 
 
 def test_whose_query_it_is_must_be_known():

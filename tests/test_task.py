@@ -359,7 +359,7 @@ def test_out_of_memory_is_told_with_sizes_and_the_way_out():
     class TooLarge(torch.nn.Linear):
         def forward(self, x): raise torch.OutOfMemoryError('CUDA out of memory')
     module = TooLarge(4, 1)
-    said = r'step 1, with batch \(8, 4\) \(batch_size 4, accumulate 1\)\. accumulate=2 halves'
+    said = r'step 1, with batch \(8, 4\) \(batch_size 4, accumulate 1\)\. accumulate=2 has fewer'
     with pytest.raises(torch.OutOfMemoryError, match=said):
         train_step(module, iter([torch.zeros(8, 4)]), TrainState(module, make_config(batch_size=4)), 1.)
 

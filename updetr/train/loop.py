@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..core.checkpoint import gather_rng, json_text, read_json, save_checkpoint, write_json
 from ..core.config import TrainConfig, check_config
-from ..model.losses import from_all_processes
+from ..model.losses import from_all_processes, process_count
 from updetr.train.graphs import (
     RecordedStep, average_weights, clip_gradients, compile_parts, data_parallel, record_task,
 )
@@ -223,6 +223,23 @@ def _shared(module, batches):
     if not hasattr(criterion, 'shared') or not with_targets: return nullcontext()
     return criterion.shared([batch['targets'] for batch in batches])
 
+def _can_begin(cfg):
+    "True if a run may be begun with this configuration"
+    try: check_config(cfg)
+    except ValueError: return False
+    return True
+
+def _memory_savers(cfg):
+    "{what needs less memory in a step: why}, of what this kind of run allows"
+    ways = {}
+    share = cfg.batch_size // process_count()
+    finer = [n for n in range(cfg.accumulate + 1, share + 1) if share % n == 0]
+    if finer: ways['accumulate', finer[0]] = 'has fewer photos in memory at a time'
+    if not cfg.gradient_checkpointing:
+        ways['gradient_checkpointing', True] = 'computes parts again instead of keeping them'
+    return {f'{name}={value}': why for (name, value), why in ways.items()
+            if _can_begin(dataclasses.replace(cfg, **{name: value}))}
+
 def memory_advice(
     batch,              # that did not fit
     state: TrainState,  # where the run is
@@ -231,11 +248,11 @@ def memory_advice(
     cfg = state.cfg
     tensors = {k: v for k, v in _entries(batch) if isinstance(v, Tensor)}
     sizes = ', '.join(f'{k} {tuple(v.shape)}' for k, v in tensors.items())
+    ways = [f'{change} {why}' for change, why in _memory_savers(cfg).items()]
+    ways = '; '.join(ways) or 'A smaller batch_size, smaller photos or a smaller model need less'
     return (f'out of GPU memory in step {state.step + 1}, with {sizes} '
-            f'(batch_size {cfg.batch_size}, accumulate {cfg.accumulate}). '
-            f'accumulate={2 * cfg.accumulate} halves what is in memory at a time, and the global '
-            'batch stays; gradient_checkpointing=True saves more. '
-            'Both make it a new run: give it a new name. What was saved before is good')
+            f'(batch_size {cfg.batch_size}, accumulate {cfg.accumulate}). {ways}. '
+            'That makes it a new run: give it a new name. What was saved before is good')
 
 # %% ../../nbs/33_loop.ipynb #c014a
 def first_bad(
