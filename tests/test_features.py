@@ -4,6 +4,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import time
 import zlib
@@ -412,6 +413,18 @@ def test_a_full_disk(tmp_path, monkeypatch):
         if numbers != [0]: raise OSError(28, 'No space left on device')
         return toy().compute(numbers)
     refused(Source(lambda: {}, 5, full))
+
+
+def test_a_disk_that_keeps_no_file_of_this_size(tmp_path):
+    """Told like one that is full, and nothing is left behind."""
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try: open_features(tmp_path, toy(1000), ALONE)
+        except OSError as e: os._exit(0 if 'no room for the features' in str(e) else 1)
+        os._exit(2)
+    process = fork(limited)
+    process.join()
+    assert process.exitcode == 0 and {p.name for p in tmp_path.glob('*/*')} == {'lock'}
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------

@@ -330,17 +330,15 @@ def _clear(folder, patterns=('bank.json', '*.npy', 'targets*', SKIPPED, '*.tmp')
         if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
         else: path.unlink(missing_ok=True)
 
-def _begin(folder, about, locked):
-    "Make the files aside in their full size; return what their names end with"
+def _begin(folder, about, locked, token):
+    "Make the files aside in their full size; their names end with `token`"
     # without a lock somebody may be writing there
     if locked: _clear(folder)
     check_room(folder, about)
-    token = f'.{uuid.uuid4().hex[:8]}.tmp'
     for name, (kind, shape) in about['arrays'].items():
         with open(folder/f'{name}.npy{token}', 'wb') as file:
             file.write(_header(kind, shape))
             file.truncate(_nbytes(kind, shape))
-    return token
 
 # %% ../../nbs/30_features.ipynb #f024
 def _write_rows(file, start, numbers, rows):
@@ -460,9 +458,10 @@ def _dealt(counts, packed):
 
 def _make(folder, about, source, processes, locked, progress):
     "Compute all features, each process its share"
-    token = _by_first(processes, lambda: _begin(folder, about, locked))
+    token = _by_first(processes, lambda: f'.{uuid.uuid4().hex[:8]}.tmp')
     mine = range(processes.rank, source.num, processes.world)
     try:
+        _by_first(processes, lambda: _begin(folder, about, locked, token))
         targets = _fill(folder, about, token, source, mine, progress, _opener(processes))
         # of all processes: packed, or a million small tensors would travel
         counts = [len(t) for t in targets]
@@ -475,7 +474,8 @@ def _make(folder, about, source, processes, locked, progress):
         _by_first(processes, lambda: _finish(
             folder, about, token, shares, processes.world, skipped))
     except OSError as e:
-        if e.errno not in NO_ROOM: raise
+        # of too little room it may be told already
+        if e.errno not in NO_ROOM or e.filename == str(folder): raise
         need = sum(_nbytes(*v) for v in about['arrays'].values())
         raise _no_room(folder, need, shutil.disk_usage(folder).free) from e
     finally: _clear(folder, [f'*{token}'])
