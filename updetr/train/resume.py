@@ -287,7 +287,7 @@ def last_logged(
     "Return the last step in a run's log."
     log = run_dir/'log.txt'
     if not log.exists(): return 0
-    # its last line may have been cut off
+    # a line may have been cut off, and another one begun behind it
     said = log.read_text(errors='replace')[-100_000:]
-    steps = re.findall(r'^{"step": (\d+)', said, re.M)
-    return max(map(int, steps), default=0)
+    steps = re.findall(r'{"step": (\d+),', said)
+    return int(steps[-1]) if steps else 0
