@@ -11,6 +11,7 @@ __all__ = ['SAVED', 'PARTS', 'FILES', 'free_keys', 'way_out', 'refuse_changes', 
 import errno
 import os
 import re
+import shlex
 import socket
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ def way_out(
     if not is_detr or not checkpoint.is_file(): return anew
     # object queries are part of what was learnt, and the demo's preset would draw them anew
     return (f'{anew}; to go on from its weights, a new name and '
-            f'-p pretrain {checkpoint} -p fresh_queries False')
+            f'-p pretrain {shlex.quote(str(checkpoint))} -p fresh_queries False')
 
 # %% ../../nbs/32_resume.ipynb #c005a
 def _moved_weights(run_dir, new):
