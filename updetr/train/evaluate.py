@@ -110,6 +110,14 @@ def _as_numpy(x, dtype):
     if isinstance(x, Tensor): x = x.detach().cpu()
     return np.asarray(x, dtype)
 
+def _require_parts(image_id, prediction, iou_type):
+    "ValueError that names what is missing in a prediction"
+    needed = ['scores', 'labels', 'boxes'] + ['masks'] * (iou_type == 'segm')
+    lacks = [name for name in needed if name not in prediction]
+    if lacks:
+        raise ValueError(f"image {image_id}: the prediction has no {', '.join(lacks)}, but "
+                         f"{iou_type!r} needs {', '.join(needed)}")
+
 def _check_prediction(image_id, p, last_label):
     "ValueError for numbers that do not agree, are not finite, or name no class"
     n = len(p['scores'])
@@ -241,6 +249,7 @@ class CocoEvaluator:
         last_label = max(self.names)
         for i, p in zip(image_ids, predictions):
             if not isinstance(i, str): i = int(i)
+            _require_parts(i, p, self.iou_type)
             taken = _checked(i, p, last_label)
             if self.iou_type == 'segm':
                 count = len(taken['scores'])
