@@ -2,6 +2,8 @@
 # Both first set up .venv where it is missing or older than the pins in requirements.txt.
 #
 #   make pretrain ARGS="-p seed 1"     parameters of nbs/pretrain.ipynb
+#   make pretrain preset=paper ARGS="-p data /data/imagenet"
+#                                      the paper's recipe on all GPUs, instead of the demo
 #   make test ARGS="-k boxes"          options of pytest
 #   make pretrain REPORT=reports/pretrain
 #                                      where the report goes; runs/ is ignored by git, reports/ is what the repository keeps
@@ -10,6 +12,7 @@
 PYTHON ?= python3
 ARGS   ?=
 scale  ?= toy
+preset ?= demo
 
 VENV   := .venv
 PY     := $(VENV)/bin/python
@@ -18,6 +21,8 @@ RUN    := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY)
 PIP    := $(PY) -m pip --disable-pip-version-check --no-input
 REPORT  := runs/reports/pretrain
 REPORTS := runs/reports
+# One GPU is enough for the demo, whose batches of 4 photos cannot be divided among 8; ARGS="-p gpus 4" takes others.
+DEMO_GPUS = $(if $(filter paper,$(preset) $(ARGS)),,-p gpus $$($(PY) -c 'import torch; print(min(1, torch.cuda.device_count()))'))
 
 # Nothing from the caller's shell may change what runs: neither another Python's packages and kernels
 # (jupyter would look in JUPYTER_PATH and in ~/.local first) nor a matplotlib backend that draws no pictures
@@ -33,6 +38,7 @@ export GIT_PAGER := cat
 
 help:
 	@echo 'make pretrain   pre-train on the built-in photos, report in $(REPORT)/   (ARGS="-p seed 1": parameters)'
+	@echo '                preset=paper ARGS="-p data FOLDER": the paper'"'"'s recipe on all GPUs, on photos of yours'
 	@echo 'make test       every test                                              (ARGS="-k boxes": pytest options)'
 	@echo 'make reports    every table and figure, at scale=toy, small, mini or paper, in $(REPORTS)/ (ARGS="--only table1_voc -p seeds 1")'
 	@echo 'make readme     README.md from nbs/index.ipynb'
@@ -43,8 +49,8 @@ setup: $(STAMP)
 
 pretrain: $(STAMP)
 	@mkdir -p $(REPORT)
-	@echo 'updetr: pre-training on photos that come with the packages; executed notebook, figures and numbers in $(REPORT)/'
-	$(RUN) -m papermill --log-output -k python3 nbs/pretrain.ipynb $(REPORT)/pretrain.ipynb -p report $(REPORT) $(ARGS)
+	@echo 'updetr: pre-training, preset $(preset); executed notebook, figures and numbers in $(REPORT)/'
+	$(RUN) -m papermill --log-output -k python3 nbs/pretrain.ipynb $(REPORT)/pretrain.ipynb -p report $(REPORT) -p preset $(preset) $(DEMO_GPUS) $(ARGS)
 	@echo 'updetr: pre-trained; look at $(REPORT)/pretrain.ipynb, or drag patches in nbs/localize.ipynb'
 
 test: $(STAMP)

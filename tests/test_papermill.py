@@ -145,7 +145,7 @@ def test_a_small_run_ends_in_a_report(report):
     assert metrics['pretext']['template']['mean_iou'] > .5 > metrics['pretext']['random']['mean_iou']
     assert {'command', 'commit', 'versions', 'hardware', 'seeds', 'scale', 'wall_s'} <= set(metrics['provenance'])
     assert "not the paper's setting" in metrics['provenance']['scale']
-    assert read_back(metrics['provenance']['command']) == {k: str(v) for k, v in {'report': 'runs/reports/pretrain', **TINY}.items()}
+    assert read_back(metrics['provenance']['command']) == {k: str(v) for k, v in {'report': 'runs/reports/pretrain', 'preset': 'demo', **TINY}.items()}
     assert {'curves.png', 'curves.svg', 'localization_0.png'} <= set(os.listdir(report / 'runs/reports/pretrain'))
     assert (report / 'runs/demo-42/updetr.safetensors').exists()
 
@@ -206,6 +206,20 @@ def test_the_impossible_is_refused_with_the_way_on(parameters, message, tmp_path
     monkeypatch.setattr('torch.cuda.device_count', lambda: 0)
     with pytest.raises((ValueError, FileNotFoundError), match=message): front_end(monkeypatch, **parameters)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not shutil.which('make'), reason='needs make')
+@pytest.mark.parametrize('found', [0, 1, 8])
+def test_make_pretrain_is_the_demo_with_and_without_gpus(found, monkeypatch, capsys):
+    "On a GPU the notebook alone would take the paper's recipe, which has no photos by itself."
+    monkeypatch.setattr('torch.cuda.device_count', lambda: found)
+    said = subprocess.run(['make', '-n', 'pretrain'], cwd=ROOT, env=quiet(), capture_output=True, text=True, check=True).stdout
+    given = dict(re.findall(r' -p (\w+) (\S+)', said))
+    exec(re.search(r" -p gpus \$\(\S+ -c '(.+?)'\)", said)[1], {})
+    given['gpus'] = int(capsys.readouterr().out)
+    front_end(monkeypatch, **given)
+    where = '1 GPUs' if found else '1 CPU process'
+    assert f'preset demo on {where}; 12 photos to train on' in capsys.readouterr().out
 
 
 def test_plan_only_starts_nothing(tmp_path, monkeypatch, capsys):

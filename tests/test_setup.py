@@ -96,10 +96,20 @@ def test_failed_update_is_not_taken_for_done(project):
 
 def test_arguments_reach_papermill(project):
     rc, _, calls = project('pretrain', 'ARGS=-p seed 1')
-    assert rc == 0 and 'nbs/pretrain.ipynb runs/reports/pretrain/pretrain.ipynb -p report runs/reports/pretrain -p seed 1' in calls
+    assert rc == 0 and 'nbs/pretrain.ipynb runs/reports/pretrain/pretrain.ipynb -p report runs/reports/pretrain -p preset demo' in calls
+    assert calls.endswith(' -p seed 1\n')  # the last word of a parameter counts
     rc, out, calls = project('pretrain', 'REPORT=reports/pretrain')  # on purpose only
     assert rc == 0 and 'nbs/pretrain.ipynb reports/pretrain/pretrain.ipynb -p report reports/pretrain' in calls
     assert 'numbers in reports/pretrain/' in out
+
+
+@pytest.mark.parametrize('wish, gpus', [('preset=paper', False), ('ARGS=-p preset paper', False), ('ARGS=-p gpus 4', True)])
+def test_the_demo_is_the_default_and_takes_one_gpu(project, wish, gpus):
+    "The paper's recipe takes all GPUs; what ARGS says of them comes later, and counts."
+    rc, _, calls = project('pretrain', wish)
+    line = calls.splitlines()[-1]
+    assert rc == 0 and ('torch.cuda.device_count()' in calls) == gpus
+    assert line.endswith(wish.partition('=')[2] if 'ARGS' in wish else '-p preset paper')
 
 
 @pytest.mark.parametrize('lack,says', [('too-old', 'Python 3.10 or newer is needed'), ('no-venv', 'python3-venv')])
