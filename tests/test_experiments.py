@@ -541,7 +541,7 @@ def test_no_more_trainings_run_at_a_time_than_are_asked_for(tmp_path, monkeypatc
 class Waiting:
     "What `launch` is asked for, and nothing is started; the folder is prepared as by itself."
     def __init__(self, monkeypatch, cores, room):
-        self.decoders = []
+        self.decoders, self.gpus = [], []
         monkeypatch.setattr(runner, 'usable_cores', lambda: cores)
         monkeypatch.setattr(loader, '_shared_memory', lambda: ('/dev/shm', SimpleNamespace(free=room)))
         monkeypatch.setattr(runner, 'launch', self.launch)
@@ -551,6 +551,7 @@ class Waiting:
     def launch(self, folder, cfg, gpus, may_change):
         prepare(folder, cfg, may_change)
         self.decoders.append(cfg['num_workers'])
+        self.gpus.append(gpus)
 
 
 @pytest.mark.parametrize('cores, gpus, room, decoders', [
@@ -566,6 +567,14 @@ def test_on_a_gpu_other_processes_decode_what_is_not_cached(cores, gpus, room, d
     for _ in range(2): run_jobs([(arm, 1) for arm in arms], tmp_path, gpus=gpus, show=lambda line: None)
     assert waiting.decoders == [decoders, decoders, 0, 0, 3] * 2
     assert set(tmp_path.iterdir()) == {job_folder(tmp_path, arm, 1) for arm in arms}
+
+
+def test_each_training_takes_as_many_gpus_as_divide_its_batch(tmp_path, monkeypatch, capsys):
+    waiting, no_cnn = Waiting(monkeypatch, 16, 2**36), dict(weights='none', standardize=False)
+    arms = [job('pretrain', 'demo', **TINY | no_cnn | dict(batch_size=n)) for n in (4, 5, 6)]
+    run_jobs([(arm, 1) for arm in arms], tmp_path, gpus=5, show=lambda line: None)
+    assert waiting.gpus == [4, 5, 3]
+    assert 'on 4 of 5 GPUs: a batch of 4 photos is divided among no more\n' in capsys.readouterr().out
 
 
 def run_alone(environment, jobs, root):

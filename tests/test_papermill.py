@@ -200,7 +200,8 @@ def front_end(monkeypatch, **parameters):
 
 @pytest.mark.parametrize('parameters, message', [
     ({'gpus': 8}, '8 GPUs asked for, 0 found'), ({'lr_drops': 3}, 'did you mean lr_drop'),
-    ({'preset': 'paper', 'data': 'nowhere'}, 'n01440764'), ({'num_patches': 7}, 'multiple of num_patches')])
+    ({'preset': 'paper', 'data': 'nowhere'}, 'n01440764'), ({'gpus': 0, 'processes': 8}, 'batch_size 4 cannot .*start 4 '),
+    ({'num_patches': 7}, 'multiple of num_patches')])
 def test_the_impossible_is_refused_with_the_way_on(parameters, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('torch.cuda.device_count', lambda: 0)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ..train.graphs import saved_bytes
 from ..core.config import PretrainConfig, loss_options, model_options
 from ..model.losses import build_criterion
+from ..predict.runs import divided_among
 from ..tasks.pretrain_task import PretrainStep
 from ..model.updetr import UPDETR, build_updetr
 
@@ -126,6 +127,14 @@ def _rate(cfg):
     if drops == 1: return f'{cfg.lr:g}, a tenth after {cfg.lr_drop} epochs'
     return f'{cfg.lr:g}, a tenth of it after every {cfg.lr_drop} epochs: {drops} drops'
 
+def _require_whole_shares(cfg, processes):
+    "ValueError with the way out where a batch is not divided among so many processes"
+    if cfg.batch_size % (processes * cfg.accumulate) == 0: return
+    number = divided_among(cfg.batch_size // cfg.accumulate, processes)
+    raise ValueError(f'batch_size {cfg.batch_size} cannot be divided among {processes} processes '
+                     f'x {cfg.accumulate} micro-batches: start {number} (-p gpus {number}, or '
+                     f'-p gpus 0 -p processes {number})')
+
 # %% ../../nbs/61_plan.ipynb #c009
 def _count(model, trainable):
     return sum(p.numel() for p in model.parameters() if p.requires_grad == trainable)
@@ -136,11 +145,15 @@ def make_plan(
     processes: int = 1,   # on all machines
     img_s: float = 0.,    # speed over all processes, photos a second; 0 = unknown
 ) -> Plan:
-    "Count what a run will cost. Raises ValueError if there are fewer photos than a batch holds."
+    """Count what a run will cost.
+
+    Raises ValueError if there are fewer photos than a batch holds, or it is not divided among the
+    processes."""
     photos = cfg.views or photos
     if photos < cfg.batch_size:
         raise ValueError(f'batch_size {cfg.batch_size} is larger than the {photos} photos '
                          'there are: choose a smaller batch_size')
+    _require_whole_shares(cfg, processes)
     # only shapes count, so no weights are read
     model = build_updetr(**model_options(cfg) | {'weights': None, 'matching_init': False})
     size = (cfg.view_size, cfg.view_size) if cfg.views else TYPICAL
@@ -159,5 +172,5 @@ def make_plan(
         gflops=photo_gflops(model, size, cfg.patch_size, cfg.cache_features),
         fixed_gib=fixed / 2**30,
         photo_gib=photo_memory(model.train(), cfg, size) / 2**30,
-        per_process=cfg.batch_size // max(1, processes * cfg.accumulate),
+        per_process=cfg.batch_size // (processes * cfg.accumulate),
         hours=cfg.epochs * photos / img_s / 3600 if img_s else None)

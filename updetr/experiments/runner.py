@@ -26,6 +26,7 @@ from ..tasks.oneshot_task import oneshot_sets
 from ..tasks.panoptic_task import open_panoptic_sets
 from ..tasks.pretrain_task import find_photos, pretrain_marks
 from .results import finish, train_here
+from ..predict.runs import Site
 from ..train.resume import file_marks, has_learnt, run_changes
 from ..train.progress import Screen, watch
 
@@ -252,12 +253,14 @@ def _decoders(cfg, gpus):
     return safe_workers(min(8, usable_cores() // gpus), gpus * 2**28)
 
 def _on_gpus(folders, gpus, show, begun):
-    "Run what is not finished, one after the other, each on all GPUs; a failure ends it"
+    "Run what is not finished, one after the other, each on as many GPUs as divide its batch"
     for folder, (step, seed) in folders.items():
         if _has_result(folder): continue
         cfg = write_start(folder, step, seed)
-        cfg['num_workers'] = _decoders(cfg, gpus)
-        watch(launch(folder, cfg, gpus=gpus, may_change=_may_change(step)))
+        some = Site(folder, gpus, fewer=True).dividing(configure(step, seed)).gpus
+        cfg['num_workers'] = _decoders(cfg, some)
+        # a failure ends it
+        watch(launch(folder, cfg, gpus=some, may_change=_may_change(step)))
         finish(folder, 'cuda')
         show(describe(folders, {}, {}, begun))
     return {}
