@@ -7,7 +7,7 @@
 #   make test ARGS="-k boxes"          options of pytest
 #   make pretrain REPORT=reports/pretrain
 #                                      where the report goes; runs/ is ignored by git, reports/ is what the repository keeps
-#   make PYTHON=python3.12 ...         the Python that .venv is made with (3.10 or newer)
+#   make PYTHON=python3.12 ...         the Python that .venv is made with (3.10 to 3.14)
 
 PYTHON ?= python3
 ARGS   ?=
@@ -66,11 +66,12 @@ readme: $(STAMP)
 docs: $(STAMP)
 	$(RUN) tests/tools/site.py
 
+# For Python 3.15 numpy, scipy, scikit-image and torch have no wheels.
 # The stamp is written last, so an interrupted installation leaves none and the next `make` goes on where it stopped.
 $(STAMP): $(PY) requirements.txt pyproject.toml
 	@rm -f $@
-	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "updetr: the Python in $(VENV) is older than 3.10: remove the folder $(VENV) and run make again." >&2; exit 1; }
+	@$(PY) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' || { \
+	  echo "updetr: the Python in $(VENV) is not of 3.10 to 3.14: remove the folder $(VENV) and run make again." >&2; exit 1; }
 	@$(PIP) --version > /dev/null 2>&1 || $(PY) -m ensurepip
 	$(PIP) install 'pip>=23.1'
 	$(PIP) install -r requirements.txt
@@ -83,9 +84,9 @@ ifneq ($(shell cat $(VENV)/.place 2> /dev/null || pwd -P),$(CURDIR))
 endif
 $(PY):
 	@command -v $(PYTHON) > /dev/null || { \
-	  echo "updetr: there is no '$(PYTHON)' here. Install Python 3.10 or newer, or name yours: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "updetr: Python 3.10 or newer is needed, '$(PYTHON)' is `$(PYTHON) -V 2>&1`. Name another: make PYTHON=python3.12" >&2; exit 1; }
+	  echo "updetr: there is no '$(PYTHON)' here. Install Python 3.10 to 3.14, or name yours: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' || { \
+	  echo "updetr: Python 3.10 to 3.14 is needed, '$(PYTHON)' is `$(PYTHON) -V 2>&1`. Name another: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || { \
 	  echo "updetr: '$(PYTHON)' cannot make virtual environments (no venv or ensurepip)." \
 	       "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }

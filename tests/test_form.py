@@ -351,7 +351,7 @@ def test_pins_fit_the_package():
     "Every dependency in pyproject.toml is pinned in requirements.txt, for each Python, at a version that fits."
     pins = [Requirement(s) for s in re.findall(r'^[\w-].*', (ROOT/'requirements.txt').read_text(), re.M)]
     project = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
-    for python in ('3.10', '3.11', '3.12', '3.13'):
+    for python in ('3.10', '3.11', '3.12', '3.13', '3.14'):
         here = {p.name: p for p in pins if not p.marker or p.marker.evaluate({'python_version': python})}
         assert all(re.fullmatch(r'==[\w.]+', str(p.specifier)) for p in here.values()), 'a requirement that is no exact version'
         extras = [d for name in ('dev', 'docs') for d in project['optional-dependencies'][name]]

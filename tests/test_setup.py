@@ -1,7 +1,9 @@
 "`make` sets up once, again when the pins change, and never believes in half an installation. A script plays Python: nothing is installed."
 import os
 import shutil
+import shlex
 import subprocess
+import sys
 
 import pytest
 
@@ -9,13 +11,13 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.skipif(not shutil.which('make'), reason='needs make')
 
-PYTHON = '''#!/bin/sh
+PYTHON = f'''#!/bin/sh
 # says what it was asked for; makes the virtual environment by copying itself into it; fails where a file says so
 echo "$@" >> calls
 case "$*" in
-  *version_info*) test ! -e too-old ;;
+  *version_info*) test ! -e version || {shlex.quote(sys.executable)} -c "import sys; sys.version_info = ($(cat version)); $2" ;;
   *"import venv"*) test ! -e no-venv ;;
-  -V) echo Python 3.8.10 ;;
+  -V) echo Python "$(cat version)" ;;
   "-m venv --clear .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
   *"install -r requirements.txt"*) test ! -e no-registry ;;
 esac
@@ -112,11 +114,26 @@ def test_the_demo_is_the_default_and_takes_one_gpu(project, wish, gpus):
     assert line.endswith(wish.partition('=')[2] if 'ARGS' in wish else '-p preset paper')
 
 
-@pytest.mark.parametrize('lack,says', [('too-old', 'Python 3.10 or newer is needed'), ('no-venv', 'python3-venv')])
-def test_wrong_python_is_named(project, lack, says):
-    (project.folder/lack).touch()
+def test_wrong_python_is_named(project):
+    (project.folder/'no-venv').touch()
     rc, out, calls = project('test')
-    assert rc and says in out and str(project.folder/'python') in out and '-m venv' not in calls
+    assert rc and 'python3-venv' in out and str(project.folder/'python') in out and '-m venv' not in calls
+
+
+@pytest.mark.parametrize('version, fits', [('3, 9, 18', False), ('3, 10, 0', True), ('3, 14, 9', True), ('3, 15, 0', False)])
+def test_python_of_another_version_is_named(project, version, fits):
+    "Too old for the package, or so new that numpy, scipy and torch have no wheels for it; also where .venv is of such a one."
+    (project.folder/'version').write_text(version, encoding='utf-8')
+    rc, out, calls = project('setup')
+    assert fits == (not rc) == ('-m venv' in calls)
+    if fits: return
+    assert 'Python 3.10 to 3.14 is needed' in out and f'is Python {version}' in out and 'make PYTHON=python3.12' in out
+    (project.folder/'version').unlink()
+    project('setup')
+    (project.folder/'version').write_text(version, encoding='utf-8')
+    later(project.folder/'requirements.txt')
+    rc, out, calls = project('setup')
+    assert rc and 'is not of 3.10 to 3.14' in out and 'install' not in calls
 
 
 def test_missing_python_is_named(project):
