@@ -2,6 +2,7 @@
 import csv
 import dataclasses
 import json
+import ntpath
 import os
 import runpy
 import shutil
@@ -232,6 +233,34 @@ def test_evaluate_counts_as_the_run_did(tmp_path, monkeypatch):
         assert commands.training_set('x.pth', tmp_path, 'test', '2007', 'photos') == 'set'
         assert asked == [('test', '2007', {'images': 'photos'} | expected), ('train', '2007', {'images': 'photos'}),
                          ('train', None, {'images': 'photos'})]
+
+
+def test_photos_on_two_drives_have_names():
+    "On Windows these have no folder in common; names become paths below the folder of the results."
+    names = commands._by_what_differs
+    files = [r'C:\photos\a.jpg', r'D:\more\a.jpg', r'\\host\share\b.jpg']
+    assert names(files, ntpath) == dict(zip([r'C\photos\a.jpg', r'D\more\a.jpg', r'host\share\b.jpg'], files))
+    assert names([r'C:\photos\a.jpg', r'C:\photos\sub\a.jpg'], ntpath).keys() == {'a.jpg', r'sub\a.jpg'}
+
+
+def test_the_fold_that_a_run_kept(tmp_path, monkeypatch):
+    "It was evaluated on the part val of its set, which the run had nothing to do with, without a word."
+    for part, number in (('train', 10), ('val', 3)):
+        for folder in (tmp_path / 'mine', tmp_path / 'other'):
+            save_photos(folder / 'images' / part, number, (48, 32), start=10 * (part == 'val'))
+            (folder / 'labels' / part).mkdir(parents=True)
+            for i in range(number): (folder / f'labels/{part}/{i}.txt').write_text('0 .5 .5 .4 .4', encoding='utf-8')
+            (folder / 'data.yaml').write_text('train: images/train\nval: images/val\nnames: [thing]', encoding='utf-8')
+    cfg = finetune_config('demo', data=str(tmp_path / 'mine'), split_val='fold 1 of 5')
+    def photos(data, **changes):
+        monkeypatch.setattr(commands, 'run_config', lambda file: dataclasses.replace(cfg, **changes))
+        return commands.evaluation_set('x.pth', tmp_path / data, 'val', None, None)
+    assert len(photos('mine')) == 2 and 'fold 1 of 5' in photos('mine').note
+    assert len(photos('mine', split_val='val')) == len(photos('other')) == 3
+    # of a set without such a part it is what a run keeps
+    for kind in ('images', 'labels'): shutil.rmtree(tmp_path / 'other' / kind / 'val')
+    (tmp_path / 'other/data.yaml').write_text('train: images/train\nnames: [thing]', encoding='utf-8')
+    assert len(photos('other')) == 2, photos('other').note
 
 
 def test_a_folder_made_for_sharing_counts_as_the_run_did(tmp_path):

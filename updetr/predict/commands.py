@@ -112,6 +112,15 @@ def _require_own(out):
                                   'says that an earlier call has left it: name another --out')
 
 # %% ../../nbs/59_commands.ipynb #c008b
+def _by_what_differs(files, path=os.path):
+    "Return {short name: file}: what stands behind the folder that all files are in"
+    try: root = path.commonpath([path.dirname(file) for file in files])
+    except ValueError:
+        # on Windows, two drives have no folder in common: C:\a.jpg is called C\a.jpg
+        parts = [(*path.splitdrive(file), file) for file in files]
+        return {drive.strip('\\').replace(':', '') + name: file for drive, name, file in parts}
+    return {path.relpath(file, root): file for file in files}
+
 def find_pictures(
     sources: list,  # folders, files, patterns such as 'photos/*.jpg'
     out: str | Path,  # folder of the results; what a call leaves there is left out
@@ -131,9 +140,7 @@ def find_pictures(
         if not there: raise FileNotFoundError(f'no photo in {where}')
         raise FileNotFoundError(f'in {where} is only what earlier calls may have left in '
                                 f'{printable(out)}: name another --out')
-    # named by what differs
-    root = os.path.commonpath([os.path.dirname(file) for file in files])
-    return {os.path.relpath(file, root): file for file in files}, skipped
+    return _by_what_differs(files), skipped
 
 # %% ../../nbs/59_commands.ipynb #c011
 def video_frames(
@@ -143,9 +150,9 @@ def video_frames(
     try:
         import av
     except ImportError as e:
-        frames = f"ffmpeg -i '{printable(file)}' frames/%06d.jpg"
-        raise ImportError(f"reading {printable(file)} needs PyAV: pip install 'updetr[video]'; or "
-                          f'make photos of it: mkdir frames; {frames}') from e
+        frames = f'ffmpeg -i "{printable(file)}" frames/%06d.jpg'
+        raise ImportError(f"reading {printable(file)} needs PyAV: pip install "
+                          f'"updetr[video]"; or make photos of it: mkdir frames; {frames}') from e
     try:
         with av.open(file) as video:
             frame = None
@@ -339,10 +346,23 @@ def run_config(
         return stored_config(file, FinetuneConfig, args)
     except (ValueError, OSError): return None
 
+def _same_place(file, other):
+    "Return whether two names lead to one file or folder that is there"
+    files = [os.path.expanduser(f) for f in (file, other)]
+    return all(map(os.path.exists, files)) and os.path.samefile(*files)
+
+def _is_kept(cfg, split, parts, data):
+    "Return whether `split` means what a run itself kept of a set, and no part that the set has"
+    # photos to evaluate on that came from elsewhere were not kept
+    if cfg is None or cfg.data_val or split != 'val': return False
+    # a fold of a set is kept even if the set has such a part; of another set that part is meant
+    if cfg.fold and _same_place(cfg.data or os.environ.get('UPDETR_DATA', ''), data): return True
+    return split not in parts and (len(parts) < 2 or bool(cfg.fold))
+
 def evaluation_set(
     checkpoint: str | Path,  # file of a detector, or a run's folder
     data: str | Path,        # data set
-    split: str | None,       # its part; val of a set without parts: what the run kept of it
+    split: str | None,       # its part; val may be what the run kept of it
     year: str | None,        # of VOC, or of COCO
     images: str | None,      # folder of the photos
 ):                           # labelled set
@@ -350,9 +370,7 @@ def evaluation_set(
 
     Raises what `open_dataset` raises."""
     parts, cfg = dataset_parts(data, images), run_config(checkpoint)
-    kept = split == 'val' and len(parts) < 2 and split not in parts
-    # photos to evaluate on that came from elsewhere were not kept
-    if not kept or cfg is None or cfg.data_val:
+    if not _is_kept(cfg, split, parts, data):
         names = cfg.classes if cfg else ''
         classes = [name.strip() for name in names.split(',') if name.strip()]
         # boxes and photos count as they did in the run
@@ -626,8 +644,8 @@ def evaluate_command(
     "Run `python -m updetr evaluate`."
     parser = _parser('evaluate', 'Report what a detector gets wrong on labelled photos.')
     parser.add_argument('data', help='labelled photos: VOC, COCO, YOLO, LabelMe or CSV')
-    parser.add_argument('--split', help='val, test, ...; val of a set without '
-                        'parts: the photos that the run kept')
+    parser.add_argument('--split', help='val, test, ...; val of a set without parts, or of a run '
+                        'with a fold: the photos that the run kept')
     parser.add_argument('--year', help='of VOC; of COCO if there are several')
     parser.add_argument('--images', help='folder of the photos, if in none of the usual places')
     _shared_options(parser, 'a second column: answers of one class that overlap more are one')
