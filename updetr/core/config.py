@@ -337,12 +337,12 @@ def missing_here(
 ):  # complaints
     "Yield what a run asks for that this machine does not have, before time is spent."
     if getattr(cfg, 'eval_backend', '') == 'hotcoco' and not _is_there('hotcoco'):
-        yield ("eval_backend hotcoco is not installed: pip install 'updetr[fast]', "
+        yield ('eval_backend hotcoco is not installed: pip install "updetr[fast]", '
                "or eval_backend pycocotools")
     if cfg.tensorboard and not _is_there('tensorboard'):
-        yield "tensorboard is not installed: pip install 'updetr[board]', or tensorboard False"
+        yield 'tensorboard is not installed: pip install "updetr[board]", or tensorboard False'
     if cfg.wandb and not _is_there('wandb'):
-        yield "wandb is not installed: pip install 'updetr[wandb]', or wandb False"
+        yield 'wandb is not installed: pip install "updetr[wandb]", or wandb False'
     compilers = os.environ.get('CXX', 'g++').split()[:1] + ['c++', 'clang++']
     if cfg.compile and not any(map(shutil.which, compilers)):
         yield 'compile needs a C++ compiler, and there is none (apt install g++), or compile False'
