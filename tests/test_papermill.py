@@ -145,7 +145,8 @@ def test_a_small_run_ends_in_a_report(report):
     assert metrics['pretext']['template']['mean_iou'] > .5 > metrics['pretext']['random']['mean_iou']
     assert {'command', 'commit', 'versions', 'hardware', 'seeds', 'scale', 'wall_s'} <= set(metrics['provenance'])
     assert "not the paper's setting" in metrics['provenance']['scale']
-    assert read_back(metrics['provenance']['command']) == {k: str(v) for k, v in {'report': 'runs/reports/pretrain', 'preset': 'demo', **TINY}.items()}
+    given = {'report': 'runs/reports/pretrain', 'preset': 'demo', **TINY}
+    assert read_back(metrics['provenance']['command']) == {k: str(v) for k, v in given.items()}
     assert {'curves.png', 'curves.svg', 'localization_0.png'} <= set(os.listdir(report / 'runs/reports/pretrain'))
     assert (report / 'runs/demo-42/updetr.safetensors').exists()
 

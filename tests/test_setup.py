@@ -1,7 +1,7 @@
 "`make` sets up once, again when the pins change, and never believes in half an installation. A script plays Python: nothing is installed."
 import os
-import shutil
 import shlex
+import shutil
 import subprocess
 import sys
 

@@ -346,6 +346,7 @@ def run_config(
         return stored_config(file, FinetuneConfig, args)
     except (ValueError, OSError): return None
 
+# %% ../../nbs/59_commands.ipynb #c018k
 def _same_place(file, other):
     "Return whether two names lead to one file or folder that is there"
     files = [os.path.expanduser(f) for f in (file, other)]
