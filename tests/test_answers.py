@@ -29,9 +29,9 @@ from updetr.predict.export import to_huggingface
 from updetr.predict.oneshot_detector import Matches, OneShotDetector
 from updetr.tasks.finetune import FinetuneConfig, Subset, finetune_config
 from updetr.tasks.finetune_task import evaluate, measurement
+from updetr.tasks.oneshot import build_oneshot, predict_pictures
 from updetr.tasks.panoptic import PanopticScenes
 from updetr.tasks.panoptic_task import PanopticSubset
-from updetr.tasks.oneshot import build_oneshot, predict_pictures
 from updetr.train.evaluate import CocoEvaluator
 from updetr.train.launch import read_log
 from updetr.train.loop import Processes, train
