@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 from urllib.parse import unquote
@@ -35,6 +36,8 @@ def _said(word):
     if not found: return ''
     return 'val' if found[1] == 'valid' else found[1]
 
+# every folder of labels is compared with every folder of photos: each name is looked at once
+@lru_cache(2**16)
 def part_of(
     folder,          # relative to the set's
     file: str = '',  # in it; '': only the folder tells
@@ -300,10 +303,12 @@ def _photos(names):
 # %% ../../nbs/15_photo_files.ipynb #f005b
 _OF_PHOTOS = re.compile('(images?|imgs?|photos?|pictures?|frames?|rgb|colou?r|jpe?gs?)+')
 
+@lru_cache(2**16)
 def _words(folder):
     "Names on the way to a folder, in small letters"
     return {word.lower() for word in Path(folder).parts}
 
+@lru_cache(2**16)
 def _of_photos(folder):
     "True for a folder that is called images, JPEGImages, rgb, ..."
     return any(_OF_PHOTOS.fullmatch(re.sub('[^a-z]+', '', word)) for word in _words(folder))
