@@ -421,6 +421,18 @@ def test_one_part_alone_is_divided_too(pictures, tmp_path):
     with pytest.raises(ValueError, match="no split 'val'"): open_dataset(tmp_path / 'a', 'val')
 
 
+@pytest.mark.parametrize('folder', ['', 'images/'])
+def test_a_table_may_name_photos_by_ids(folder, pictures, tmp_path):
+    "As Open Images does: photos of these names are looked up in the folder of the table's part, and that is said"
+    for part, names in (('train', TRAIN), ('val', VAL)):
+        photos(pictures, tmp_path / part, names)
+        table(tmp_path / f'{part}.csv', ['ImageID', 'LabelName', 'XMin', 'YMin', 'XMax', 'YMax'],
+              lambda name, k, *box: [f'{folder}{name}', k, *box], names)
+        ds = open_dataset(tmp_path, part)
+        assert content(ds).keys() == set(names) and ds.classes == CLASSES and check_dataset(ds, decode=True).ok
+        assert 'without a suffix' in ds.table.notes[0] and ds.table.root.endswith(part)
+
+
 def test_photos_in_no_list_are_counted(pictures, tmp_path):
     "Also where the photos lie elsewhere, as in a set that CVAT exports without them"
     PARTED['darknet'](pictures, tmp_path / 'set')

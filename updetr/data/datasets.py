@@ -26,7 +26,7 @@ from ..core.fingerprint import SetRows, column_rows, set_rows
 from .photo_files import (
     EXIF, find_files, find_layout, names_below, part_of, parts_of, photos_by_stem, pick_part,
     read_as_said, same_part, voc_classes, voc_ids, voc_names)
-from ..core.photos import header_size, photo_turn, printable
+from ..core.photos import SUFFIXES, header_size, photo_turn, printable
 
 # %% ../../nbs/16_datasets.ipynb #c006
 @dataclass(eq=False)
@@ -519,6 +519,13 @@ def _open_pairs(layout, split, classes, one_based, exif, missing):
                           one_based and kind == 'XML', exif, notes, stated=kind != 'YOLO')
 
 # %% ../../nbs/16_datasets.ipynb #o003
+def _with_suffixes(names, folder):
+    "Names without a suffix, such as Open Images' ids -> names of photos in or below a folder"
+    stems = [(os.path.basename(stem), os.path.basename(files[0]))
+             for stem, files in photos_by_stem(folder).items()]
+    found = dict(stems)
+    return [found.get(name, name) for name in names]
+
 def _csv_files(file, layout, photos):
     "Root of the photos of a CSV file, their names in it, and what is to be said of that"
     part = part_of(file.parent.name, file.name)
@@ -531,6 +538,8 @@ def _csv_files(file, layout, photos):
     # written on another machine: the last part tells
     last = [re.split(r'[\\/]', photo)[-1] for photo in photos]
     require_unique(last, 'file names without their folders', source)
+    if not any(os.path.splitext(name)[1].lower() in SUFFIXES for name in last):
+        note, last = 'file names without a suffix', _with_suffixes(last, layout.photos)
     root, files, _ = find_files(places, last, 'photos', source, say, part)
     return root, files, f'{note} are looked up by their last part'
 
