@@ -8,6 +8,7 @@ __all__ = ['SPLITS', 'SHAPES', 'SAMPLING', 'UNSEEN_PHOTOS', 'unseen_classes', 'q
 
 # %% ../../nbs/19_queries.ipynb #c002
 import random
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
 
@@ -112,8 +113,11 @@ class QueryPool:
 
     def others(self, label, image_id):
         "Return the rows of a class that are not in this photo; all, where there are no others."
-        elsewhere = [row for row in self.rows[label] if self.image_id[row] != image_id]
-        return elsewhere or self.rows[label]
+        # rows are in the order of the photos' ids: those of one photo are side by side
+        rows = self.rows[label]
+        first = bisect_left(rows, image_id, key=self.image_id.__getitem__)
+        last = bisect_right(rows, image_id, key=self.image_id.__getitem__)
+        return rows[:first] + rows[last:] or rows
 
     def image(self, row):
         "Return the photo of a row (3,H,W) uint8; that of the row before is not read again."
