@@ -90,6 +90,7 @@ def _readings(names):
         if accents != both:
             yield accents, f'accents in file names are read in the form {form}'
 
+# %% ../../nbs/15_photo_files.ipynb #c007f
 def find_files(
     places,        # folders, the likeliest first
     names: list,   # of files, as the annotation file has them
