@@ -326,9 +326,10 @@ def saved_bytes(
     "Return the bytes that autograd keeps for the backward pass of a call, weights apart."
     kept = {}
     def pack(x: Tensor):
-        # views of one storage are kept once
+        # views of one storage are kept once; a linear layer keeps its weight as a view
         storage = x.untyped_storage()
-        if not isinstance(x, torch.nn.Parameter): kept[storage.data_ptr()] = storage.nbytes()
+        owner = x if x._base is None else x._base
+        if not isinstance(owner, torch.nn.Parameter): kept[storage.data_ptr()] = storage.nbytes()
         return x
     # the result holds the graph: while it lives, no address is given out twice
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): result = f()
