@@ -232,7 +232,7 @@ def _steps(run_dir):
 # %% ../../nbs/35_progress.ipynb #c026
 def watch(
     run_dir: str | Path,       # folder of the run, or the Run that `launch` returned
-    steps: int | None = None,  # step at which it ends; None = 'steps' in cfg.json
+    steps: int | None = None,  # step at which it ends; None: see below
     every: float = 5.0,        # seconds between two looks, at least; a drawing costs about 0.15 s
     draw=draw_curves,          # (rows, preview file) -> figure; None = only a line
     show=None,                 # (line, figure) -> shown; None = a `Screen`
@@ -240,6 +240,7 @@ def watch(
 ) -> list[dict]:               # rows of the whole log
     """Follow a run to its end in one display.
 
+    Without `steps` no time left is told, unless cfg.json has the entry 'steps'; this kit's has none.
     Raises RuntimeError if it ends before, KeyboardInterrupt after forwarding an interrupt."""
     show = show or Screen()
     steps = steps or _steps(run_dir)
