@@ -271,6 +271,7 @@ def _check_kind(path, args):
         raise ValueError(f'{path} is of the detector {detector!r}, not a DETR: '
                          'updetr.predict.detector.Detector.from_checkpoint opens it')
 
+# %% ../../nbs/29_pretrained.ipynb #7a11c0e2
 def _check_traceless(path, weights, options):
     "Refuse what the tensors do not show where it is impossible."
     heads, width = options['nheads'], options['hidden_dim']

@@ -135,6 +135,7 @@ def layer_names(
     if not isinstance(features, (list, tuple)): return features
     return list(features) or None
 
+# %% ../../nbs/28_weights.ipynb #7a11c0e3
 def check_told(
     path: str | Path,         # of the file, for messages
     options: dict,            # as its configuration has them
