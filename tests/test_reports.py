@@ -16,13 +16,42 @@ EXECUTED = [p for p in sorted((ROOT / 'reports').glob('*/*.ipynb')) if p.name in
 # Notebook -> {id of a cell that has changed since its copies were executed: what it does otherwise now, and why no number of
 # the kept reports changes by it}. Where a number would change, the report is made anew.
 SINCE = {
+    'finetune.ipynb': {
+        'c001': (
+            'It imports more; nothing else.'),
+        'c006': (
+            "Every run's configuration is made before the first training, and DETR has the sizes of the file of "
+            'pretrain where UP-DETR is trained beside it. The kept reports have no such pair: UP-DETR alone, or the '
+            "demo's own pre-training, whose sizes are the preset's."),
+    },
     'oneshot.ipynb': {
         'c006': (
-            "The configuration that metrics.json tells is UP-DETR's only where UP-DETR was chosen. The kept report "
-            "was given no checkpoint, so it tells DETR's as before."),
+            "Every run's configuration is made before the first training, and DETR has the sizes of the file of "
+            "pretrain where UP-DETR is trained beside it; metrics.json tells UP-DETR's configuration only where UP- "
+            "DETR was chosen. The kept report was given no file: the demo's own pre-training has the preset's sizes."),
         'c010': (
             'The pre-trained model is read from the file that the run has started from, also where its path was given '
             "with {seed} or ~. The kept report's paths had neither."),
+        'c001': (
+            'It imports more; nothing else.'),
+    },
+    'oneshot_neighbours.ipynb': {
+        'c001': (
+            'It imports more; nothing else.'),
+        'c005': (
+            "Every run's configuration is made before the first training, and DETR has the sizes of the file of "
+            'pretrain. The kept report named these sizes itself (tests/test_front_ends.py compares its '
+            'configuration).'),
+    },
+    'panoptic.ipynb': {
+        'c001': (
+            'It imports more; nothing else.'),
+        'c006': (
+            "Every run's configuration is made before the first training, and DETR has the sizes of the file of "
+            "pretrain where UP-DETR is trained beside it. The kept report was given no file: the demo's own pre- "
+            "training has the preset's sizes."),
+        'c010': (
+            'boxes_config is told the method, for the sizes of the cell above.'),
     },
 }
 
