@@ -17,6 +17,7 @@ from tools.cells import run_cells, run_report
 from tools.processes import in_processes
 from updetr.core.checkpoint import load_checkpoint, save_checkpoint, write_json
 from updetr.core.config import make_config, model_options
+from updetr.core.shipped import shipped
 from updetr.data.datasets import open_dataset
 from updetr.model.updetr import build_updetr
 from updetr.predict.detector import Detector
@@ -267,9 +268,10 @@ def test_a_checkpoint_decides_the_architecture(pretrained, monkeypatch):
 def test_a_small_run_ends_in_a_report(tmp_path, monkeypatch):
     """All its cells, in this process; papermill and a real kernel are `test_papermill`'s."""
     tiny = SIZES | dict(methods='detr', scenes=8, scenes_val=4, scene_size=64, val_size=64, square=64, cached_views=2, epochs=2,
-                        eval_every=1, gpus=0)
+                        eval_every=1, gpus=0, weights=str(shipped('updetr')))
     run_report(FINETUNE, tmp_path, monkeypatch, **tiny)
     metrics, run = json.loads((tmp_path / 'runs/reports/finetune-demo/metrics.json').read_text()), tmp_path / 'runs/finetune-demo-detr-42'
+    assert metrics['config']['weights'] == 'FOLDER' and metrics['config']['backbone'] == 'tf_efficientnet_lite0'
     assert metrics['detection'].keys() == {'detr'} and {'AP', 'AP50', 'VOC 11', 'VOC all'} <= metrics['detection']['detr'].keys()
     assert {'command', 'commit', 'versions', 'hardware', 'seeds', 'scale', 'wall_s'} <= metrics['provenance'].keys()
     assert '-p scenes 8' in metrics['provenance']['command'] and 'small scale' in metrics['provenance']['scale']

@@ -17,41 +17,54 @@ EXECUTED = [p for p in sorted((ROOT / 'reports').glob('*/*.ipynb')) if p.name in
 # the kept reports changes by it}. Where a number would change, the report is made anew.
 SINCE = {
     'finetune.ipynb': {
-        'c001': (
-            'It imports more; nothing else.'),
+        'c001': 'It imports other names; nothing else.',
         'c006': (
             "Every run's configuration is made before the first training, and DETR has the sizes of the file of "
             'pretrain where UP-DETR is trained beside it. The kept reports have no such pair: UP-DETR alone, or the '
             "demo's own pre-training, whose sizes are the preset's."),
+        'c011': 'The name of a run has - for the : of module:function; the kept reports have no such method.',
+        'c020': 'Each detector is opened once, where it was opened for each picture.',
+        'c024': (
+            "Every folder and file of somebody's machine in the configuration is FOLDER, weights and instances, too: "
+            'a text, no number.'),
     },
     'oneshot.ipynb': {
+        'c001': 'It imports more; nothing else.',
         'c006': (
             "Every run's configuration is made before the first training, and DETR has the sizes of the file of "
-            "pretrain where UP-DETR is trained beside it; metrics.json tells UP-DETR's configuration only where UP- "
-            "DETR was chosen. The kept report was given no file: the demo's own pre-training has the preset's sizes."),
+            "pretrain where UP-DETR is trained beside it; metrics.json tells UP-DETR's configuration only where "
+            "UP-DETR was chosen. The kept report was given no file: the demo's own pre-training has the preset's "
+            'sizes.'),
         'c010': (
             'The pre-trained model is read from the file that the run has started from, also where its path was given '
             "with {seed} or ~. The kept report's paths had neither."),
-        'c001': (
-            'It imports more; nothing else.'),
+        'c021': (
+            "Every folder and file of somebody's machine in the configuration is FOLDER, weights and instances, too: "
+            'a text, no number.'),
     },
     'oneshot_neighbours.ipynb': {
-        'c001': (
-            'It imports more; nothing else.'),
+        'c001': 'It imports other names; nothing else.',
         'c005': (
             "Every run's configuration is made before the first training, and DETR has the sizes of the file of "
             'pretrain. The kept report named these sizes itself (tests/test_front_ends.py compares its '
             'configuration).'),
+        'c016': (
+            "Every folder and file of somebody's machine in the configuration is FOLDER, weights and instances, too: "
+            'a text, no number.'),
     },
     'panoptic.ipynb': {
-        'c001': (
-            'It imports more; nothing else.'),
+        'c001': 'It imports more; nothing else.',
         'c006': (
-            "Every run's configuration is made before the first training, and DETR has the sizes of the file of "
-            "pretrain where UP-DETR is trained beside it. The kept report was given no file: the demo's own pre- "
-            "training has the preset's sizes."),
-        'c010': (
-            'boxes_config is told the method, for the sizes of the cell above.'),
+            "Every run's configuration is made, and the file of instances read, before the first training, and DETR "
+            'has the sizes of the file of pretrain where UP-DETR is trained beside it. The kept report was given '
+            "neither file: the demo's own pre-training has the preset's sizes."),
+        'c010': 'boxes_config is told the method, for the sizes of the cell above.',
+    },
+    'panoptic_neighbours.ipynb': {
+        'c001': 'It imports other names; nothing else.',
+        'c013': (
+            "Every folder and file of somebody's machine in the configuration is FOLDER, weights and instances, too: "
+            'a text, no number.'),
     },
 }
 

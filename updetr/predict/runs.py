@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'divided_among', 'Site', 'project_root', 'open_site', 'given_parameters', 'parameter_lines',
-           'usual_parameters', 'hide_place', 'command_line', 'module_line', 'spread_text']
+           'usual_parameters', 'hide_place', 'shown_config', 'command_line', 'module_line', 'spread_text']
 
 # %% ../../nbs/57_runs.ipynb #c002
 import ast
@@ -18,7 +18,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import torch
 
 from ..model.backbone import fetch_weights
-from ..core.config import PLACES, check_devices, check_parameters, make_config, plain_variables
+from ..core.config import (PLACES, TrainConfig, check_devices, check_parameters, make_config,
+                                plain_variables)
 from ..train.launch import is_alive, is_done, launch, read_record
 from ..tasks.panoptic_task import PanopticConfig
 from ..tasks.pretrain_task import find_photos, pretrain_marks
@@ -230,6 +231,12 @@ def hide_place(
     absolute = (value.startswith('~') or PurePosixPath(value).is_absolute()
                 or PureWindowsPath(value).is_absolute())
     return 'FOLDER' if name in PATHS or absolute else value
+
+def shown_config(
+    cfg: TrainConfig,  # configuration of a run
+) -> dict:             # field -> value
+    "Return a configuration for a report: folders and files of somebody's machine as FOLDER."
+    return {k: hide_place(k, v) for k, v in dataclasses.asdict(cfg).items()}
 
 # %% ../../nbs/57_runs.ipynb #c014a
 def command_line(
