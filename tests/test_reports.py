@@ -59,6 +59,15 @@ SINCE = {
             'has the sizes of the file of pretrain where UP-DETR is trained beside it. The kept report was given '
             "neither file: the demo's own pre-training has the preset's sizes."),
         'c010': 'boxes_config is told the method, for the sizes of the cell above.',
+        'c014': (
+            'Answers are written and judged one by one, where all were kept; the same ones, in the same order. A plan '
+            'computes no truth of masks, and instances are read by the cell of the plan.'),
+        'c024': (
+            'Where the photo has more segments than there are queries, the queries are counted; in the kept report it '
+            'has 7, and there are 20.'),
+        'c026': (
+            "Every folder and file of somebody's machine in the configuration is FOLDER, weights and instances, too: "
+            'a text, no number.'),
     },
     'panoptic_neighbours.ipynb': {
         'c001': 'It imports other names; nothing else.',
