@@ -75,6 +75,21 @@ SINCE = {
             "Every folder and file of somebody's machine in the configuration is FOLDER, weights and instances, too: "
             'a text, no number.'),
     },
+    'pretrain.ipynb': {
+        'c001': 'It imports other names; nothing else.',
+        'c014': (
+            'Without held-out photos there is no column of that name; the kept report has held-out photos, which are '
+            'measured in the same order.'),
+        'c020': 'The held-out photos have another name in it; they are the same ones.',
+        'c022': (
+            'A photo that cannot be read is left out, and the next one drawn; those of the kept report can all be '
+            'read.'),
+        'c024': 'Without held-out photos there is no column of that name; the kept table has one.',
+        'c025': 'A table without held-out photos is shown without that column; the kept table has it.',
+        'c027': (
+            "Every folder and file of somebody's machine in the configuration is FOLDER, weights and instances, too: "
+            'a text, no number.'),
+    },
 }
 
 
