@@ -133,6 +133,7 @@ def _check_prediction(image_id, p, last_label):
                          f'categories of the ground truth end at {last_label}: the model has other '
                          'classes than the data')
 
+# %% ../../nbs/36_evaluate.ipynb #c013k
 def _checked(image_id, prediction, last_label):
     "A prediction as numpy arrays"
     p = {'scores': _as_numpy(prediction['scores'], np.float64),

@@ -223,6 +223,7 @@ def _shared(module, batches):
     if not hasattr(criterion, 'shared') or not with_targets: return nullcontext()
     return criterion.shared([batch['targets'] for batch in batches])
 
+# %% ../../nbs/33_loop.ipynb #c014m
 def _can_begin(cfg):
     "True if a run may be begun with this configuration"
     try: check_config(cfg)

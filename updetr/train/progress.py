@@ -240,7 +240,7 @@ def watch(
 ) -> list[dict]:               # rows of the whole log
     """Follow a run to its end in one display.
 
-    Without `steps` no time left is told, unless cfg.json has the entry 'steps'; this kit's has none.
+    Without `steps` no time left is told, unless cfg.json has 'steps'; this kit's has not.
     Raises RuntimeError if it ends before, KeyboardInterrupt after forwarding an interrupt."""
     show = show or Screen()
     steps = steps or _steps(run_dir)
