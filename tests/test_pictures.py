@@ -69,8 +69,8 @@ def test_sixteen_bit_colour_is_what_pil_makes_of_it(tmp_path):
 
 
 @pytest.mark.parametrize('odd, words', [
-    (RGB.astype(np.float32), 'astype'), (RGB.astype(np.int64), 'astype'), (RGB / -255., 'floats in 0..1'),
-    (np.full((4, 4), np.nan), 'floats in 0..1'), (RGB[None], 'one by one'), (RGB[:0], 'shape'), (np.zeros((9, 9, 7)), 'shape'),
+    (RGB.astype(np.float32), 'x / 255'), (RGB.astype(np.int64), 'x / 255'), (RGB / -255., 'floats in 0..1'),
+    (np.full((4, 4), np.nan), 'not finite'), (RGB[None], 'one by one'), (RGB[:0], 'shape'), (np.zeros((9, 9, 7)), 'shape'),
     (torch.zeros(2, 3, 4, 4), 'one by one'), (np.zeros(3), 'shape'), (b'', 'path'), (None, 'path'),
     (Image.fromarray(RGB[..., 0].astype(np.float32)), 'no fixed range'), (np.array([['a']]), 'numbers')])
 def test_what_is_no_picture_is_named(odd, words):
