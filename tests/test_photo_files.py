@@ -131,6 +131,18 @@ def test_a_closed_folder_does_no_harm(tmp_path, monkeypatch):
 def test_the_photo_of_a_label(tree, photo): assert label_pairs(tree, tree, '.txt')[0][0][1] == photo
 
 
+@pytest.mark.parametrize('files', [
+    'labels/seq1/1.txt labels/seq2/1.txt images/seq1/1.png images/seq2/1.png',
+    'seq1/labels/1.txt seq2/labels/1.txt seq1/img/1.png seq2/img/1.png', 'annotations/xmls/1.txt annotations/trimaps/1.png images/1.jpg',
+    'text/1.txt depth/1.png image_2/1.png', 'text/1.txt depth/1.png JPEGImages/1.jpg'])
+def test_frames_of_films_and_masks_are_told_apart_by_their_folders(files):
+    tree = {}
+    for file in files.split(): tree.setdefault(file.rpartition('/')[0], []).append('1' + file[-4:])
+    pairs, _, _ = label_pairs(tree, tree, '.txt')
+    assert pairs and not any(word in photo for _, photo, _ in pairs for word in ('trimaps', 'depth'))
+    assert all(('seq1' in label) == ('seq1' in photo) and ('seq2' in label) == ('seq2' in photo) for label, photo, _ in pairs)
+
+
 def test_labels_that_tell_no_part_are_the_others(tmp_path):
     touch(tmp_path, 'train/a.jpg', 'train/a.xml', 'more/b.jpg', 'more/b.xml')
     assert find_layout(tmp_path).parts == {'train': [('train/a.xml', 'train/a.jpg')], 'others': [('more/b.xml', 'more/b.jpg')]}

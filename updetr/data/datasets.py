@@ -543,6 +543,7 @@ def _csv_files(file, layout, photos):
     root, files, _ = find_files(places, last, 'photos', source, say, part)
     return root, files, f'{note} are looked up by their last part'
 
+# %% ../../nbs/16_datasets.ipynb #o003c
 def _open_csv(layout, split, classes, exif, missing):
     "Table of a CSV file"
     file, *others = layout.parts[split]
@@ -645,7 +646,7 @@ def open_dataset(
     path,                       # folder of any usual layout, or a COCO file, CSV or data.yaml
     split: str = None,          # 'train', 'val', ...; None for a set without parts
     year: str = None,           # VOC: '2007', '2012', '07+12'; COCO: if there are several
-    classes=None,               # names, in order, or 'cat, dog'; 'pet=cat+dog' is one of two; None: all
+    classes=None,               # in order: ['cat', 'pet=dog+cow'] or a text; None: all
     difficult: str = 'ignore',  # VOC's difficult objects: 'ignore', 'keep' or 'drop'
     one_based: bool = True,     # VOC: pixels are counted from 1
     images=None,                # folder of the photos, if it is in none of the usual places
