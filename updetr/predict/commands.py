@@ -104,7 +104,7 @@ def _left_in(out):
     return is_left
 
 def _require_own(out):
-    "FileExistsError for drawings in the folder `out` that may be somebody's photos: no list shows them"
+    "FileExistsError for drawings in the folder `out` that may be photos: no list shows them"
     if os.path.isfile(os.path.join(out, 'answers.csv')): return
     for folder in (os.path.join(out, name) for name in ('pictures', 'segments')):
         if os.path.isdir(folder) and os.listdir(folder):

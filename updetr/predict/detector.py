@@ -195,6 +195,7 @@ def load_detector(
     Raises FileNotFoundError, or ValueError for a file without classes."""
     return _open(path, told)[:3]
 
+# %% ../../nbs/50_detector.ipynb #c013ids
 def check_ids(
     category_ids: Sequence | None,  # each class's id in the data set's files; None: unknown
     classes: Sequence[str],         # names of the classes

@@ -275,8 +275,9 @@ def _known(detector):
     cfg, step = detector.cfg, detector.module
     is_detr = isinstance(step, DetectStep)
     cnn = step.model.backbone[0].name if is_detr else cfg.backbone
+    names = ', '.join(map(escape, detector.classes))
     rows = {'detector': f'DETR, {step.model.num_queries} queries' if is_detr else cfg.detector,
-            'CNN': cnn, 'classes': f'{len(detector.classes)}: {", ".join(map(escape, detector.classes))}',
+            'CNN': cnn, 'classes': f'{len(detector.classes)}: {names}',
             'size of pictures': ', '.join(f'{k} {v} px' for k, v in _sizes(detector).items())}
     # the folder holds what was trained; how it is asked stands in no configuration
     if detector.nms: rows['duplicates'] = f'answers with nms={detector.nms}: say so at its opening'

@@ -172,13 +172,12 @@ class OneShotDetector:
 
     @torch.no_grad()
     def _answers(self, image, features):
-        "Return a dict for each of m questions: boxes (k,4) xyxy px in the photo, scores (k,)."
+        "Return a dict for each of m questions: boxes (k,4) xyxy px, cut at the edges, scores (k,)."
         batch = picture_batch(image, self.cnn, self.sizes, self.square)
         feature = self.cnn(batch['images'])  # (1,C,h,w)
         target = {k: v.to(self.device) for k, v in batch['targets'][0].items()}
         found = self.ask(feature, features, target)
         found = [{k: v.cpu() for k, v in answer.items()} for answer in found]
-        # before answers are compared: what differs only outside the photo is one place
         return [a | {'boxes': clip_boxes_to_image(a['boxes'], image.shape[1:])} for a in found]
 
     def detect(self, image, asked, threshold=.5, overlap=1.):

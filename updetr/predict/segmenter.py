@@ -238,9 +238,9 @@ class PanopticSegmenter:
                         category_ids=None, **told):
         """Return one from a file of stage masks or of a system of one stage, or a published DETR.
 
-        `classes` names them where the file does not, and `category_ids` are their ids; `isthing` says of each class of a published
-        file whether it is a thing, if they are not COCO's. `told` are options that a published
-        file does not tell: dilation=True for a DC5 model.
+        `classes` names them where the file does not, and `category_ids` are their ids; `isthing`
+        says of each class of a published file whether it is a thing, if they are not COCO's.
+        `told` are options that a published file does not tell: dilation=True for a DC5 model.
         """
         device = check_device(device)
         model, cfg, known = load_segmenter(path, per_head, isthing, **told)

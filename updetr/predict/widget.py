@@ -363,6 +363,11 @@ class _Answers:
         c.queries.value = ''
         with self.silence: c.attention.options = [('off', -1)]
 
+    def fail(self, error):
+        "Say an error in the place of the last answer, which is none to what was asked now."
+        self.clear()
+        _say(self.c, f'{type(error).__name__}: {error}', bad=True)
+
     def show(self, found, same, each):
         "Draw an answer on the photo itself (`same`) or on the other one."
         # other weights may count their object queries otherwise: the patch stays picked
@@ -536,10 +541,7 @@ class LocalizeWidget:
         "Ask with the boxes that are drawn, and show what is found."
         self.c.canvas.busy = True  # the browser says "working" until this is over
         try: self._ask()
-        except Exception as e:
-            # the last answer is not one to what was asked now
-            self.answers.clear()
-            _say(self.c, f'{type(e).__name__}: {e}', bad=True)
+        except Exception as e: self.answers.fail(e)
         finally: self.c.canvas.busy = False
 
     def _ask(self):
@@ -667,6 +669,7 @@ def _localize_words(words):
     told.checkpoint, told.photo = first, second or 'chelsea'
     return told
 
+# %% ../../nbs/55_widget.ipynb #f5500007
 def localize(
     words: list[str],  # words of the command line: checkpoint, photo, options
 ) -> None:
