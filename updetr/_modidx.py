@@ -2220,6 +2220,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'updetr.predict.widget._Answers._show_attention': ( 'widget.html#_answers._show_attention',
                                                                                            'updetr/predict/widget.py'),
                                        'updetr.predict.widget._Answers.clear': ('widget.html#_answers.clear', 'updetr/predict/widget.py'),
+                                       'updetr.predict.widget._Answers.fail': ('widget.html#_answers.fail', 'updetr/predict/widget.py'),
                                        'updetr.predict.widget._Answers.show': ('widget.html#_answers.show', 'updetr/predict/widget.py'),
                                        'updetr.predict.widget._BoxSliders': ('widget.html#_boxsliders', 'updetr/predict/widget.py'),
                                        'updetr.predict.widget._BoxSliders.__init__': ( 'widget.html#_boxsliders.__init__',
