@@ -409,7 +409,7 @@ class _Texts(yaml.SafeLoader):
 def _read_yaml(file):
     "Content of a YAML file that has YOLO's names; {} for any other. Raises ValueError."
     text = read_text(file)
-    try: data = yaml.load(text, _Texts)
+    try: data = _Texts(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         # YAML's reasons have several lines
         reason = ' '.join(f'{e}'.split())
