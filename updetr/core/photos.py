@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'SUFFIXES', 'MAX_PIXELS', 'MIN_SIDE', 'SLACK', 'PRETRAIN_SIZES', 'PRETRAIN_MAX', 'BuiltinPhoto',
            'builtin_photos', 'printable', 'BadPhoto', 'photo_turn', 'as_stored', 'read_photo', 'as_image', 'over_large',
-           'PhotoIndex', 'walk_files', 'header_size', 'index_photos', 'resize_shape', 'resize']
+           'PhotoIndex', 'walk_folders', 'walk_files', 'header_size', 'index_photos', 'resize_shape', 'resize']
 
 # %% ../../nbs/02_photos.ipynb #c002
 import io
@@ -15,6 +15,7 @@ import os
 import stat
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -525,13 +526,14 @@ class PhotoIndex:
             raise ValueError(f'{path} is no saved photo index ({e!r}): '
                              'make it anew with index_photos') from e
 
-# %% ../../nbs/02_photos.ipynb #c034
-def walk_files(
-    root,    # folder
-) -> tuple:  # names relative to `root`, sorted; (folder, reason) where that failed
-    "Return all files below a folder, links followed, each folder once, hidden ones left out."
-    seen, files, closed = set(), [], []
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=closed.append):
+# %% ../../nbs/02_photos.ipynb #c034w
+def walk_folders(
+    root,              # folder
+    onerror=None,      # called with the OSError of a folder that cannot be listed
+) -> Iterator[tuple]:  # folder, names of its folders, names of its files
+    "Yield what `os.walk` does, links followed, each folder once; the caller may leave folders out."
+    seen = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=onerror):
         info = os.stat(folder)
         place = info.st_dev, info.st_ino
         # a link has led back to where we were
@@ -539,6 +541,15 @@ def walk_files(
             subfolders.clear()
             continue
         seen.add(place)
+        yield folder, subfolders, names
+
+# %% ../../nbs/02_photos.ipynb #c034
+def walk_files(
+    root,    # folder
+) -> tuple:  # names relative to `root`, sorted; (folder, reason) where that failed
+    "Return all files below a folder, links followed, each folder once, hidden ones left out."
+    files, closed = [], []
+    for folder, subfolders, names in walk_folders(root, closed.append):
         # copies that git-lfs and DVC keep, waste baskets, thumbnails
         subfolders[:] = sorted(name for name in subfolders if name[0] != '.')
         relative = os.path.relpath(folder, root)

@@ -23,8 +23,9 @@ import yaml
 
 from .annotations import (
     csv_columns, csv_rows, read_text, read_xml, require_inside, voc_objects)
-from ..core.photos import (
-    SUFFIXES, BadPhoto, as_stored, photo_turn, printable, read_photo, walk_files)
+from updetr.core.photos import (
+    SUFFIXES, BadPhoto, as_stored, photo_turn, printable, read_photo, walk_files,
+    walk_folders)
 
 # %% ../../nbs/15_photo_files.ipynb #f002
 _PART = re.compile('(trainval|train|valid|val|test)(?:ing|ation|set)?')
@@ -270,15 +271,8 @@ def file_tree(
     depth: int = 5,  # levels of folders below it
 ) -> dict:           # folder relative to `root` ('' is `root`) -> names of its files
     "Return the files below a folder without hidden ones, links followed, each folder once."
-    tree, seen = {}, set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        info = os.stat(folder)
-        place = info.st_dev, info.st_ino
-        # a link has led to where we were
-        if place in seen:
-            subfolders.clear()
-            continue
-        seen.add(place)
+    tree = {}
+    for folder, subfolders, names in walk_folders(root):
         relative = os.path.relpath(folder, root)
         relative = '' if relative == '.' else relative
         level = len(Path(relative).parts)
