@@ -405,8 +405,9 @@ def _read_yaml(file):
     text = read_text(file)
     try: data = _Texts(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as e:
-        # YAML's reasons have several lines
-        reason = ' '.join(f'{e}'.split())
+        # YAML's own words have several lines
+        mark, words = getattr(e, 'problem_mark', None), ' '.join(f'{e}'.split())
+        reason = f'line {mark.line + 1}: {e.problem}' if mark else words
         raise ValueError(f'{printable(file)} is no YAML file: {reason}') from e
     return data if isinstance(data, dict) and isinstance(data.get('names'), (list, dict)) else {}
 
@@ -570,7 +571,7 @@ def _find_yolo(root, tree, images, photos, file=None):
     if data: names, own = _numbered(data['names'], file), {}
     else: names, own = _yolo_names(root, tree, pairs, notes)
     if not names:
-        notes.append('no data.yaml and no classes.txt: classes are called by their numbers')
+        notes.append('no data.yaml or classes.txt says names: classes are called by their numbers')
     alone = [label for label in alone if label.count(os.sep) and not _NAME_FILES.search(label)]
     if alone:
         notes.append(f'label files without a photo are left out: {len(alone):,}, first '
